@@ -1,0 +1,352 @@
+from google.api import field_behavior_pb2 as _field_behavior_pb2
+from google.api import field_info_pb2 as _field_info_pb2
+from google.api import resource_pb2 as _resource_pb2
+from google.protobuf import empty_pb2 as _empty_pb2
+from gradwire_proto.v1 import model_pb2 as _model_pb2
+from gradwire_proto.v1 import program_pb2 as _program_pb2
+from gradwire_proto.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class CreateModelRequest(_message.Message):
+    __slots__ = ("model_id", "model", "tensors", "example", "request_id")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    model: _model_pb2.Model
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    example: _tensor_pb2.Batch
+    request_id: str
+    def __init__(self, model_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.Model, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., example: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models", "next_page_token")
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[_model_pb2.Model]
+    next_page_token: str
+    def __init__(self, models: _Optional[_Iterable[_Union[_model_pb2.Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class DeleteModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class AddVariantRequest(_message.Message):
+    __slots__ = ("name", "variant", "tensors", "values", "operators", "example", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    variant: _program_pb2.Variant
+    tensors: _containers.RepeatedCompositeFieldContainer[_program_pb2.StateTensor]
+    values: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    operators: _containers.RepeatedCompositeFieldContainer[_program_pb2.OperatorSchema]
+    example: _tensor_pb2.Batch
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., variant: _Optional[_Union[_program_pb2.Variant, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., values: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., operators: _Optional[_Iterable[_Union[_program_pb2.OperatorSchema, _Mapping]]] = ..., example: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Function(_message.Message):
+    __slots__ = ("digest", "program", "tensors", "output_leaf")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_LEAF_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    program: _program_pb2.Program
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    output_leaf: int
+    def __init__(self, digest: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., output_leaf: _Optional[int] = ...) -> None: ...
+
+class ComputeGradientsRequest(_message.Message):
+    __slots__ = ("name", "function", "batch", "wrt", "no_parameter_gradients", "input_gradients", "outputs", "eval_mode", "seed", "gradient_dtype", "max_inline_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    NO_PARAMETER_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    EVAL_MODE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    function: Function
+    batch: _tensor_pb2.Batch
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    no_parameter_gradients: bool
+    input_gradients: bool
+    outputs: bool
+    eval_mode: bool
+    seed: int
+    gradient_dtype: _tensor_pb2.DType
+    max_inline_bytes: int
+    def __init__(self, name: _Optional[str] = ..., function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., outputs: bool = ..., eval_mode: bool = ..., seed: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+
+class ComputeGradientsResponse(_message.Message):
+    __slots__ = ("loss", "step", "num_examples", "gradients", "input_gradients", "outputs", "timing", "rank_rows")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    step: int
+    num_examples: int
+    gradients: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    input_gradients: _tensor_pb2.Value
+    outputs: _tensor_pb2.Value
+    timing: _model_pb2.Timing
+    rank_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., input_gradients: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ForwardBackwardRequest(_message.Message):
+    __slots__ = ("name", "batch", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    batch: _tensor_pb2.Batch
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ForwardBackwardResponse(_message.Message):
+    __slots__ = ("result",)
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    result: _model_pb2.StepResult
+    def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ...) -> None: ...
+
+class OptimizerStepRequest(_message.Message):
+    __slots__ = ("name", "gradients", "learning_rate", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    gradients: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    learning_rate: float
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., learning_rate: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class OptimizerStepResponse(_message.Message):
+    __slots__ = ("result",)
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    result: _model_pb2.StepResult
+    def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ...) -> None: ...
+
+class TrainStepRequest(_message.Message):
+    __slots__ = ("name", "batch", "learning_rate", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    batch: _tensor_pb2.Batch
+    learning_rate: float
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., learning_rate: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class TrainStepResponse(_message.Message):
+    __slots__ = ("result",)
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    result: _model_pb2.StepResult
+    def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ...) -> None: ...
+
+class ZeroGradRequest(_message.Message):
+    __slots__ = ("name", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ZeroGradResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("name", "inputs", "training", "seed", "max_inline_bytes", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    inputs: _tensor_pb2.Value
+    training: bool
+    seed: int
+    max_inline_bytes: int
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., training: bool = ..., seed: _Optional[int] = ..., max_inline_bytes: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("outputs", "step", "timing", "rank_rows")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    outputs: _tensor_pb2.Value
+    step: int
+    timing: _model_pb2.Timing
+    rank_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetStateDictRequest(_message.Message):
+    __slots__ = ("name", "names", "max_inline_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    max_inline_bytes: int
+    def __init__(self, name: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+
+class GetStateDictResponse(_message.Message):
+    __slots__ = ("tensors", "step")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    step: int
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class LoadStateDictRequest(_message.Message):
+    __slots__ = ("name", "tensors", "partial", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    partial: bool
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., partial: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class LoadStateDictResponse(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class GetCommandRequest(_message.Message):
+    __slots__ = ("name", "wait")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    wait: bool
+    def __init__(self, name: _Optional[str] = ..., wait: bool = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("dtype", "shape")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: _tensor_pb2.DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class UploadManifest(_message.Message):
+    __slots__ = ("tensors",)
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[UploadHeader]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[UploadHeader, _Mapping]]] = ...) -> None: ...
+
+class UploadTensorsRequest(_message.Message):
+    __slots__ = ("manifest", "chunk")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    manifest: UploadManifest
+    chunk: bytes
+    def __init__(self, manifest: _Optional[_Union[UploadManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class UploadTensorsResponse(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DownloadTensorsRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DownloadTensorsResponse(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "torch_version", "workers", "free_workers", "gpus", "limits")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    FREE_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    torch_version: str
+    workers: int
+    free_workers: int
+    gpus: float
+    limits: Limits
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("message_bytes", "tensor_bytes", "graph_nodes", "model_bytes", "models", "requests_in_flight", "requests_per_model", "held_bytes", "variants", "held_seconds")
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_NODES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_MODEL_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    HELD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    message_bytes: int
+    tensor_bytes: int
+    graph_nodes: int
+    model_bytes: int
+    models: int
+    requests_in_flight: int
+    requests_per_model: int
+    held_bytes: int
+    variants: int
+    held_seconds: float
+    def __init__(self, message_bytes: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., graph_nodes: _Optional[int] = ..., model_bytes: _Optional[int] = ..., models: _Optional[int] = ..., requests_in_flight: _Optional[int] = ..., requests_per_model: _Optional[int] = ..., held_bytes: _Optional[int] = ..., variants: _Optional[int] = ..., held_seconds: _Optional[float] = ...) -> None: ...
