@@ -30,6 +30,7 @@ class GradwireError(Exception):
     request_id: the id of the request, for logs and for settling an unknown outcome.
     retryable: whether the same call may succeed later; retry_after: seconds to wait, where the service says so.
     outcome: "not_applied", "applied" or "unknown": what became of a command.
+    resource: the name of the resource that the error is about, such as `models/digits`; None where no single one is.
     """
 
     default_reason = "UNKNOWN"
@@ -45,6 +46,7 @@ class GradwireError(Exception):
         retryable: bool | None = None,
         retry_after: float | None = None,
         outcome: str = "not_applied",
+        resource: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -54,6 +56,7 @@ class GradwireError(Exception):
         self.retryable = self.default_retryable if retryable is None else retryable
         self.retry_after = retry_after
         self.outcome = outcome
+        self.resource = resource
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message
@@ -70,6 +73,7 @@ class GradwireError(Exception):
             "retryable": self.retryable,
             "retry_after": self.retry_after,
             "outcome": self.outcome,
+            "resource": self.resource,
         }
 
 

@@ -1,0 +1,46 @@
+# Every target makes .venv first where it is missing or older than pyproject.toml or constraints.txt.
+PYTHON    ?= python3
+BIN       := .venv/bin
+INSTALLED := .venv/.installed
+PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
+# What the tests run, beside what they start: the marker by which processes that outlive them are found.
+RUN       := $(shell cat /proc/sys/kernel/random/uuid)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format stubs
+
+help:
+	@echo "make demo    train a small network on handwritten digits through an embedded service"
+	@echo "make test    all tests, and a check that no process is left behind"
+	@echo "make lint    ruff, pyright and buf"
+	@echo "make format  ruff's format and safe fixes"
+	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
+
+demo: $(INSTALLED)
+	@$(BIN)/gradwire demo
+
+test: $(INSTALLED)
+	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(ARGS); status=$$?; \
+	$(BIN)/python tests/leftovers.py $(RUN) && exit $$status
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/pyright
+	@$(BIN)/python proto/buf_lint.py
+
+format: $(INSTALLED)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# googleapis-common-protos brings google/api and google/rpc.
+stubs: $(INSTALLED)
+	@cd proto && ../$(BIN)/python -m grpc_tools.protoc -I . \
+		-I $$(../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		--python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:proto/%=%)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing gradwire and its tools into .venv (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
+	@touch $@

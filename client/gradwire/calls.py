@@ -1,0 +1,186 @@
+"""The calls of one model, each in two halves: the request, made at once, and what to do with the reply.
+
+Making a call reads every tensor that the user gave: afterwards they may change. It also brings to the service what the
+request needs there first: big tensors, or another variant. Both the blocking call and the future run the same Call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from gradwire.errors import InvalidArgument
+from gradwire.optim import check_not_negative
+from gradwire.rpc import Rpc, new_request_id
+from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.user_values import normalize
+from gradwire.variants import Variants
+from gradwire_proto import codec
+from gradwire_proto.names import command_name, model_name
+from gradwire_proto.tensors import dtype_name, from_any, from_nested
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import Batch, GradientQuery, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradwire.export import ExportedVariant
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[R]):
+    """One request to `method`. `command`: its name where it changes the model. `finish`: reply -> result."""
+
+    method: str
+    request: Any
+    finish: Callable[[Any], R]
+    command: str | None = None
+
+    def run(self, rpc: Rpc) -> R:
+        """Send the request and return the result."""
+        return self.finish(rpc.call(self.method, self.request, command=self.command))
+
+
+class ModelCalls:
+    """Makes the calls of the model `model_id`. `tied`: alias -> the name of the tensor that it is."""
+
+    def __init__(self, rpc: Rpc, model_id: str, variants: Variants, tied: Mapping[str, str]) -> None:
+        self._rpc = rpc
+        self._id = model_id
+        self._name = model_name(model_id)
+        self._variants = variants
+        self._tied = tied
+
+    def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
+        request = pb.TrainStepRequest(name=self._name)
+        _set_learning_rate(request, lr)
+        self._set_batch(request, inputs, targets, training=True)
+        return self._command("TrainStep", request, _step_result)
+
+    def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
+        request = pb.ForwardBackwardRequest(name=self._name)
+        self._set_batch(request, inputs, targets, training=True)
+        return self._command("ForwardBackward", request, _step_result)
+
+    def optimizer_step(self, gradients: Mapping[str, Any] | None, lr: float | None) -> Call[StepResult]:
+        request = pb.OptimizerStepRequest(name=self._name)
+        _set_learning_rate(request, lr)
+        if gradients is not None:
+            given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+            if not given:
+                message = "expected at least one gradient; leave them out to apply those that the service holds"
+                raise InvalidArgument(message, field="gradients", reason="GRADIENTS_EMPTY")
+            self._set_tensors(request.gradients, given, "gradients")
+        return self._command("OptimizerStep", request, _step_result)
+
+    def zero_grad(self) -> Call[None]:
+        return self._command("ZeroGrad", pb.ZeroGradRequest(name=self._name), _nothing)
+
+    def compute_gradients(
+        self,
+        inputs: Any,
+        targets: Any,
+        *,
+        wrt: str | Sequence[str] | None,
+        input_gradients: bool,
+        outputs: bool,
+        dtype: torch.dtype | str | None,
+        training: bool,
+        seed: int | None,
+    ) -> Call[GradientResult]:
+        query = GradientQuery(
+            wrt=None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt),
+            input_gradients=input_gradients,
+            outputs=outputs,
+            training=training,
+            seed=seed,
+            gradient_dtype=dtype if dtype is None or isinstance(dtype, str) else dtype_name(dtype),
+        )
+        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        codec.encode_gradient_query(query, request)
+        variant = self._set_batch(request, inputs, targets, training=training)
+
+        def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
+            result = codec.decode_gradient_result(reply)
+            parts = receive(self._rpc, (result.gradients, result.input_gradients, result.outputs))
+            rebuilt = self._variants.rebuild(variant, parts[2]) if outputs else None
+            return replace(result, gradients=parts[0], input_gradients=parts[1], outputs=rebuilt)
+
+        return Call("ComputeGradients", request, finish)
+
+    def forward(self, inputs: Any, training: bool) -> Call[Any]:
+        request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=INLINE_BYTES)
+        given = Batch(normalize(inputs, "inputs"))
+        batch = Batch(from_nested(given.inputs, "inputs"))
+        variant = self._variants.choose(batch, given, training=training, targets=False)
+        codec.encode_value(send_apart(self._rpc, (batch.inputs,))[0], request.inputs, "inputs")
+
+        def finish(reply: pb.ForwardResponse) -> Any:
+            return self._variants.rebuild(variant, receive(self._rpc, (codec.decode_forward_result(reply).outputs,))[0])
+
+        return self._command("Forward", request, finish) if training else Call("Forward", request, finish)
+
+    def state_dict(self) -> Call[dict[str, torch.Tensor]]:
+        request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+
+        def finish(reply: pb.GetStateDictResponse) -> dict[str, torch.Tensor]:
+            tensors = receive(self._rpc, (codec.decode_named_tensors(reply.tensors),))[0]
+            # As in torch, a tied weight is one tensor under two names.
+            return {name: tensors.get(self._tied.get(name, name), tensor) for name, tensor in tensors.items()}
+
+        return Call("GetStateDict", request, finish)
+
+    def load_state_dict(self, tensors: Mapping[str, Any], partial: bool) -> Call[None]:
+        request = pb.LoadStateDictRequest(name=self._name, partial=partial)
+        self._set_tensors(request.tensors, tensors, "tensors")
+        return self._command("LoadStateDict", request, _nothing)
+
+    def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
+        request = pb.AddVariantRequest(name=self._name)
+        codec.encode_variant(exported.variant, request.variant)
+        codec.encode_operators(exported.operators, request.operators)
+        for tensor in exported.tensors:
+            codec.encode_state_tensor(tensor, request.tensors.add())
+        values: NamedTensors = {name: from_any(tensor) for name, tensor in exported.values.items()}
+        values, inputs, targets = send_apart(self._rpc, (values, batch.inputs, batch.targets))
+        codec.encode_named_tensors(values, request.values)
+        codec.encode_batch(Batch(inputs, targets), request.example, "example")
+        return self._command("AddVariant", request, codec.decode_model_info)
+
+    def info(self) -> Call[ModelInfo]:
+        return Call("GetModel", pb.GetModelRequest(name=self._name), codec.decode_model_info)
+
+    def delete(self) -> Call[None]:
+        return Call("DeleteModel", pb.DeleteModelRequest(name=self._name), _nothing)
+
+    def _command(self, method: str, request: Any, finish: Callable[[Any], R]) -> Call[R]:
+        request.request_id = new_request_id()
+        return Call(method, request, finish, command_name(self._id, request.request_id))
+
+    def _set_batch(self, request: Any, inputs: Any, targets: Any, *, training: bool) -> Variant:
+        given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
+        batch = Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
+        variant = self._variants.choose(batch, given, training=training, targets=True)
+        codec.encode_batch(Batch(*send_apart(self._rpc, (batch.inputs, batch.targets))), request.batch)
+        return variant
+
+    def _set_tensors(self, field: Any, tensors: Mapping[str, Any], path: str) -> None:
+        values = {name: from_any(tensor, f'{path}["{name}"]') for name, tensor in tensors.items()}
+        codec.encode_named_tensors(send_apart(self._rpc, (values,))[0], field)
+
+
+def _set_learning_rate(request: Any, lr: float | None) -> None:
+    if lr is not None:
+        check_not_negative(lr, field="lr", words="learning rate")
+        request.learning_rate = lr
+
+
+def _step_result(reply: Any) -> StepResult:
+    return codec.decode_step_result(reply.result)
+
+
+def _nothing(reply: Any) -> None:
+    return None

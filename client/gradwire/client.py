@@ -1,0 +1,202 @@
+"""The client of one service: makes and finds models, and differentiates plain functions."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
+
+from gradwire.creation import create_model
+from gradwire.errors import InvalidArgument
+from gradwire.function_calls import FunctionCalls
+from gradwire.model import Model
+from gradwire.optim import Optimizer
+from gradwire.rpc import Rpc
+from gradwire.tls import TLS
+from gradwire_proto import codec
+from gradwire_proto.names import check_model_id, model_name
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import ModelInfo, ServerInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_TARGET = "localhost:50051"
+
+
+def connect(
+    target: str | None = None, *, token: str | None = None, tls: TLS | bool | None = None, timeout: float = 60.0
+) -> Client:
+    """A client of a service that runs already.
+
+    target: "host:port"; $GRADWIRE_TARGET where left out, then localhost:50051. token: proves who calls. tls: None is
+    plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call takes
+    at most; a call that makes no answer in time raises DeadlineExceeded.
+
+    Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token.
+    """
+    if not timeout > 0:
+        raise InvalidArgument(f"must be above 0 seconds, got {timeout!r}", field="timeout", reason="TIMEOUT_INVALID")
+    chosen = target or os.environ.get("GRADWIRE_TARGET") or DEFAULT_TARGET
+    rpc = Rpc(chosen, token=token, tls=TLS() if tls is True else tls or None, timeout=timeout)
+    client = Client(rpc)
+    try:
+        client.server_info()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """A client of one service. Made by `connect` and `launch`; close it, or use it in a `with`.
+
+    Threads may share it; a process that was forked must make its own (DataLoader workers that do not use it are fine).
+    """
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+        self._functions = FunctionCalls(rpc)
+        self._models: WeakSet[Model] = WeakSet()
+        self._closing = threading.Lock()
+        self._on_close: list[Callable[[], None]] = []
+
+    @property
+    def target(self) -> str:
+        """Where the service listens, "host:port"."""
+        return self._rpc.target
+
+    def create_model(
+        self,
+        module: nn.Module,
+        *,
+        example: Any,
+        loss: LossFunction | str | None = None,
+        optimizer: Optimizer | None = None,
+        workers: int = 1,
+        model_id: str | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        gpus_per_worker: float = 0.0,
+        require_sharding: bool = False,
+        on_nan: str = "report",
+        labels: Mapping[str, str] | None = None,
+    ) -> Model:
+        """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
+
+        The module itself is never changed, and does not follow the model: pull weights with `state_dict`.
+
+        example: (inputs, targets) used to export the module and its loss, not trained on; (inputs,) or (inputs, None)
+            where there are no targets. Two rows or more tell best which dimension is the batch.
+        loss: a torch.nn loss, its name ("cross_entropy"), any callable(outputs, targets) -> scalar, or None where the
+            module returns the loss itself, as a scalar or under `.loss` or ["loss"].
+        optimizer: a spec of `gradwire.optim`; None where the service never updates.
+        workers: how many ranks share each batch. model_id: 1 to 63 of [a-z0-9-], first a letter; chosen where left out.
+        seed: of dropout and other random operators.
+        device: "auto", "cpu" or "cuda". gpus_per_worker: GPUs of each rank; fractions share one.
+        require_sharding: refuse a model whose batches cannot be split over the ranks, instead of running it on one.
+        on_nan: "report" or "refuse" a loss that is not finite; a refused step changes nothing.
+        labels: free-form, at most 64, keys and values of at most 63 characters.
+
+        Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
+        InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
+        service has no room; FailedPrecondition where sharding is required and impossible.
+        """
+        model = create_model(
+            self._rpc,
+            module,
+            example=example,
+            loss=loss,
+            optimizer=optimizer,
+            workers=workers,
+            model_id=model_id,
+            seed=seed,
+            device=device,
+            gpus_per_worker=gpus_per_worker,
+            require_sharding=require_sharding,
+            on_nan=on_nan,
+            labels=labels,
+        )
+        self._models.add(model)
+        return model
+
+    def get_model(self, model_id: str) -> Model:
+        """The model of that id, made by whichever client. Raises ModelNotFound.
+
+        Its module is not at hand: outputs come as tuples, lists and dicts, and a batch must fit one of the variants that
+        the model has already.
+        """
+        request = pb.GetModelRequest(name=model_name(check_model_id(model_id)))
+        model = Model(self._rpc, codec.decode_model_info(self._rpc.call("GetModel", request)))
+        self._models.add(model)
+        return model
+
+    def list_models(self) -> list[ModelInfo]:
+        """Every model of the service, ordered by id. `tensors` and `variants` are left empty."""
+        models: list[ModelInfo] = []
+        request = pb.ListModelsRequest()
+        while True:
+            reply = self._rpc.call("ListModels", request)
+            models.extend(codec.decode_model_info(model) for model in reply.models)
+            if not reply.next_page_token:
+                return models
+            request.page_token = reply.next_page_token
+
+    def grad(
+        self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    ) -> Callable[..., Any]:
+        """`torch.func.grad`, computed by the service on one rank: a function that returns the gradients of `fn`.
+
+        fn: a function of tensors (nested where it takes them so) that returns a scalar tensor, or with `has_aux` a pair
+        of it and anything else. argnums: which positional arguments to differentiate. Other arguments are fixed; what
+        `fn` reads from outside is taken as it is at each call. NumPy arrays are taken as tensors.
+
+        The result's calls return the gradient, a tuple of them for a tuple of argnums, or (gradients, aux); they raise
+        ExportError where `fn` cannot become a graph.
+        """
+        return self._functions.grad(fn, argnums, has_aux)
+
+    def value_and_grad(
+        self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    ) -> Callable[..., Any]:
+        """Like `grad`; the result's calls return (value, gradients), or ((value, aux), gradients) with `has_aux`."""
+        return self._functions.value_and_grad(fn, argnums, has_aux)
+
+    def server_info(self) -> ServerInfo:
+        """Versions, limits and capacity of the service."""
+        return codec.decode_server_info(self._rpc.call("GetServerInfo", pb.GetServerInfoRequest()))
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the client is closed."""
+        self._on_close.append(callback)
+
+    def close(self) -> None:
+        """End the client, and the service if `launch` made both. Calls that wait raise Cancelled. May be repeated.
+
+        Models of a service that `connect` found live on. Does nothing in a forked child.
+        """
+        if not self._rpc.is_owner:
+            return
+        with self._closing:
+            for model in list(self._models):
+                model.futures.cancel()
+            self._rpc.close()
+            while self._on_close:
+                self._on_close.pop()()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<gradwire.Client of {self._rpc.target}>"
+
+
+class LossFunction(Protocol):
+    """Any callable(outputs, targets) -> scalar; the losses of torch.nn are."""
+
+    def __call__(self, outputs: Any, targets: Any, /) -> Any: ...

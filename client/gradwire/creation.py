@@ -1,0 +1,98 @@
+"""Brings a module to the service: exported, checked, uploaded, ready."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
+from gradwire.export import ExportedModel, ModuleExporter
+from gradwire.model import Model
+from gradwire.optim import Optimizer
+from gradwire.rpc import Rpc, new_request_id
+from gradwire.transfer import send_apart
+from gradwire_proto import codec
+from gradwire_proto.names import check_model_id, command_name, model_name
+from gradwire_proto.tensors import from_nested, from_torch
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import Batch, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def create_model(
+    rpc: Rpc,
+    module: nn.Module,
+    *,
+    example: Any,
+    loss: Any,
+    optimizer: Optimizer | None,
+    workers: int,
+    model_id: str | None,
+    seed: int,
+    device: str,
+    gpus_per_worker: float,
+    require_sharding: bool,
+    on_nan: str,
+    labels: Mapping[str, str] | None,
+) -> Model:
+    """See `Client.create_model`."""
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        message = f"expected a spec such as gradwire.optim.SGD(lr=0.1), got {type(optimizer).__qualname__}"
+        raise InvalidArgument(message, field="optimizer", reason="OPTIMIZER_UNKNOWN")
+    chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
+    inputs, targets = _inputs_and_targets(example)
+    exporter = ModuleExporter(module, loss)
+    exported = exporter.export_model(inputs, targets)
+    spec = ModelSpec(
+        program=exported.program,
+        loss=exported.loss,
+        optimizer=None if optimizer is None else optimizer.spec(),
+        workers=workers,
+        device=device,
+        gpus_per_worker=gpus_per_worker,
+        seed=seed,
+        on_nan=on_nan,
+        require_sharding=require_sharding,
+        labels=labels or {},
+    )
+    request = _request(rpc, spec, exported, chosen_id)
+    reply = _send(rpc, request)
+    return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
+
+
+def _inputs_and_targets(example: Any) -> tuple[Any, Any]:
+    if not isinstance(example, tuple):
+        return example, None
+    if len(example) not in (1, 2):
+        message = f"expected (inputs, targets) or (inputs,), got a tuple of {len(example)}"
+        raise InvalidArgument(message, field="example", reason="EXAMPLE_INVALID")
+    return example if len(example) == 2 else (example[0], None)
+
+
+def _request(rpc: Rpc, spec: ModelSpec, exported: ExportedModel, model_id: str) -> pb.CreateModelRequest:
+    request = pb.CreateModelRequest(model_id=model_id, request_id=new_request_id())
+    codec.encode_model_spec(spec, request.model)
+    tensors = {name: from_torch(tensor, f'tensors["{name}"]') for name, tensor in exported.tensors.items()}
+    # One rank has nothing to split, so that nothing needs to be checked.
+    example = exported.example if spec.workers > 1 else Batch(None)
+    inputs, targets = from_nested(example.inputs, "example.inputs"), from_nested(example.targets, "example.targets")
+    tensors, inputs, targets = send_apart(rpc, (tensors, inputs, targets))
+    codec.encode_named_tensors(tensors, request.tensors)
+    if spec.workers > 1:
+        codec.encode_batch(Batch(inputs, targets), request.example, "example")
+    return request
+
+
+def _send(rpc: Rpc, request: pb.CreateModelRequest) -> Any:
+    try:
+        return rpc.call("CreateModel", request, command=command_name(request.model_id, request.request_id))
+    except (GradwireError, Interrupted) as error:
+        # Nobody would hold what is made after all, and its ranks would be taken.
+        if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
+            with suppress(GradwireError):
+                rpc.call("DeleteModel", pb.DeleteModelRequest(name=model_name(request.model_id)), timeout=2.0)
+        raise

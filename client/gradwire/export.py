@@ -1,0 +1,167 @@
+"""A user's module and loss -> a program: graphs over named tensors, checked against the module itself.
+
+The module is never changed: flags, buffers, attributes and random state are put back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from gradwire_proto.errors import ExportError, InvalidArgument
+from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
+from torch import Tensor, nn
+
+from gradwire import module_guard
+from gradwire.example import Example, as_example
+from gradwire.loss_mapping import as_loss
+from gradwire.module_state import ModuleState, describe_state
+from gradwire.output_tree import OutputTree
+from gradwire.variant_export import Finished, VariantExport
+
+# torch.export is not made for threads, and the guards change torch itself for a moment.
+EXPORT_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedVariant:
+    """A variant, how its outputs become the module's own again, and what it adds to the program.
+
+    tensors: constants that only this variant uses, and values: their values. operators: the schemas of its operators.
+    """
+
+    variant: Variant
+    output_tree: OutputTree
+    tensors: tuple[StateTensor, ...]
+    values: Mapping[str, Tensor]
+    operators: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """A program with the variants "train" and "eval".
+
+    tensors: the value of every tensor that is not an alias: live references, detached, on the user's device.
+    example: the example that was used, with two rows where it had one.
+    """
+
+    program: Program
+    loss: LossSpec | None
+    tensors: Mapping[str, Tensor]
+    variants: tuple[ExportedVariant, ...]
+    example: Batch
+
+
+class ModuleExporter:
+    """Exports one module with one loss, for the batches that it will see.
+
+    loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. Errors: InvalidArgument for a
+    loss that is none; later ExportError, with `reason` and, where there is one, the parameter in `field`.
+    """
+
+    def __init__(self, module: nn.Module, loss: Any = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise InvalidArgument(
+                f"expected an nn.Module, got a {type(module).__qualname__}", field="module", reason="MODULE_INVALID"
+            )
+        self._module = module
+        self._loss = as_loss(loss)
+        self._constants: dict[str, Tensor] = {}
+
+    def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
+        """The program for an example batch; see `ExportedModel`.
+
+        Raises ExportError: EXAMPLE_FAILED (the module or the loss fails on the example), EXPORT_DATA_DEPENDENT,
+        EXPORT_CUSTOM_FUNCTION, EXPORT_HOOK, EXPORT_MISMATCH, OPERATOR_NOT_ALLOWED, EXPORT_FAILED.
+        """
+        example = self._example(inputs, targets)
+        with EXPORT_LOCK:
+            state = self._state()
+            with module_guard.training_flag_watched(self._module) as read:
+                train = self._finish(example, state, training=True, name="train")
+            evaluation = None
+            if not read and module_guard.modes_are_plain(self._module):
+                evaluation = self._same_in_eval_mode(train, state)
+            if evaluation is None:
+                self._constants |= train.constants
+                evaluation = self._finish(example, state, training=False, name="eval")
+            self._constants |= evaluation.constants
+        return self._assemble(state, train, evaluation)
+
+    def export_variant(self, inputs: Any, targets: Any = None, *, training: bool, name: str) -> ExportedVariant:
+        """Another variant of the program that `export_model` gave, for a batch that fits none. Errors as there."""
+        example = self._example(inputs, targets)
+        with EXPORT_LOCK:
+            return _exported(self._finish(example, self._state(), training=training, name=name))
+
+    def _example(self, inputs: Any, targets: Any) -> Example:
+        # Without a loss nobody looks at targets.
+        return as_example(inputs, targets if self._loss is not None else None)
+
+    def _state(self) -> ModuleState:
+        module_guard.refuse_hooks(self._module)
+        return describe_state(self._module)
+
+    def _finish(self, example: Example, state: ModuleState, *, training: bool, name: str) -> Finished:
+        with module_guard.preserved(self._module):
+            if not training:
+                self._module.eval()
+            elif not self._module.training:
+                self._module.train()
+            return VariantExport(
+                module=self._module,
+                loss=self._loss,
+                state=state,
+                training=training,
+                name=name,
+                constants=self._constants,
+            ).finish(example)
+
+    def _same_in_eval_mode(self, train: Finished, state: ModuleState) -> Finished | None:
+        """The training variant under the name "eval", where the module computes the same in both modes."""
+        with module_guard.preserved(self._module):
+            self._module.eval()
+            same = train.agrees_with(self._module)
+        if not same:
+            return None
+        return replace(train, variant=replace(train.variant, name="eval", training=False), constants={})
+
+    def _assemble(self, state: ModuleState, train: Finished, evaluation: Finished) -> ExportedModel:
+        exported = (_exported(train), _exported(evaluation))
+        constants = {**train.constants, **evaluation.constants}
+        return ExportedModel(
+            program=Program(
+                torch_version=torch.__version__,
+                tensors=(*state.tensors, *train.constant_specs, *evaluation.constant_specs),
+                variants=(train.variant, evaluation.variant),
+                operators={**train.operators, **evaluation.operators},
+            ),
+            loss=self._loss_spec(train),
+            tensors={**state.values, **constants},
+            variants=tuple(replace(each, tensors=(), values={}) for each in exported),
+            example=train.example.batch,
+        )
+
+    def _loss_spec(self, train: Finished) -> LossSpec | None:
+        if self._loss is None:
+            return None if train.loss_leaf is None else OutputLossSpec(train.loss_leaf)
+        if train.variant.loss_graph is not None:
+            return GraphLossSpec()
+        if self._loss.spec is None:
+            raise ExportError(
+                "the loss was not exported: the example has no targets", field="example", reason="EXPORT_FAILED"
+            )
+        return self._loss.spec
+
+
+def _exported(finished: Finished) -> ExportedVariant:
+    return ExportedVariant(
+        variant=finished.variant,
+        output_tree=finished.output_tree,
+        tensors=finished.constant_specs,
+        values=finished.constants,
+        operators=finished.operators,
+    )

@@ -1,0 +1,168 @@
+"""An fx graph from torch.export -> the contract's graph, cleaned of what belongs to the machine that made it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gradwire_proto.errors import ExportError
+from gradwire_proto.graph_writes import parse_schema
+from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, allowed_operators, has_schema, name_of, schema_of
+from gradwire_proto.values import (
+    ITEM_SIZE,
+    Argument,
+    DTypeRef,
+    Graph,
+    LayoutRef,
+    MemoryFormatRef,
+    Node,
+    NodeRef,
+    RankDevice,
+    SubgraphRef,
+)
+from torch import fx
+
+from gradwire.user_values import dtype_name
+
+aten = torch.ops.aten
+
+_MEMORY_FORMATS = {
+    torch.contiguous_format: "contiguous",
+    torch.preserve_format: "preserve",
+    torch.channels_last: "channels_last",
+    torch.channels_last_3d: "channels_last_3d",
+}
+
+# Memory that was never written may hold anything, zeros too; ranks do not hand out theirs.
+_ZEROED = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Edit an exported graph in place: what is left runs as before on any machine.
+
+    Drops checks of metadata and sizes nobody reads, zero-fills what torch would leave unwritten, and writes out the
+    element type of factories that follow torch.get_default_dtype().
+    """
+    for graph_module in [each for each in module.modules() if isinstance(each, fx.GraphModule)]:
+        for node in reversed(list(graph_module.graph.nodes)):
+            if node.op == "call_function":
+                _clean(node)
+        graph_module.recompile()
+
+
+def _clean(node: fx.Node) -> None:
+    unread = node.target in (operator.getitem, aten.sym_size.int) and not node.users
+    if unread or node.target is aten._assert_tensor_metadata.default:
+        node.graph.erase_node(node)
+        return
+    if node.target in _ZEROED:
+        node.target = _ZEROED[node.target]
+        if node.target is not aten.zeros_like.default:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("pin_memory", "generator")}
+    value = node.meta.get("val")
+    # A factory: told a layout and a device, it takes no tensor to copy the element type from.
+    is_factory = {"dtype", "layout", "device"} <= set(names) and not any("Tensor" in str(a.type) for a in schema.arguments)
+    if is_factory and node.kwargs.get("dtype") is None and isinstance(value, torch.Tensor):
+        node.kwargs = {**node.kwargs, "dtype": value.dtype}
+
+
+def encode(module: fx.GraphModule, operators: dict[str, str]) -> Graph:
+    """The graph of a cleaned module; the schema of each of its operators is put into `operators`.
+
+    Raises ExportError OPERATOR_NOT_ALLOWED for an operator that ranks do not run, and EXPORT_FAILED for an argument
+    that the contract cannot express.
+    """
+    return _Encoder(module, operators).encode()
+
+
+class _Encoder:
+    def __init__(self, module: fx.GraphModule, operators: dict[str, str]) -> None:
+        self._module = module
+        self._operators = operators
+        self._subgraphs: dict[str, Graph] = {}
+        self._nodes: list[Node] = []
+
+    def encode(self) -> Graph:
+        inputs: list[str] = []
+        outputs: Sequence[Any] = ()
+        for node in self._module.graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(node.name)
+            elif node.op == "output":
+                outputs = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+            elif node.op == "call_function":
+                self._nodes.append(self._node(node))
+            elif node.op == "get_attr":
+                self._subgraph(node)
+        encoded = tuple(self._argument(item, None) for item in outputs)
+        return Graph(tuple(inputs), tuple(self._nodes), encoded, self._subgraphs)
+
+    def _subgraph(self, node: fx.Node) -> None:
+        attribute = getattr(self._module, str(node.target))
+        if not isinstance(attribute, fx.GraphModule):
+            raise ExportError(f"the graph reads {node.target!r}, which is no part of it{_place(node)}")
+        self._subgraphs[node.name] = encode(attribute, self._operators)
+
+    def _node(self, node: fx.Node) -> Node:
+        name = name_of(node.target)
+        if name not in allowed_operators():
+            raise ExportError(
+                f"operator {name} is not one that the service runs{_place(node)}", reason="OPERATOR_NOT_ALLOWED"
+            )
+        arguments = [self._argument(item, node) for item in node.args]
+        if name == AUTOCAST_REGION:
+            arguments[0] = RankDevice()
+        if name not in REGIONS and has_schema(name):
+            self._operators[name] = schema_of(name)
+            arguments, keywords = self._without_machine(name, arguments, node)
+        else:
+            keywords = {}
+        return Node(node.name, name, tuple(arguments), keywords)
+
+    def _without_machine(
+        self, name: str, arguments: list[Argument], node: fx.Node
+    ) -> tuple[list[Argument], dict[str, Argument]]:
+        """Arguments that say nothing of this machine's devices and its generators."""
+        parameters = [parameter.name for parameter in parse_schema(self._operators[name])]
+        for index, parameter in enumerate(parameters[: len(arguments)]):
+            if parameter == "pin_memory":
+                arguments[index] = None
+        return arguments, {key: self._argument(value, node) for key, value in node.kwargs.items()}
+
+    def _argument(self, value: Any, node: fx.Node | None) -> Argument:
+        if isinstance(value, fx.Node):
+            return SubgraphRef(value.name) if value.op == "get_attr" else NodeRef(value.name)
+        if isinstance(value, (list, tuple)):
+            return [self._argument(item, node) for item in value]
+        if isinstance(value, torch.device):
+            return RankDevice()
+        if isinstance(value, torch.dtype) and dtype_name(value) in ITEM_SIZE:
+            return DTypeRef(dtype_name(value))
+        if isinstance(value, torch.memory_format):
+            return MemoryFormatRef(_MEMORY_FORMATS[value])
+        if value is torch.strided:
+            return LayoutRef("strided")
+        if value is None or isinstance(value, (bool, float, complex, str)):
+            return value
+        if isinstance(value, int) and -(2**63) <= value < 2**63:
+            return value
+        raise ExportError(f"{value!r} cannot be an argument of an operator on the service{_place(node)}")
+
+
+def _place(node: fx.Node | None) -> str:
+    """ " at file:line" of the user's line that made the node, where torch knows it."""
+    if node is None:
+        return ""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    ours = [line for line in lines if "/torch/" not in line and "/gradwire/" not in line]
+    parts = ours[-1].split('"') if ours else []
+    return f" at {parts[1]}:{parts[2].split('line ')[1].split(',')[0]}" if len(parts) > 2 else ""

@@ -1,0 +1,154 @@
+"""A model on the service: what users hold, train and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradwire.calls import Call, ModelCalls
+from gradwire.futures import CallQueue
+from gradwire.model_futures import ModelFutures
+from gradwire.rpc import Rpc
+from gradwire.variants import Variants, without_graph
+from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradwire.export import ExportedVariant, ModuleExporter
+
+R = TypeVar("R")
+
+
+class Model:
+    """A model on the service. Made by `Client.create_model` and `Client.get_model`.
+
+    `inputs` and `targets` are each a tensor, a tuple of tensors (positional arguments of the module) or a dict of them
+    (keyword arguments), nested where the module takes it so; NumPy arrays are taken wherever tensors are. Rows are
+    dimension 0. Tensors of any device are taken; results are on the CPU. What a call was given is read before the call,
+    or its future, returns.
+
+    Calls raise InvalidArgument (with `.field` and the bound) for input that does not fit, FailedPrecondition where the
+    model has no loss, optimizer or gradients that the call needs, ModelNotFound once it is deleted, Unavailable where the
+    service does not answer, DeadlineExceeded where it takes longer than the client's timeout. `.outcome` of an error says
+    whether a command was applied. Calls of several threads are safe; the service runs a model's commands one by one.
+    """
+
+    def __init__(
+        self, rpc: Rpc, info: ModelInfo, *, exporter: ModuleExporter | None = None, exported: Sequence[ExportedVariant] = ()
+    ) -> None:
+        self._rpc = rpc
+        self._id = info.id
+        self._queue = CallQueue(info.id)
+        variants = Variants(
+            map(without_graph, info.variants),
+            refresh=lambda: self._calls.info().run(rpc).variants,
+            add=self._add_variant,
+            exporter=exporter,
+            exported=exported,
+        )
+        tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
+        self._calls = ModelCalls(rpc, info.id, variants, tied)
+        self._futures = ModelFutures(rpc, self._calls, self._queue)
+
+    @property
+    def id(self) -> str:
+        """The model's id, which `Client.get_model` takes."""
+        return self._id
+
+    @property
+    def futures(self) -> ModelFutures:
+        """The same calls, returned at once as a Future. They run in the order in which they were made."""
+        return self._futures
+
+    def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> StepResult:
+        """Forward, backward, all-reduce and update in one; returns loss, step and timing.
+
+        Gradients that the service holds are neither used nor changed. lr: the learning rate of this update, for all parameters; the optimizer's where left out.
+        """
+        return self._run(self._calls.train_step(inputs, targets, lr))
+
+    def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
+        """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""
+        return self._run(self._calls.forward_backward(inputs, targets))
+
+    def optimizer_step(self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None) -> StepResult:
+        """Apply the gradients that the service holds, or `gradients` ({name: tensor of the parameter's shape}).
+
+        Parameters without a gradient (None, or not named) are left alone, as in torch. `loss` of the result is None.
+        """
+        return self._run(self._calls.optimizer_step(gradients, lr))
+
+    def zero_grad(self) -> None:
+        """Drop the gradients that the service holds."""
+        self._run(self._calls.zero_grad())
+
+    def compute_gradients(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        input_gradients: bool = False,
+        outputs: bool = False,
+        dtype: torch.dtype | str | None = None,
+        training: bool = True,
+        seed: int | None = None,
+    ) -> GradientResult:
+        """Loss and gradients of a batch. Changes nothing on the service, buffers included.
+
+        wrt: names or globs of parameters; None for all that require gradients, () for none.
+        input_gradients: gradients of the floating-point inputs too, nested as `inputs`, None where there is none.
+        outputs: the module's outputs too.
+        dtype: of the gradients returned, such as torch.float16; None for the parameters' own.
+        training: whether the module runs in training mode. seed: of dropout and other random operators in this call.
+        """
+        return self._run(
+            self._calls.compute_gradients(
+                inputs,
+                targets,
+                wrt=wrt,
+                input_gradients=input_gradients,
+                outputs=outputs,
+                dtype=dtype,
+                training=training,
+                seed=seed,
+            )
+        )
+
+    def forward(self, inputs: Any, training: bool = False) -> Any:
+        """The module's outputs, without gradients. In training mode buffers move, so that it is a command."""
+        return self._run(self._calls.forward(inputs, training))
+
+    def __call__(self, inputs: Any) -> Any:
+        """The module's outputs in eval mode, without gradients."""
+        return self.forward(inputs)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name, in the module's order, with memory of their own."""
+        return self._run(self._calls.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, partial: bool = False) -> None:
+        """Replace parameters and persistent buffers by name. Element types are converted.
+
+        partial: names that are left out keep their values; otherwise they are an error, as in torch.
+        """
+        self._run(self._calls.load_state_dict(state_dict, partial))
+
+    def info(self) -> ModelInfo:
+        """State, step, sharding and settings, as the service has them now."""
+        return self._run(self._calls.info())
+
+    def delete(self) -> None:
+        """Delete the model and free its ranks. Commands that wait are refused."""
+        self._run(self._calls.delete())
+
+    def __repr__(self) -> str:
+        return f"<gradwire.Model {self._id!r} at {self._rpc.target}>"
+
+    def _run(self, call: Call[R]) -> R:
+        self._queue.wait()
+        return call.run(self._rpc)
+
+    def _add_variant(self, exported: ExportedVariant, batch: Batch) -> None:
+        self._calls.add_variant(exported, batch).run(self._rpc)

@@ -1,0 +1,94 @@
+"""The calls of a model, returned at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gradwire.calls import Call, ModelCalls
+from gradwire.errors import GradwireError
+from gradwire.futures import CallQueue, Future
+from gradwire.rpc import Rpc
+from gradwire_proto.values import GradientResult, ModelInfo, StepResult
+
+if TYPE_CHECKING:
+    import torch
+
+R = TypeVar("R")
+
+
+class ModelFutures:
+    """The calls of a model, returned at once. They run one after another, in the order in which they were made.
+
+    Arguments and errors are those of `Model`; a call that cannot be made raises from its future too.
+    """
+
+    def __init__(self, rpc: Rpc, calls: ModelCalls, queue: CallQueue) -> None:
+        self._rpc = rpc
+        self._calls = calls
+        self._queue = queue
+
+    def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> Future[StepResult]:
+        return self._submit(lambda: self._calls.train_step(inputs, targets, lr))
+
+    def forward_backward(self, inputs: Any, targets: Any = None) -> Future[StepResult]:
+        return self._submit(lambda: self._calls.forward_backward(inputs, targets))
+
+    def optimizer_step(self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None) -> Future[StepResult]:
+        return self._submit(lambda: self._calls.optimizer_step(gradients, lr))
+
+    def zero_grad(self) -> Future[None]:
+        return self._submit(self._calls.zero_grad)
+
+    def compute_gradients(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        input_gradients: bool = False,
+        outputs: bool = False,
+        dtype: torch.dtype | str | None = None,
+        training: bool = True,
+        seed: int | None = None,
+    ) -> Future[GradientResult]:
+        return self._submit(
+            lambda: self._calls.compute_gradients(
+                inputs,
+                targets,
+                wrt=wrt,
+                input_gradients=input_gradients,
+                outputs=outputs,
+                dtype=dtype,
+                training=training,
+                seed=seed,
+            )
+        )
+
+    def forward(self, inputs: Any, training: bool = False) -> Future[Any]:
+        return self._submit(lambda: self._calls.forward(inputs, training))
+
+    def state_dict(self) -> Future[dict[str, torch.Tensor]]:
+        return self._submit(self._calls.state_dict)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, partial: bool = False) -> Future[None]:
+        return self._submit(lambda: self._calls.load_state_dict(state_dict, partial))
+
+    def info(self) -> Future[ModelInfo]:
+        return self._submit(self._calls.info)
+
+    def delete(self) -> Future[None]:
+        return self._submit(self._calls.delete)
+
+    def cancel(self) -> None:
+        """Give up the calls that were not sent yet: their futures raise Cancelled."""
+        self._queue.cancel()
+
+    def _submit(self, make: Callable[[], Call[R]]) -> Future[R]:
+        try:
+            call = make()
+        except GradwireError as error:
+            failed: Future[R] = Future()
+            failed.set_exception(error)
+            return failed
+        return self._queue.submit(lambda: call.run(self._rpc))

@@ -1,0 +1,141 @@
+"""Leaves a user's module as it was, and refuses what a graph cannot carry before it is lost silently."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from gradwire_proto.errors import ExportError
+from torch import nn
+from torch.autograd import function as function_internals
+from torch.nn.modules import module as module_internals
+
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Inside, the module may be run and exported; after, its flags, attributes and buffers, and random state, are back."""
+    kept = [(each, dict(each.__dict__), _containers(each)) for each in module.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        for each, attributes, containers in kept:
+            each.__dict__.clear()
+            each.__dict__.update(attributes)
+            for name, content in containers.items():
+                _refill(attributes[name], content)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def _containers(module: nn.Module) -> dict[str, Any]:
+    return {name: copy.copy(value) for name, value in module.__dict__.items() if type(value) in _CONTAINERS}
+
+
+def _refill(container: Any, content: Any) -> None:
+    if container == content if isinstance(container, set) else False:
+        return
+    container.clear()
+    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raise ExportError for hooks on gradients: they would not run on the service. Forward hooks are part of a graph."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ExportError(
+                f"parameter {name!r} is not initialised: call the lazy module once before", reason="EXPORT_FAILED"
+            )
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ExportError(
+                f"parameter {name!r} has a hook on its gradient, which would not run on the service",
+                field=name,
+                reason="EXPORT_HOOK",
+            )
+    for name, each in module.named_modules():
+        if each._backward_hooks or each._backward_pre_hooks:
+            raise ExportError(
+                f"module {name or type(each).__qualname__!r} has a backward hook, which would not run on the service",
+                field=name or None,
+                reason="EXPORT_HOOK",
+            )
+    if module_internals._global_backward_hooks or module_internals._global_backward_pre_hooks:
+        raise ExportError("a global backward hook is registered, which would not run there", reason="EXPORT_HOOK")
+
+
+@contextmanager
+def custom_functions_refused() -> Iterator[None]:
+    """Inside, calling a torch.autograd.Function of the user's in this thread raises ExportError.
+
+    Export would differentiate its forward, and so lose its backward.
+    """
+    thread = threading.get_ident()
+
+    def apply(cls: type, *arguments: Any, **keywords: Any) -> Any:
+        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
+            raise ExportError(
+                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function; custom backward functions are not"
+                " supported yet: write the forward with torch operators, or compute this part on the client",
+                reason="EXPORT_CUSTOM_FUNCTION",
+            )
+        return super(function_internals._SingleLevelFunction, cls).apply(*arguments, **keywords)  # type: ignore[misc]
+
+    original = function_internals.custom_function_call
+
+    def custom_function_call(cls: type, *arguments: Any, **keywords: Any) -> Any:
+        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
+            apply(cls)
+        return original(cls, *arguments, **keywords)
+
+    # Every way of calling one ends in these two, `f = Function.apply` kept from before included.
+    function_internals._SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined,assignment]
+    function_internals.custom_function_call = custom_function_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del function_internals._SingleLevelFunction.apply
+        function_internals.custom_function_call = original
+
+
+@contextmanager
+def training_flag_watched(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yields a list that receives every submodule whose `training` flag is read inside, by this thread.
+
+    A module that reads no flag computes the same in training and in eval mode.
+    """
+    thread, ours, read = threading.get_ident(), {id(each) for each in module.modules()}, []
+
+    def get(self: nn.Module) -> bool:
+        if threading.get_ident() == thread and id(self) in ours:
+            read.append(self)
+        return self.__dict__["training"]
+
+    def put(self: nn.Module, value: bool) -> None:
+        self.__dict__["training"] = value
+
+    # A property goes before the instances' own attribute, and gives what that holds: other threads see no difference.
+    nn.Module.training = property(get, put)  # type: ignore[assignment]
+    try:
+        yield read
+    finally:
+        del nn.Module.training
+
+
+def modes_are_plain(module: nn.Module) -> bool:
+    """Whether train() and eval() do nothing but set flags."""
+    return all(type(each).train is nn.Module.train and type(each).eval is nn.Module.eval for each in module.modules())

@@ -1,0 +1,70 @@
+"""What became of a call whose answer was lost: asks the service, within the little time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire.errors import GradwireError
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
+
+Send = Callable[[str, Any, float], Any]
+"""(method, request, timeout) -> reply, raising GradwireError."""
+
+_OUTCOMES = {
+    model_pb2.COMMAND_STATE_APPLIED: "applied",
+    model_pb2.COMMAND_STATE_NOT_APPLIED: "not_applied",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """alive: whether the service answered. outcome: "applied", "not_applied" or "unknown"."""
+
+    alive: bool
+    outcome: str
+
+
+def reserve(budget: float) -> float:
+    """Seconds to keep of a call's `budget`, so that asking fits into it."""
+    return min(2.0, 0.2 * budget)
+
+
+def ask(send: Send, command: str | None, deadline: float) -> Standing:
+    """Ask what became of `command` ("models/{model}/commands/{request_id}") until `deadline` (monotonic seconds).
+
+    Without a command only whether the service is alive is asked.
+    """
+    if command is None:
+        return Standing(_answers(send, deadline), "not_applied")
+    try:
+        # First without waiting: a service that answers is alive, however long the command still runs.
+        state = _state(send, command, deadline, wait=False)
+    except GradwireError as error:
+        return Standing(_said_by_service(error), "not_applied" if error.reason == "COMMAND_NOT_FOUND" else "unknown")
+    if state not in _OUTCOMES:
+        try:
+            state = _state(send, command, deadline, wait=True)
+        except GradwireError:
+            pass  # It still runs, or the service went away meanwhile: nobody knows.
+    return Standing(True, _OUTCOMES.get(state, "unknown"))
+
+
+def _state(send: Send, command: str, deadline: float, *, wait: bool) -> int:
+    request = pb.GetCommandRequest(name=command, wait=wait)
+    return send("GetCommand", request, deadline - time.monotonic()).state
+
+
+def _answers(send: Send, deadline: float) -> bool:
+    try:
+        send("GetServerInfo", pb.GetServerInfoRequest(), deadline - time.monotonic())
+    except GradwireError as error:
+        return _said_by_service(error)
+    return True
+
+
+def _said_by_service(error: GradwireError) -> bool:
+    return error.reason not in ("NOT_CONNECTED", "NO_ANSWER", "CONNECTION_LOST")

@@ -1,0 +1,109 @@
+"""Runs torch.export on a callable of flat tensors, with rows left open where that is possible, and explains failures."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradwire_proto.errors import ExportError, GradwireError
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from gradwire.module_guard import custom_functions_refused
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+class Traced(nn.Module):
+    """A module whose forward is `function` of flat tensors; `module` holds what the function runs, so that names stay."""
+
+    PREFIX = "module."
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self._function(*tensors)
+
+
+def trace(
+    function: Callable[..., Sequence[Any]], module: nn.Module | None, tensors: Sequence[Tensor], rows: Sequence[bool]
+) -> ExportedProgram:
+    """The graph of `function`, which takes `tensors` and runs `module`.
+
+    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. Raises whatever torch.export does.
+    """
+    symbol = Dim("rows")
+    shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
+    # Only what varies says so: a graph without open dimensions is exported as it stands.
+    dynamic = {"dynamic_shapes": (shapes,)} if any(rows) else {}
+    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off():
+        return torch.export.export(Traced(function, module), tuple(tensors), strict=False, **dynamic)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export's warnings and printed graphs are for its developers; failures are told by our own errors."""
+    handlers = logging.getLogger("torch").handlers
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextmanager
+def ambient_autocast_off() -> Iterator[None]:
+    """An autocast that happens to be on around the call is no part of the module."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def explain(error: Exception, subject: str) -> GradwireError:
+    """The ExportError that says why `subject` could not be exported, and where in the user's code."""
+    if isinstance(error, GradwireError):
+        return error
+    place = _place(error)
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in str(error):
+        return ExportError(
+            f"{subject} branches on a tensor's values{place}, which a graph cannot: use torch.where, or keep that"
+            " decision out of the forward",
+            reason="EXPORT_DATA_DEPENDENT",
+        )
+    return ExportError(f"{subject} cannot be exported{place}: {name}: {_first_lines(error)}", reason="EXPORT_FAILED")
+
+
+def quote(error: Exception) -> str:
+    """An error of the user's own code, in one line, with its place."""
+    return f"{type(error).__name__}: {_first_lines(error)}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """ " at file:line" of the innermost line that is the user's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+            return f" at {frame.filename}:{frame.lineno}"
+    return ""
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:600]

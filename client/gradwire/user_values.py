@@ -1,0 +1,119 @@
+"""What users pass: tensors, NumPy arrays and constants in tuples, lists and dicts -> values of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.values import (
+    ITEM_SIZE,
+    ConstantSpec,
+    Leaf,
+    LeafRef,
+    Structure,
+    TensorSpec,
+    Value,
+    leaves,
+    unflatten,
+)
+
+
+def normalize(value: Any, field: str = "batch") -> Value:
+    """The same nesting with detached torch tensors (NumPy arrays become tensors) and plain constants at its leaves.
+
+    Raises InvalidArgument with the leaf's path: a type that has no place in a batch, a key that is no string, a sparse
+    or quantised tensor, an element type that the service does not speak.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return _tensor(value, field)
+    if isinstance(value, np.generic):
+        return _constant(value.item(), field)
+    if isinstance(value, tuple):
+        return tuple(normalize(item, f"{field}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, list):
+        return [normalize(item, f"{field}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {_key(key, field): normalize(item, f"{field}.{key}") for key, item in value.items()}
+    return _constant(value, field)
+
+
+def _tensor(value: torch.Tensor | np.ndarray, field: str) -> torch.Tensor:
+    if isinstance(value, np.ndarray):
+        try:
+            # A copy where torch would warn: of another byte order, with negative strides, or read-only.
+            native = np.array(value, dtype=value.dtype.newbyteorder("="), order="C", copy=not value.flags.writeable)
+            value = torch.from_numpy(native)
+        except TypeError as error:
+            raise InvalidArgument(str(error), field=field, reason="DTYPE_UNSUPPORTED") from error
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        raise InvalidArgument(f"expected a dense tensor, got {value.layout}", field=field, reason="LAYOUT_UNSUPPORTED")
+    if dtype_name(value.dtype) not in ITEM_SIZE:
+        raise InvalidArgument(
+            f"expected one of {', '.join(ITEM_SIZE)}; got {value.dtype}", field=field, reason="DTYPE_UNSUPPORTED"
+        )
+    return value.detach()
+
+
+def _constant(value: Any, field: str) -> Value:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise InvalidArgument(
+        f"expected tensors, NumPy arrays and constants in tuples, lists and dicts; got a {type(value).__qualname__}",
+        field=field,
+        reason="VALUE_UNSUPPORTED",
+    )
+
+
+def _key(key: Any, field: str) -> str:
+    if isinstance(key, str):
+        return key
+    raise InvalidArgument(f"expected string keys, got {key!r}", field=field, reason="VALUE_UNSUPPORTED")
+
+
+def flatten(value: Value) -> tuple[Structure, list[Any]]:
+    """(how it is nested, its leaves in order). None is structure, no leaf."""
+    return _structure(value, []), [leaf for _, leaf in leaves(value)]
+
+
+def _structure(value: Any, seen: list[None]) -> Structure:
+    if isinstance(value, tuple):
+        return tuple(_structure(item, seen) for item in value)
+    if isinstance(value, list):
+        return [_structure(item, seen) for item in value]
+    if isinstance(value, dict):
+        return {key: _structure(item, seen) for key, item in value.items()}
+    if value is None:
+        return None
+    seen.append(None)
+    return LeafRef(len(seen) - 1)
+
+
+def as_call(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of a module for a batch's inputs: a tuple, a dict, or one argument."""
+    if isinstance(value, tuple):
+        return value, {}
+    if isinstance(value, dict):
+        return (), value
+    return (value,), {}
+
+
+def call_with(function: Any, structure: Structure, flat: list[Any]) -> Any:
+    """Call a module with its inputs given flat."""
+    positional, keyword = as_call(unflatten(structure, flat))
+    return function(*positional, **keyword)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def leaf_spec(leaf: Any, rows: str | None = None) -> Leaf:
+    """What a batch must bring in place of this leaf. rows: the symbol of dimension 0, where it varies."""
+    if isinstance(leaf, torch.Tensor):
+        shape: tuple[int | str, ...] = tuple(leaf.shape)
+        return TensorSpec(dtype_name(leaf.dtype), (rows, *shape[1:]) if rows else shape)
+    return ConstantSpec(leaf)

@@ -1,0 +1,104 @@
+"""The variants of one model, as its client knows them: which one a batch fits, and another where it fits none.
+
+A graph has the sizes of its example baked in where they could not be left open. A batch of other sizes is exported
+again and added to the model, unseen by the user, wherever the user's module itself can run it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gradwire.errors import ExportError, GradwireError
+from gradwire_proto.batch_check import select_variant
+from gradwire_proto.values import Batch, Variant
+
+if TYPE_CHECKING:
+    from gradwire.export import ExportedVariant, ModuleExporter
+
+_MISFITS = {
+    "STRUCTURE_MISMATCH",
+    "CONSTANT_MISMATCH",
+    "DTYPE_MISMATCH",
+    "SHAPE_MISMATCH",
+    "ROWS_MISMATCH",
+    "NO_VARIANT",
+}
+"""Reasons that another variant may cure."""
+
+
+class Variants:
+    """The variants of one model.
+
+    exporter: makes more of them; None where the module is in another process. add: brings one to the service, given the
+    batch that asked for it. refresh: the variants that the service has now.
+    """
+
+    def __init__(
+        self,
+        known: Iterable[Variant],
+        *,
+        refresh: Callable[[], Iterable[Variant]],
+        add: Callable[[ExportedVariant, Batch], None],
+        exporter: ModuleExporter | None = None,
+        exported: Iterable[ExportedVariant] = (),
+    ) -> None:
+        self._known = tuple(known)
+        self._refresh = refresh
+        self._add = add
+        self._exporter = exporter
+        self._rebuild = {item.variant.name: item.output_tree.rebuild for item in exported}
+        self._growing = threading.Lock()
+
+    def choose(self, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant:
+        """The variant that fits `batch` (TensorData leaves), made from `given` (the user's own tensors) if need be.
+
+        Raises InvalidArgument where the batch fits none and the module itself refuses it too: the error names the field
+        and what it should be. Raises ExportError where the module takes the batch but cannot be exported with it.
+        """
+        try:
+            return select_variant(self._known, batch, training=training, targets=targets)[0]
+        except GradwireError as misfit:
+            if misfit.reason not in _MISFITS:
+                raise
+            return self._grow(misfit, batch, given, training=training, targets=targets)
+
+    def rebuild(self, variant: Variant, outputs: Any) -> Any:
+        """Outputs of `variant` as the module returns them; tuples, lists and dicts where the module is not at hand."""
+        rebuild = self._rebuild.get(variant.name)
+        return outputs if rebuild is None else rebuild(outputs)
+
+    def _grow(self, misfit: GradwireError, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant:
+        with self._growing:
+            try:
+                if self._exporter is None:
+                    self._known = tuple(self._refresh())
+                return select_variant(self._known, batch, training=training, targets=targets)[0]
+            except GradwireError:
+                if self._exporter is None:
+                    raise misfit from None
+            name = f"{'train' if training else 'eval'}-{uuid.uuid4().hex[:8]}"
+            exported = self._export(misfit, given, training=training, name=name)
+            self._add(exported, batch)
+            self._rebuild[name] = exported.output_tree.rebuild
+            self._known = (*self._known, without_graph(exported.variant))
+            return exported.variant
+
+    def _export(self, misfit: GradwireError, given: Batch, *, training: bool, name: str) -> ExportedVariant:
+        assert self._exporter is not None
+        try:
+            return self._exporter.export_variant(given.inputs, given.targets, training=training, name=name)
+        except GradwireError as error:
+            if isinstance(error, ExportError) and error.reason != "EXAMPLE_FAILED":
+                raise
+            # The module refuses the batch as well, so the batch is wrong, and the misfit says where.
+            misfit.add_note(f"The module itself: {error.message}")
+            raise misfit from None
+
+
+def without_graph(variant: Variant) -> Variant:
+    """`variant` as a description: what is needed to tell whether a batch fits."""
+    return replace(variant, graph=None, loss_graph=None)

@@ -1,0 +1,178 @@
+"""The service's settings: read once, from flags, the environment and a file, in this order of precedence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ByteSize, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from pydantic_settings.exceptions import SettingsError
+
+from gradwire_proto.values import Limits
+
+ENVIRONMENT_PREFIX = "GRADWIRE_"
+CONFIG_FILE_VARIABLE = "GRADWIRE_CONFIG"
+
+_DEFAULTS = Limits()
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. One line that names the setting, where it came from, and the bound."""
+
+
+def _checked_address(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("should be HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:50051 or [::]:0")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+class ServerConfig(BaseSettings):
+    """Every setting of the service. In files and here `a_name`, in the environment GRADWIRE_A_NAME, as a flag --a-name.
+
+    Sizes are bytes and take units: 67108864, "64MiB". Times are seconds.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+
+    listen: Address = Field("127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks a free one")
+    workers: int = Field(2, ge=1, le=4096, description="ranks that models may hold together")
+    storage: Path | None = Field(None, description="folder for what the service keeps; none: a temporary one")
+    ray_address: Address | None = Field(None, description="HOST:PORT of a running Ray; none: start one")
+    ray_namespace: str = Field("gradwire", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Ray namespace of the ranks")
+    spare_ranks: int = Field(2, ge=0, le=256, description="warm rank processes kept ready for the next model")
+    threads_per_rank: int = Field(0, ge=0, le=1024, description="torch threads of each rank; 0: cores / workers")
+    runtime_dir: Path | None = Field(None, description="private folder for sockets; none: a temporary one")
+    shared_memory_dir: Path | None = Field(
+        None, description="private folder in shared memory for large tensors; none: a temporary one in /dev/shm"
+    )
+    drain_seconds: float = Field(30.0, ge=0, le=86400, description="how long a stopping service waits for requests")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is written to stderr")
+
+    message_bytes: ByteSize = Field(
+        ByteSize(_DEFAULTS.message_bytes), ge=64 << 10, le=(2 << 30) - 1, description="bytes of one message"
+    )
+    tensor_bytes: ByteSize = Field(ByteSize(_DEFAULTS.tensor_bytes), ge=1, description="bytes of one tensor")
+    graph_nodes: int = Field(_DEFAULTS.graph_nodes, ge=1, description="nodes of one graph, its subgraphs included")
+    model_bytes: ByteSize = Field(ByteSize(_DEFAULTS.model_bytes), ge=1, description="bytes of one model's tensors")
+    models: int = Field(_DEFAULTS.models, ge=1, description="models at once")
+    requests_in_flight: int = Field(_DEFAULTS.requests_in_flight, ge=1, description="requests in flight, all models")
+    requests_per_model: int = Field(
+        _DEFAULTS.requests_per_model, ge=1, description="requests that wait or run on one model"
+    )
+    held_bytes: ByteSize = Field(
+        ByteSize(_DEFAULTS.held_bytes), ge=1, description="bytes of uploads and downloads that are held"
+    )
+    variants: int = Field(_DEFAULTS.variants, ge=1, description="variants of one model")
+    held_seconds: float = Field(
+        _DEFAULTS.held_seconds, gt=0, le=86400, description="how long an unused upload or download is kept"
+    )
+    stored_replies: int = Field(
+        1024, ge=1, le=1_000_000, description="commands of one model whose replies are kept for repeats"
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """The limits alone, as clients see them."""
+        return Limits(
+            message_bytes=int(self.message_bytes),
+            tensor_bytes=int(self.tensor_bytes),
+            graph_nodes=self.graph_nodes,
+            model_bytes=int(self.model_bytes),
+            models=self.models,
+            requests_in_flight=self.requests_in_flight,
+            requests_per_model=self.requests_per_model,
+            held_bytes=int(self.held_bytes),
+            variants=self.variants,
+            held_seconds=self.held_seconds,
+        )
+
+    def flags(self) -> list[str]:
+        """The settings that differ from the defaults, as flags that `read_config` takes."""
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return [f"{_flag(name)}={value}" for name, value in changed.items() if value is not None]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(init_settings, InitSettingsSource)
+        file = init_settings.init_kwargs.pop("config_file", None)
+        sources = (init_settings, env_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls, file)) if file else sources
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` --config and a flag for every setting."""
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings (also $GRADWIRE_CONFIG)")
+    for name, setting in ServerConfig.model_fields.items():
+        default = "none" if setting.default is None else setting.default
+        parser.add_argument(
+            _flag(name), metavar=name.upper(), default=None, help=f"{setting.description} (default: {default})"
+        )
+
+
+def config_from_flags(flags: argparse.Namespace) -> ServerConfig:
+    """The settings of parsed flags (see `add_flags`), the environment and the file. Raises ConfigError."""
+    given = {name: getattr(flags, name) for name in ServerConfig.model_fields}
+    return load_config(flags.config, {name: value for name, value in given.items() if value is not None})
+
+
+def read_config(arguments: Sequence[str], program: str) -> ServerConfig:
+    """The settings of a command line, the environment and the file. Raises ConfigError; --help exits."""
+    # allow_abbrev off: an abbreviation that is unique today is another setting's name tomorrow.
+    parser = argparse.ArgumentParser(prog=program, description="The gradwire service.", allow_abbrev=False)
+    add_flags(parser)
+    return config_from_flags(parser.parse_args(arguments))
+
+
+def load_config(file: str | Path | None, settings: dict[str, Any]) -> ServerConfig:
+    """`settings` over the environment over `file` (where None: $GRADWIRE_CONFIG). Raises ConfigError."""
+    file = file or os.environ.get(CONFIG_FILE_VARIABLE)
+    if file and not Path(file).is_file():
+        raise ConfigError(f"config: no such file: {file}")
+    try:
+        return ServerConfig(**settings, config_file=file)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(line, settings, file) for line in error.errors())) from None
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
+    except ValueError as error:
+        raise ConfigError(f"config: {file} is not valid TOML: {error}") from None
+
+
+def _describe(problem: Any, settings: dict[str, Any], file: str | Path | None) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else "config"
+    variable = ENVIRONMENT_PREFIX + name.upper()
+    if name in settings:
+        source = _flag(name)
+    elif variable in os.environ:
+        source = f"${variable}"
+    else:
+        source = str(file)
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: no such setting ({source})"
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{name}: {reason}, got {problem['input']!r} ({source})"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

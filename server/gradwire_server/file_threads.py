@@ -1,0 +1,25 @@
+"""File reads and writes that leave the event loop to other requests meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+THREAD_BYTES = 256 << 10
+"""Below this, handing the work to a thread costs more than the work."""
+
+
+async def move_bytes(nbytes: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function`, which moves `nbytes`; in a thread where that takes long. A call that began always ends."""
+    if nbytes < THREAD_BYTES:
+        return function(*arguments)
+    job = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        # A thread cannot be stopped, and its file must not be closed while it writes.
+        await asyncio.wait([job])
+        raise

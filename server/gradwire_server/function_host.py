@@ -1,0 +1,59 @@
+"""Gradients of functions that come with the request: no model, no state."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from gradwire_proto.errors import Unavailable
+from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientResult, Limits
+from gradwire_server.calls import Call
+from gradwire_server.program_checks import check_function
+from gradwire_server.replies import deliver_gradients
+from gradwire_server.request_queue import RequestQueue
+from gradwire_server.tensor_store import TensorStore
+from gradwire_server.workers import Cluster
+
+
+class FunctionHost:
+    """Runs functions one at a time on the rank that the cluster keeps for them."""
+
+    def __init__(self, cluster: Cluster, tensors: TensorStore, limits: Limits) -> None:
+        self._cluster = cluster
+        self._downloads = tensors.downloads
+        self._limits = limits
+        self._queue = RequestQueue(tensors.uploads, limits.requests_per_model)
+
+    async def compute_gradients(
+        self, function: FunctionSpec, batch: Batch, query: GradientQuery, max_inline_bytes: int | None, call: Call
+    ) -> GradientResult:
+        """The value and gradients of a function.
+
+        Raises FailedPrecondition FUNCTION_UNKNOWN where it comes without its program and its digest is not known.
+        """
+        if function.program is not None:
+            await asyncio.to_thread(check_function, function, self._limits)
+
+        async def work(claimed: Any) -> GradientResult:
+            whole = FunctionSpec(
+                digest=function.digest,
+                program=function.program,
+                tensors=claimed["function"]["tensors"],
+                output_leaf=function.output_leaf,
+            )
+            result = await self._cluster.compute_function_gradients(whole, Batch(**claimed["batch"]), query)
+            return await deliver_gradients(result, self._downloads, max_inline_bytes)
+
+        tensors = {
+            "function": {"tensors": function.tensors},
+            "batch": {"inputs": batch.inputs, "targets": batch.targets},
+        }
+        return await self._queue.submit(call, tensors, work).result(call.deadline)
+
+    async def close(self) -> None:
+        """Refuse what waits; return when what runs has ended."""
+        await self._queue.close(Unavailable("the service is stopping", reason="DRAINING"))
+
+    async def idle(self) -> None:
+        """Return when nothing waits or runs."""
+        await self._queue.idle()

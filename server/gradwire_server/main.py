@@ -1,0 +1,104 @@
+"""The frontend process: builds every part, serves, drains. `python -m gradwire_server.main --help`: settings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from gradwire_proto.errors import GradwireError
+from gradwire_server.config import ConfigError, ServerConfig, read_config
+from gradwire_server.private_folders import SHARED_MEMORY, private_folder
+from gradwire_server.service import Service
+from gradwire_workers.cluster import Cluster, ClusterConfig
+
+logger = logging.getLogger("gradwire_server")
+
+CLOSE_SECONDS = 10.0
+"""How long the end may take once nothing is waited for any more."""
+
+
+def main() -> None:
+    """Run the frontend until SIGTERM or SIGINT. Exit status 2: a setting is wrong; 1: it could not start or stop."""
+    try:
+        config = read_config(sys.argv[1:], "python -m gradwire_server.main")
+        logging.basicConfig(
+            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        asyncio.run(run(config))
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except GradwireError as error:
+        sys.exit(_complain(error, 1))
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"gradwire: {error}", file=sys.stderr)
+    return status
+
+
+async def run(config: ServerConfig) -> None:
+    """Serve until a signal comes, then drain and clean up."""
+    stop = _signals()
+    with ExitStack() as folders:
+        runtime = folders.enter_context(private_folder("runtime_dir", config.runtime_dir))
+        memory = folders.enter_context(private_folder("shared_memory_dir", config.shared_memory_dir, SHARED_MEMORY))
+        cluster = await Cluster.connect(_cluster_config(config, runtime, memory))
+        try:
+            await _serve(config, cluster, memory / "held", stop)
+        finally:
+            await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
+
+
+async def _serve(config: ServerConfig, cluster: Cluster, held: Path, stop: asyncio.Queue[int]) -> None:
+    held.mkdir(mode=0o700, exist_ok=True)
+    service = Service(cluster, held, config)
+    try:
+        port = await service.start()
+        host = config.listen.rpartition(":")[0]
+        print(f"gradwire listening on {host}:{port}", flush=True)
+        logger.info("stopping: %s", signal.Signals(await stop.get()).name)
+        await _drain(service, config.drain_seconds, stop)
+    finally:
+        await asyncio.wait_for(service.close(), CLOSE_SECONDS)
+
+
+async def _drain(service: Service, seconds: float, stop: asyncio.Queue[int]) -> None:
+    """Let requests end, for so many seconds or until a second signal."""
+    drain, hurry = asyncio.ensure_future(service.drain()), asyncio.ensure_future(stop.get())
+    await asyncio.wait([drain, hurry], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        logger.warning("requests were still running after draining; they are cut")
+    for task in (drain, hurry):
+        task.cancel()
+    await asyncio.gather(drain, hurry, return_exceptions=True)
+
+
+def _signals() -> asyncio.Queue[int]:
+    received: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, received.put_nowait, number)
+    return received
+
+
+def _cluster_config(config: ServerConfig, runtime: Path, memory: Path) -> ClusterConfig:
+    if config.ray_address is None:
+        # Never guessed: ray.init() without an address joins any cluster that it finds.
+        raise ConfigError("ray_address: needed here; `gradwire serve` without it starts a Ray of its own")
+    return ClusterConfig(
+        address=config.ray_address,
+        namespace=config.ray_namespace,
+        folder=str(runtime),
+        memory_folder=str(memory),
+        workers=config.workers,
+        spare_ranks=config.spare_ranks,
+        threads_per_rank=config.threads_per_rank,
+        limits=config.limits,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What is checked of programs before any rank sees them. Nothing here needs torch, and nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gradwire_proto.errors import AlreadyExists, InvalidArgument, ResourceExhausted
+from gradwire_proto.graph_check import check_program, check_tensors, check_variant
+from gradwire_proto.values import (
+    FunctionSpec,
+    Handle,
+    Limits,
+    LossSpec,
+    ModelInfo,
+    ModelSpec,
+    NamedTensors,
+    OptimizerSpec,
+    StateTensor,
+    TensorData,
+    TorchLossSpec,
+    Variant,
+    leaves,
+)
+
+
+def check_model(spec: ModelSpec, values: NamedTensors, limits: Limits) -> None:
+    """Check what CreateModel brings."""
+    check_program(spec.program, limits=limits, field="model.program.graphs")
+    check_values(spec.program.tensors, values, "tensors")
+    _check_options(spec.loss, "model.loss.torch.options")
+    _check_options(spec.optimizer, "model.optimizer.options")
+
+
+def check_function(function: FunctionSpec, limits: Limits) -> None:
+    """Check a function, if it comes with its program."""
+    if function.program is not None:
+        check_program(function.program, limits=limits, field="function.program.graphs")
+        check_values(function.program.tensors, function.tensors, "function.tensors")
+
+
+def check_new_variant(
+    model: ModelInfo,
+    known_operators: Mapping[str, str],
+    variant: Variant,
+    tensors: tuple[StateTensor, ...],
+    operators: Mapping[str, str],
+    values: NamedTensors,
+    limits: Limits,
+) -> None:
+    """Check what AddVariant brings to `model`, whose program names `known_operators` already."""
+    check_variant_fits(model, variant, limits)
+    for index, tensor in enumerate(tensors):
+        if tensor.role != "constant" or tensor.alias_of is not None:
+            raise InvalidArgument(
+                "a variant brings constants of its own only", field=f"tensors[{index}]", reason="TENSOR_NOT_CONSTANT"
+            )
+    together = (*model.tensors, *tensors)
+    check_tensors(together, limits=limits, field="tensors")
+    check_values(tensors, values, "values")
+    check_variant(variant, together, {**known_operators, **operators}, limits=limits, field="variant")
+
+
+def check_variant_fits(model: ModelInfo, variant: Variant, limits: Limits) -> None:
+    """Check that `model` has room for one more variant, and none of that name."""
+    if len(model.variants) >= limits.variants:
+        raise ResourceExhausted(
+            f"the model has {len(model.variants)} variants, as many as the server's setting variants allows",
+            field="variant",
+            reason="TOO_MANY_VARIANTS",
+        )
+    if any(variant.name == other.name for other in model.variants):
+        raise AlreadyExists(
+            f"the model has a variant {variant.name[:80]!r} already", field="variant.name", reason="VARIANT_EXISTS"
+        )
+
+
+def check_values(tensors: Iterable[StateTensor], values: NamedTensors, field: str) -> None:
+    """Check that `values` are those of `tensors` that are no aliases: each there, of its type, and no others."""
+    own = {tensor.name: tensor for tensor in tensors if tensor.alias_of is None}
+    for name, tensor in own.items():
+        value = values.get(name)
+        path = f'{field}["{name}"]'
+        if value is None:
+            raise InvalidArgument(
+                "the program names this tensor, but no value came", field=path, reason="VALUE_MISSING"
+            )
+        if (value.dtype, tuple(value.shape)) != (tensor.dtype, tuple(tensor.shape)):
+            raise InvalidArgument(
+                f"expected {tensor.dtype}{list(tensor.shape)}, got {value.dtype}{list(value.shape)}",
+                field=path,
+                reason="VALUE_TYPE_MISMATCH",
+            )
+    for name in values:
+        if name not in own:
+            path = f'{field}["{name}"]'
+            raise InvalidArgument("the program has no such tensor of its own", field=path, reason="VALUE_UNKNOWN")
+
+
+def _check_options(spec: LossSpec | OptimizerSpec | None, field: str) -> None:
+    options: Mapping[str, Any] = spec.options if isinstance(spec, (TorchLossSpec, OptimizerSpec)) else {}
+    for path, leaf in leaves(dict(options), field):
+        if isinstance(leaf, TensorData) and isinstance(leaf.data, Handle):
+            raise InvalidArgument(
+                "tensors of options come inline, not by handle", field=path, reason="HANDLE_NOT_ALLOWED"
+            )

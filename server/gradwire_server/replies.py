@@ -1,0 +1,40 @@
+"""Results as replies can carry them: with the time they took, and large tensors apart."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TypeVar
+
+from gradwire_proto.values import ForwardResult, GradientResult, StepResult, TensorData, leaves
+from gradwire_server.calls import Call
+from gradwire_server.downloads import Downloads
+
+T = TypeVar("T")
+
+
+def with_times(result: T, call: Call, queue: float) -> T:
+    """`result` with the seconds that it waited and took in all, if it tells times."""
+    if not isinstance(result, (StepResult, GradientResult, ForwardResult)):
+        return result
+    timing = replace(result.timing, queue=queue, total=time.monotonic() - call.arrived)
+    return replace(result, timing=timing)
+
+
+async def deliver_gradients(
+    result: GradientResult, downloads: Downloads, max_inline_bytes: int | None
+) -> GradientResult:
+    """`result` with its tensors inline or, together above `max_inline_bytes`, as handles of one download."""
+    parts = {"gradients": dict(result.gradients), "input_gradients": result.input_gradients, "outputs": result.outputs}
+    return replace(result, **await downloads.deliver(parts, max_inline_bytes))
+
+
+async def deliver_outputs(result: ForwardResult, downloads: Downloads, max_inline_bytes: int | None) -> ForwardResult:
+    """The same for outputs."""
+    return replace(result, outputs=await downloads.deliver(result.outputs, max_inline_bytes))
+
+
+def inline_bytes(result: ForwardResult) -> int:
+    """How many bytes of tensors a delivered result holds in memory."""
+    tensors = (leaf for _, leaf in leaves(result.outputs) if isinstance(leaf, TensorData))
+    return sum(len(tensor.data) for tensor in tensors if isinstance(tensor.data, (bytes, bytearray, memoryview)))

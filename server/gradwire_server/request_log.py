@@ -1,0 +1,137 @@
+"""Which requests were seen, by request id, and what became of them: a repeat gets the first answer."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
+from gradwire_proto.values import CommandInfo
+from gradwire_server.calls import Call
+
+
+class Seen(Protocol):
+    """A request that waits, runs or has ended."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    @property
+    def error(self) -> GradwireError | None: ...
+
+    async def wait(self) -> None: ...
+
+
+R = TypeVar("R", bound=Seen)
+
+
+@dataclass(slots=True)
+class _Entry(Generic[R]):
+    body: bytes
+    request: R | None
+    reply_bytes: int = 0
+
+
+class RequestLog(Generic[R]):
+    """The newest `capacity` requests with an id. Older ones are forgotten: a repeat of theirs is a new request.
+
+    Replies that together have more than `reply_bytes` go earlier, oldest first; what became of the request stays known.
+    """
+
+    def __init__(self, capacity: int, reply_bytes: int) -> None:
+        self._capacity = capacity
+        self._room = reply_bytes
+        self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
+
+    def find(self, call: Call) -> R | None:
+        """The request that `call` repeats; None where it is a new one, or repeats one that may be tried again.
+
+        Raises InvalidArgument REQUEST_ID_REUSED where the id was given to another request, and FailedPrecondition
+        REPLY_FORGOTTEN where the reply is no longer stored.
+        """
+        entry = self._entries.get(call.request_id) if call.request_id is not None else None
+        if entry is None:
+            return None
+        if entry.body != call.body:
+            raise InvalidArgument(
+                f"{call.request_id} was the id of another request; each needs its own",
+                field="request_id",
+                reason="REQUEST_ID_REUSED",
+            )
+        if entry.request is None:
+            raise FailedPrecondition(
+                f"{call.request_id} was applied, and its reply is no longer stored",
+                reason="REPLY_FORGOTTEN",
+                outcome="applied",
+            )
+        return None if _may_run_again(entry.request.error) else entry.request
+
+    def add(self, call: Call, request: R) -> None:
+        """Remember the request, if it has an id."""
+        if call.request_id is None:
+            return
+        self.forget(call)
+        self._entries[call.request_id] = _Entry(call.body, request)
+        while len(self._entries) > self._capacity:
+            self._room += self._entries.popitem(last=False)[1].reply_bytes
+
+    def weigh(self, call: Call, reply_bytes: int) -> None:
+        """Count the bytes of the reply of `call`, and forget the oldest replies if they are too many together."""
+        entry = self._entries.get(call.request_id) if call.request_id is not None else None
+        if entry is None:
+            return
+        entry.reply_bytes = reply_bytes
+        self._room -= reply_bytes
+        for old in self._entries.values():
+            if self._room >= 0:
+                break
+            if old.reply_bytes:
+                self._room += old.reply_bytes
+                old.request, old.reply_bytes = None, 0
+
+    def get(self, request_id: str) -> R | None:
+        """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
+
+        Raises ModelNotFound COMMAND_NOT_FOUND.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None:
+            raise ModelNotFound(
+                f"no command with the request id {request_id} is known here", field="name", reason="COMMAND_NOT_FOUND"
+            )
+        return entry.request
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def forget(self, call: Call) -> None:
+        """Drop the request of `call`."""
+        entry = self._entries.pop(call.request_id, None) if call.request_id is not None else None
+        if entry is not None:
+            self._room += entry.reply_bytes
+
+
+async def command_info(name: str, request: Seen | None, *, wait: bool) -> CommandInfo:
+    """What became of a request that `RequestLog.get` gave; with `wait`, once it has ended.
+
+    Raises the request's own error where nobody knows what became of it.
+    """
+    if request is not None and wait:
+        await request.wait()
+    if request is not None and not request.ended:
+        return CommandInfo(name=name, state="running")
+    error = request.error if request is not None else None
+    if error is None or error.outcome == "applied":
+        return CommandInfo(name=name, state="applied")
+    if error.outcome == "unknown":
+        raise copy.copy(error)
+    return CommandInfo(name=name, state="not_applied", error=str(error))
+
+
+def _may_run_again(error: GradwireError | None) -> bool:
+    """Whether a request that ended so was never begun, or met a limit that may be gone."""
+    if error is None or error.outcome != "not_applied":
+        return False
+    return error.retryable or error.reason in ("CANCELLED", "DEADLINE_EXCEEDED")

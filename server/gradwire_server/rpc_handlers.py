@@ -1,0 +1,149 @@
+"""From bytes to messages and from errors to status: what every RPC has in common."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from gradwire_proto.codec import refuse_unknown_fields
+from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.names import check_request_id
+from gradwire_proto.status import abort_arguments
+from gradwire_proto.v1 import gradient_service_pb2
+from gradwire_server.admission import Admission
+from gradwire_server.calls import Call
+from gradwire_server.failures import public_error
+
+SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
+
+SLOW_DIGEST_BYTES = 1 << 20
+"""Above this, digests are computed in a thread: they leave Python's lock to others."""
+
+
+def generic_handler(servicer: Any, admission: Admission, message_bytes: int) -> grpc.GenericRpcHandler:
+    """The handler of every method of GradientService, each answered by the servicer's method of that name.
+
+    A servicer's method takes (request, call) and returns the response. It raises GradwireErrors; anything else becomes
+    an InternalError that tells nothing. A stream of requests is an async iterator, a stream of responses is returned as
+    one.
+    """
+    handlers = {
+        method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes)
+        for method in SERVICE.methods
+    }
+    return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+
+
+def _handler(
+    method: MethodDescriptor, answer: Callable[..., Any], admission: Admission, message_bytes: int
+) -> grpc.RpcMethodHandler:
+    kind = GetMessageClass(method.input_type)
+
+    # No deserializer: grpc answers messages that it cannot parse without a word to the client.
+    async def unary_unary(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                request, call = await _parse(kind, raw, method.name, call, message_bytes)
+                response = await answer(request, call)
+                return _check_size(response.SerializeToString(), message_bytes)
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
+    async def stream_unary(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                async with aclosing(_parse_each(kind, chunks)) as requests:
+                    return (await answer(requests, call)).SerializeToString()
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
+    async def unary_stream(raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                request, call = await _parse(kind, raw, method.name, call, message_bytes)
+                async with aclosing(answer(request, call)) as responses:
+                    async for response in responses:
+                        await context.write(response.SerializeToString())
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(stream_unary)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(unary_stream)
+    return grpc.unary_unary_rpc_method_handler(unary_unary)
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+async def _parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
+    if len(raw) > message_bytes:
+        raise ResourceExhausted(
+            f"the request has {len(raw)} bytes, and the server's setting message_bytes allows {message_bytes} in a"
+            " message; send large tensors with UploadTensors",
+            reason="MESSAGE_TOO_LARGE",
+        )
+    request = _parse_one(kind, raw)
+    request_id = check_request_id(getattr(request, "request_id", ""))
+    if request_id is None:
+        return request, call
+    body = await asyncio.to_thread(_digest, method, raw) if len(raw) > SLOW_DIGEST_BYTES else _digest(method, raw)
+    return request, Call(arrived=call.arrived, deadline=call.deadline, request_id=request_id, body=body)
+
+
+def _parse_one(kind: type[Message], raw: bytes) -> Any:
+    try:
+        request = kind.FromString(raw)
+    except DecodeError:
+        raise InvalidArgument(
+            f"the bytes are no {kind.DESCRIPTOR.full_name} message", reason="MALFORMED_MESSAGE"
+        ) from None
+    refuse_unknown_fields(request)
+    return request
+
+
+async def _parse_each(kind: type[Message], chunks: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+    async for raw in chunks:
+        yield _parse_one(kind, raw)
+
+
+def _digest(method: str, raw: bytes) -> bytes:
+    digest = hashlib.sha256(method.encode())
+    digest.update(raw)
+    return digest.digest()
+
+
+def _check_size(raw: bytes, message_bytes: int) -> bytes:
+    if len(raw) > message_bytes:
+        raise ResourceExhausted(
+            f"the reply has {len(raw)} bytes, and the server's setting message_bytes allows {message_bytes} in a"
+            " message; set max_inline_bytes to fetch its tensors with DownloadTensors",
+            reason="REPLY_TOO_LARGE",
+        )
+    return raw
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call) -> Exception:
+    """End the RPC with the status of `error`; returns what then ends the handler."""
+    refusal = public_error(error, call.request_id)
+    if refusal.request_id is None:
+        refusal.request_id = call.request_id
+    try:
+        await context.abort(*abort_arguments(refusal))
+    except grpc.aio.AbortError as aborted:
+        return aborted

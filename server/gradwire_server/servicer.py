@@ -1,0 +1,159 @@
+"""GradientService, one method for each RPC: decode, call, encode. What all have in common is in rpc_handlers.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from google.protobuf.empty_pb2 import Empty
+
+from gradwire_proto import codec
+from gradwire_proto.names import parse_command_name, parse_model_name
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import Batch, Limits
+from gradwire_server.calls import Call
+from gradwire_server.function_host import FunctionHost
+from gradwire_server.hosted_model import HostedModel
+from gradwire_server.model_registry import ModelRegistry
+from gradwire_server.server_info import ServerFacts
+from gradwire_server.tensor_store import TensorStore
+from gradwire_server.tensor_streams import encode_chunks, read_chunks, read_manifest
+
+
+class Servicer:
+    """Every RPC of GradientService."""
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        functions: FunctionHost,
+        tensors: TensorStore,
+        facts: ServerFacts,
+        limits: Limits,
+    ) -> None:
+        self._models = models
+        self._functions = functions
+        self._tensors = tensors
+        self._facts = facts
+        self._limits = limits
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    async def CreateModel(self, request: pb.CreateModelRequest, call: Call) -> model_pb2.Model:
+        # In a thread: a large graph takes a while, and other requests should not.
+        spec = await asyncio.to_thread(codec.decode_model_spec, request.model, "model", self._limits)
+        values = codec.decode_named_tensors(request.tensors, "tensors", self._limits)
+        example = self._example(request)
+        return codec.encode_model_info(await self._models.create(spec, values, example, request.model_id, call))
+
+    async def GetModel(self, request: pb.GetModelRequest, call: Call) -> model_pb2.Model:
+        return codec.encode_model_info(self._models.describe(parse_model_name(request.name)).info)
+
+    async def ListModels(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
+        page, next_page_token = self._models.page(request.page_size, request.page_token)
+        return pb.ListModelsResponse(models=map(codec.encode_model_info, page), next_page_token=next_page_token)
+
+    async def DeleteModel(self, request: pb.DeleteModelRequest, call: Call) -> Empty:
+        await self._models.delete(parse_model_name(request.name))
+        return Empty()
+
+    async def AddVariant(self, request: pb.AddVariantRequest, call: Call) -> model_pb2.Model:
+        model = self._model(request.name)
+        codec.refuse_unknown_fields(request.variant, "variant", deep=True)
+        variant = await asyncio.to_thread(codec.decode_variant, request.variant)
+        tensors = codec.decode_state_tensors(request.tensors, "tensors", self._limits)
+        values = codec.decode_named_tensors(request.values, "values", self._limits)
+        operators = codec.decode_operators(request.operators, "operators")
+        await model.add_variant(variant, tensors, values, operators, self._example(request), call)
+        return codec.encode_model_info(model.description.info)
+
+    async def GetCommand(self, request: pb.GetCommandRequest, call: Call) -> model_pb2.Command:
+        model_id, request_id = parse_command_name(request.name)
+        return codec.encode_command_info(await self._models.command(model_id, request_id, wait=request.wait))
+
+    # --- commands -------------------------------------------------------------------------------------------------
+
+    async def TrainStep(self, request: pb.TrainStepRequest, call: Call) -> pb.TrainStepResponse:
+        lr = codec.decode_learning_rate(request)
+        result = await self._model(request.name).train_step(self._batch(request), lr, call)
+        response = pb.TrainStepResponse()
+        codec.encode_step_result(result, response.result)
+        return response
+
+    async def ForwardBackward(self, request: pb.ForwardBackwardRequest, call: Call) -> pb.ForwardBackwardResponse:
+        result = await self._model(request.name).forward_backward(self._batch(request), call)
+        return pb.ForwardBackwardResponse(result=codec.encode_step_result(result))
+
+    async def OptimizerStep(self, request: pb.OptimizerStepRequest, call: Call) -> pb.OptimizerStepResponse:
+        gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits) or None
+        lr = codec.decode_learning_rate(request)
+        result = await self._model(request.name).optimizer_step(gradients, lr, call)
+        return pb.OptimizerStepResponse(result=codec.encode_step_result(result))
+
+    async def ZeroGrad(self, request: pb.ZeroGradRequest, call: Call) -> pb.ZeroGradResponse:
+        await self._model(request.name).zero_grad(call)
+        return pb.ZeroGradResponse()
+
+    async def LoadStateDict(self, request: pb.LoadStateDictRequest, call: Call) -> pb.LoadStateDictResponse:
+        tensors = codec.decode_named_tensors(request.tensors, "tensors", self._limits)
+        step = await self._model(request.name).load_state_dict(tensors, request.partial, call)
+        return pb.LoadStateDictResponse(step=step)
+
+    # --- reads ----------------------------------------------------------------------------------------------------
+
+    async def ComputeGradients(self, request: pb.ComputeGradientsRequest, call: Call) -> pb.ComputeGradientsResponse:
+        query = codec.decode_gradient_query(request)
+        batch = self._batch(request)
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        if request.WhichOneof("subject") == "function":
+            function = await asyncio.to_thread(codec.decode_function, request.function, "function", self._limits)
+            result = await self._functions.compute_gradients(function, batch, query, max_inline_bytes, call)
+        else:
+            model = self._model(request.name)
+            result = await model.compute_gradients(batch, query, max_inline_bytes, call)
+        return codec.encode_gradient_result(result)
+
+    async def Forward(self, request: pb.ForwardRequest, call: Call) -> pb.ForwardResponse:
+        inputs = codec.decode_value(request.inputs, "inputs", self._limits)
+        seed = request.seed if request.HasField("seed") else None
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        model = self._model(request.name)
+        return codec.encode_forward_result(await model.forward(inputs, request.training, seed, max_inline_bytes, call))
+
+    async def GetStateDict(self, request: pb.GetStateDictRequest, call: Call) -> pb.GetStateDictResponse:
+        names = tuple(request.names) or None
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        tensors, step = await self._model(request.name).state_dict(names, max_inline_bytes, call)
+        response = pb.GetStateDictResponse(step=step)
+        codec.encode_named_tensors(tensors, response.tensors)
+        return response
+
+    # --- tensors that travel apart, and the service itself ----------------------------------------------------------
+
+    async def UploadTensors(
+        self, requests: AsyncIterator[pb.UploadTensorsRequest], call: Call
+    ) -> pb.UploadTensorsResponse:
+        types = await read_manifest(requests, self._limits)
+        return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests)))
+
+    def DownloadTensors(
+        self, request: pb.DownloadTensorsRequest, call: Call
+    ) -> AsyncGenerator[pb.DownloadTensorsResponse, None]:
+        return encode_chunks(self._tensors.downloads.chunks(request.name))
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:
+        return codec.encode_server_info(self._facts.info())
+
+    # --- parts of requests ------------------------------------------------------------------------------------------
+
+    def _model(self, name: str) -> HostedModel:
+        return self._models.get(parse_model_name(name))
+
+    def _batch(self, request: pb.TrainStepRequest | pb.ForwardBackwardRequest | pb.ComputeGradientsRequest) -> Batch:
+        return codec.decode_batch(request.batch, "batch", self._limits)
+
+    def _example(self, request: pb.CreateModelRequest | pb.AddVariantRequest) -> Batch | None:
+        if not request.HasField("example"):
+            return None
+        return codec.decode_batch(request.example, "example", self._limits)

@@ -1,0 +1,95 @@
+"""What the frontend needs from the ranks: the seam between this package and the workers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from gradwire_proto.errors import RankLost
+from gradwire_proto.values import (
+    Batch,
+    ForwardResult,
+    FunctionSpec,
+    GradientQuery,
+    GradientResult,
+    ModelSpec,
+    NamedTensors,
+    Sharding,
+    StateTensor,
+    StepResult,
+    Value,
+    Variant,
+)
+
+
+class Workers(Protocol):
+    """The ranks of one model, called as one. One call at a time; a call that began must not be cancelled.
+
+    Errors are GradwireErrors. After any with outcome "not_applied" the model is as before the call; after RankLost it
+    is lost. Result tensors in segments belong to the caller, who removes their files.
+    """
+
+    sharding: Sharding
+    device: str
+
+    @property
+    def on_lost(self) -> Callable[[RankLost], None] | None: ...
+
+    @on_lost.setter
+    def on_lost(self, callback: Callable[[RankLost], None] | None) -> None: ...
+
+    async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult: ...
+
+    async def forward_backward(self, batch: Batch, *, command: int) -> StepResult: ...
+
+    async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult: ...
+
+    async def zero_grad(self) -> None: ...
+
+    async def compute_gradients(self, batch: Batch, query: GradientQuery) -> GradientResult: ...
+
+    async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult: ...
+
+    async def state_dict(self, names: tuple[str, ...] | None) -> tuple[NamedTensors, int]: ...
+
+    async def load_state_dict(self, tensors: NamedTensors, *, partial: bool) -> int: ...
+
+    async def add_variant(
+        self,
+        variant: Variant,
+        *,
+        tensors: tuple[StateTensor, ...],
+        values: NamedTensors,
+        operators: Mapping[str, str],
+        example: Batch | None,
+    ) -> None: ...
+
+    async def close(self, *, reuse: bool = True) -> None: ...
+
+
+class Capacity(Protocol):
+    """How many ranks and GPUs there are."""
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def free_workers(self) -> int: ...
+
+    @property
+    def gpus(self) -> float: ...
+
+
+class Cluster(Protocol):
+    """Where ranks come from."""
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    async def start_group(
+        self, spec: ModelSpec, tensors: NamedTensors, example: Batch | None, *, model_id: str
+    ) -> Workers: ...
+
+    async def compute_function_gradients(
+        self, function: FunctionSpec, batch: Batch, query: GradientQuery
+    ) -> GradientResult: ...

@@ -1,0 +1,113 @@
+"""A real gRPC server on a free port whose answers a test writes down: what the SDK's own tests talk to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+
+from gradwire.rpc import Rpc
+from gradwire_proto import codec
+from gradwire_proto.errors import GradwireError
+from gradwire_proto.status import abort_arguments
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import Limits, ServerInfo
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
+INFO = ServerInfo(version="0", torch_version="2", workers=4, free_workers=4, gpus=0.0, limits=Limits())
+
+
+class ScriptedService:
+    """Answers each RPC with what `answers[method]` returns, given (request, context); GradwireErrors are sent as such.
+
+    `calls` holds (method, request) in order of arrival; `tokens` each call's authorization.
+    """
+
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        self.answers: dict[str, Callable[[Any, grpc.ServicerContext], Any]] = {
+            "GetServerInfo": lambda request, context: codec.encode_server_info(INFO)
+        }
+        self.calls: list[tuple[str, Any]] = []
+        self.tokens: list[str | None] = []
+        self.release = threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        self._server.add_generic_rpc_handlers((_Handlers(self),))
+        if credentials is None:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            self.port = self._server.add_secure_port("localhost:0", credentials)
+        self._server.start()
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def answer(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
+        self.calls.append((method, request))
+        self.tokens.append(dict(context.invocation_metadata()).get("authorization"))
+        if method not in self.answers:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, f"the test has no answer for {method}")
+        try:
+            return self.answers[method](request, context)
+        except GradwireError as error:
+            code, details, metadata = abort_arguments(error)
+            context.set_trailing_metadata(metadata)
+            context.abort(code, details)
+
+    def requests(self, method: str) -> list[Any]:
+        """The requests to `method`, in order."""
+        return [request for name, request in self.calls if name == method]
+
+    def stop(self) -> None:
+        self.release.set()
+        self._server.stop(0).wait()
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    def __init__(self, service: ScriptedService) -> None:
+        self._service = service
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        method = SERVICE.methods_by_name[handler_call_details.method.rpartition("/")[2]]
+        if method.client_streaming:
+            make = grpc.stream_unary_rpc_method_handler
+        elif method.server_streaming:
+            make = grpc.unary_stream_rpc_method_handler
+        else:
+            make = grpc.unary_unary_rpc_method_handler
+        return make(
+            lambda request, context: self._service.answer(method.name, request, context),
+            request_deserializer=GetMessageClass(method.input_type).FromString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+
+
+@pytest.fixture
+def start_scripted() -> Iterator[Callable[..., ScriptedService]]:
+    """Starts a ScriptedService, with server credentials where given; it stops with the test."""
+    services: list[ScriptedService] = []
+
+    def start(credentials: grpc.ServerCredentials | None = None) -> ScriptedService:
+        services.append(ScriptedService(credentials))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture
+def scripted(start_scripted: Callable[..., ScriptedService]) -> ScriptedService:
+    return start_scripted()
+
+
+@pytest.fixture
+def rpc(scripted: ScriptedService) -> Iterator[Rpc]:
+    rpc = Rpc(scripted.target, timeout=5.0)
+    yield rpc
+    rpc.close()

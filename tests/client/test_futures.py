@@ -1,0 +1,103 @@
+"""Futures: results for threads and coroutines, in the order of the calls."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from gradwire import errors
+from gradwire.futures import CallQueue
+
+
+@pytest.fixture
+def queue():
+    queue = CallQueue("test")
+    yield queue
+    queue.cancel()
+
+
+def test_calls_run_one_by_one_in_the_order_in_which_they_were_made(queue):
+    running, order = threading.Semaphore(1), []
+
+    def call(number: int):
+        assert running.acquire(blocking=False)
+        time.sleep(0.001 * (number % 3))
+        order.append(number)
+        running.release()
+        return number
+
+    futures = [queue.submit(lambda number=number: call(number)) for number in range(20)]
+    assert [future.result(5) for future in futures] == order == list(range(20))
+
+
+def test_error_of_a_call_is_raised_by_result_and_the_next_call_runs(queue):
+    failed = queue.submit(lambda: 1 / 0)
+    fine = queue.submit(lambda: "fine")
+    with pytest.raises(ZeroDivisionError):
+        failed.result(5)
+    assert fine.result(5) == "fine"
+
+
+def test_result_stops_waiting_after_its_timeout_and_the_call_goes_on(queue):
+    go = threading.Event()
+    future = queue.submit(lambda: go.wait(5))
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    assert not future.done()
+    go.set()
+    assert future.result(5) is True
+
+
+def test_future_can_be_awaited_from_any_running_loop(queue):
+    async def waits():
+        first, second = queue.submit(lambda: 1), queue.submit(lambda: 2)
+        return await asyncio.gather(first, second)
+
+    assert asyncio.run(waits()) == [1, 2]
+    assert asyncio.run(waits()) == [1, 2]
+
+
+def test_call_that_was_not_sent_can_be_cancelled_and_one_that_runs_cannot(queue):
+    go, started = threading.Event(), threading.Event()
+    running = queue.submit(lambda: started.set() or go.wait(5))
+    waiting = queue.submit(lambda: "never")
+    assert started.wait(5)
+    assert waiting.cancel() and not running.cancel()
+    go.set()
+    assert running.result(5) is True
+    with pytest.raises(BaseException, match="") as caught:
+        waiting.result(5)
+    assert type(caught.value).__name__ == "CancelledError"
+
+
+def test_closing_the_queue_raises_cancelled_from_what_waits(queue):
+    go, started = threading.Event(), threading.Event()
+    running = queue.submit(lambda: started.set() or go.wait(5))
+    waiting = queue.submit(lambda: "never")
+    assert started.wait(5)
+    queue.cancel()
+    with pytest.raises(errors.Cancelled) as caught:
+        waiting.result(5)
+    assert caught.value.outcome == "not_applied"
+    go.set()
+    assert running.result(5) is True
+
+
+def test_wait_returns_after_everything_that_was_submitted(queue):
+    done = []
+    for number in range(3):
+        queue.submit(lambda number=number: (time.sleep(0.02), done.append(number)))
+    queue.wait()
+    assert done == [0, 1, 2]
+
+
+def test_idle_queue_ends_its_thread(queue, monkeypatch):
+    monkeypatch.setattr("gradwire.futures._LINGER", 0.05)
+    queue.submit(lambda: None).result(5)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "gradwire-test")
+    thread.join(5)
+    assert not thread.is_alive()
+    assert queue.submit(lambda: "again").result(5) == "again"

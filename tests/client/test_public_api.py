@@ -1,0 +1,133 @@
+"""What users may rely on: the names, and that importing them costs nothing."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import gradwire
+
+NAMES = {
+    "TLS",
+    "Client",
+    "Future",
+    "GradientResult",
+    "Limits",
+    "Model",
+    "ModelInfo",
+    "ServerInfo",
+    "Sharding",
+    "StepResult",
+    "Timing",
+    "__version__",
+    "connect",
+    "errors",
+    "launch",
+    "optim",
+}
+
+PARAMETERS = {
+    "connect": "target *token *tls *timeout",
+    "launch": "workers storage **server_options",
+    "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
+    " *require_sharding *on_nan *labels",
+    "Client.get_model": "model_id",
+    "Client.list_models": "",
+    "Client.grad": "fn argnums has_aux",
+    "Client.value_and_grad": "fn argnums has_aux",
+    "Client.server_info": "",
+    "Client.close": "",
+    "Model.train_step": "inputs targets *lr",
+    "Model.forward_backward": "inputs targets",
+    "Model.optimizer_step": "gradients *lr",
+    "Model.zero_grad": "",
+    "Model.compute_gradients": "inputs targets *wrt *input_gradients *outputs *dtype *training *seed",
+    "Model.forward": "inputs training",
+    "Model.__call__": "inputs",
+    "Model.state_dict": "",
+    "Model.load_state_dict": "state_dict *partial",
+    "Model.info": "",
+    "Model.delete": "",
+    "optim.SGD": "*lr *momentum *dampening *weight_decay *nesterov *maximize",
+}
+
+FIELDS = {
+    "StepResult": {"loss", "step", "num_examples", "grad_norm", "lr", "timing", "rank_rows"},
+    "Timing": {"queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total"},
+    "Sharding": {"mode", "reason"},
+}
+
+
+def find(path: str):
+    found = gradwire
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def test_public_names_are_these():
+    assert set(gradwire.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(gradwire, name) is not None
+    assert set(dir(gradwire)) >= NAMES
+    with pytest.raises(AttributeError, match="no_such_name"):
+        gradwire.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("path", PARAMETERS)
+def test_signature_is_this(path):
+    marks = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(find(path)).parameters.values()
+    written = [marks.get(parameter.kind, "") + parameter.name for parameter in parameters if parameter.name != "self"]
+    assert " ".join(written) == PARAMETERS[path]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_result_has_these_fields(name):
+    assert {field for field in find(name).__dataclass_fields__} == FIELDS[name]
+
+
+def test_futures_offer_every_call_of_the_model_with_the_same_arguments():
+    calls = [path.removeprefix("Model.") for path in PARAMETERS if path.startswith("Model.") and "__" not in path]
+    from gradwire.model_futures import ModelFutures
+
+    for call in calls:
+        blocking, future = inspect.signature(find(f"Model.{call}")), inspect.signature(getattr(ModelFutures, call))
+        assert blocking.parameters == future.parameters, call
+        assert str(future.return_annotation) == f"Future[{blocking.return_annotation}]"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_everything_public_has_a_docstring(name):
+    found = getattr(gradwire, name)
+    if isinstance(found, str):
+        return
+    assert inspect.getdoc(found)
+    for member, value in vars(found).items() if inspect.isclass(found) else ():
+        if not member.startswith("_") and inspect.isfunction(value):
+            assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_every_error_is_reachable_and_one_family():
+    for name in gradwire.errors.__all__:
+        error = getattr(gradwire.errors, name)
+        assert issubclass(error, gradwire.errors.GradwireError | KeyboardInterrupt)
+
+
+def test_importing_gradwire_brings_neither_torch_nor_grpc_nor_threads():
+    code = (
+        "import sys, threading, gradwire;"
+        "print([m for m in ('torch', 'grpc', 'ray', 'numpy') if m in sys.modules], threading.active_count())"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.strip() == "[] 1"
+    assert answer.stderr == ""
+
+
+def test_launch_is_the_function_whatever_is_imported_first():
+    code = "from gradwire.launch import launch; import gradwire; print(gradwire.launch is launch, callable(launch))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.strip() == "True True"

@@ -1,0 +1,86 @@
+"""Encrypted connections: who is trusted, who is not, and that the client can show a certificate."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+
+import gradwire
+from gradwire import errors
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with openssl")
+
+KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+
+
+def openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ca, server, client (all of one authority) and stranger (signed by itself) as .pem and .key."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("ca", "stranger"):
+        openssl(folder, "req", "-x509", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(folder, "req", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        authority = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names"]
+        openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *authority)
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["one-sided", "mutual"])
+def mutual(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def service(start_scripted, certificates: Path, mutual: bool):
+    pair = ((certificates / "server.key").read_bytes(), (certificates / "server.pem").read_bytes())
+    authority = (certificates / "ca.pem").read_bytes() if mutual else None
+    return start_scripted(grpc.ssl_server_credentials([pair], authority, require_client_auth=mutual))
+
+
+def test_trusted_server_answers_over_tls_and_gets_the_token(service, certificates, mutual):
+    tls = gradwire.TLS(
+        ca=certificates / "ca.pem",
+        certificate=(certificates / "client.pem").read_bytes() if mutual else None,
+        key=str(certificates / "client.key") if mutual else None,
+    )
+    with gradwire.connect(service.target, token="t", tls=tls, timeout=5) as client:
+        assert client.server_info().workers == 4
+    assert set(service.tokens) == {"Bearer t"}
+
+
+@pytest.mark.parametrize("authority", ["stranger", None], ids=["another authority", "system roots"])
+def test_server_of_an_unknown_authority_is_unavailable(service, certificates, authority):
+    tls = gradwire.TLS(ca=certificates / f"{authority}.pem") if authority else True
+    with pytest.raises(errors.Unavailable, match="no gradwire service"):
+        gradwire.connect(service.target, tls=tls, timeout=3)
+    assert service.calls == []
+
+
+def test_plain_text_to_a_tls_server_is_unavailable(service):
+    with pytest.raises(errors.Unavailable):
+        gradwire.connect(service.target, timeout=3)
+
+
+def test_certificate_without_key_is_refused():
+    with pytest.raises(errors.InvalidArgument, match="together"):
+        gradwire.TLS(certificate=b"pem")
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(errors.InvalidArgument, match="absent.pem") as caught:
+        gradwire.connect("localhost:1", tls=gradwire.TLS(ca=tmp_path / "absent.pem"))
+    assert caught.value.field == "tls.ca"
+
+
+def test_repr_keeps_the_key_to_itself():
+    assert "secret" not in repr(gradwire.TLS(certificate=b"c", key=b"secret"))

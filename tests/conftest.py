@@ -1,0 +1,80 @@
+"""What tests of every folder share: one embedded service for the whole run, and a client of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import gradwire
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """The machine's cores belong to the ranks; references here are small."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[gradwire.Client]:
+    """A client of an embedded service for eight ranks, which ends with the run."""
+    with gradwire.launch(workers=8) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def service(client: gradwire.Client) -> str:
+    """Where that service listens, `127.0.0.1:PORT`, for clients of a test's own."""
+    return client.target
+
+
+@pytest.fixture(autouse=True)
+def models_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Deletes the models that a test leaves behind; those of module-wide fixtures stay."""
+    if "client" not in request.fixturenames:
+        yield
+        return
+    client: gradwire.Client = request.getfixturevalue("client")
+    before = {model.id for model in client.list_models()}
+    yield
+    for model in client.list_models():
+        if model.id not in before:
+            client.get_model(model.id).delete()
+
+
+@pytest.fixture(scope="session")
+def service_processes(client: gradwire.Client) -> Callable[..., set[int]]:
+    """A function that gives the ids of the service's processes; `settled=True` waits until they stay the same."""
+
+    def now() -> set[int]:
+        return {process.pid for process in psutil.Process().children(recursive=True)}
+
+    def settled_or_not(*, settled: bool = False, within: float = 30.0) -> set[int]:
+        pids, since, deadline = now(), time.monotonic(), time.monotonic() + within
+        # The warm pool refills itself in a few seconds: long enough without a change means that it is full.
+        while settled and time.monotonic() - since < 4.0:
+            assert time.monotonic() < deadline, f"processes still come and go after {within} s"
+            time.sleep(0.25)
+            if (found := now()) != pids:
+                pids, since = found, time.monotonic()
+        return pids
+
+    return settled_or_not
+
+
+@pytest.fixture(scope="session")
+def frontend_pid(service_processes: Callable[..., set[int]]) -> int:
+    """The process id of the frontend, which may run as `gradwire_server.main` or through the module that waits for Ray."""
+    commands = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in service_processes()}
+    (pid,) = [pid for pid, command in commands.items() if " gradwire_server.main" in command.replace("/", " ")]
+    return pid

@@ -1,0 +1,78 @@
+"""Every example runs as its reader would run it, and prints the reference's numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "client/examples"
+
+PRINTS = {
+    "sum_of_squares": ["out    7.0", "grad_x [[4.0, -2.0], [2.0, 2.0]]"],
+    "quadratic": ["out    25.0", "grad_x 10.0"],
+    "feed_forward": [
+        "loss 0.3613",
+        "grad W0 [[-0.0446, 0.0524, 0.0337], [-0.0446, 0.0524, 0.0337]]",
+        "grad W1 [-0.0891, 0.1049, 0.0675]",
+        "grad W2 [[-0.7040], [-0.6068], [-0.5387]]",
+        "grad W3 [-1.2021]",
+        "updated W0 [[0.0393, -0.6344, -0.3060], [0.4239, -0.5728, 0.1559]]",
+        "updated W1 [0.0751, 0.4558, -0.1303]",
+        "updated W2 [[0.8568], [0.4323], [0.4252]]",
+        "updated W3 [0.6505]",
+    ],
+    "custom_autograd_function": ["refused: EXPORT_CUSTOM_FUNCTION", "torch's own operators [4.0]"],
+    "thermometer_gradient": ["loss 1763.8848", "grad 4517.2969 82.6000"],
+    "thermometer_training": ["epoch 500 ", "loss 7.860116", "epoch 5000 ", "loss 2.927647", "params 5.3671 -17.3012"],
+}
+
+
+def run(name: str, service: str) -> str:
+    answer = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        env={**os.environ, "GRADWIRE_TARGET": service, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_example_prints_the_numbers_of_its_reference(name, service):
+    printed = run(name, service)
+    for line in PRINTS[name]:
+        assert line in printed
+
+
+def test_linear_regression_agrees_with_local_torch(service):
+    printed = run("linear_regression_one_point", service)
+    pairs = re.findall(r"^(\w+) +(-?[\d.]+) +(-?[\d.]+)$", printed, re.MULTILINE)
+    assert [name for name, _, _ in pairs] == ["loss", "weight", "bias", "x"]
+    for _, remote, local in pairs:
+        assert float(remote) == pytest.approx(float(local), abs=2e-6)
+
+
+def test_mlp_agrees_with_local_torch(service):
+    printed = run("mlp", service)
+    differences = dict(re.findall(r"^(\S+) .* largest difference from local torch (\S+)$", printed, re.MULTILINE))
+    assert list(differences) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert all(float(difference) < 1e-6 for difference in differences.values())
+
+
+def test_sgd_line_agrees_with_local_torch_and_finds_the_line(service):
+    printed = run("sgd_line", service)
+    w, b, local_w, local_b = map(float, re.findall(r"\b[wb] (-?\d+\.\d+)", printed))
+    assert (w, b) == pytest.approx((local_w, local_b), abs=2e-4)
+    assert (w, b) == pytest.approx((-5, 0), abs=0.2)
+
+
+def test_every_reference_case_has_an_example_and_every_example_a_test():
+    compared_with_torch = {"linear_regression_one_point", "mlp", "sgd_line"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"service"} == set(PRINTS) | compared_with_torch

@@ -1,0 +1,319 @@
+"""What the codec refuses: by a typed error with the path of the field and the bound, never by a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from gradwire_proto import codec, values
+from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2, program_pb2, tensor_pb2
+
+FLOAT32, INT64 = tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_INT64
+BUFFER = program_pb2.TENSOR_ROLE_BUFFER
+UNKNOWN_FIELD = bytes([0xF8, 0x3F, 0x01])  # Field number 1023, a varint of 1.
+
+
+def tensor(dtype: int = FLOAT32, shape: tuple[int, ...] = (2,), **content: object) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(dtype=dtype, shape=shape, **content)  # type: ignore[arg-type]
+
+
+def refusal(decode: Callable[[], object]) -> GradwireError:
+    with pytest.raises(GradwireError) as caught:
+        decode()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "field"),
+    [
+        (tensor(data=bytes(7)), "TENSOR_SIZE_MISMATCH", "t"),
+        (tensor(data=bytes(9)), "TENSOR_SIZE_MISMATCH", "t"),
+        (tensor(shape=(0,), data=b"x"), "TENSOR_SIZE_MISMATCH", "t"),
+        (tensor(shape=(2**40, 2**40), data=b""), "TENSOR_SIZE_MISMATCH", "t"),
+        (tensor(dtype=0, data=bytes(8)), "ENUM_VALUE_UNKNOWN", "t.dtype"),
+        (tensor(dtype=99, data=bytes(8)), "ENUM_VALUE_UNKNOWN", "t.dtype"),
+        (tensor(shape=(-2,), data=bytes(8)), "SHAPE_INVALID", "t.shape"),
+        (tensor(shape=(-1, -2), data=bytes(8)), "SHAPE_INVALID", "t.shape"),
+        (tensor(shape=(0, 2**62, 2**62), data=b""), "SHAPE_INVALID", "t.shape"),
+        (tensor(shape=(1,) * 65, data=bytes(4)), "SHAPE_INVALID", "t.shape"),
+        (tensor(dtype=tensor_pb2.DTYPE_BOOL, data=b"\x01\x02"), "TENSOR_NOT_BOOL", "t"),
+        (tensor(), "FIELD_MISSING", "t"),
+        (tensor(handle="/etc/passwd"), "NAME_INVALID", "t"),
+        (tensor(handle="uploads/../tensors/0"), "NAME_INVALID", "t"),
+        (tensor(handle="uploads/a/tensors/-1"), "NAME_INVALID", "t"),
+    ],
+)
+def test_tensor_that_contradicts_itself_is_refused(message: tensor_pb2.Tensor, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_tensor(message, "t"))
+    assert isinstance(error, InvalidArgument)
+    assert error.reason == reason
+    assert error.field is not None and error.field.startswith(field)
+
+
+def test_size_mismatch_names_both_sizes() -> None:
+    error = refusal(lambda: codec.decode_tensor(tensor(shape=(2, 3), data=bytes(20)), "batch.inputs"))
+    assert str(error) == "batch.inputs: float32[2, 3] has 24 bytes, got 20"
+
+
+@pytest.mark.parametrize("content", [{"data": bytes(8)}, {"handle": "uploads/a/tensors/0"}])
+def test_tensor_above_the_limit_is_refused_by_the_setting(content: dict) -> None:
+    limits = values.Limits(tensor_bytes=7)
+    error = refusal(lambda: codec.decode_tensor(tensor(**content), "t", limits))
+    assert isinstance(error, ResourceExhausted)
+    assert (error.reason, error.field) == ("TENSOR_TOO_LARGE", "t")
+    assert "tensor_bytes" in str(error) and "7" in str(error)
+
+
+def test_tensor_without_elements_may_leave_out_its_data() -> None:
+    assert codec.decode_tensor(tensor(shape=(0, 3))) == values.TensorData("float32", (0, 3), b"")
+
+
+def test_path_leads_to_the_leaf_at_fault() -> None:
+    good = values.TensorData("float32", (1,), bytes(4))
+    message = codec.encode_batch(values.Batch({"x": (good, [good])}, good))
+    message.inputs.dict.entries[0].value.tuple.items[1].list.items[0].tensor.data = b""
+    assert refusal(lambda: codec.decode_batch(message)).field == "batch.inputs.x[1][0]"
+
+
+def test_batch_without_inputs_is_refused() -> None:
+    error = refusal(lambda: codec.decode_batch(tensor_pb2.Batch()))
+    assert (error.field, error.reason) == ("batch.inputs", "FIELD_MISSING")
+
+
+def test_name_or_key_that_stands_twice_is_refused() -> None:
+    named = [tensor_pb2.NamedTensor(name="w", tensor=tensor(data=bytes(8)))] * 2
+    error = refusal(lambda: codec.decode_named_tensors(named))
+    assert (error.field, error.reason) == ('tensors["w"]', "DUPLICATE_NAME")
+    value = tensor_pb2.Value()
+    for _ in range(2):
+        value.dict.entries.add(key="k").value.integer = 1
+    assert refusal(lambda: codec.decode_value(value)).reason == "DUPLICATE_NAME"
+
+
+def test_nameless_tensor_is_refused_by_its_index() -> None:
+    error = refusal(lambda: codec.decode_named_tensors([tensor_pb2.NamedTensor()]))
+    assert (error.field, error.reason) == ("tensors[0].name", "NAME_MISSING")
+
+
+def test_nesting_is_bounded_both_ways_and_the_bound_passes_the_parser() -> None:
+    value: values.Value = 1
+    for _ in range(codec.MAX_DEPTH):
+        value = {"k": value}
+    request = pb.TrainStepRequest()
+    codec.encode_value(value, request.batch.inputs)
+    assert codec.decode_batch(pb.TrainStepRequest.FromString(request.SerializeToString()).batch).inputs == value
+    assert refusal(lambda: codec.encode_value([value])).reason == "NESTING_TOO_DEEP"
+    deeper = tensor_pb2.Value()
+    codec.encode_value(value, deeper.list.items.add())
+    assert refusal(lambda: codec.decode_value(deeper)).reason == "NESTING_TOO_DEEP"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"x": [object()]}, "VALUE_TYPE_UNSUPPORTED"),
+        ({"x": [2**63]}, "INTEGER_OUT_OF_RANGE"),
+        ({"x": ["\ud800"]}, "TEXT_NOT_UTF8"),
+    ],
+)
+def test_value_that_cannot_travel_is_refused_by_its_path(value: dict, reason: str) -> None:
+    error = refusal(lambda: codec.encode_value(value, field="v"))
+    assert (error.field, error.reason) == ("v.x[0]", reason)
+
+
+def test_key_that_is_no_string_is_refused() -> None:
+    assert refusal(lambda: codec.encode_value({1: 2})).reason == "VALUE_TYPE_UNSUPPORTED"  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("decode", "empty"),
+    [
+        (codec.decode_value, tensor_pb2.Value()),
+        (codec.decode_argument, program_pb2.Argument()),
+        (codec.decode_structure, program_pb2.Structure()),
+        (codec.decode_leaf, program_pb2.Leaf()),
+        (codec.decode_graph_input, program_pb2.GraphInput()),
+        (codec.decode_program, program_pb2.Program()),
+        (codec.decode_program, program_pb2.Program(graphs=program_pb2.GraphProgram(torch_version="2"))),
+        (codec.decode_variant, program_pb2.Variant(name="v")),
+        (codec.decode_loss, model_pb2.Loss()),
+        (codec.decode_model_spec, model_pb2.Model()),
+    ],
+)
+def test_message_that_says_nothing_is_refused(decode: Callable, empty: object) -> None:
+    error = refusal(lambda: decode(empty, "it"))
+    assert error.reason == "FIELD_MISSING"
+    assert error.field is not None and error.field.startswith("it")
+
+
+@pytest.mark.parametrize("kind", ["dtype", "layout", "memory_format"])
+@pytest.mark.parametrize("number", [0, 77])
+def test_argument_of_an_unknown_enum_value_is_refused(kind: str, number: int) -> None:
+    message = program_pb2.Argument(**{kind: number})  # type: ignore[arg-type]
+    assert refusal(lambda: codec.decode_argument(message)).reason == "ENUM_VALUE_UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "field"),
+    [
+        ({"role": 0}, "ENUM_VALUE_UNKNOWN", "tensor.role"),
+        ({"name": ""}, "NAME_MISSING", "tensor.name"),
+        (
+            {"role": program_pb2.TENSOR_ROLE_BUFFER, "requires_grad": True},
+            "GRADIENT_NOT_POSSIBLE",
+            "tensor.requires_grad",
+        ),
+        ({"dtype": INT64, "requires_grad": True}, "GRADIENT_NOT_POSSIBLE", "tensor.requires_grad"),
+        ({"shape": [-1]}, "SHAPE_INVALID", "tensor.shape"),
+    ],
+)
+def test_state_tensor_that_cannot_be_is_refused(fields: dict, reason: str, field: str) -> None:
+    good = {"name": "w", "role": program_pb2.TENSOR_ROLE_PARAMETER, "dtype": FLOAT32, "shape": [2]}
+    error = refusal(lambda: codec.decode_state_tensor(program_pb2.StateTensor(**{**good, **fields})))
+    assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize("symbol", [{"min": -1}, {"min": 3, "max": 2}, {"max": -1}])
+def test_symbol_with_impossible_bounds_is_refused(symbol: dict) -> None:
+    message = program_pb2.Symbol(name="rows", **symbol)
+    assert refusal(lambda: codec.decode_symbol(message)).reason == "INTEGER_OUT_OF_RANGE"
+
+
+def test_bound_of_zero_is_refused_because_the_wire_reads_it_as_none() -> None:
+    assert refusal(lambda: codec.encode_symbol(values.Symbol("rows", 0, 0))).reason == "INTEGER_OUT_OF_RANGE"
+
+
+def smallest_variant(**changes: object) -> values.Variant:
+    fields = {
+        "name": "train",
+        "training": True,
+        "graph": values.Graph(("x",), (), (values.NodeRef("x"),)),
+        "graph_inputs": (values.GraphInput("input", 0),),
+        "input_structure": values.LeafRef(0),
+        "input_leaves": (values.TensorSpec("float32", ("rows", 2)),),
+        "output_structure": values.LeafRef(0),
+    }
+    return values.Variant(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("structure", [(), values.LeafRef(1), (values.LeafRef(0), values.LeafRef(0))])
+def test_structure_that_misses_or_repeats_a_leaf_is_refused(structure: values.Structure) -> None:
+    message = codec.encode_variant(smallest_variant(input_structure=structure))
+    error = refusal(lambda: codec.decode_variant(message))
+    assert (error.reason, error.field) == ("STRUCTURE_INVALID", "variant.input_structure")
+
+
+def test_leaf_that_is_a_constant_tensor_is_refused() -> None:
+    message = program_pb2.Leaf(constant=tensor_pb2.Value(tensor=tensor(data=bytes(8))))
+    assert refusal(lambda: codec.decode_leaf(message)).reason == "VALUE_TYPE_UNSUPPORTED"
+
+
+def model_message(**fields: object) -> model_pb2.Model:
+    program = values.Program(torch_version="2", tensors=(), variants=(smallest_variant(),), operators={})
+    message = codec.encode_model_spec(values.ModelSpec(program=program))
+    message.MergeFrom(model_pb2.Model(**fields))  # type: ignore[arg-type]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "field"),
+    [
+        ({"workers": -2}, "INTEGER_OUT_OF_RANGE", "model.workers"),
+        ({"device": 9}, "ENUM_VALUE_UNKNOWN", "model.device"),
+        ({"on_nan": 9}, "ENUM_VALUE_UNKNOWN", "model.on_nan"),
+        ({"gpus_per_worker": -1.0}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
+        ({"gpus_per_worker": float("nan")}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
+        ({"gpus_per_worker": 1.0, "device": model_pb2.DEVICE_CPU}, "GPUS_ON_CPU", "model.gpus_per_worker"),
+        ({"labels": {"k": "v" * 64}}, "LABEL_TOO_LONG", 'model.labels["k"]'),
+        ({"labels": {str(index): "" for index in range(65)}}, "TOO_MANY_LABELS", "model.labels"),
+        ({"name": "models/mine"}, "FIELD_NOT_SETTABLE", "model.name"),
+        ({"step": 3}, "FIELD_NOT_SETTABLE", "model.step"),
+        ({"rank_rows": [1]}, "FIELD_NOT_SETTABLE", "model.rank_rows"),
+    ],
+)
+def test_model_that_the_service_would_not_honour_is_refused(fields: dict, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_model_spec(model_message(**fields)))
+    assert (error.reason, error.field) == (reason, field)
+
+
+def test_model_that_leaves_settings_out_gets_the_documented_ones() -> None:
+    message = model_message()
+    message.ClearField("workers")
+    spec = codec.decode_model_spec(message)
+    assert (spec.workers, spec.device, spec.on_nan, spec.gpus_per_worker) == (1, "auto", "report", 0.0)
+    message.device = model_pb2.DEVICE_CUDA
+    assert codec.decode_model_spec(message).gpus_per_worker == 1.0
+
+
+def test_field_that_a_newer_client_sends_is_refused_and_its_place_told() -> None:
+    request = pb.TrainStepRequest.FromString(UNKNOWN_FIELD)
+    error = refusal(lambda: codec.refuse_unknown_fields(request))
+    assert (error.reason, error.field) == ("UNKNOWN_FIELD", None)
+    assert "TrainStepRequest has no field number 1023" in str(error)
+    model = model_message()
+    model.program.graphs.variants[0].graph.nodes.add().MergeFromString(UNKNOWN_FIELD)
+    error = refusal(lambda: codec.decode_model_spec(model))
+    assert (error.reason, error.field) == ("UNKNOWN_FIELD", "model.program.graphs.variants[0].graph.nodes[0]")
+    codec.refuse_unknown_fields(model_message(labels={"a": "b"}), deep=True)
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_learning_rate_out_of_range_is_refused(rate: float) -> None:
+    error = refusal(lambda: codec.decode_learning_rate(pb.TrainStepRequest(learning_rate=rate)))
+    assert (error.reason, error.field) == ("NUMBER_OUT_OF_RANGE", "learning_rate")
+
+
+def test_learning_rate_of_zero_differs_from_none() -> None:
+    assert codec.decode_learning_rate(pb.TrainStepRequest(learning_rate=0.0)) == 0.0
+    assert codec.decode_learning_rate(pb.OptimizerStepRequest()) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.ComputeGradientsRequest(wrt=["a"], no_parameter_gradients=True), "WRT_CONTRADICTION", "wrt"),
+        (pb.ComputeGradientsRequest(wrt=["a", ""]), "NAME_MISSING", "wrt[1]"),
+        (
+            pb.ComputeGradientsRequest(gradient_dtype=INT64),
+            "DTYPE_NOT_DIFFERENTIABLE",
+            "gradient_dtype",
+        ),
+        (pb.ComputeGradientsRequest(gradient_dtype=99), "ENUM_VALUE_UNKNOWN", "gradient_dtype"),  # type: ignore[arg-type]
+    ],
+)
+def test_query_that_contradicts_itself_is_refused(
+    request_: pb.ComputeGradientsRequest, reason: str, field: str
+) -> None:
+    error = refusal(lambda: codec.decode_gradient_query(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+def test_inline_bound_of_zero_means_none() -> None:
+    assert codec.decode_max_inline_bytes(0) is None
+    assert codec.decode_max_inline_bytes(5) == 5
+    assert refusal(lambda: codec.decode_max_inline_bytes(-1)).field == "max_inline_bytes"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason", "field"),
+    [
+        (pb.Function(), "DIGEST_INVALID", "function.digest"),
+        (pb.Function(digest="0" * 63 + "G"), "DIGEST_INVALID", "function.digest"),
+        (pb.Function(digest="0" * 64, tensors=[tensor_pb2.NamedTensor()]), "FIELD_NOT_SETTABLE", "function.tensors"),
+        (pb.Function(digest="0" * 64, output_leaf=-1), "INTEGER_OUT_OF_RANGE", "function.output_leaf"),
+    ],
+)
+def test_function_that_names_nothing_is_refused(function: pb.Function, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_function(function))
+    assert (error.reason, error.field) == (reason, field)
+
+
+def test_function_with_state_is_refused() -> None:
+    weight = values.StateTensor(name="w", role="parameter", dtype="float32", shape=(1,))
+    program = values.Program(torch_version="2", tensors=(weight,), variants=(smallest_variant(),), operators={})
+    message = codec.encode_function(values.FunctionSpec(digest="0" * 64, program=program, tensors={}))
+    error = refusal(lambda: codec.decode_function(message))
+    assert (error.reason, error.field) == ("FUNCTION_INVALID", "function.program.graphs.tensors[0].role")

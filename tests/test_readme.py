@@ -1,0 +1,69 @@
+"""The README tells the truth: its tree is the folders' tree, and the commands that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_group
+
+import gradwire
+from gradwire.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# Everything set as code: what a reader may type.
+TYPED = "\n".join([*re.findall(r"`([^`\n]+)`", README), *(text for _, text in BLOCKS)])
+PROGRAMS = [text for language, text in BLOCKS if language == "python"]
+# Every file in these folders stands in the tree; generated stubs share one line.
+FOLDERS = ["proto/gradwire_proto", "client", "server/gradwire_server", "workers/gradwire_workers"]
+
+
+def paths_in_the_tree() -> list[str]:
+    """Paths from the repository's root. Two spaces more mean one folder deeper; ` · ` parts names on one line."""
+    (tree,) = [text for _, text in BLOCKS if "proto/gradwire_proto/" in text and "workers/gradwire_workers/" in text]
+    found, parents = [], [""]
+    for line in filter(str.strip, tree.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.split(r"\s{2,}", line.strip())[0].split(" · ")
+        found += [parents[depth] + name for name in names]
+        parents[depth + 1 :] = [parents[depth] + names[0]]
+    return found
+
+
+def test_every_path_in_the_tree_exists():
+    assert not [path for path in paths_in_the_tree() if not any(ROOT.glob(path))]
+
+
+def test_every_file_has_its_line_in_the_tree():
+    listed, missing = set(paths_in_the_tree()), []
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if name not in listed and "_pb2" not in name and path.name != "__init__.py":
+            promise = ast.get_docstring(ast.parse(path.read_text())) or ""
+            missing.append(f"{name}  {promise.splitlines()[:1]}")
+    assert not missing, "\n".join(["README's tree lacks", *sorted(missing)])
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", TYPED))
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_subcommands_that_are_named_exist():
+    named = set(re.findall(r"(?:^|/)gradwire ([a-z]+)", TYPED, re.MULTILINE))
+    assert {"serve", "demo"} <= named <= set(get_group(app).commands)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_are_python_and_use_names_that_exist(program):
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "gradwire"
+    }
+    assert not {name for name in used if not hasattr(gradwire, name)}

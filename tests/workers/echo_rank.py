@@ -1,0 +1,38 @@
+"""A rank's serving end without Ray and torch: a process that echoes. `python echo_rank.py ENDPOINT PATIENCE`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gradwire_proto.errors import InvalidArgument
+from gradwire_workers.rank_server import RankServer
+
+
+class Echo:
+    needs_rejoin = False
+
+    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        match kind:
+            case "echo":
+                return fields
+            case "sleep":
+                time.sleep(fields["seconds"])
+                return {}
+            case "processor_seconds":
+                return {"seconds": time.process_time()}
+            case "refuse":
+                raise InvalidArgument("too big", field="batch.inputs[0]", reason="SHAPE_MISMATCH")
+            case "exit":
+                os._exit(1)
+            case _:
+                raise ZeroDivisionError(kind)
+
+
+if __name__ == "__main__":
+    RankServer(sys.argv[1], Echo(), patience=float(sys.argv[2])).start()
+    print("serving", flush=True)
+    time.sleep(3600)

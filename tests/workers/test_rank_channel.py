@@ -1,0 +1,147 @@
+"""The hot path's seam: a channel here, a rank's serving thread in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+from gradwire_proto.errors import InternalError, InvalidArgument, RankLost
+from gradwire_proto.values import TensorData
+from gradwire_workers.rank_channel import RankChannel
+
+
+def start_rank(folder: Path, patience: float = 30.0) -> subprocess.Popen[str]:
+    script = Path(__file__).with_name("echo_rank.py")
+    process = subprocess.Popen(
+        [sys.executable, script, f"ipc://{folder}/rank.sock", str(patience)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "serving\n"
+    return process
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = start_rank(tmp_path)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+async def channel(rank, tmp_path: Path) -> AsyncIterator[RankChannel]:
+    context = zmq.Context()
+    channel = RankChannel(context, f"ipc://{tmp_path}/rank.sock", "rank-x")
+    await channel.call("echo")
+    yield channel
+    channel.close()
+    context.destroy(linger=0)
+
+
+async def test_fields_and_tensors_make_the_round_trip(channel):
+    big = os.urandom(3 << 20)
+    fields = {"lr": 0.1, "names": ("a", "b"), "tensor": TensorData("uint8", (len(big),), big)}
+    answer = await channel.call("echo", fields)
+    assert answer.fields == fields
+    assert answer.error is None
+    assert answer.busy > 0
+
+
+async def test_calls_may_overlap_and_are_answered_in_order(channel):
+    finished = []
+
+    async def call(number: int) -> None:
+        assert (await channel.call("echo", {"number": number})).fields == {"number": number}
+        finished.append(number)
+
+    await asyncio.gather(*(call(number) for number in range(200)))
+    assert finished == list(range(200))
+
+
+async def test_an_error_arrives_as_the_rank_raised_it(channel):
+    error = (await channel.call("refuse")).error
+    assert isinstance(error, InvalidArgument)
+    assert (error.field, error.reason, error.message) == ("batch.inputs[0]", "SHAPE_MISMATCH", "too big")
+
+
+async def test_a_defect_in_the_rank_is_an_internal_error_and_the_rank_lives_on(channel):
+    error = (await channel.call("nonsense")).error
+    assert isinstance(error, InternalError)
+    assert "ZeroDivisionError: nonsense" in error.message
+    assert (await channel.call("echo", {"a": 1})).fields == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["exit", "sleep"])
+async def test_a_rank_that_dies_in_the_middle_of_a_call_is_lost_within_two_seconds(channel, rank, kind):
+    told = []
+    channel.on_lost = told.append
+    call = channel.call(kind, {"seconds": 60})
+    if kind == "sleep":
+        await asyncio.sleep(0.1)
+        rank.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankLost) as caught:
+        await asyncio.wait_for(call, 5)
+    assert time.monotonic() - started < 2
+    assert caught.value.outcome == "unknown"
+    assert told == [channel.lost]
+    with pytest.raises(RankLost):
+        await channel.call("echo")
+
+
+async def test_an_idle_rank_that_dies_is_noticed_within_two_seconds(channel, rank):
+    lost = asyncio.Event()
+    channel.on_lost = lambda _: lost.set()
+    rank.send_signal(signal.SIGKILL)
+    await asyncio.wait_for(lost.wait(), 2)
+
+
+async def test_the_rank_leaves_when_the_channel_is_closed_even_if_it_is_busy(channel, rank):
+    call = channel.call("sleep", {"seconds": 60})
+    await asyncio.sleep(0.1)
+    channel.close()
+    with pytest.raises(RankLost):
+        await call
+    assert await asyncio.to_thread(rank.wait, 2) == 0
+
+
+async def test_a_rank_whose_frontend_never_comes_leaves(tmp_path):
+    rank = start_rank(tmp_path, patience=0.3)
+    assert await asyncio.to_thread(rank.wait, 3) == 0
+    rank.communicate()
+
+
+async def test_an_idle_channel_uses_no_processor_on_either_side(channel, rank):
+    before, here = psutil.Process(rank.pid).cpu_times(), time.process_time()
+    await asyncio.sleep(2)
+    after = psutil.Process(rank.pid).cpu_times()
+    assert after.user + after.system - before.user - before.system <= 0.01
+    assert time.process_time() - here <= 0.02
+
+
+async def test_closed_channels_leave_no_descriptors(channel, rank, tmp_path):
+    await channel.call("echo")
+    process = psutil.Process()
+    counts = []
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        other = start_rank(folder)
+        context = zmq.Context()
+        extra = RankChannel(context, f"ipc://{folder}/rank.sock", "rank-y")
+        await extra.call("echo")
+        extra.close()
+        context.destroy(linger=0)
+        await asyncio.to_thread(other.wait, 2)
+        other.communicate()
+        counts.append((process.num_fds(), process.num_threads()))
+    assert len(set(counts[1:])) == 1

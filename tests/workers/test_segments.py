@@ -1,0 +1,65 @@
+"""Big tensors travel as files that somebody always owns."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from gradwire_proto.tensors import from_torch, to_torch
+from gradwire_proto.values import Segment, TensorData
+from gradwire_workers.segments import SegmentWriter, release, sweep
+
+
+def test_tensors_of_all_shapes_come_back_from_one_file(tmp_path: Path):
+    tensors = [torch.randn(3, 5), torch.empty(0, 4), torch.tensor(7), torch.rand(1001) > 0.5]
+    written = SegmentWriter(tmp_path, "rank-a").write(map(from_torch, tensors))
+    assert len(list(tmp_path.iterdir())) == 1
+    for before, after in zip(tensors, written, strict=True):
+        assert isinstance(after.data, Segment)
+        assert after.data.offset % 64 == 0
+        assert torch.equal(to_torch(after), before)
+        assert torch.equal(to_torch(after, writable=True), before)
+
+
+def test_only_the_user_can_read_a_segment(tmp_path: Path):
+    SegmentWriter(tmp_path, "rank-a").write([from_torch(torch.ones(3))])
+    (path,) = tmp_path.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_release_unlinks_each_file_once_and_keeps_what_is_still_used(tmp_path: Path):
+    writer = SegmentWriter(tmp_path, "rank-a")
+    first, second = (writer.write([from_torch(torch.ones(3)), from_torch(torch.zeros(2))]) for _ in range(2))
+    mapped = to_torch(first[0])
+    release({"outputs": tuple(first), "gradients": {"w": second[0]}}, keep=[second[1]])
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-a-2"]
+    assert torch.equal(mapped, torch.ones(3)), "a mapping outlives its name"
+    release(second, second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_takes_the_files_of_one_rank_only(tmp_path: Path):
+    for name in ("rank-a", "rank-ab"):
+        SegmentWriter(tmp_path, name).write([from_torch(torch.ones(3))])
+    sweep(tmp_path, "rank-a")
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-ab-1"]
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path):
+    def tensors():
+        yield from_torch(torch.ones(3))
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        SegmentWriter(tmp_path, "rank-a").write(tensors())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_segment_that_was_cut_short_is_an_error(tmp_path: Path):
+    (written,) = SegmentWriter(tmp_path, "rank-a").write([from_torch(torch.ones(3))])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"1234")
+    with pytest.raises(Exception, match="bytes|length|mmap"):
+        to_torch(TensorData("float32", (3,), written.data), writable=True)

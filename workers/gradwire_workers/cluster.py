@@ -1,0 +1,200 @@
+"""Where models get their ranks: capacity, the warm pool and worker groups. All that the frontend sees."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from gradwire_proto.codec import encode_model_spec
+from gradwire_proto.errors import GradwireError
+from gradwire_proto.values import (
+    Batch,
+    FunctionSpec,
+    GradientQuery,
+    GradientResult,
+    Limits,
+    ModelSpec,
+    NamedTensors,
+)
+from gradwire_workers import segments
+from gradwire_workers.capacity import Capacity, Demand
+from gradwire_workers.function_rank import FunctionRank
+from gradwire_workers.lease import Lease
+from gradwire_workers.placement import Placement
+from gradwire_workers.rank_launcher import RankLauncher
+from gradwire_workers.rank_process import RankProcess
+from gradwire_workers.ranks import Ranks
+from gradwire_workers.segments import SegmentWriter
+from gradwire_workers.warm_pool import WarmPool
+from gradwire_workers.worker_group import WorkerGroup
+
+_FRONTEND = "frontend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where to find Ray, and how to use it.
+
+    address: Ray's own, "127.0.0.1:6379". namespace: this service's, the same after a restart.
+    folder, memory_folder: private, the second in shared memory; the first one's path must be short, for sockets.
+    workers: how many ranks models may hold, None for as many as Ray has CPUs. spare_ranks: warm ones kept ready.
+    threads_per_rank: torch's threads, 0 for an equal share of the machine's cores.
+    """
+
+    address: str
+    namespace: str
+    folder: str
+    memory_folder: str
+    workers: int | None = None
+    spare_ranks: int = 2
+    threads_per_rank: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+
+class Cluster:
+    """See the module. Made by `connect`; all methods belong to the event loop's thread."""
+
+    def __init__(self, config: ClusterConfig, placement: Placement, launcher: RankLauncher) -> None:
+        self._config = config
+        self._placement = placement
+        self._launcher = launcher
+        self._writer = SegmentWriter(config.memory_folder, _FRONTEND)
+
+    @classmethod
+    async def connect(cls, config: ClusterConfig) -> Cluster:
+        """Joins Ray, removes what an earlier frontend left, and starts warming ranks. Does not wait for them.
+
+        Unavailable when Ray does not answer.
+        """
+        for folder in (config.folder, config.memory_folder):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        placement = Placement(config.address, config.namespace)
+        launcher = RankLauncher(placement, folder=config.folder, memory_folder=config.memory_folder)
+        cluster = cls(config, placement, launcher)
+        await cluster._join()
+        return cluster
+
+    async def _join(self) -> None:
+        in_thread = self._launcher.in_thread
+        await in_thread(self._placement.join)
+        await in_thread(self._placement.kill_orphans)
+        self._sweep()
+        cpus, gpus = await in_thread(self._placement.totals)
+        self.capacity = Capacity(workers=self._config.workers or cpus, gpus=gpus)
+        cores = len(os.sched_getaffinity(0))
+        self._threads = self._config.threads_per_rank or max(1, cores // max(1, self.capacity.workers))
+        self._pool = WarmPool[RankProcess](
+            self._start_rank,
+            spare=self._config.spare_ranks,
+            # One more than models may hold: the rank of functions.
+            most=self.capacity.workers + 1,
+            at_once=cores,
+        )
+        self._functions = FunctionRank(
+            take=self._take_one,
+            give_up=partial(self._pool.give_back, reuse=False),
+            writer=self._writer,
+            device="cpu",
+            threads=self._threads,
+            limits=self._config.limits,
+        )
+        self._pool.open()
+
+    def _sweep(self) -> None:
+        segments.sweep(self._config.memory_folder, "rank")
+        segments.sweep(self._config.memory_folder, _FRONTEND)
+        shutil.rmtree(self._groups_folder, ignore_errors=True)
+
+    @property
+    def _groups_folder(self) -> Path:
+        return Path(self._config.folder) / "groups"
+
+    async def _start_rank(self) -> RankProcess:
+        process = await self._launcher.start()
+        self._watch_idle(process)
+        return process
+
+    def _watch_idle(self, process: RankProcess) -> None:
+        process.channel.on_lost = lambda _: self._pool.remove(process)
+
+    async def _take_one(self) -> RankProcess:
+        (process,) = await self._pool.take(1, "")
+        return process
+
+    async def warm(self, ranks: int | None = None) -> None:
+        """Waits until so many ranks are warm, or as many as are kept."""
+        await self._pool.warm(ranks)
+
+    async def start_group(
+        self,
+        spec: ModelSpec,
+        tensors: NamedTensors,
+        example: Batch | None,
+        *,
+        model_id: str = "",
+        owner: str = "",
+    ) -> WorkerGroup:
+        """Ranks that hold the model, ready for commands. Whatever fails, nothing is left behind.
+
+        ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
+        (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong.
+        """
+        demand = self.capacity.demand(spec)
+        lease = Lease(
+            capacity=self.capacity,
+            placement=self._placement,
+            launcher=self._launcher,
+            pool=self._pool,
+            folder=self._groups_folder / f"{model_id}-{uuid.uuid4().hex[:8]}",
+        )
+        try:
+            await lease.acquire(demand, owner)
+            ranks = Ranks(lease.processes)
+            group = WorkerGroup(
+                ranks=ranks,
+                variants=spec.program.variants,
+                device=demand.device,
+                writer=self._writer,
+                require_sharding=spec.require_sharding,
+                release=lease.release,
+            )
+            await self._load(ranks, lease, spec, demand, tensors)
+            await group.prepare(example)
+        except BaseException as error:
+            # A program that is refused leaves good ranks behind, unless one died of it.
+            reuse = isinstance(error, GradwireError) and all(process.alive for process in lease.processes)
+            await asyncio.shield(lease.release(reuse))
+            raise
+        return group
+
+    async def _load(self, ranks: Ranks, lease: Lease, spec: ModelSpec, demand: Demand, tensors: NamedTensors) -> None:
+        common = {
+            "spec": encode_model_spec(spec).SerializeToString(),
+            "tensors": tensors,
+            "device": demand.device,
+            "size": len(ranks),
+            "threads": self._threads,
+            "limits": asdict(self._config.limits),
+        }
+        of_ranks = [{**common, "rank": rank, "gpus": lease.gpu_ids(rank)} for rank in range(len(ranks))]
+        await ranks.call("load", of_ranks)
+        where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
+        await ranks.call("start", [where] * len(ranks))
+
+    async def compute_function_gradients(
+        self, function: FunctionSpec, batch: Batch, query: GradientQuery
+    ) -> GradientResult:
+        """Gradients of a function that no model holds. See `FunctionRank`."""
+        return await self._functions.compute_gradients(function, batch, query)
+
+    async def close(self) -> None:
+        """Ends every rank and leaves Ray. Groups that are still open are lost."""
+        await self._functions.close()
+        await self._pool.close()
+        await self._launcher.close()
+        self._sweep()

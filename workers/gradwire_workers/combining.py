@@ -1,0 +1,121 @@
+"""The answers of several ranks as one result."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from gradwire_proto.values import (
+    ForwardResult,
+    GradientResult,
+    Leaf,
+    Segment,
+    StepResult,
+    TensorData,
+    Timing,
+    Variant,
+    unflatten,
+)
+from gradwire_workers import segments
+from gradwire_workers.ranks import Answers
+from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import combine_leaves
+
+
+def step_result(answers: Answers, rows: int) -> StepResult:
+    """What a training command answers. Loss and step are the same on every rank."""
+    first = answers.fields[0]
+    return StepResult(
+        loss=first["loss"],
+        step=first["step"],
+        num_examples=rows,
+        lr=first["lr"],
+        timing=_timing(answers),
+        rank_rows=_rank_rows(answers),
+    )
+
+
+async def gradient_result(
+    answers: Answers, variant: Variant, shards: Sequence[Shard], rows: int, writer: SegmentWriter
+) -> GradientResult:
+    """Gradients are rank 0's, already summed; input gradients and outputs are put together from every rank's rows."""
+    first = answers.fields[0]
+    inputs = await _combine(shards, _column(answers, "input_gradients"), variant.input_leaves, writer)
+    outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
+    # A rank's tensors share one file: what was put together is done with, rank 0's gradients may lie beside it.
+    segments.release(*answers.fields, keep=[dict(first["gradients"]), inputs, outputs])
+    return GradientResult(
+        loss=first["loss"],
+        step=first["step"],
+        num_examples=rows,
+        gradients=first["gradients"],
+        input_gradients=None if inputs is None else unflatten(variant.input_structure, inputs),
+        outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
+        timing=_timing(answers),
+        rank_rows=_rank_rows(answers),
+    )
+
+
+async def forward_result(
+    answers: Answers, variant: Variant, shards: Sequence[Shard], writer: SegmentWriter
+) -> ForwardResult:
+    """Outputs, put together from every rank's rows."""
+    outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
+    segments.release(*answers.fields, keep=outputs)
+    return ForwardResult(
+        outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
+        step=answers.fields[0]["step"],
+        timing=_timing(answers),
+        rank_rows=_rank_rows(answers),
+    )
+
+
+def _column(answers: Answers, name: str) -> list[Any]:
+    return [fields[name] for fields in answers.fields]
+
+
+def _rank_rows(answers: Answers) -> tuple[int, ...]:
+    return tuple(fields["rows"] for fields in answers.fields)
+
+
+def _timing(answers: Answers) -> Timing:
+    parts = [fields["seconds"] for fields in answers.fields]
+    return Timing(
+        transfer=answers.transfer,
+        compute=max(part["compute"] for part in parts),
+        all_reduce=max(part["all_reduce"] for part in parts),
+        optimizer=max(part["optimizer"] for part in parts),
+        total=answers.total,
+    )
+
+
+async def _combine(
+    shards: Sequence[Shard], parts: Sequence[list[Any] | None], specs: Sequence[Leaf] | None, writer: SegmentWriter
+) -> list[Any] | None:
+    """One list of leaves per rank -> the whole batch's leaves; None where nobody was asked for any."""
+    if parts[0] is None:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    if not _is_big(parts):
+        return combine_leaves(shards, parts, specs)
+    return await asyncio.to_thread(_combine_parts, shards, parts, specs, writer)
+
+
+def _combine_parts(
+    shards: Sequence[Shard], parts: Sequence[list[Any] | None], specs: Sequence[Leaf] | None, writer: SegmentWriter
+) -> list[Any]:
+    """The same for tensors that are big, or lie in segments: the result is in a segment."""
+    whole = combine_leaves(shards, parts, specs)
+    tensors = [leaf for leaf in whole if isinstance(leaf, TensorData)]
+    written = iter(writer.write(tensors))
+    return [next(written) if isinstance(leaf, TensorData) else leaf for leaf in whole]
+
+
+def _is_big(parts: Sequence[list[Any] | None]) -> bool:
+    tensors = [leaf for part in parts for leaf in part or () if isinstance(leaf, TensorData)]
+    return any(isinstance(tensor.data, Segment) for tensor in tensors) or (
+        sum(tensor.nbytes for tensor in tensors) >= INLINE_BYTES
+    )

@@ -1,0 +1,248 @@
+"""A program that can run: shared tensors and one raw graph for each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.graph_writes import written_inputs
+from gradwire_proto.values import ROWS, GraphInput, Limits, Program, StateTensor, TensorSpec, Variant
+from torch import Tensor, fx, nn
+
+from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
+from gradwire_workers.programs.graph_builder import build_graph
+from gradwire_workers.programs.randomness import is_random, without_randomness
+from gradwire_workers.programs.size_check import check_sizes
+
+_GROWTH = 4
+"""Sizes are checked again when a batch has this many times the rows that were checked."""
+
+
+class BuiltProgram(nn.Module):
+    """Parameters and buffers by the user's names, and the variants that run over them.
+
+    Made by `build_program`. Graphs read the tensors that `state` gave; they must stay the same objects (change them in
+    place), on the device they were built for. Registered as a module's parameters and buffers under names of its own.
+    """
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], device: torch.device, limits: Limits) -> None:
+        super().__init__()
+        self._device = device
+        self._limits = limits
+        self._program = replace(program, tensors=(), variants=(), operators={})
+        self._tensors: dict[str, Tensor] = {}
+        self._runs: dict[str, _Run] = {}
+        self._random_runs: dict[str, _Run] | None = None
+        self._batch_norm: BatchNorm | None = None
+        self._merge(program.tensors, state, program.operators)
+        for variant in program.variants:
+            self._add(variant)
+
+    @property
+    def program(self) -> Program:
+        """The program, with the variants that were added."""
+        return self._program
+
+    def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
+        """The flat outputs of a variant for its input leaves, in order (constants included, but not looked at)."""
+        run = self._run(variant_name)
+        if run.rows_leaf is not None and leaves[run.rows_leaf].shape[0] > run.checked_rows:
+            self._check_sizes(run, rows=_GROWTH * leaves[run.rows_leaf].shape[0])
+        return run.outputs(leaves)
+
+    def loss(self, variant_name: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        """The scalar that the variant's loss graph makes of flat outputs and target leaves."""
+        run = self._run(variant_name).loss
+        if run is None:
+            raise InvalidArgument(f"variant {variant_name!r} has no loss graph", reason="NO_LOSS_GRAPH")
+        return run(outputs, targets)
+
+    def variant(self, variant_name: str) -> Variant:
+        """The variant of that name. Raises InvalidArgument for an unknown one."""
+        return self._run(variant_name).variant
+
+    def mutated_buffers(self, variant_name: str) -> list[Tensor]:
+        """The tensors that running the variant changes: buffers, and parameters where a graph writes to them."""
+        return [self._tensors[name] for name in self._run(variant_name).written]
+
+    def is_random(self, variant_name: str) -> bool:
+        """Whether running the variant draws random numbers."""
+        return self._run(variant_name).is_random
+
+    def has_batch_norm(self, variant_name: str) -> bool:
+        """Whether the variant normalises with the batch's own statistics."""
+        return self._run(variant_name).has_batch_norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by the user's names, in the module's order. Tied ones are one tensor."""
+        return {
+            each.name: self._tensors[each.name] for each in self._program.tensors if each.role in ("parameter", "buffer")
+        }
+
+    def all_state(self) -> dict[str, Tensor]:
+        """Every tensor of the program once: temporary buffers and constants too, aliases left out."""
+        return {each.name: self._tensors[each.name] for each in self._program.tensors if each.alias_of is None}
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Parameters by the user's names, in order, frozen ones too, aliases left out."""
+        return {
+            name: tensor for name, tensor in self.all_state().items() if isinstance(tensor, nn.Parameter)
+        }
+
+    def add_variant(
+        self,
+        variant: Variant,
+        tensors: Sequence[StateTensor] = (),
+        values: Mapping[str, Tensor] | None = None,
+        operators: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a checked variant, with the constants that only it uses. A name that exists is refused."""
+        if variant.name in self._runs:
+            raise InvalidArgument(f"there is a variant {variant.name!r}", field="variant.name", reason="VARIANT_EXISTS")
+        self._merge(tensors, values or {}, operators or {})
+        self._add(variant)
+
+    def replace_batch_norm(self, function: BatchNorm) -> None:
+        """Make every training batch norm, of later variants too, call `function` with batch_norm's nine arguments."""
+        self._batch_norm = function
+        for run in (*self._runs.values(), *(self._random_runs or {}).values()):
+            replace_batch_norms(run.module, function)
+
+    @contextmanager
+    def without_randomness(self) -> Iterator[None]:
+        """Inside, variants run with dropout off and fixed numbers in place of random ones."""
+        kept = self._runs
+        self._random_runs = kept
+        self._runs = {
+            name: replace(run, module=without_randomness(run.module)) if run.is_random else run
+            for name, run in kept.items()
+        }
+        try:
+            yield
+        finally:
+            self._runs, self._random_runs = kept, None
+
+    def _run(self, variant_name: str) -> _Run:
+        try:
+            return self._runs[variant_name]
+        except KeyError:
+            raise InvalidArgument(f"there is no variant {variant_name!r}", reason="VARIANT_UNKNOWN") from None
+
+    def _merge(
+        self, tensors: Sequence[StateTensor], values: Mapping[str, Tensor], operators: Mapping[str, str]
+    ) -> None:
+        for each in tensors:
+            self._tensors[each.name] = self._tensors[each.alias_of] if each.alias_of else self._own(each, values)
+        self._program = replace(
+            self._program,
+            tensors=(*self._program.tensors, *tensors),
+            operators={**self._program.operators, **operators},
+        )
+
+    def _own(self, spec: StateTensor, values: Mapping[str, Tensor]) -> Tensor:
+        tensor = values[spec.name].detach().to(self._device)
+        # An index, because the user's names may be anything.
+        registered = f"tensor_{len(self._parameters) + len(self._buffers)}"
+        if spec.role == "parameter":
+            tensor = nn.Parameter(tensor, requires_grad=spec.requires_grad)
+            self.register_parameter(registered, tensor)
+        else:
+            self.register_buffer(registered, tensor, persistent=False)
+        return tensor
+
+    def _add(self, variant: Variant) -> None:
+        graph = variant.graph
+        assert graph is not None, "graph_check lets no variant through without its graph"
+        module = build_graph(graph, self._device)
+        if self._batch_norm is not None:
+            replace_batch_norms(module, self._batch_norm)
+        written = sorted(written_inputs(graph, self._program.operators))
+        names = [variant.graph_inputs[index].key for index in written if variant.graph_inputs[index].kind == "tensor"]
+        loss = None
+        if variant.loss_graph is not None:
+            loss = _LossRun(build_graph(variant.loss_graph, self._device), variant.loss_graph_inputs, self._tensors)
+        run = _Run(
+            variant=variant,
+            module=module,
+            template=[self._tensors[str(i.key)] if i.kind == "tensor" else None for i in variant.graph_inputs],
+            leaf_positions=_positions(variant.graph_inputs, "input"),
+            loss=loss,
+            written=tuple(dict.fromkeys(str(name) for name in names)),
+            is_random=is_random(module),
+            has_batch_norm=any(True for _ in training_batch_norms(module)),
+            rows_leaf=_rows_leaf(variant),
+        )
+        smallest = max([symbol.min for symbol in variant.symbols if symbol.name == ROWS], default=0)
+        self._check_sizes(run, rows=max(smallest, 2))
+        self._runs[variant.name] = run
+        self._program = replace(self._program, variants=(*self._program.variants, variant))
+
+    def _check_sizes(self, run: _Run, rows: int) -> None:
+        inputs = [None if tensor is None else _like_on_meta(tensor) for tensor in run.template]
+        sizes = {symbol.name: max(symbol.min, 2) for symbol in run.variant.symbols} | {ROWS: rows}
+        for position, leaf in run.leaf_positions:
+            spec = run.variant.input_leaves[leaf]
+            if isinstance(spec, TensorSpec):
+                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+                inputs[position] = torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
+        check_sizes(run.module, inputs, self._limits.tensor_bytes, f"variant {run.variant.name!r}")
+        run.checked_rows = rows
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A variant, ready to run: which tensors go where."""
+
+    variant: Variant
+    module: fx.GraphModule
+    template: list[Tensor | None]
+    leaf_positions: list[tuple[int, int]]
+    loss: _LossRun | None
+    written: tuple[str, ...]
+    is_random: bool
+    has_batch_norm: bool
+    rows_leaf: int | None
+    checked_rows: int = 0
+
+    def outputs(self, leaves: Sequence[Any]) -> list[Any]:
+        inputs: list[Any] = self.template.copy()
+        for position, leaf in self.leaf_positions:
+            inputs[position] = leaves[leaf]
+        return list(self.module.forward(*inputs))
+
+
+class _LossRun:
+    """A loss graph, ready to run."""
+
+    def __init__(self, module: fx.GraphModule, inputs: tuple[GraphInput, ...], tensors: Mapping[str, Tensor]) -> None:
+        self._forward: Callable[..., Any] = module.forward
+        self._template = [tensors[str(each.key)] if each.kind == "tensor" else None for each in inputs]
+        self._outputs = _positions(inputs, "output")
+        self._targets = _positions(inputs, "target")
+
+    def __call__(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        inputs: list[Any] = self._template.copy()
+        for position, leaf in self._outputs:
+            inputs[position] = outputs[leaf]
+        for position, leaf in self._targets:
+            inputs[position] = targets[leaf]
+        return self._forward(*inputs)[0]
+
+
+def _positions(inputs: Sequence[GraphInput], kind: str) -> list[tuple[int, int]]:
+    return [(position, int(each.key)) for position, each in enumerate(inputs) if each.kind == kind]
+
+
+def _rows_leaf(variant: Variant) -> int | None:
+    for index, leaf in enumerate(variant.input_leaves):
+        if isinstance(leaf, TensorSpec) and leaf.has_rows:
+            return index
+    return None
+
+
+def _like_on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

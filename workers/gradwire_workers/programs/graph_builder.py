@@ -1,0 +1,93 @@
+"""A graph value -> fx.GraphModule. Operators come from the allowlist; no name that a client sent reaches any code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, resolve
+from gradwire_proto.values import (
+    Argument,
+    DTypeRef,
+    Graph,
+    LayoutRef,
+    MemoryFormatRef,
+    Node,
+    NodeRef,
+    RankDevice,
+    SubgraphRef,
+)
+from torch import fx
+
+from gradwire_workers.programs import batch_norm
+from gradwire_workers.programs.regions import run_with_autocast, run_with_grad_mode
+
+_MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "preserve": torch.preserve_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+_LAYOUTS = {"strided": torch.strided}
+
+
+def build_graph(graph: Graph, device: torch.device) -> fx.GraphModule:
+    """A module that runs a checked graph on `device`; called with the graph's inputs, it returns a tuple of outputs.
+
+    Each call node's `meta["operator"]` is the operator's name in the allowlist.
+    """
+    return _Builder(graph, device).build()
+
+
+class _Builder:
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        self._source = graph
+        self._device = device
+        self._graph = fx.Graph()
+        self._nodes: dict[str, fx.Node] = {}
+        self._subgraphs: dict[str, str] = {}
+
+    def build(self) -> fx.GraphModule:
+        root: dict[str, Any] = {}
+        for index, (name, subgraph) in enumerate(self._source.subgraphs.items()):
+            self._subgraphs[name] = f"subgraph_{index}"
+            root[f"subgraph_{index}"] = build_graph(subgraph, self._device)
+        # Names of our own: the client's never become Python identifiers.
+        for index, name in enumerate(self._source.inputs):
+            self._nodes[name] = self._graph.placeholder(f"input_{index}")
+        for index, node in enumerate(self._source.nodes):
+            self._nodes[node.name] = self._add(node, f"n{index}")
+        self._graph.output(tuple(self._argument(item) for item in self._source.outputs))
+        return fx.GraphModule(root, self._graph)
+
+    def _add(self, node: Node, name: str) -> fx.Node:
+        arguments = tuple(self._argument(item) for item in node.arguments)
+        keywords = {key: self._argument(item) for key, item in node.keyword_arguments.items()}
+        if node.operator in REGIONS:
+            target = run_with_autocast if node.operator == AUTOCAST_REGION else run_with_grad_mode
+        else:
+            target = resolve(node.operator)
+        if node.operator == "aten.batch_norm.default":
+            arguments, keywords = batch_norm.positional(arguments, keywords), {}
+            target = target if arguments[5] is False else batch_norm.checked_batch_norm
+        made = self._graph.create_node("call_function", target, arguments, keywords, name=name)
+        made.meta["operator"] = node.operator
+        return made
+
+    def _argument(self, argument: Argument) -> Any:
+        match argument:
+            case NodeRef():
+                return self._nodes[argument.name]
+            case SubgraphRef():
+                return self._graph.get_attr(self._subgraphs[argument.name])
+            case list():
+                return [self._argument(item) for item in argument]
+            case RankDevice():
+                return self._device
+            case DTypeRef():
+                return getattr(torch, argument.name)
+            case LayoutRef():
+                return _LAYOUTS[argument.name]
+            case MemoryFormatRef():
+                return _MEMORY_FORMATS[argument.name]
+        return argument

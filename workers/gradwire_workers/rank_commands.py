@@ -1,0 +1,239 @@
+"""What a rank does with each command: fields of a message into a call of the Trainer, its report into fields."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InternalError, ResourceExhausted
+from gradwire_proto.tensors import from_torch, to_torch
+from gradwire_proto.v1 import model_pb2, program_pb2
+from gradwire_proto.values import (
+    GradientQuery,
+    Limits,
+    ModelSpec,
+    OutputLossSpec,
+    StateTensor,
+    TensorData,
+    leaves,
+    map_leaves,
+)
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.rank_footprint import RankFootprint
+from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
+from gradwire_workers.shard import Shard
+from gradwire_workers.trainer import Trainer
+from gradwire_workers.warm_up import warm_up
+
+Fields = Mapping[str, Any]
+
+
+class RankCommands:
+    """The state of one rank: nothing, a model's replica, or functions. Commands come one at a time, from one thread."""
+
+    def __init__(self, name: str, memory_folder: str) -> None:
+        warm_up()
+        self._segments = SegmentWriter(memory_folder, name)
+        self._clean = RankFootprint.measure()
+        self._loaded: Callable[[Fields], Trainer] | None = None
+        self._trainer: Trainer | None = None
+        self._functions: dict[str, Trainer] = {}
+        self._commands: dict[str, Callable[[Fields], Fields]] = {
+            "hello": lambda _: {},
+            "load": self._load,
+            "start": self._start,
+            "rejoin": self._rejoin,
+            "reset": self._reset,
+            "check_rows": self._check_rows,
+            "train_step": self._train_step,
+            "forward_backward": self._forward_backward,
+            "optimizer_step": self._optimizer_step,
+            "zero_grad": self._zero_grad,
+            "compute_gradients": self._compute_gradients,
+            "forward": self._forward,
+            "state_dict": self._state_dict,
+            "load_state_dict": self._load_state_dict,
+            "add_variant": self._add_variant,
+            "compute_function": self._compute_function,
+        }
+
+    def answer(self, kind: str, fields: Fields) -> Fields:
+        """Carries out one command. Errors are GradwireErrors; torch's out-of-memory errors become ResourceExhausted."""
+        command = self._commands.get(kind)
+        if command is None:
+            raise InternalError(f"no command {kind}")
+        try:
+            return self._outgoing(command(fields))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, GradwireError) or not _is_out_of_memory(error):
+                raise
+            raise ResourceExhausted(f"a rank is out of memory: {error}", reason="OUT_OF_MEMORY") from error
+
+    @property
+    def needs_rejoin(self) -> bool:
+        """Whether the last command broke this rank's process group."""
+        return self._trainer is not None and self._trainer.needs_rejoin
+
+    # --- life ---
+
+    def _load(self, fields: Fields) -> Fields:
+        """Takes a model's spec and tensors. Not part of `start`, where ranks wait for each other: it may fail alone."""
+        if gpus := fields["gpus"]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        # Torch keeps the number per thread: it must be set in the one that computes.
+        torch.set_num_threads(fields["threads"])
+        spec = decode_model_spec(model_pb2.Model.FromString(bytes(fields["spec"])))
+        state = _incoming(fields["tensors"], writable=True)
+        limits, device, rank, size = Limits(**fields["limits"]), fields["device"], fields["rank"], fields["size"]
+
+        def start(where: Fields) -> Trainer:
+            if size == 1:
+                return Trainer(spec=spec, state=state, device=device, limits=limits)
+            groups = ProcessGroups.join(
+                folder=where["folder"], epoch=where["epoch"], rank=rank, size=size, device=device
+            )
+            try:
+                return Trainer(spec=spec, state=state, rank=rank, groups=groups, device=device, limits=limits)
+            except BaseException:
+                groups.leave()
+                raise
+
+        self._loaded = start
+        return {}
+
+    def _start(self, fields: Fields) -> Fields:
+        assert self._loaded is not None
+        start, self._loaded = self._loaded, None
+        self._trainer = start(fields)
+        return {}
+
+    def _rejoin(self, fields: Fields) -> Fields:
+        self._model.rejoin(fields["epoch"])
+        return {}
+
+    def _reset(self, _: Fields) -> Fields:
+        """Forgets everything. Says whether the process is as good as new."""
+        for trainer in (self._trainer, *self._functions.values()):
+            if trainer is not None:
+                trainer.close()
+        self._loaded = self._trainer = None
+        self._functions.clear()
+        return {"reusable": not torch.cuda.is_initialized() and RankFootprint.measure().is_close_to(self._clean)}
+
+    @property
+    def _model(self) -> Trainer:
+        if self._trainer is None:
+            raise FailedPrecondition("this rank has no model")
+        return self._trainer
+
+    # --- a model ---
+
+    def _check_rows(self, fields: Fields) -> Fields:
+        return {"reason": self._model.check_rows(fields["variant"], _leaves_in(fields["inputs"]))}
+
+    def _train_step(self, fields: Fields) -> Fields:
+        report = self._model.train_step(_shard(fields), command=fields["command"], lr=fields["lr"])
+        return asdict(report)
+
+    def _forward_backward(self, fields: Fields) -> Fields:
+        return asdict(self._model.forward_backward(_shard(fields), command=fields["command"]))
+
+    def _optimizer_step(self, fields: Fields) -> Fields:
+        given = fields["gradients"]
+        return asdict(self._model.optimizer_step(None if given is None else _incoming(given), lr=fields["lr"]))
+
+    def _zero_grad(self, _: Fields) -> Fields:
+        self._model.zero_grad()
+        return {}
+
+    def _compute_gradients(self, fields: Fields) -> Fields:
+        return _gradients(self._model, fields)
+
+    def _forward(self, fields: Fields) -> Fields:
+        report = self._model.forward(
+            _shard(fields), training=fields["training"], seed=fields["seed"], command=fields["command"]
+        )
+        return {"outputs": report.outputs, "step": report.step, "rows": report.rows, "seconds": asdict(report.seconds)}
+
+    def _state_dict(self, fields: Fields) -> Fields:
+        return {"tensors": self._model.state_dict(fields["names"]), "step": self._model.step}
+
+    def _load_state_dict(self, fields: Fields) -> Fields:
+        self._model.load_state_dict(_incoming(fields["tensors"]), partial=fields["partial"])
+        return {"step": self._model.step}
+
+    def _add_variant(self, fields: Fields) -> Fields:
+        self._model.add_variant(
+            decode_variant(program_pb2.Variant.FromString(bytes(fields["variant"]))),
+            [StateTensor(**tensor) for tensor in fields["tensors"]],
+            _incoming(fields["values"], writable=True),
+            fields["operators"],
+        )
+        return {}
+
+    # --- functions ---
+
+    def _compute_function(self, fields: Fields) -> Fields:
+        """Gradients of a function, which comes along the first time. Forgets those that the frontend forgot."""
+        torch.set_num_threads(fields["threads"])
+        for digest in fields["forget"]:
+            self._functions.pop(digest).close()
+        if known := self._functions.get(fields["digest"]):
+            return _gradients(known, fields)
+        spec = ModelSpec(
+            program=decode_program(program_pb2.Program.FromString(bytes(fields["program"]))),
+            loss=OutputLossSpec(fields["output_leaf"]),
+        )
+        state = _incoming(fields["tensors"], writable=True)
+        function = Trainer(spec=spec, state=state, device=fields["device"], limits=Limits(**fields["limits"]))
+        result = _gradients(function, fields)
+        # Remembered only now: the frontend too remembers only what has worked.
+        self._functions[fields["digest"]] = function
+        return result
+
+    # --- answers ---
+
+    def _outgoing(self, answer: Fields) -> Fields:
+        """The answer with its tensors as bytes: in the message, or in a segment when they are big."""
+        found = [leaf for _, leaf in leaves(answer) if isinstance(leaf, torch.Tensor)]
+        encoded = (from_torch(tensor) for tensor in found)
+        if sum(tensor.nbytes for tensor in found) >= INLINE_BYTES:
+            encoded = iter(self._segments.write(encoded))
+        return map_leaves(lambda leaf: next(encoded) if isinstance(leaf, torch.Tensor) else leaf, dict(answer))
+
+
+def _shard(fields: Fields) -> Shard:
+    shard = fields["shard"]
+    return Shard(**{**shard, "inputs": _leaves_in(shard["inputs"]), "targets": _leaves_in(shard["targets"])})
+
+
+def _leaves_in(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(to_torch(value) if isinstance(value, TensorData) else value for value in values)
+
+
+def _incoming(tensors: Mapping[str, TensorData], *, writable: bool = False) -> dict[str, torch.Tensor]:
+    return {name: to_torch(tensor, writable=writable) for name, tensor in tensors.items()}
+
+
+def _gradients(trainer: Trainer, fields: Fields) -> Fields:
+    query = GradientQuery(**fields["query"])
+    report = trainer.compute_gradients(_shard(fields), query, command=fields["command"])
+    # Not asdict: it would copy the tensors.
+    return {
+        "loss": report.loss,
+        "step": report.step,
+        "rows": report.rows,
+        "gradients": report.gradients,
+        "input_gradients": report.input_gradients,
+        "outputs": report.outputs,
+        "seconds": asdict(report.seconds),
+    }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

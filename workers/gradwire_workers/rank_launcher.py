@@ -1,0 +1,81 @@
+"""Starts rank processes, connects to them, and ends them so that nothing of theirs is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from gradwire_proto.errors import Unavailable
+from gradwire_workers import segments
+from gradwire_workers.placement import Placement
+from gradwire_workers.rank_channel import RankChannel
+from gradwire_workers.rank_process import RankProcess, wait_until_gone
+
+ResultT = TypeVar("ResultT")
+
+# How long a rank waits for its frontend, and a frontend for its rank. Starting takes seconds, more on a busy machine.
+_PATIENCE_SECONDS = 90.0
+_HELLO_SECONDS = 15.0
+
+
+class RankLauncher:
+    """See the module. `folder`: private, with a short path; sockets live there until they are connected."""
+
+    def __init__(self, placement: Placement, *, folder: str, memory_folder: str) -> None:
+        self._placement = placement
+        self._folder = folder
+        self._memory_folder = memory_folder
+        self._context = zmq.Context()
+        self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="gradwire-ray")
+
+    async def in_thread(self, function: Callable[..., ResultT], *arguments: Any, **options: Any) -> ResultT:
+        """Calls a function that blocks on Ray."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **options))
+
+    async def start(self) -> RankProcess:
+        """A new rank, warm and connected. Unavailable when it does not come up."""
+        name = f"rank-{uuid.uuid4().hex[:12]}"
+        started = await self.in_thread(
+            self._placement.start_rank, name, self._folder, self._memory_folder, patience=_PATIENCE_SECONDS
+        )
+        channel = RankChannel(self._context, started["endpoint"], name)
+        process = RankProcess(channel, process_id=started["process_id"], end=self._end)
+        try:
+            await asyncio.wait_for(channel.call("hello"), _HELLO_SECONDS)
+        except BaseException as error:
+            process.kill()
+            if isinstance(error, TimeoutError):
+                raise Unavailable(f"{name} started but does not answer", reason="RANK_NOT_STARTED") from error
+            raise
+        # Connected: nobody else needs to find it.
+        Path(started["endpoint"].removeprefix("ipc://")).unlink(missing_ok=True)
+        return process
+
+    async def _end(self, process: RankProcess) -> None:
+        await self.in_thread(self._end_now, process.name, process.process_id)
+
+    def _end_now(self, name: str, process_id: int) -> None:
+        self._placement.kill(name)
+        wait_until_gone(process_id)
+        segments.sweep(self._memory_folder, name)
+
+    async def close(self) -> None:
+        """Ends every rank of the namespace, those that are just starting included, and leaves Ray."""
+        with contextlib.suppress(Exception):
+            await self.in_thread(self._placement.kill_orphans)
+        await asyncio.to_thread(self._threads.shutdown, wait=True)
+        # One that was starting may have appeared meanwhile.
+        await asyncio.to_thread(self._placement.kill_orphans)
+        await asyncio.to_thread(self._placement.leave)
+        for path in Path(self._folder).glob("rank-*.sock"):
+            path.unlink(missing_ok=True)
+        segments.sweep(self._memory_folder, "rank")
+        self._context.destroy(linger=0)

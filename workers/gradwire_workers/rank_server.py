@@ -1,0 +1,82 @@
+"""A rank's end of the hot path: one thread takes commands from a ZeroMQ pair and answers them, one after another.
+
+Nothing here polls. A second thread sleeps on the connection and ends the process when the frontend is gone: a rank
+that lost its group must not linger, whatever it is computing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from gradwire_proto.errors import GradwireError, InternalError
+from gradwire_workers.frames import pack, unpack
+from gradwire_workers.rank_channel import encode_error
+
+logger = logging.getLogger(__name__)
+
+
+class Commands(Protocol):
+    """What a rank does with a command: its fields in, the fields of the answer out."""
+
+    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+    @property
+    def needs_rejoin(self) -> bool: ...
+
+
+class RankServer:
+    """Serves one frontend at `endpoint`. Ends the process when the frontend disconnects, or does not come in time."""
+
+    def __init__(self, endpoint: str, commands: Commands, *, patience: float) -> None:
+        self._commands = commands
+        self._patience = patience
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._socket.bind(endpoint)
+
+    def start(self) -> None:
+        """Serves from now on, in threads of its own."""
+        threading.Thread(target=self._serve, name="gradwire-serve", daemon=True).start()
+        threading.Thread(target=self._watch, name="gradwire-watch", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            frames = self._socket.recv_multipart(copy=False)
+            started = time.perf_counter()
+            message = unpack([frame.buffer for frame in frames])
+            reply = self._reply(message["kind"], message["fields"])
+            reply["call"] = message["call"]
+            reply["busy"] = time.perf_counter() - started
+            self._socket.send_multipart(pack(reply))
+            # An idle rank holds nothing of the last command.
+            del frames, message, reply
+
+    def _reply(self, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {"result": self._commands.answer(kind, fields)}
+        except GradwireError as error:
+            failure = error
+        except Exception as error:
+            logger.exception("the command %s failed", kind)
+            failure = InternalError(f"{type(error).__name__}: {error}")
+        return {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
+
+    def _watch(self) -> None:
+        if not self._monitor.poll(self._patience * 1000):
+            logger.warning("no frontend came within %s s", self._patience)
+            os._exit(0)
+        while recv_monitor_message(self._monitor)["event"] != zmq.EVENT_DISCONNECTED:
+            pass
+        # Not sys.exit: the serving thread may be deep inside a collective.
+        os._exit(0)

@@ -1,0 +1,119 @@
+"""Some ranks as one callee: a command goes to each, and comes back as all their answers or as one error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire_proto.errors import GradwireError, InternalError, RankLost
+from gradwire_workers import segments
+from gradwire_workers.rank_channel import Answer
+from gradwire_workers.rank_process import RankProcess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What each rank answered, in the order of ranks. `transfer`: seconds that no rank was at work."""
+
+    fields: list[dict[str, Any]]
+    transfer: float
+    total: float
+
+
+class Ranks:
+    """See the module. `lost` is set for good once a rank is gone or the ranks are no longer equal."""
+
+    def __init__(self, processes: Sequence[RankProcess]) -> None:
+        self.processes = tuple(processes)
+        self.lost: RankLost | None = None
+        self.on_lost: Callable[[RankLost], None] | None = None
+        self._epoch = 0
+        for process in self.processes:
+            process.channel.on_lost = self._lose
+
+    def __len__(self) -> int:
+        return len(self.processes)
+
+    def next_epoch(self) -> int:
+        """A number that no process group of these ranks has had."""
+        self._epoch += 1
+        return self._epoch
+
+    async def call(self, kind: str, fields: Sequence[Mapping[str, Any]], *, changes: bool = True) -> Answers:
+        """Sends each rank its fields; waits for every rank. Fewer fields than ranks: the first ranks only.
+
+        `changes`: whether the command changes the model.
+
+        Raises the error that the others follow from. It changed nothing, and the ranks are ready for the next command,
+        unless `lost` is set now.
+        """
+        if self.lost is not None:
+            raise self._lost_before()
+        started = time.perf_counter()
+        answers, missing = await self._answers(kind, fields)
+        total = time.perf_counter() - started
+        failed = [answer for answer in answers if answer.error is not None]
+        if not failed and missing is None:
+            return Answers(
+                fields=[answer.fields for answer in answers],
+                transfer=max(0.0, total - max(answer.busy for answer in answers)),
+                total=total,
+            )
+        segments.release(*(answer.fields for answer in answers))
+        if missing is not None:
+            self._lose(missing)
+            raise missing
+        raise await self._recover(kind, answers, failed, changes)
+
+    async def _answers(self, kind: str, fields: Sequence[Mapping[str, Any]]) -> tuple[list[Answer], RankLost | None]:
+        """Every answer that came, and what became of a rank that gave none."""
+        calls = [process.call(kind, of_rank) for process, of_rank in zip(self.processes, fields, strict=False)]
+        answers: list[Answer] = []
+        missing: RankLost | None = None
+        try:
+            for call in calls:
+                try:
+                    answers.append(await call)
+                except RankLost as lost:
+                    missing = missing or lost
+        except BaseException:
+            # Abandoned halfway: nobody knows what the ranks did, or when they are done.
+            self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
+            for call in calls:
+                call.cancel()
+            raise
+        return answers, missing
+
+    async def _recover(self, kind: str, answers: list[Answer], failed: list[Answer], changes: bool) -> GradwireError:
+        """Makes the ranks ready for the next command, or gives them up. Returns the error to raise."""
+        errors = [answer.error for answer in failed if answer.error is not None]
+        cause = next((error for error in errors if error.reason != "PEER_FAILED"), None)
+        if cause is None:
+            self._lose(RankLost(f"the ranks lost each other during a {kind}", outcome="unknown"))
+        elif cause.reason == "UPDATE_TORN" or (changes and len(failed) < len(answers)):
+            self._lose(RankLost(f"a {kind} was applied on some ranks only: {cause.message}", outcome="unknown"))
+        elif any(answer.needs_rejoin for answer in failed):
+            await self._rejoin()
+        if self.lost is not None:
+            return self.lost
+        return cause or InternalError(f"a {kind} failed")
+
+    async def _rejoin(self) -> None:
+        epoch = self.next_epoch()
+        answers, missing = await self._answers("rejoin", [{"epoch": epoch}] * len(self))
+        error = missing or next((answer.error for answer in answers if answer.error is not None), None)
+        if error is not None:
+            self._lose(RankLost(f"the ranks could not join again: {error.message}", outcome="not_applied"))
+
+    def _lose(self, lost: RankLost) -> None:
+        if self.lost is None:
+            self.lost = lost
+            if self.on_lost is not None:
+                self.on_lost(lost)
+
+    def _lost_before(self) -> RankLost:
+        """The same loss, told to a command that was never sent."""
+        assert self.lost is not None
+        return RankLost(self.lost.message, reason=self.lost.reason, outcome="not_applied")

@@ -1,0 +1,100 @@
+"""Segments: files in the service's private shared-memory folder that carry big tensors between its processes.
+
+One file holds all tensors of one message. Whoever receives a message owns the files that it names, and unlinks them.
+A file that a rank makes starts with the rank's name, so that a dead rank's files can be found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradwire_proto.errors import ResourceExhausted
+from gradwire_proto.values import Segment, TensorData, leaves
+
+INLINE_BYTES = 1 << 20
+"""Tensors that together have fewer bytes than this travel in the message itself."""
+
+# Tensor libraries like cache-line alignment; mmap starts at a page.
+_ALIGNMENT = 64
+
+
+class SegmentWriter:
+    """Makes files `<folder>/<name>-<number>`, readable by this user alone."""
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        self._folder = str(folder)
+        self._name = name
+        self._number = 0
+
+    def write(self, tensors: Iterable[TensorData]) -> list[TensorData]:
+        """The same tensors with their bytes in one new file.
+
+        ResourceExhausted (MEMORY_FOLDER_FULL) when there is no room; then no file is left behind.
+        """
+        self._number += 1
+        path = os.path.join(self._folder, f"{self._name}-{self._number}")
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            return list(_write_all(file, path, tensors))
+        except BaseException as error:
+            os.unlink(path)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceExhausted(
+                    f"the service's shared-memory folder {self._folder} is full", reason="MEMORY_FOLDER_FULL"
+                ) from error
+            raise
+        finally:
+            os.close(file)
+
+
+def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[TensorData]:
+    offset = 0
+    for tensor in tensors:
+        for piece in pieces(tensor.data):
+            written = 0
+            while written < len(piece):
+                written += os.pwrite(file, piece[written:], offset + written)
+        yield TensorData(tensor.dtype, tensor.shape, Segment(path, offset, tensor.nbytes))
+        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def pieces(data: Any, size: int = 1 << 20) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces of at most `size`, wherever they are. Reads a segment bit by bit: no mapping."""
+    if isinstance(data, Segment):
+        with open(data.path, "rb", buffering=0) as file:
+            file.seek(data.offset)
+            left = data.nbytes
+            while left:
+                piece = file.read(min(size, left))
+                if not piece:
+                    raise EOFError(f"segment {data.path} ends {left} bytes early")
+                left -= len(piece)
+                yield memoryview(piece)
+    elif view := memoryview(data).nbytes:
+        flat = memoryview(data).cast("B")
+        for start in range(0, view, size):
+            yield flat[start : start + size]
+
+
+def release(*values: Any, keep: Any = None) -> None:
+    """Unlinks every file that these values (tensors, nested values, mappings) name and `keep` does not. Never fails."""
+    for path in _paths(list(values)) - _paths(keep):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _paths(value: Any) -> set[str]:
+    plain = dict(value) if isinstance(value, Mapping) else value
+    tensors = (leaf for _, leaf in leaves(plain) if isinstance(leaf, TensorData))
+    return {tensor.data.path for tensor in tensors if isinstance(tensor.data, Segment)}
+
+
+def sweep(folder: str | Path, name: str) -> None:
+    """Unlinks the files in `folder` whose name starts with `name` and a dash: those of a rank that is gone."""
+    for path in Path(folder).glob(f"{name}-*"):
+        path.unlink(missing_ok=True)

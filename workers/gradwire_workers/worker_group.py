@@ -1,0 +1,238 @@
+"""The ranks of one model, called as one: a batch is split over them, and their answers become one result.
+
+One command at a time. A command that fails has changed nothing on any rank, and the group goes on; where that cannot
+be had (a rank died, or failed in the middle of its update), the group is lost and says so to every later call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gradwire_proto.batch_check import flatten, select_variant
+from gradwire_proto.codec import encode_variant
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
+from gradwire_proto.values import (
+    Batch,
+    ForwardResult,
+    GradientQuery,
+    GradientResult,
+    NamedTensors,
+    Sharding,
+    StateTensor,
+    StepResult,
+    TensorData,
+    TensorSpec,
+    Value,
+    Variant,
+    leaves,
+)
+from gradwire_workers.combining import forward_result, gradient_result, step_result
+from gradwire_workers.ranks import Answers, Ranks
+from gradwire_workers.segments import SegmentWriter
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import split
+
+_ONE_RANK = Sharding("rows", "one rank computes every batch")
+_ROWS = Sharding("rows", "rows are independent: each rank computes its share of a batch")
+
+
+class WorkerGroup:
+    """See the module. Made by `Cluster.start_group`; calls must not overlap, and must not be cancelled halfway.
+
+    A call that is cancelled while it runs loses the group: nobody knows what its ranks did.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        variants: Sequence[Variant],
+        device: str,
+        writer: SegmentWriter,
+        require_sharding: bool,
+        release: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        self.device = device
+        self.sharding = _ONE_RANK if len(ranks) == 1 else _ROWS
+        self._ranks = ranks
+        self._variants = list(variants)
+        self._whole: dict[str, bool] = {}
+        self._writer = writer
+        self._require_sharding = require_sharding
+        self._release = release
+        self._closed = False
+
+    @property
+    def workers(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def rank_lost(self) -> RankLost | None:
+        """Why this group is lost: every later call raises it. None while it lives."""
+        return self._ranks.lost
+
+    @property
+    def on_lost(self) -> Callable[[RankLost], None] | None:
+        """Called once, on the event loop, when the group is lost; also while it is idle."""
+        return self._ranks.on_lost
+
+    @on_lost.setter
+    def on_lost(self, callback: Callable[[RankLost], None] | None) -> None:
+        self._ranks.on_lost = callback
+
+    async def close(self, *, reuse: bool = True) -> None:
+        """Gives ranks and capacity back; a second call does nothing. Without `reuse` the ranks' processes end.
+
+        So they do when the group is lost: a process that failed never serves another model.
+        """
+        if not self._closed:
+            self._closed = True
+            self._ranks.on_lost = None
+            await self._release(reuse and self._ranks.lost is None)
+
+    async def prepare(self, example: Batch | None) -> None:
+        """Finds out how batches can be spread over the ranks.
+
+        InvalidArgument (EXAMPLE_NEEDED) without an example; FailedPrecondition (ROWS_NOT_INDEPENDENT) where sharding
+        is required and impossible.
+        """
+        if self.workers == 1:
+            return
+        decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
+        for variant in self._variants:
+            reason = await self._why_whole(variant, self._example_inputs(variant, example))
+            self._whole[variant.name] = reason is not None
+            if reason is None or variant is not decisive:
+                continue
+            if self._require_sharding:
+                raise FailedPrecondition(
+                    f"batches cannot be split over {self.workers} ranks: {reason}",
+                    reason="ROWS_NOT_INDEPENDENT",
+                    field="model.require_sharding",
+                )
+            self.sharding = Sharding("whole", reason)
+
+    def _example_inputs(self, variant: Variant, example: Batch | None) -> tuple[Any, ...] | None:
+        """The leaves with which to check the variant's rows; None where there is nothing to check."""
+        if self.workers == 1 or not _has_rows(variant):
+            return None
+        if example is None:
+            raise InvalidArgument(
+                f"{self.workers} ranks need an example to find out whether rows are independent",
+                field="example",
+                reason="EXAMPLE_NEEDED",
+            )
+        return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
+
+    async def _why_whole(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
+        """Why the variant's batches must not be split, in words; None where they may."""
+        if inputs is None:
+            return None if _has_rows(variant) else "the program was exported for one batch size"
+        fields = {"variant": variant.name, "inputs": inputs}
+        answers = await self._ranks.call("check_rows", [fields] * self.workers, changes=False)
+        return answers.fields[0]["reason"]
+
+    async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
+        """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
+        shards, rows = self._split(batch, training=True)
+        answers = await self._call_shards("train_step", shards, {"command": command, "lr": lr})
+        return step_result(answers, rows)
+
+    async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
+        """Adds the batch's gradients to those that the ranks hold."""
+        shards, rows = self._split(batch, training=True)
+        return step_result(await self._call_shards("forward_backward", shards, {"command": command}), rows)
+
+    async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult:
+        """Applies these gradients, or the held ones."""
+        fields = {"gradients": gradients, "lr": lr}
+        return step_result(await self._ranks.call("optimizer_step", [fields] * self.workers), 0)
+
+    async def zero_grad(self) -> None:
+        """Drops the held gradients."""
+        await self._ranks.call("zero_grad", [{}] * self.workers)
+
+    async def compute_gradients(self, batch: Batch, query: GradientQuery, *, command: int = 0) -> GradientResult:
+        """Loss, gradients and outputs. Changes nothing. The receiver owns the segments that the result names."""
+        variant, shards, rows = self._choose(batch, training=query.training, targets=True)
+        extra = {"query": asdict(query), "command": command}
+        answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
+        return await gradient_result(answers, variant, shards, rows, self._writer)
+
+    async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult:
+        """The outputs for the inputs. In training mode buffers move."""
+        variant, shards, _ = self._choose(Batch(inputs), training=training, targets=False)
+        extra = {"training": training, "seed": seed, "command": command}
+        answers = await self._call_shards("forward", shards, extra, changes=training)
+        return await forward_result(answers, variant, shards, self._writer)
+
+    async def state_dict(self, names: Sequence[str] | None) -> tuple[NamedTensors, int]:
+        """(parameters and buffers by name, updates applied). `names`: names or globs, None for all."""
+        fields = {"names": None if names is None else list(names)}
+        answers = await self._ranks.call("state_dict", [fields], changes=False)
+        return answers.fields[0]["tensors"], answers.fields[0]["step"]
+
+    async def load_state_dict(self, tensors: NamedTensors, *, partial: bool) -> int:
+        """Replaces parameters and buffers on every rank. Returns the updates applied so far."""
+        fields = {"tensors": tensors, "partial": partial}
+        answers = await self._ranks.call("load_state_dict", [fields] * self.workers)
+        return answers.fields[0]["step"]
+
+    async def add_variant(
+        self,
+        variant: Variant,
+        *,
+        tensors: Sequence[StateTensor] = (),
+        values: Mapping[str, Any] | None = None,
+        operators: Mapping[str, str] | None = None,
+        example: Batch | None = None,
+    ) -> None:
+        """Adds a graph, and finds out how its batches can be spread.
+
+        With several ranks and a variant that has rows, `example` must fit it.
+        """
+        inputs = self._example_inputs(variant, example)
+        fields = {
+            "variant": encode_variant(variant).SerializeToString(),
+            "tensors": [asdict(tensor) for tensor in tensors],
+            "values": dict(values or {}),
+            "operators": dict(operators or {}),
+        }
+        await self._ranks.call("add_variant", [fields] * self.workers)
+        # Whole is always right: should the check fail, the variant still computes the truth.
+        self._whole[variant.name] = True
+        self._variants.append(variant)
+        self._whole[variant.name] = await self._why_whole(variant, inputs) is not None
+
+    def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
+        _, shards, rows = self._choose(batch, training=training, targets=True)
+        return shards, rows
+
+    def _choose(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, list[Shard], int]:
+        variant, rows = select_variant(self._variants, batch, training=training, targets=targets)
+        rows = rows if _has_rows(variant) else examples_in(batch)
+        whole = self._whole.get(variant.name, False)
+        return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
+
+    async def _call_shards(
+        self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True
+    ) -> Answers:
+        fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
+        return await self._ranks.call(kind, fields, changes=changes)
+
+
+def _has_rows(variant: Variant) -> bool:
+    return any(isinstance(leaf, TensorSpec) and leaf.has_rows for leaf in variant.input_leaves)
+
+
+def examples_in(batch: Batch) -> int:
+    """Dimension 0 of the first tensor: what a batch of fixed size counts as."""
+    shapes = (leaf.shape for _, leaf in leaves(batch.inputs) if isinstance(leaf, TensorData))
+    return next((shape[0] for shape in shapes if shape), 0)
+
+
+def shard_fields(shard: Shard) -> dict[str, Any]:
+    """A shard as a message's plain values. Not asdict: it would copy the tensors."""
+    return {name: getattr(shard, name) for name in Shard.__slots__}
