@@ -74,7 +74,7 @@ def service_processes(client: gradwire.Client) -> Callable[..., set[int]]:
 
 @pytest.fixture(scope="session")
 def frontend_pid(service_processes: Callable[..., set[int]]) -> int:
-    """The process id of the frontend, which may run as `gradwire_server.main` or through the module that waits for Ray."""
-    commands = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in service_processes()}
-    (pid,) = [pid for pid, command in commands.items() if " gradwire_server.main" in command.replace("/", " ")]
+    """The process id of the frontend: `gradwire_server.main`, or the module that waits for Ray before it."""
+    commands = {pid: psutil.Process(pid).cmdline() for pid in service_processes()}
+    (pid,) = [pid for pid, words in commands.items() if any(word.startswith("gradwire_server.main") for word in words)]
     return pid

@@ -1,9 +1,9 @@
 """What a function reads besides its arguments, as a fingerprint: equal fingerprints compute the same.
 
-An export bakes in the values that a function closes over, its globals, defaults and attributes. Exporting again at every
-call would be slow; remembering by the function alone would silently compute with old values. So what is remembered is
-looked up under the function's code and the contents of everything of the user's that the code names. Libraries
-(installed packages and the standard library) are taken not to change.
+An export bakes in the values that a function closes over, its globals, defaults and attributes. Exporting again at
+every call would be slow; remembering by the function alone would silently compute with old values. So what is
+remembered is looked up under the function's code and the contents of everything of the user's that the code names.
+Libraries (installed packages and the standard library) are taken not to change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Unknown(Exception):
 def fingerprint(function: Callable[..., Any]) -> tuple[Any, ...]:
     """A hashable value that changes when anything changes that `function` may compute with.
 
-    Holds code objects and digests, and keeps none of the user's tensors alive. Raises Unknown where that cannot be told.
+    Holds code objects and digests; keeps none of the user's tensors alive. Raises Unknown where that cannot be told.
     """
     parts: list[Any] = []
     _Walk(parts).visit(function)
@@ -41,7 +41,7 @@ def fingerprint(function: Callable[..., Any]) -> tuple[Any, ...]:
 def content(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's type, shape and a digest of its elements."""
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    digest = hashlib.blake2b(dense.view(-1).view(torch.uint8).numpy(), digest_size=16).digest()
+    digest = hashlib.blake2b(dense.view(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
     return (str(tensor.dtype), tuple(tensor.shape), tensor.requires_grad, digest)
 
 
@@ -68,7 +68,7 @@ class _Walk:
         elif isinstance(value, (np.ndarray, np.generic)):
             if value.dtype.hasobject:
                 raise Unknown(f"an array of {value.dtype}")
-            digest = hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).digest()
+            digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
             self._parts.append(("array", value.dtype.str, value.shape, digest))
         elif isinstance(value, (tuple, list)):
             self._sequence(value)
@@ -82,7 +82,7 @@ class _Walk:
             self._sequence((value.__func__, value.__self__), kind="method")
         elif isinstance(value, functools.partial):
             self._sequence((value.func, value.args, value.keywords), kind="partial")
-        elif isinstance(value, (types.ModuleType, type)) or callable(value) and not hasattr(value, "__dict__"):
+        elif isinstance(value, (types.ModuleType, type)) or (callable(value) and not hasattr(value, "__dict__")):
             self._named(value)
         else:
             self._instance(value)
@@ -120,16 +120,16 @@ class _Walk:
                     self.visit(vars(value)[attribute])
 
     def _named(self, value: Any) -> None:
-        """A thing that its name tells: a library's, a module, or a class, whose own members count where it is the user's."""
+        """A thing that its name tells: a library's, a module, or a class. Members of the user's classes count too."""
         module = getattr(value, "__module__", None) or ""
         self._parts.append((module, getattr(value, "__qualname__", getattr(value, "__name__", "")), type(value)))
         if isinstance(value, type) and not _is_library(module):
-            for name, member in vars(value).items():
-                member = getattr(member, "__func__", member)
-                if isinstance(member, (types.FunctionType, torch.Tensor, np.ndarray, tuple, list, dict, *_PLAIN)):
-                    if not (name.startswith("__") and not isinstance(member, types.FunctionType)):
-                        self._parts.append(name)
-                        self.visit(member)
+            for name, wrapped in vars(value).items():
+                member = getattr(wrapped, "__func__", wrapped)  # of static methods and class methods
+                constant = isinstance(member, (torch.Tensor, np.ndarray, tuple, list, dict, *_PLAIN))
+                if isinstance(member, types.FunctionType) or (constant and not name.startswith("__")):
+                    self._parts.append(name)
+                    self.visit(member)
             for base in value.__bases__:
                 self.visit(base)
 
@@ -157,7 +157,7 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
 @functools.cache
 def _is_library(module_name: str | None) -> bool:
     top = (module_name or "").partition(".")[0]
-    if top in sys.builtin_module_names or top in sys.stdlib_module_names and top != "__main__":
+    if top in sys.builtin_module_names or (top in sys.stdlib_module_names and top != "__main__"):
         return True
     file = getattr(sys.modules.get(top), "__file__", None)
     return bool(file) and any(file.startswith(folder + "/") for folder in _LIBRARIES)

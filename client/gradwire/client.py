@@ -32,8 +32,8 @@ def connect(
     """A client of a service that runs already.
 
     target: "host:port"; $GRADWIRE_TARGET where left out, then localhost:50051. token: proves who calls. tls: None is
-    plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call takes
-    at most; a call that makes no answer in time raises DeadlineExceeded.
+    plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call
+    takes at most; one that is not answered in time raises DeadlineExceeded.
 
     Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token.
     """
@@ -125,8 +125,8 @@ class Client:
     def get_model(self, model_id: str) -> Model:
         """The model of that id, made by whichever client. Raises ModelNotFound.
 
-        Its module is not at hand: outputs come as tuples, lists and dicts, and a batch must fit one of the variants that
-        the model has already.
+        Its module is not at hand: outputs come as tuples, lists and dicts, and a batch must fit one of the variants
+        that the model has already.
         """
         request = pb.GetModelRequest(name=model_name(check_model_id(model_id)))
         model = Model(self._rpc, codec.decode_model_info(self._rpc.call("GetModel", request)))

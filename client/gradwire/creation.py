@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ExportedModel, ModuleExporter
 from gradwire.model import Model
-from gradwire.optim import Optimizer
+from gradwire.optim import Optimizer, check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire_proto import codec
@@ -43,6 +43,12 @@ def create_model(
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         message = f"expected a spec such as gradwire.optim.SGD(lr=0.1), got {type(optimizer).__qualname__}"
         raise InvalidArgument(message, field="optimizer", reason="OPTIMIZER_UNKNOWN")
+    _check_type(workers, int, "model.workers")
+    _check_type(seed, int, "model.seed")
+    check_not_negative(gpus_per_worker, field="model.gpus_per_worker", words="number of GPUs")
+    for key, value in (labels or {}).items():
+        _check_type(key, str, "model.labels")
+        _check_type(value, str, f'model.labels["{key}"]')
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
     exporter = ModuleExporter(module, loss)
@@ -62,6 +68,12 @@ def create_model(
     request = _request(rpc, spec, exported, chosen_id)
     reply = _send(rpc, request)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
+
+
+def _check_type(value: Any, kind: type, field: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        message = f"expected {kind.__name__}, got {value!r}"
+        raise InvalidArgument(message, field=field, reason="ARGUMENT_TYPE_INVALID")
 
 
 def _inputs_and_targets(example: Any) -> tuple[Any, Any]:

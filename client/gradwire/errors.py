@@ -1,9 +1,9 @@
 """Every error of the SDK: the hierarchy of `gradwire_proto.errors`, and what Ctrl-C raises inside a call.
 
-    try:
-        model.train_step(x, y)
-    except gradwire.errors.GradwireError as error:
-        print(error.reason, error.outcome, error.request_id)
+try:
+    model.train_step(x, y)
+except gradwire.errors.GradwireError as error:
+    print(error.reason, error.outcome, error.request_id)
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gradwire_proto.values import ROWS, Batch, Leaf, Structure, Value, map_leaves, unflatten
 from torch import Tensor
 
 from gradwire.user_values import flatten, leaf_spec, normalize
+from gradwire_proto.values import ROWS, Batch, Leaf, Structure, Value, map_leaves, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,4 +90,3 @@ def as_example(inputs: Any, targets: Any) -> Example:
 def _contiguous(value: Value) -> Value:
     # As they arrive on the service.
     return map_leaves(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, value)
-

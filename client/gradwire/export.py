@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gradwire_proto.errors import ExportError, InvalidArgument
-from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 from torch import Tensor, nn
 
 from gradwire import module_guard
@@ -21,6 +19,8 @@ from gradwire.loss_mapping import as_loss
 from gradwire.module_state import ModuleState, describe_state
 from gradwire.output_tree import OutputTree
 from gradwire.variant_export import Finished, VariantExport
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 
 # torch.export is not made for threads, and the guards change torch itself for a moment.
 EXPORT_LOCK = threading.RLock()
@@ -70,6 +70,7 @@ class ModuleExporter:
         self._module = module
         self._loss = as_loss(loss)
         self._constants: dict[str, Tensor] = {}
+        self._takes_targets = True
 
     def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
         """The program for an example batch; see `ExportedModel`.
@@ -77,17 +78,21 @@ class ModuleExporter:
         Raises ExportError: EXAMPLE_FAILED (the module or the loss fails on the example), EXPORT_DATA_DEPENDENT,
         EXPORT_CUSTOM_FUNCTION, EXPORT_HOOK, EXPORT_MISMATCH, OPERATOR_NOT_ALLOWED, EXPORT_FAILED.
         """
+        if targets is None and self._loss is not None and self._loss.spec is not None:
+            raise InvalidArgument(
+                "the loss needs targets: (inputs, targets)", field="example", reason="EXAMPLE_INVALID"
+            )
+        self._takes_targets = targets is not None
         example = self._example(inputs, targets)
         with EXPORT_LOCK:
             state = self._state()
-            with module_guard.training_flag_watched(self._module) as read:
-                train = self._finish(example, state, training=True, name="train")
+            train, read = self._finish(example, state, training=True, name="train")
+            self._constants |= train.constants
             evaluation = None
             if not read and module_guard.modes_are_plain(self._module):
                 evaluation = self._same_in_eval_mode(train, state)
             if evaluation is None:
-                self._constants |= train.constants
-                evaluation = self._finish(example, state, training=False, name="eval")
+                evaluation, _ = self._finish(example, state, training=False, name="eval")
             self._constants |= evaluation.constants
         return self._assemble(state, train, evaluation)
 
@@ -95,7 +100,7 @@ class ModuleExporter:
         """Another variant of the program that `export_model` gave, for a batch that fits none. Errors as there."""
         example = self._example(inputs, targets)
         with EXPORT_LOCK:
-            return _exported(self._finish(example, self._state(), training=training, name=name))
+            return _exported(self._finish(example, self._state(), training=training, name=name)[0])
 
     def _example(self, inputs: Any, targets: Any) -> Example:
         # Without a loss nobody looks at targets.
@@ -105,20 +110,24 @@ class ModuleExporter:
         module_guard.refuse_hooks(self._module)
         return describe_state(self._module)
 
-    def _finish(self, example: Example, state: ModuleState, *, training: bool, name: str) -> Finished:
+    def _finish(self, example: Example, state: ModuleState, *, training: bool, name: str) -> tuple[Finished, bool]:
+        """(the variant, whether the module looked at the mode in which it is)."""
         with module_guard.preserved(self._module):
             if not training:
                 self._module.eval()
             elif not self._module.training:
                 self._module.train()
-            return VariantExport(
+            export = VariantExport(
                 module=self._module,
-                loss=self._loss,
+                # A batch without the targets that the loss takes is for forward alone.
+                loss=self._loss if example.targets or not self._takes_targets else None,
                 state=state,
                 training=training,
                 name=name,
                 constants=self._constants,
-            ).finish(example)
+            )
+            with module_guard.training_flag_watched(self._module) as read:
+                return export.finish(example), bool(read)
 
     def _same_in_eval_mode(self, train: Finished, state: ModuleState) -> Finished | None:
         """The training variant under the name "eval", where the module computes the same in both modes."""
@@ -150,10 +159,6 @@ class ModuleExporter:
             return None if train.loss_leaf is None else OutputLossSpec(train.loss_leaf)
         if train.variant.loss_graph is not None:
             return GraphLossSpec()
-        if self._loss.spec is None:
-            raise ExportError(
-                "the loss was not exported: the example has no targets", field="example", reason="EXPORT_FAILED"
-            )
         return self._loss.spec
 
 

@@ -60,7 +60,14 @@ class FunctionCalls:
         if exported is None:
             whole = export_function(fn, args, argnums=argnums, has_aux=has_aux)
             exported = self._remember(key, whole)
-        request = self._request(exported, args, with_value or has_aux)
+        query = GradientQuery(
+            wrt=(),
+            input_gradients=True,
+            outputs=with_value or has_aux,
+            training=False,
+            seed=int(torch.randint(2**62, ())) if exported.is_random else None,
+        )
+        request = self._request(exported, args, query)
         try:
             reply = self._rpc.call("ComputeGradients", request)
         except FailedPrecondition as error:
@@ -68,18 +75,18 @@ class FunctionCalls:
                 raise
             whole = whole or export_function(fn, args, argnums=argnums, has_aux=has_aux)
             # Handles serve one request, so that big arguments go up again.
-            request = self._request(exported, args, with_value or has_aux)
+            request = self._request(exported, args, query)
             self._add_program(request, whole)
             reply = self._rpc.call("ComputeGradients", request)
         result = codec.decode_gradient_result(reply)
         gradients, outputs = receive(self._rpc, (result.input_gradients, result.outputs))
         return exported.finish(gradients, outputs, with_value)
 
-    def _request(self, exported: ExportedFunction, args: tuple[Any, ...], outputs: bool) -> pb.ComputeGradientsRequest:
+    def _request(
+        self, exported: ExportedFunction, args: tuple[Any, ...], query: GradientQuery
+    ) -> pb.ComputeGradientsRequest:
         request = pb.ComputeGradientsRequest(max_inline_bytes=INLINE_BYTES)
         codec.encode_function(exported.spec, request.function)
-        seed = int(torch.randint(2**62, ())) if exported.is_random else None
-        query = GradientQuery(wrt=(), input_gradients=True, outputs=outputs, training=False, seed=seed)
         codec.encode_gradient_query(query, request)
         inputs = from_nested(tensor_leaves(args), "args")
         codec.encode_batch(Batch(send_apart(self._rpc, (inputs,))[0]), request.batch)
@@ -110,7 +117,7 @@ class FunctionCalls:
 
 
 def _key(fn: Any, args: tuple[Any, ...], argnums: Any, has_aux: bool) -> Any:
-    """What an export depends on: the function and all that it reads, and what the arguments look like. None: unknown."""
+    """What an export depends on: the function, all that it reads, and what the arguments look like. None: unknown."""
     leaves, spec = pytree.tree_flatten(args)
     looks = tuple(_look(leaf) for leaf in leaves)
     try:

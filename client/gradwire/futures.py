@@ -1,4 +1,4 @@
-"""Calls that return at once: a Future that threads and coroutines can wait for, and the queue that keeps calls in order."""
+"""Calls that return at once: a Future that threads and coroutines wait for, and the queue that keeps calls in order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Future(concurrent.futures.Future, Generic[T]):
 
     `result(timeout)` waits (TimeoutError when `timeout` seconds pass; the call goes on), `await future` does so in any
     running event loop. `cancel()` gives up a call that was not sent yet, and returns whether it could; a call that was
-    sent runs to its end. Cancelling a coroutine that awaits the future cancels the future in the same way. `done()`, `exception()` and
-    `add_done_callback()` are those of concurrent.futures.Future, whose `wait` and `as_completed` take this one.
+    sent runs to its end. Cancelling a coroutine that awaits the future cancels the future in the same way. `done()`,
+    `exception()` and `add_done_callback()` are those of concurrent.futures.Future, whose `wait` and `as_completed` take
+    this one.
     """
 
     def result(self, timeout: float | None = None) -> T:
@@ -68,7 +69,7 @@ class CallQueue:
             waiting, self._waiting = self._waiting, deque()
         for future, _ in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(Cancelled("the client was closed before the call was sent", reason="CLIENT_CLOSED"))
+                future.set_exception(Cancelled("given up before the call was sent", reason="CLIENT_CLOSED"))
 
     def _run(self) -> None:
         while True:

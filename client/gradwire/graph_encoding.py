@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
+
+from gradwire.user_values import dtype_name
 from gradwire_proto.errors import ExportError
 from gradwire_proto.graph_writes import parse_schema
 from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, allowed_operators, has_schema, name_of, schema_of
@@ -22,9 +25,6 @@ from gradwire_proto.values import (
     RankDevice,
     SubgraphRef,
 )
-from torch import fx
-
-from gradwire.user_values import dtype_name
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ _MEMORY_FORMATS = {
 }
 
 # Memory that was never written may hold anything, zeros too; ranks do not hand out theirs.
-_ZEROED = {
+_ZEROED: dict[Any, Any] = {
     aten.empty.memory_format: aten.zeros.default,
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
@@ -65,12 +65,14 @@ def _clean(node: fx.Node) -> None:
         node.target = _ZEROED[node.target]
         if node.target is not aten.zeros_like.default:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
-    schema = getattr(node.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema else []
+    schema: Any = getattr(node.target, "_schema", None)
+    taken = schema.arguments if schema else []
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("pin_memory", "generator")}
     value = node.meta.get("val")
     # A factory: told a layout and a device, it takes no tensor to copy the element type from.
-    is_factory = {"dtype", "layout", "device"} <= set(names) and not any("Tensor" in str(a.type) for a in schema.arguments)
+    is_factory = {"dtype", "layout", "device"} <= {a.name for a in taken} and not any(
+        "Tensor" in str(a.type) for a in taken
+    )
     if is_factory and node.kwargs.get("dtype") is None and isinstance(value, torch.Tensor):
         node.kwargs = {**node.kwargs, "dtype": value.dtype}
 
@@ -162,7 +164,9 @@ def _place(node: fx.Node | None) -> str:
     """ " at file:line" of the user's line that made the node, where torch knows it."""
     if node is None:
         return ""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     ours = [line for line in lines if "/torch/" not in line and "/gradwire/" not in line]
     parts = ours[-1].split('"') if ours else []
     return f" at {parts[1]}:{parts[2].split('line ')[1].split(',')[0]}" if len(parts) > 2 else ""

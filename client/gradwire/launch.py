@@ -1,148 +1,39 @@
-"""The embedded service: a supervisor as a child process, gone when this process is."""
+"""`gradwire.launch()`: a service of one's own, and a client of it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
-import subprocess
-import sys
-import tempfile
-import threading
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument, Unavailable
+from gradwire.embedded_service import EmbeddedService
 
-_LISTENING = re.compile(rb"gradwire listening on (\S+)")
-_WRONG_SETTINGS = 2  # the supervisor's exit code
-_STOP_SECONDS = 45.0  # the supervisor's own bound on draining, and more
+if TYPE_CHECKING:
+    from gradwire.client import Client
 
 
-def start_service(
+def launch(
     workers: int = 2, storage: str | os.PathLike[str] | None = None, *, timeout: float = 60.0, **server_options: Any
-) -> tuple[str, EmbeddedService]:
-    """Start a service and wait until it takes calls: its target, "127.0.0.1:PORT", and its process.
+) -> Client:
+    """A client of an embedded service: a local Ray and a frontend on a free loopback port.
 
-    See EmbeddedService for the arguments and the errors; timeout is in seconds.
+    The service ends with the client (`close()` or the end of its `with` block) or with this process, even by SIGKILL;
+    its processes and temporary files are gone within seconds.
+
+    workers: how many ranks the service can host, all models together. storage: the folder of the service; None is a
+    temporary one, removed at the end. timeout: seconds until the service must be ready. server_options: settings of
+    the server by name, such as `spare_ranks=4` or `log_level="debug"`; see `gradwire serve --help`.
+
+    Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`, InvalidArgument for wrong
+    options, and Unavailable (LAUNCH_FAILED) with the end of the service's log when it does not come up.
     """
     service = EmbeddedService(workers, storage, server_options)
-    return service.wait(timeout), service
+    try:
+        # While the service starts: this imports torch, which takes seconds.
+        from gradwire.client import connect
 
-
-class EmbeddedService:
-    """A local Ray and a frontend on a free loopback port, which end with this process, however it ends.
-
-    workers: how many ranks the service can host. storage: its folder; None is a temporary one, removed at the end.
-    options: settings of the server by name, such as `spare_ranks=1` or `log_level="debug"`.
-
-    The constructor returns as soon as the process runs; FailedPrecondition (SERVER_NOT_INSTALLED) where the server
-    extra is missing. `wait` says where it listens.
-    """
-
-    def __init__(self, workers: int, storage: str | os.PathLike[str] | None, options: dict[str, Any]) -> None:
-        require_server()
-        settings = {"listen": "127.0.0.1:0", "log_level": "warning", "workers": workers, **options}
-        if storage is not None:
-            settings["storage"] = Path(storage).absolute()
-        # A file without a name: it takes what the service says as long as anybody may ask, and leaves nothing.
-        self._log = tempfile.TemporaryFile()
-        self._lock = threading.Lock()
-        self._owner = os.getpid()
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gradwire_server.supervisor", f"--owner-pid={self._owner}"),
-                *(_flag(name, value) for name, value in settings.items() if value is not None),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            # Ctrl-C is this program's to handle: a service that ended by it could not finish the step in flight.
-            start_new_session=True,
-        )
-
-    def wait(self, timeout: float = 60.0) -> str:
-        """The service's target, once it takes calls. On an error nothing of the service is left.
-
-        Raises InvalidArgument for wrong options, Unavailable (LAUNCH_FAILED) with the end of the service's log when
-        it ends early or takes longer than `timeout` seconds.
-        """
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self.process.kill()
-
-        assert self.process.stdout is not None
-        watch = threading.Timer(timeout, give_up)
-        watch.daemon = True
-        watch.start()
-        try:
-            # Ends with the process, or with the timer that kills it.
-            for line in self.process.stdout:
-                if match := _LISTENING.match(line):
-                    return match[1].decode()
-            self._raise_failure(timeout if late.is_set() else None)
-        except BaseException:
-            self.stop()
-            raise
-        finally:
-            watch.cancel()
-
-    def stop(self) -> None:
-        """Drain and end the service; returns when its processes and files are gone. Safe to call again.
-
-        Does nothing in a forked child: the service belongs to the process that started it.
-        """
-        if os.getpid() != self._owner:
-            return
-        with self._lock:
-            if self.process.poll() is None:
-                self.process.terminate()
-                try:
-                    self.process.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self.process.terminate()  # The second one does not drain.
-                    self.process.wait(_STOP_SECONDS)
-            if self.process.stdout:
-                self.process.stdout.close()
-
-    def log_tail(self, length: int = 4000) -> str:
-        """The last `length` bytes that the service has written to its log."""
-        # pread, because the offset is shared with the service's processes.
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), length, max(0, size - length)).decode(errors="replace").strip()
-
-    def _raise_failure(self, timed_out_after: float | None) -> None:
-        if timed_out_after is not None:
-            self.process.wait()
-            what = f"The embedded service was not ready within {timed_out_after:.0f} s"
-        else:
-            code = self.process.wait()
-            if code == _WRONG_SETTINGS:
-                raise InvalidArgument(self.log_tail(), reason="SERVER_OPTION_INVALID", field="server_options")
-            what = f"The embedded service ended with exit code {code} before it was ready"
-        raise Unavailable(
-            f"{what}. The end of its log:\n{self.log_tail() or '(empty)'}", reason="LAUNCH_FAILED", retryable=False
-        )
-
-
-def require_server() -> None:
-    """Raise FailedPrecondition (SERVER_NOT_INSTALLED) where the packages that serve are not installed."""
-    missing = [name for name in ("gradwire_server", "ray", "zmq", "pydantic_settings") if not _installed(name)]
-    if missing:
-        raise FailedPrecondition(
-            f"This installation can only connect; to serve it also needs {', '.join(missing)}: "
-            "pip install 'gradwire[server]'",
-            reason="SERVER_NOT_INSTALLED",
-        )
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _flag(name: str, value: Any) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise InvalidArgument(f"no such setting: {name!r}", reason="SERVER_OPTION_INVALID", field="server_options")
-    return f"--{name.replace('_', '-')}={value}"
+        client = connect(service.wait(timeout), timeout=timeout)
+    except BaseException:
+        service.stop()
+        raise
+    client.on_close(service.stop)
+    return client

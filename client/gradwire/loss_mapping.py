@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from gradwire_proto.errors import ExportError, InvalidArgument
-from gradwire_proto.values import LossSpec, TorchLossSpec
 from torch import Tensor, nn
+
+from gradwire_proto.errors import ExportError, InvalidArgument
+from gradwire_proto.tensors import from_torch
+from gradwire_proto.values import LossSpec, TorchLossSpec
 
 _OPTIONS = {
     nn.CrossEntropyLoss: ("cross_entropy", ("weight", "ignore_index", "reduction", "label_smoothing")),
@@ -26,7 +27,13 @@ _OPTIONS = {
 """torch.nn's losses that ranks compute by name: their function in torch.nn.functional, and what they are made with."""
 
 LOSSES_BY_NAME = {name: (kind, function) for kind, (name, _) in _OPTIONS.items() for function in (getattr(F, name),)}
-_SHORT_NAMES = {"mse": "mse_loss", "l1": "l1_loss", "nll": "nll_loss", "huber": "huber_loss", "bce": "binary_cross_entropy"}
+_SHORT_NAMES = {
+    "mse": "mse_loss",
+    "l1": "l1_loss",
+    "nll": "nll_loss",
+    "huber": "huber_loss",
+    "bce": "binary_cross_entropy",
+}
 _BY_CLASSES = ("cross_entropy", "nll_loss")
 
 
@@ -52,10 +59,9 @@ class Loss:
         output, target = outputs[0], targets[0]
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             return False
-        weight = self.spec.options.get("weight")
         if self.spec.name in _BY_CLASSES:
             return output.dim() >= 2
-        return output.shape == target.shape and not isinstance(weight, Tensor)
+        return output.shape == target.shape and not {"weight", "pos_weight"} & set(self.spec.options)
 
 
 def as_loss(loss: Any) -> Loss | None:
@@ -79,7 +85,8 @@ def as_loss(loss: Any) -> Loss | None:
         return _from_module(loss)
     if not callable(loss):
         raise InvalidArgument(
-            f"expected a loss of torch.nn, its name, a callable(outputs, targets) or None; got {type(loss).__qualname__}",
+            "expected a loss of torch.nn, its name, a callable(outputs, targets) or None;"
+            f" got {type(loss).__qualname__}",
             field="loss",
             reason="LOSS_UNKNOWN",
         )
@@ -92,8 +99,8 @@ def as_loss(loss: Any) -> Loss | None:
 def _from_module(loss: nn.Module) -> Loss:
     if any(parameter.requires_grad for parameter in loss.parameters()):
         raise ExportError(
-            "the loss has parameters of its own, which would not be trained: put them into the module, let it return the"
-            " loss, and create the model with loss=None",
+            "the loss has parameters of its own, which would not be trained: put them into the module, let it return"
+            " the loss, and create the model with loss=None",
             field="loss",
             reason="LOSS_HAS_PARAMETERS",
         )
@@ -108,4 +115,4 @@ def _from_module(loss: nn.Module) -> Loss:
 
 def _given(loss: nn.Module, options: tuple[str, ...]) -> Mapping[str, Any]:
     values = {option: getattr(loss, option) for option in options}
-    return {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in values.items() if v is not None}
+    return {name: from_torch(v) if isinstance(v, Tensor) else v for name, v in values.items() if v is not None}

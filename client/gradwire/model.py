@@ -29,13 +29,18 @@ class Model:
     or its future, returns.
 
     Calls raise InvalidArgument (with `.field` and the bound) for input that does not fit, FailedPrecondition where the
-    model has no loss, optimizer or gradients that the call needs, ModelNotFound once it is deleted, Unavailable where the
-    service does not answer, DeadlineExceeded where it takes longer than the client's timeout. `.outcome` of an error says
-    whether a command was applied. Calls of several threads are safe; the service runs a model's commands one by one.
+    model has no loss, optimizer or gradients that the call needs, ModelNotFound once it is deleted, Unavailable where
+    the service does not answer, DeadlineExceeded where it takes longer than the client's timeout. `.outcome` of an
+    error says whether a command was applied. Threads may share a model; the service runs its commands one by one.
     """
 
     def __init__(
-        self, rpc: Rpc, info: ModelInfo, *, exporter: ModuleExporter | None = None, exported: Sequence[ExportedVariant] = ()
+        self,
+        rpc: Rpc,
+        info: ModelInfo,
+        *,
+        exporter: ModuleExporter | None = None,
+        exported: Sequence[ExportedVariant] = (),
     ) -> None:
         self._rpc = rpc
         self._id = info.id
@@ -64,7 +69,8 @@ class Model:
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update in one; returns loss, step and timing.
 
-        Gradients that the service holds are neither used nor changed. lr: the learning rate of this update, for all parameters; the optimizer's where left out.
+        Gradients that the service holds are neither used nor changed.
+        lr: the learning rate of this update, for all parameters; the optimizer's where left out.
         """
         return self._run(self._calls.train_step(inputs, targets, lr))
 

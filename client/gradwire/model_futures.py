@@ -34,7 +34,9 @@ class ModelFutures:
     def forward_backward(self, inputs: Any, targets: Any = None) -> Future[StepResult]:
         return self._submit(lambda: self._calls.forward_backward(inputs, targets))
 
-    def optimizer_step(self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None) -> Future[StepResult]:
+    def optimizer_step(
+        self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None
+    ) -> Future[StepResult]:
         return self._submit(lambda: self._calls.optimizer_step(gradients, lr))
 
     def zero_grad(self) -> Future[None]:

@@ -12,19 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradwire_proto.errors import ExportError
 from torch import nn
 from torch.autograd import function as function_internals
 from torch.nn.modules import module as module_internals
+
+from gradwire_proto.errors import ExportError
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Inside, the module may be run and exported; after, its flags, attributes and buffers, and random state, are back."""
+    """Inside, the module may be run and exported; after, its flags, attributes, buffers and random state are back."""
     kept = [(each, dict(each.__dict__), _containers(each)) for each in module.modules()]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+    # Plain tensors that are attributes, too.
+    plain = [value for _, attributes, _ in kept for value in attributes.values() if isinstance(value, torch.Tensor)]
+    buffers = [(tensor, tensor._version, tensor.detach().clone()) for tensor in (*module.buffers(), *plain)]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -48,14 +51,12 @@ def _containers(module: nn.Module) -> dict[str, Any]:
 
 
 def _refill(container: Any, content: Any) -> None:
-    if container == content if isinstance(container, set) else False:
-        return
     container.clear()
     container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
 
 
 def refuse_hooks(module: nn.Module) -> None:
-    """Raise ExportError for hooks on gradients: they would not run on the service. Forward hooks are part of a graph."""
+    """Raise ExportError for hooks on gradients, which would not run on the service. Forward hooks are traced."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ExportError(
@@ -95,7 +96,8 @@ def custom_functions_refused() -> Iterator[None]:
             )
         return super(function_internals._SingleLevelFunction, cls).apply(*arguments, **keywords)  # type: ignore[misc]
 
-    original = function_internals.custom_function_call
+    internals: Any = function_internals
+    original = internals.custom_function_call
 
     def custom_function_call(cls: type, *arguments: Any, **keywords: Any) -> Any:
         if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
@@ -103,13 +105,13 @@ def custom_functions_refused() -> Iterator[None]:
         return original(cls, *arguments, **keywords)
 
     # Every way of calling one ends in these two, `f = Function.apply` kept from before included.
-    function_internals._SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined,assignment]
-    function_internals.custom_function_call = custom_function_call  # type: ignore[assignment]
+    internals._SingleLevelFunction.apply = classmethod(apply)
+    internals.custom_function_call = custom_function_call
     try:
         yield
     finally:
-        del function_internals._SingleLevelFunction.apply
-        function_internals.custom_function_call = original
+        del internals._SingleLevelFunction.apply
+        internals.custom_function_call = original
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
-from gradwire_proto.errors import ExportError
-from gradwire_proto.values import ITEM_SIZE, StateTensor
 from torch import Tensor, nn
 
 from gradwire.user_values import dtype_name
+from gradwire_proto.errors import ExportError
+from gradwire_proto.values import ITEM_SIZE, StateTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,11 @@ def _refuse_overlaps(state: ModuleState) -> None:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), name))
     spans.sort()
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end and any(state.by_name[each].requires_grad for each in (name, other)):
             raise ExportError(
-                f"{name!r} and {other!r} are different tensors over the same memory, which cannot be kept on the service:"
-                " register one parameter under both names",
+                f"{name!r} and {other!r} are different tensors over the same memory, which cannot be kept on the"
+                " service: register one parameter under both names",
                 field=other,
                 reason="EXPORT_SHARED_MEMORY",
             )

@@ -41,8 +41,9 @@ class SGD(Optimizer):
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        for name, words in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
-            check_not_negative(getattr(self, name), field=f"optimizer.{name}", words=words)
+        check_not_negative(self.lr, field="optimizer.lr", words="learning rate")
+        check_not_negative(self.momentum, field="optimizer.momentum", words="momentum value")
+        check_not_negative(self.weight_decay, field="optimizer.weight_decay", words="weight_decay value")
         check_number(self.dampening, field="optimizer.dampening", words="dampening value")
         for name in ("nesterov", "maximize"):
             if not isinstance(getattr(self, name), bool):
@@ -55,15 +56,15 @@ class SGD(Optimizer):
 
 def check_number(value: object, *, field: str, words: str) -> None:
     """Raise InvalidArgument unless `value` is a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise _refusal(field, f"Invalid {words}: {value!r}; must be a finite number")
 
 
 def check_not_negative(value: object, *, field: str, words: str) -> None:
     """Raise InvalidArgument unless `value` is a finite number >= 0."""
     check_number(value, field=field, words=words)
-    if value < 0:  # type: ignore[operator]
+    assert isinstance(value, (int, float))
+    if value < 0:
         raise _refusal(field, f"Invalid {words}: {value!r}; must be >= 0")
 
 

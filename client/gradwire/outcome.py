@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,9 @@ def ask(send: Send, command: str | None, deadline: float) -> Standing:
     except GradwireError as error:
         return Standing(_said_by_service(error), "not_applied" if error.reason == "COMMAND_NOT_FOUND" else "unknown")
     if state not in _OUTCOMES:
-        try:
+        # An error: it still runs, or the service went away meanwhile, and nobody knows.
+        with suppress(GradwireError):
             state = _state(send, command, deadline, wait=True)
-        except GradwireError:
-            pass  # It still runs, or the service went away meanwhile: nobody knows.
     return Standing(True, _OUTCOMES.get(state, "unknown"))
 
 

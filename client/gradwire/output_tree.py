@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+
 from gradwire_proto.errors import ExportError
 from gradwire_proto.values import LeafRef, Structure, Value, leaves
-from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def _structure(spec: pytree.TreeSpec, numbers: Any) -> Structure:
     children = [_structure(child, numbers) for child in spec.children()]
     if spec.type is list:
         return children
-    if spec.type is not None and issubclass(spec.type, Mapping):
+    if isinstance(spec.type, type) and issubclass(spec.type, Mapping):
         return dict(zip(_keys(spec, len(children)), children, strict=True))
     return tuple(children)
 

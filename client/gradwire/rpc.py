@@ -54,7 +54,7 @@ def new_request_id() -> str:
 class Rpc:
     """One channel to one service. Threads may share it; a forked child must make its own.
 
-    target: "host:port". token: sent with every call. tls: None is plain text. timeout: seconds that a call takes at most.
+    target: "host:port". token: sent with every call. tls: None is plain text. timeout: a call's seconds at most.
     """
 
     def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
@@ -127,7 +127,9 @@ class Rpc:
         """One attempt. Raises _Lost where the service did not say what went wrong, GradwireError where it did."""
         call = self._method(method)(request, timeout=timeout, metadata=self._metadata)
         try:
-            return next(call)
+            # To the end: a stream that is not is never freed, nor is its connection.
+            (reply,) = call
+            return reply
         except grpc.RpcError as error:
             raise _translate(error, self.target, command) from None
         except BaseException:
@@ -139,7 +141,7 @@ class Rpc:
         if error.reason == "NOT_CONNECTED" or self._closed:
             return error
         standing = outcome.ask(self._send_quietly, command, deadline)
-        attributes = error.attributes() | {"outcome": standing.outcome}
+        attributes: dict[str, Any] = error.attributes() | {"outcome": standing.outcome}
         if not isinstance(error, DeadlineExceeded):
             return type(error)(error.message, **attributes)
         if not standing.alive:
@@ -150,9 +152,9 @@ class Rpc:
 
     def _interrupted(self, command: str) -> NoReturn:
         standing = outcome.ask(self._send_quietly, command, time.monotonic() + _INTERRUPT_PATIENCE)
-        words = {"applied": "was applied", "not_applied": "was not applied"}.get(standing.outcome, "may have been applied")
+        words = {"applied": "was applied", "not_applied": "was not applied", "unknown": "may have been applied"}
         request_id = _request_id(command)
-        message = f"interrupted: the command {words} (request {request_id})"
+        message = f"interrupted: the command {words[standing.outcome]} (request {request_id})"
         raise Interrupted(message, outcome=standing.outcome, request_id=request_id) from None
 
     def _send_quietly(self, method: str, request: Any, timeout: float) -> Any:
@@ -193,14 +195,15 @@ def _translate(error: Any, target: str, command: str | None = None) -> _Lost | G
     said_by_service = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
     if said_by_service or not isinstance(translated, (DeadlineExceeded, Unavailable)):
         return translated
-    attributes = translated.attributes()
+    attributes: dict[str, Any] = translated.attributes()
     if isinstance(translated, DeadlineExceeded):
-        return _Lost(DeadlineExceeded("no answer in time", **attributes | {"reason": "NO_ANSWER"}))
+        attributes["reason"] = "NO_ANSWER"
+        return _Lost(DeadlineExceeded("no answer in time", **attributes))
     if "failed to connect" in error.details():
         attributes |= {"reason": "NOT_CONNECTED", "outcome": "not_applied"}
         return _Lost(Unavailable(f"no gradwire service answers at {target}: {error.details()}", **attributes))
-    message = f"the connection to {target} was lost: {error.details()}"
-    return _Lost(Unavailable(message, **attributes | {"reason": "CONNECTION_LOST"}))
+    attributes["reason"] = "CONNECTION_LOST"
+    return _Lost(Unavailable(f"the connection to {target} was lost: {error.details()}", **attributes))
 
 
 def _request_id(command: str | None) -> str | None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gradwire_proto.errors import ExportError, GradwireError
 from torch import Tensor
 
 from gradwire.tracing import ambient_autocast_off, quiet, quote
+from gradwire_proto.errors import ExportError, GradwireError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _SMALL = 1e-3
@@ -102,7 +102,8 @@ def _gradients(outputs: list[Any], loss: Tensor | None, watched: dict[str, Tenso
 
 def _same(ours: Any, theirs: Any, floor: float) -> bool:
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-        return ours is theirs or (type(ours) is type(theirs) and (ours == theirs or ours != ours and theirs != theirs))
+        both_nan = ours != ours and theirs != theirs
+        return type(ours) is type(theirs) and bool(ours == theirs or both_nan)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     ours, theirs = ours.detach(), theirs.detach()
@@ -124,7 +125,9 @@ def _norm(tensors: list[Tensor]) -> float:
 
 def _by(ours: Tensor | None, theirs: Tensor | None) -> str:
     if ours is None or theirs is None:
-        return f": the module gives {'none' if ours is None else 'one'}, the graph {'none' if theirs is None else 'one'}"
+        return (
+            f": the module gives {'none' if ours is None else 'one'}, the graph {'none' if theirs is None else 'one'}"
+        )
     return f": norm {_norm([ours]):.6g} in the module, {_norm([theirs]):.6g} in the graph"
 
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gradwire_proto.errors import ExportError
-from gradwire_proto.graph_writes import written_inputs
-from gradwire_proto.values import Graph, GraphInput, StateTensor
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -17,6 +14,9 @@ from torch.export.graph_signature import InputKind
 from gradwire.graph_encoding import clean, encode
 from gradwire.tracing import Traced, trace
 from gradwire.user_values import dtype_name
+from gradwire_proto.errors import ExportError
+from gradwire_proto.graph_writes import written_inputs
+from gradwire_proto.values import Graph, GraphInput, StateTensor
 
 _SMALL_CONSTANT = 1 << 16
 
@@ -118,7 +118,7 @@ def _bind(
             continue
         if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             raise ExportError(f"the graph takes {target!r}, a {spec.kind.name.lower()}, which no message can carry")
-        tensor = state.get(name) if spec.kind is not InputKind.CONSTANT_TENSOR else None
+        tensor: Any = state.get(name) if spec.kind is not InputKind.CONSTANT_TENSOR else None
         if tensor is None:
             tensor = exported.constants.get(target)
             tensor = exported.state_dict[target] if tensor is None else tensor
@@ -136,7 +136,7 @@ def _written(
     for name in names:
         if name not in state:
             raise ExportError(
-                "the forward changes a tensor in place that is no buffer of the module: register it with register_buffer",
+                "the forward changes a tensor in place that is no buffer of the module: register it as one",
                 reason="EXPORT_FAILED",
             )
     return tuple(str(name) for name in names)

@@ -1,8 +1,10 @@
-"""Runs torch.export on a callable of flat tensors, with rows left open where that is possible, and explains failures."""
+"""Runs torch.export on a callable of flat tensors, with rows left open where possible, and explains failures."""
 
 from __future__ import annotations
 
+import builtins
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradwire_proto.errors import ExportError, GradwireError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from gradwire.module_guard import custom_functions_refused
+from gradwire_proto.errors import ExportError, GradwireError
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
 
 class Traced(nn.Module):
-    """A module whose forward is `function` of flat tensors; `module` holds what the function runs, so that names stay."""
+    """A module whose forward is `function` of flat tensors; it holds `module`, which that runs, so that names stay."""
 
     PREFIX = "module."
 
@@ -45,9 +47,9 @@ def trace(
     symbol = Dim("rows")
     shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
-    dynamic = {"dynamic_shapes": (shapes,)} if any(rows) else {}
-    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off():
-        return torch.export.export(Traced(function, module), tuple(tensors), strict=False, **dynamic)
+    dynamic = (shapes,) if any(rows) else None
+    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off(), open_len():
+        return torch.export.export(Traced(function, module), tuple(tensors), strict=False, dynamic_shapes=dynamic)
 
 
 @contextmanager
@@ -67,6 +69,23 @@ def quiet() -> Iterator[None]:
 
 def _nothing(record: logging.LogRecord) -> bool:
     return False
+
+
+@contextmanager
+def open_len() -> Iterator[None]:
+    """Inside, `len(tensor)` leaves an open dimension open: Python's own would turn it into the example's number."""
+    thread, plain = threading.get_ident(), builtins.len
+
+    def length(value: Any, /) -> Any:
+        if isinstance(value, Tensor) and threading.get_ident() == thread and value.dim():
+            return value.shape[0]
+        return plain(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Moves tensors that are too many for one message: streamed ahead of the request, or fetched after the reply.
 
-Nothing is copied as a whole: uploads are cut from the tensors' own memory, downloads written straight into the results'.
+Nothing is copied as a whole: uploads are cut from the tensors' own memory, downloads written straight into the
+results'.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ CHUNK_BYTES = 1 << 20
 def send_apart(rpc: Rpc, values: Sequence[Any]) -> Sequence[Any]:
     """`values` (nested, with TensorData leaves) as they should stand in one request.
 
-    Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles. When this returns, the memory
-    of the tensors has been read.
+    Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles. When this returns, the
+    memory of the tensors has been read.
     """
     found: list[TensorData] = []
     for value in values:
@@ -111,7 +112,7 @@ def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _fill(targets: Sequence[memoryview], chunks: Iterable[bytes], download: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import (
     ITEM_SIZE,
@@ -40,7 +41,7 @@ def normalize(value: Any, field: str = "batch") -> Value:
     return _constant(value, field)
 
 
-def _tensor(value: torch.Tensor | np.ndarray, field: str) -> torch.Tensor:
+def _tensor(value: torch.Tensor | np.ndarray, field: str) -> Any:
     if isinstance(value, np.ndarray):
         try:
             # A copy where torch would warn: of another byte order, with negative strides, or read-only.

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gradwire_proto.errors import ExportError, GradwireError
-from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
 from torch import Tensor, nn
 
 from gradwire import safety_net
@@ -21,11 +19,16 @@ from gradwire.output_tree import OutputTree
 from gradwire.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.tracing import ambient_autocast_off, explain, quiet
 from gradwire.user_values import call_with
+from gradwire_proto.errors import ExportError, GradwireError
+from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A variant that computes what the module does. loss_leaf: the output that is the loss, where the module returns it."""
+    """A variant that computes what the module does.
+
+    loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
+    """
 
     variant: Variant
     output_tree: OutputTree
@@ -106,7 +109,9 @@ class VariantExport:
 
         operators: dict[str, str] = {}
         constants = Constants(prefix=self._constant_prefix(), known=self.constants)
-        leaves = [(GraphInput("input", i), example.inputs[i], example.has_rows(example.inputs[i])) for i in tensor_leaves]
+        leaves = [
+            (GraphInput("input", i), example.inputs[i], example.has_rows(example.inputs[i])) for i in tensor_leaves
+        ]
         graph = trace_graph(
             flat_forward,
             self.module,
@@ -118,7 +123,9 @@ class VariantExport:
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
         with self._rewound(changing):
-            eager = safety_net.run(self._eager(example, trees), example.inputs, self.state.trainable, subject="the module")
+            eager = safety_net.run(
+                self._eager(example, trees), example.inputs, self.state.trainable, subject="the module"
+            )
         if trees[-1].structure != tree.structure:
             raise ExportError("the module nests its outputs in one way when exported and in another when run")
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
@@ -274,7 +281,9 @@ class _GraphRun:
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         found = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__qualname__
-        raise ExportError(f"the loss must be one floating point number, got {found}", field="loss", reason="LOSS_NOT_SCALAR")
+        raise ExportError(
+            f"the loss must be one floating point number, got {found}", field="loss", reason="LOSS_NOT_SCALAR"
+        )
     return loss if loss.dim() == 0 else loss.reshape(())
 
 

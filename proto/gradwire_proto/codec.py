@@ -16,7 +16,6 @@ from gradwire_proto.graph_codec import (
     encode_operators,
 )
 from gradwire_proto.model_codec import (
-    decode_labels,
     decode_loss,
     decode_model_info,
     decode_model_spec,
@@ -63,7 +62,6 @@ from gradwire_proto.service_codec import (
     encode_gradient_query,
     encode_limits,
     encode_server_info,
-    function_digest,
 )
 from gradwire_proto.structure_codec import (
     decode_leaf,
@@ -76,7 +74,6 @@ from gradwire_proto.structure_codec import (
 from gradwire_proto.tensor_codec import (
     MAX_DEPTH,
     decode_batch,
-    decode_handle,
     decode_named_tensors,
     decode_options,
     decode_tensor,
@@ -100,8 +97,6 @@ __all__ = [
     "decode_gradient_result",
     "decode_graph",
     "decode_graph_input",
-    "decode_handle",
-    "decode_labels",
     "decode_leaf",
     "decode_learning_rate",
     "decode_limits",
@@ -155,6 +150,5 @@ __all__ = [
     "encode_timing",
     "encode_value",
     "encode_variant",
-    "function_digest",
     "refuse_unknown_fields",
 ]

@@ -136,7 +136,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         seed=message.seed,
         on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
         require_sharding=message.require_sharding,
-        labels=decode_labels(message.labels, f"{field}.labels"),
+        labels=_decode_labels(message.labels, f"{field}.labels"),
     )
 
 
@@ -155,7 +155,7 @@ def _decode_gpus(gpus: float, device: str, field: str) -> float:
     return gpus
 
 
-def decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
+def _decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
     """The labels of a message: at most 64, keys and values of at most 63 characters."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 
 from gradwire_proto.enum_words import DTYPES
@@ -14,7 +12,6 @@ from gradwire_proto.scalar_codec import check_integer, check_name, check_number,
 from gradwire_proto.tensor_codec import (
     decode_named_tensors,
     encode_named_tensors,
-    encode_tensor,
 )
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import (
@@ -23,22 +20,10 @@ from gradwire_proto.values import (
     Limits,
     Program,
     ServerInfo,
-    TensorData,
 )
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LIMITS = tuple(limit.name for limit in fields(Limits))
-
-
-def function_digest(program: Program, tensors: Mapping[str, TensorData]) -> str:
-    """SHA-256, in hex, over a program and the values of its constants: the same bits, the same digest."""
-    digest = hashlib.sha256(encode_program(program).SerializeToString(deterministic=True))
-    for name in sorted(tensors):
-        tensor = encode_tensor(tensors[name]).SerializeToString(deterministic=True)
-        # Lengths first, so that no two lists of tensors run together into the same bytes.
-        digest.update(f"{len(name)} {name} {len(tensor)} ".encode())
-        digest.update(tensor)
-    return digest.hexdigest()
 
 
 def encode_function(value: FunctionSpec, into: pb.Function | None = None, field: str = "function") -> pb.Function:

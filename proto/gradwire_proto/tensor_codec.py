@@ -67,7 +67,8 @@ def decode_tensor(message: pb.Tensor, field: str = "tensor", limits: Limits | No
             raise InvalidArgument("expected bool elements of 0 or 1", field=field, reason="TENSOR_NOT_BOOL")
         return TensorData(dtype, shape, data)
     if content == "handle":
-        return TensorData(dtype, shape, decode_handle(message.handle, f"{field}.handle"))
+        parse_handle_name(message.handle, f"{field}.handle")
+        return TensorData(dtype, shape, Handle(message.handle))
     if size == 0:
         return TensorData(dtype, shape, b"")
     raise missing(field, "the tensor's data or a handle")
@@ -102,12 +103,6 @@ def decode_tensor_type(
                 reason="TENSOR_TOO_LARGE",
             )
     return dtype, shape
-
-
-def decode_handle(name: str, field: str = "handle") -> Handle:
-    """The handle of that name, which must look like one. Whether it exists is the server's to know."""
-    parse_handle_name(name, field)
-    return Handle(name)
 
 
 def encode_named_tensors(tensors: Mapping[str, TensorData], into: Any = None) -> Any:

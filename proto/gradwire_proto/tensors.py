@@ -44,7 +44,9 @@ def from_torch(tensor: torch.Tensor, field: str | None = None) -> TensorData:
             f"expected a dense tensor with data, got a {kind} one", field=field, reason="TENSOR_NOT_DENSE"
         )
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return TensorData(dtype, tuple(tensor.shape), dense.view(-1).view(torch.uint8).numpy().data)
+    # as_strided, not view(-1): a single element counts as contiguous whatever its stride, and view keeps the stride.
+    flat = dense.as_strided((dense.numel(),), (1,))
+    return TensorData(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
 
 def from_any(value: Any, field: str | None = None) -> TensorData:

@@ -110,9 +110,11 @@ class HostedModel:
     ) -> None:
         """Add a graph, and constants that it alone uses."""
         known = self.description
-        await asyncio.to_thread(
-            check_new_variant, known.info, known.operators, variant, tensors, operators, values, self._limits
-        )
+        # Not of a repeat: its variant is there already.
+        if self._commands.find(call) is None:
+            await asyncio.to_thread(
+                check_new_variant, known.info, known.operators, variant, tensors, operators, values, self._limits
+            )
 
         async def work(claimed: Any, _: int) -> None:
             # Again: others may have added variants meanwhile.

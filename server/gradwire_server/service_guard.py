@@ -1,8 +1,7 @@
 """The outermost process of a service: when anything ends it, nothing of it is left.
 
 It forks the supervisor, passes signals on to it, and waits for it or for the owner to end, however they end. Then it
-kills every process of the service and removes its folders. It imports next to nothing, so that it is there before
-anything that could be left, and it never waits for anything but the kernel.
+kills every process of the service and removes its folders. It does nothing else, and waits for nothing but the kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from gradwire_server.process_tree import adopt_orphans, end_with_parent, kill_members, reap_children
@@ -59,7 +59,7 @@ def _fork(service: str, folders: ServiceFolders, supervise: Callable[[ServiceFol
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from google.protobuf.empty_pb2 import Empty
 
 from gradwire_proto import codec
+from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.names import parse_command_name, parse_model_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -118,6 +119,10 @@ class Servicer:
         inputs = codec.decode_value(request.inputs, "inputs", self._limits)
         seed = request.seed if request.HasField("seed") else None
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        if request.request_id and not request.training:
+            raise InvalidArgument(
+                "only a forward in training mode is a command", field="request_id", reason="REQUEST_ID_NOT_TAKEN"
+            )
         model = self._model(request.name)
         return codec.encode_forward_result(await model.forward(inputs, request.training, seed, max_inline_bytes, call))
 

@@ -2,12 +2,13 @@
 
 Prints `gradwire listening on HOST:PORT` when the service first takes calls. A frontend that dies afterwards is started
 again on the same port; when Ray dies, both are. SIGTERM drains. Exit codes: 0 drained, 2 wrong settings, 1 otherwise.
-Where Ray runs already, start `gradwire_server.main --ray-address=HOST:PORT` alone instead.
+With --ray-address it becomes the frontend alone: whoever runs that Ray can restart a frontend too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 import secrets
@@ -17,16 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
+from gradwire_server.config import ConfigError, ServerConfig, add_flags, config_from_flags
 from gradwire_server.process_tree import MARKER, ends_with_parent, kill_members
 from gradwire_server.ray_head import ADDRESS_FILE_VARIABLE, address_file, ray_command, ray_environment, write_token
 from gradwire_server.restart_delay import RestartDelay
 from gradwire_server.service_folders import ServiceFolders
 from gradwire_server.service_guard import guard
-
-if TYPE_CHECKING:
-    from gradwire_server.config import ServerConfig
 
 FRONTEND = (sys.executable, "-m", "gradwire_server.main_when_ray_is_ready")
 
@@ -37,23 +36,45 @@ _FAREWELL = 2.0  # seconds for a frontend whose Ray is gone to answer its caller
 
 def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FRONTEND) -> int:
     """Run a service until it is stopped or its owner is gone; the exit code. `frontend`: the command that serves."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--owner-pid", type=int)
-    own, settings = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m gradwire_server.supervisor", allow_abbrev=False)
+    parser.description = "A gradwire service with a Ray of its own, or a frontend for the Ray at --ray-address."
+    parser.add_argument("--owner-pid", type=int, help="the parent process; the service ends at once when it is gone")
+    parser.add_argument(
+        "--insecure-listen-anywhere",
+        action="store_true",
+        help="listen beyond this machine: whoever reaches the port can use the service and read its traffic",
+    )
+    add_flags(parser)
+    flags = parser.parse_args(arguments)
+    try:
+        config = config_from_flags(flags)
+        if not flags.insecure_listen_anywhere:
+            _require_loopback(config.listen)
+    except ConfigError as error:
+        _say(str(error))
+        return 2
+    if config.ray_address:
+        os.execve(
+            sys.executable, [sys.executable, "-m", "gradwire_server.main", *config.flags()], _without_settings(config)
+        )
     service = secrets.token_hex(4)
+    return guard(service, flags.owner_pid, lambda folders: Supervisor(config, service, folders, frontend).run())
 
-    def supervise(folders: ServiceFolders) -> int:
-        # After the fork, and not before: reading settings takes imports, and the guard should be there first.
-        from gradwire_server.config import ConfigError, read_config
 
-        try:
-            config = read_config(settings, "python -m gradwire_server.supervisor")
-        except ConfigError as error:
-            _say(str(error))
-            return 2
-        return Supervisor(config, service, folders, frontend).run()
+def _require_loopback(listen: str) -> None:
+    host = listen.rpartition(":")[0].strip("[]")
+    if host != "localhost" and not _is_loopback(host):
+        raise ConfigError(
+            f"listen: {listen} can be reached from other machines, and there is neither TLS nor a token yet. "
+            "Listen on 127.0.0.1, or add --insecure-listen-anywhere if the network is trusted"
+        )
 
-    return guard(service, own.owner_pid, supervise)
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Supervisor:
@@ -160,10 +181,8 @@ class Supervisor:
         if match:
             stream = sys.stderr if self._listening_on else sys.stdout
             self._listening_on = match[1].decode()
-        try:
+        with suppress(BrokenPipeError):  # Whoever read it has seen enough.
             print(line.decode(errors="replace"), file=stream, flush=True)
-        except BrokenPipeError:
-            pass  # Whoever read it has seen enough.
 
     def _bury_ray(self) -> int:
         """Ray is dead, and so are all ranks: end the frontend, which has lost everything, and what Ray left behind."""
@@ -171,10 +190,8 @@ class Supervisor:
         _say(f"Ray ended with exit code {self._ray.wait()}; the end of its log:")
         _say(_tail(self._folders.runtime / "ray.log"))
         self._frontend.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._frontend.wait(_FAREWELL)
-        except subprocess.TimeoutExpired:
-            pass
         kill_members(self._service)
         self._close_frontend()
         self._ray = None

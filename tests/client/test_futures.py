@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 
@@ -68,9 +69,8 @@ def test_call_that_was_not_sent_can_be_cancelled_and_one_that_runs_cannot(queue)
     assert waiting.cancel() and not running.cancel()
     go.set()
     assert running.result(5) is True
-    with pytest.raises(BaseException, match="") as caught:
+    with pytest.raises(concurrent.futures.CancelledError):
         waiting.result(5)
-    assert type(caught.value).__name__ == "CancelledError"
 
 
 def test_closing_the_queue_raises_cancelled_from_what_waits(queue):

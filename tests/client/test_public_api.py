@@ -31,7 +31,7 @@ NAMES = {
 
 PARAMETERS = {
     "connect": "target *token *tls *timeout",
-    "launch": "workers storage **server_options",
+    "launch": "workers storage *timeout **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels",
     "Client.get_model": "model_id",
@@ -87,7 +87,7 @@ def test_signature_is_this(path):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_result_has_these_fields(name):
-    assert {field for field in find(name).__dataclass_fields__} == FIELDS[name]
+    assert set(find(name).__dataclass_fields__) == FIELDS[name]
 
 
 def test_futures_offer_every_call_of_the_model_with_the_same_arguments():

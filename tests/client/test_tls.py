@@ -77,7 +77,7 @@ def test_certificate_without_key_is_refused():
 
 
 def test_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(errors.InvalidArgument, match="absent.pem") as caught:
+    with pytest.raises(errors.InvalidArgument, match="absent") as caught:
         gradwire.connect("localhost:1", tls=gradwire.TLS(ca=tmp_path / "absent.pem"))
     assert caught.value.field == "tls.ca"
 

@@ -111,6 +111,10 @@ def test_dict_is_matched_by_name_in_any_order() -> None:
     assert flatten(NAMED.input_structure, inputs, "batch.inputs") == [inputs["x"], inputs["mask"]]
 
 
+def test_leaves_come_in_the_order_of_their_indices() -> None:
+    assert flatten(({"b": LeafRef(2), "a": LeafRef(0)}, [LeafRef(1)]), ({"a": 0, "b": 2}, [1]), "inputs") == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("inputs", "field"),
     [

@@ -27,7 +27,15 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.detach()
+        .resolve_conj()
+        .clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 @pytest.mark.parametrize("dtype", values.ITEM_SIZE)
@@ -49,15 +57,17 @@ def test_item_sizes_are_those_of_torch() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64", "bool"])
 def test_tensor_that_is_no_row_major_block_is_sent_as_one(dtype: str) -> None:
     tensor = random_tensor(tensors.torch_dtype(dtype), (4, 6))
-    for view in (tensor.t(), tensor[:, ::2], tensor[1:, 3:], tensor[:1].expand(5, 6)):
+    for view in (tensor.t(), tensor[:, ::2], tensor[1:, 3:], tensor[:1].expand(5, 6), tensor[1:2, ::2][:, :1]):
         assert bytes(tensors.from_torch(view).data) == bits(view)
 
 
 def test_conjugate_and_negative_views_are_resolved() -> None:
-    tensor = torch.randn(3, dtype=torch.complex64)
-    conjugate = tensor.conj()
-    assert torch.equal(tensors.to_torch(tensors.from_torch(conjugate)), torch.conj_physical(tensor))
-    assert torch.equal(tensors.to_torch(tensors.from_torch(conjugate.imag)), -tensor.imag)
+    for count in (1, 3):  # The imaginary part of one number is contiguous, of three it is not.
+        tensor = torch.randn(count, dtype=torch.complex64)
+        conjugate = tensor.conj()
+        assert conjugate.is_conj() and conjugate.imag.is_neg()
+        assert torch.equal(tensors.to_torch(tensors.from_torch(conjugate)), torch.conj_physical(tensor))
+        assert torch.equal(tensors.to_torch(tensors.from_torch(conjugate.imag)), -tensor.imag)
 
 
 def test_contiguous_tensor_is_not_copied() -> None:
@@ -158,6 +168,7 @@ def test_numpy_byte_order_layout_and_scalars_are_evened_out() -> None:
     array = np.arange(6, dtype=np.float64).reshape(2, 3)
     for other in (array.astype(">f8"), np.asfortranarray(array)):
         assert torch.equal(tensors.to_torch(tensors.from_any(other)), torch.from_numpy(array))
+    assert bytes(tensors.from_any(array[0, 1::2]).data) == array[0, 1:2].tobytes()
     assert tensors.from_any(np.int64(3)).shape == ()
 
 

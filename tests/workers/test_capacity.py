@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
 from gradwire_proto.values import ModelSpec, Program
 from gradwire_workers.capacity import Capacity

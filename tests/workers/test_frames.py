@@ -6,10 +6,11 @@ import json
 import math
 
 import pytest
-from gradwire_proto.values import Segment, TensorData
-from gradwire_workers.frames import pack, unpack
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gradwire_proto.values import Segment, TensorData
+from gradwire_workers.frames import pack, unpack
 
 TENSORS = st.builds(lambda data: TensorData("uint8", (len(data),), data), st.binary(max_size=64))
 SEGMENTS = st.builds(

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import zmq
+
 from gradwire_proto.errors import InternalError, InvalidArgument, RankLost
 from gradwire_proto.values import TensorData
 from gradwire_workers.rank_channel import RankChannel

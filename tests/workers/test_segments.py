@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import Segment, TensorData
 from gradwire_workers.segments import SegmentWriter, release, sweep
@@ -61,5 +62,5 @@ def test_a_segment_that_was_cut_short_is_an_error(tmp_path: Path):
     (written,) = SegmentWriter(tmp_path, "rank-a").write([from_torch(torch.ones(3))])
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"1234")
-    with pytest.raises(Exception, match="bytes|length|mmap"):
+    with pytest.raises(Exception, match=r"bytes|length|mmap"):
         to_torch(TensorData("float32", (3,), written.data), writable=True)

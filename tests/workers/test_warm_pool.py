@@ -1,4 +1,4 @@
-"""The warm pool: ranks are ready when they are wanted, and never serve two owners. With ranks that are plain objects."""
+"""Ranks are ready when they are wanted, and never serve two owners. The ranks here are plain objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+
 from gradwire_proto.errors import Unavailable
 from gradwire_workers.warm_pool import WarmPool
 

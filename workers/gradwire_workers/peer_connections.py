@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 Address = tuple[str, int]
 

@@ -45,7 +45,7 @@ class Placement:
                 log_to_driver=False,
                 configure_logging=False,
             )
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
             raise Unavailable(f"Ray does not answer at {self._address}: {error}", reason="RAY_UNAVAILABLE") from error
 
     def leave(self) -> None:

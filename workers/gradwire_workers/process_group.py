@@ -141,7 +141,10 @@ class ProcessGroups:
         """A future of `result` that `abort` can fail.
 
         gloo's own wait is no use for that: a send that meets a closed connection may go unnoticed until its timeout.
+        NCCL's is: `abort` ends it.
         """
+        if result.is_cuda:
+            return start().get_future().then(lambda _: result)
         future = Future()
         with self._lock:
             if self._failure is not None:

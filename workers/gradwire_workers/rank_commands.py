@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +39,9 @@ class RankCommands:
 
     def __init__(self, name: str, memory_folder: str) -> None:
         warm_up()
+        # What was imported stays: no collection need look at it again (a full one takes 3 ms instead of 150).
+        gc.collect()
+        gc.freeze()
         self._segments = SegmentWriter(memory_folder, name)
         self._clean = RankFootprint.measure()
         self._loaded: Callable[[Fields], Trainer] | None = None

@@ -8,8 +8,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# What a clean process may have more than it had: the groups of models that came before linger for a second or two,
+# compute threads stay once they are there, and allocators keep a little. A leak passes these bounds sooner or later.
 _MORE_BYTES = 256 << 20
-_MORE_DESCRIPTORS = 16
+_MORE_DESCRIPTORS = 256
+_MORE_THREADS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,8 @@ class RankFootprint:
 
     def is_close_to(self, clean: RankFootprint) -> bool:
         """Whether a process that once had the footprint `clean` can be called clean again."""
-        # A pool of compute threads stays, once it is there.
-        more_threads = 2 * (os.cpu_count() or 1) + 4
         return (
             self.memory <= clean.memory + _MORE_BYTES
             and self.descriptors <= clean.descriptors + _MORE_DESCRIPTORS
-            and self.threads <= clean.threads + more_threads
+            and self.threads <= clean.threads + _MORE_THREADS
         )

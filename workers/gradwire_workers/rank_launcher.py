@@ -60,12 +60,12 @@ class RankLauncher:
         return process
 
     async def _end(self, process: RankProcess) -> None:
-        await self.in_thread(self._end_now, process.name, process.process_id)
-
-    def _end_now(self, name: str, process_id: int) -> None:
-        self._placement.kill(name)
-        wait_until_gone(process_id)
-        segments.sweep(self._memory_folder, name)
+        # Ray first: a rank that leaves because its connection ended looks like a crash to Ray, which would say so.
+        await self.in_thread(self._placement.kill, process.name)
+        await self.in_thread(wait_until_gone, process.process_id, timeout=2.0)
+        process.channel.close()
+        await self.in_thread(wait_until_gone, process.process_id, timeout=5.0)
+        segments.sweep(self._memory_folder, process.name)
 
     async def close(self) -> None:
         """Ends every rank of the namespace, those that are just starting included, and leaves Ray."""

@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from gradwire_workers.rank_channel import Answer, RankChannel
-
-_SECONDS_TO_DIE = 5.0
 
 
 class RankProcess:
     """A rank that serves. `owner`: whom it has served; None when nobody yet. `end`: ends the process of that name."""
 
-    def __init__(self, channel: RankChannel, *, process_id: int, end: Callable[[RankProcess], Awaitable[None]]) -> None:
+    def __init__(
+        self, channel: RankChannel, *, process_id: int, end: Callable[[RankProcess], Coroutine[Any, Any, None]]
+    ) -> None:
         self.name = channel.name
         self.process_id = process_id
         self.owner: str | None = None
@@ -34,20 +34,20 @@ class RankProcess:
         return self.channel.call(kind, fields)
 
     def kill(self) -> asyncio.Task[None]:
-        """Ends the process, whatever it is doing. The task is done when it is gone."""
+        """Ends the process, whatever it is doing; calls that wait for it end with RankLost. Done when it is gone."""
         if self._ending is None:
-            self.channel.close()
-            self._ending = asyncio.ensure_future(self._end(self))  # type: ignore[assignment]
-        return self._ending  # type: ignore[return-value]
+            self.channel.on_lost = None
+            self._ending = asyncio.create_task(self._end(self))
+        return self._ending
 
 
-def wait_until_gone(process_id: int) -> None:
-    """Blocks until the process has ended, but not for ever. Returns at once for one that is not on this machine."""
+def wait_until_gone(process_id: int, *, timeout: float) -> None:
+    """Blocks until the process has ended, at most so many seconds. Returns at once for one that is not there."""
     with contextlib.suppress(ProcessLookupError):
         descriptor = os.pidfd_open(process_id)
         try:
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
-            poll.poll(_SECONDS_TO_DIE * 1000)
+            poll.poll(timeout * 1000)
         finally:
             os.close(descriptor)

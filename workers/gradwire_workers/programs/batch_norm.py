@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gradwire_proto.errors import InvalidArgument
 from torch import Tensor, fx
+
+from gradwire_proto.errors import InvalidArgument
 
 BatchNorm = Callable[..., Tensor]
 """(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled) -> output."""
@@ -26,6 +27,7 @@ def replace_batch_norms(module: fx.GraphModule, function: BatchNorm) -> None:
     """Make every training batch norm call `function`."""
     for node in training_batch_norms(module):
         node.target = function
+        assert node.graph.owning_module is not None
         node.graph.owning_module.recompile()
 
 
@@ -43,9 +45,7 @@ def checked_batch_norm(
     """torch's batch norm. Raises InvalidArgument where eager would: one value per channel has no variance."""
     if training and input.numel() == input.size(1):
         raise one_value_per_channel(tuple(input.shape))
-    return torch.batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-    )
+    return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
 
 
 def one_value_per_channel(shape: tuple[int, ...]) -> InvalidArgument:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.graph_check import check_program, check_tensors, check_variant
 from gradwire_proto.operators import allowed_operators, has_schema, schema_of
 from gradwire_proto.values import Limits, Program, StateTensor, Variant
-from torch import Tensor
-
 from gradwire_workers.programs.built_program import BuiltProgram
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.graph_writes import written_inputs
 from gradwire_proto.values import ROWS, GraphInput, Limits, Program, StateTensor, TensorSpec, Variant
-from torch import Tensor, fx, nn
-
 from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
 from gradwire_workers.programs.graph_builder import build_graph
 from gradwire_workers.programs.randomness import is_random, without_randomness
@@ -80,7 +80,9 @@ class BuiltProgram(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by the user's names, in the module's order. Tied ones are one tensor."""
         return {
-            each.name: self._tensors[each.name] for each in self._program.tensors if each.role in ("parameter", "buffer")
+            each.name: self._tensors[each.name]
+            for each in self._program.tensors
+            if each.role in ("parameter", "buffer")
         }
 
     def all_state(self) -> dict[str, Tensor]:
@@ -89,9 +91,7 @@ class BuiltProgram(nn.Module):
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Parameters by the user's names, in order, frozen ones too, aliases left out."""
-        return {
-            name: tensor for name, tensor in self.all_state().items() if isinstance(tensor, nn.Parameter)
-        }
+        return {name: tensor for name, tensor in self.all_state().items() if isinstance(tensor, nn.Parameter)}
 
     def add_variant(
         self,
@@ -100,11 +100,16 @@ class BuiltProgram(nn.Module):
         values: Mapping[str, Tensor] | None = None,
         operators: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a checked variant, with the constants that only it uses. A name that exists is refused."""
+        """Add a checked variant, with the constants that only it uses. After an error, nothing has changed."""
         if variant.name in self._runs:
             raise InvalidArgument(f"there is a variant {variant.name!r}", field="variant.name", reason="VARIANT_EXISTS")
-        self._merge(tensors, values or {}, operators or {})
-        self._add(variant)
+        before, known, buffers = self._program, dict(self._tensors), dict(self._buffers)
+        try:
+            self._merge(tensors, values or {}, operators or {})
+            self._add(variant)
+        except Exception:
+            self._program, self._tensors, self._buffers = before, known, buffers
+            raise
 
     def replace_batch_norm(self, function: BatchNorm) -> None:
         """Make every training batch norm, of later variants too, call `function` with batch_norm's nine arguments."""
@@ -170,6 +175,7 @@ class BuiltProgram(nn.Module):
             module=module,
             template=[self._tensors[str(i.key)] if i.kind == "tensor" else None for i in variant.graph_inputs],
             leaf_positions=_positions(variant.graph_inputs, "input"),
+            written_leaves=[(i, int(b.key)) for i in written if (b := variant.graph_inputs[i]).kind == "input"],
             loss=loss,
             written=tuple(dict.fromkeys(str(name) for name in names)),
             is_random=is_random(module),
@@ -201,6 +207,7 @@ class _Run:
     module: fx.GraphModule
     template: list[Tensor | None]
     leaf_positions: list[tuple[int, int]]
+    written_leaves: list[tuple[int, int]]
     loss: _LossRun | None
     written: tuple[str, ...]
     is_random: bool
@@ -212,6 +219,9 @@ class _Run:
         inputs: list[Any] = self.template.copy()
         for position, leaf in self.leaf_positions:
             inputs[position] = leaves[leaf]
+        for position, leaf in self.written_leaves:
+            # The batch's memory is not the graph's to change; some of it cannot even be written.
+            inputs[position] = leaves[leaf].clone()
         return list(self.module.forward(*inputs))
 
 

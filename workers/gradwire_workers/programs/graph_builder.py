@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
 from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, resolve
 from gradwire_proto.values import (
     Argument,
@@ -17,8 +19,6 @@ from gradwire_proto.values import (
     RankDevice,
     SubgraphRef,
 )
-from torch import fx
-
 from gradwire_workers.programs import batch_norm
 from gradwire_workers.programs.regions import run_with_autocast, run_with_grad_mode
 

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gradwire_proto.graph_writes import parse_schema
 from torch import Tensor, fx
+
+from gradwire_proto.graph_writes import parse_schema
 
 # Parameters that decide whether an operator is random, and the value that makes it deterministic.
 _SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, "dropout_p": 0.0}
 _SWITCHED = frozenset(
-    "dropout dropout_ feature_dropout feature_dropout_ alpha_dropout alpha_dropout_ feature_alpha_dropout"
-    " feature_alpha_dropout_ native_dropout rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ rrelu_with_noise_functional"
-    " scaled_dot_product_attention lstm gru rnn_tanh rnn_relu".split()
+    (
+        *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
+        *("dropout_", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_"),
+        *("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_", "rrelu_with_noise_functional"),
+        *("scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    )
 )
 
 

@@ -1,0 +1,174 @@
+"""The command line: `gradwire serve`, `gradwire models`, `gradwire demo`.
+
+Exit codes: 0 done; 1 failed; 2 wrong use; 3 the service cannot be reached; 4 no such thing. What a command prints on
+stdout is its result; everything else goes to stderr. Commands import what they need when they run, so that `--help`
+is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from gradwire.errors import DeadlineExceeded, FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
+from gradwire.errors import Unavailable as ServiceUnavailable
+
+if TYPE_CHECKING:
+    from gradwire.client import Client
+
+FAILED, USAGE, UNAVAILABLE, NOT_FOUND = 1, 2, 3, 4
+
+_DEMO_ACCURACY = 0.97
+
+app = typer.Typer(
+    name="gradwire", help="Train PyTorch models on a service.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+models = typer.Typer(help="The models of a running service.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+Target = Annotated[
+    str | None,
+    typer.Option("--target", metavar="HOST:PORT", help="The service. Default: $GRADWIRE_TARGET, then localhost:50051."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
+
+
+def main() -> NoReturn:
+    """The `gradwire` command. Never returns."""
+    app()
+    sys.exit(0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 picks one.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="How many ranks models may hold together.")] = None,
+    storage: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for what the service keeps.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings from a TOML file.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Join this Ray instead of starting one.")
+    ] = None,
+    insecure_listen_anywhere: Annotated[
+        bool, typer.Option("--insecure-listen-anywhere", help="Let other machines in, without TLS or a token.")
+    ] = False,
+    all_settings: Annotated[bool, typer.Option("--all-settings", help="List every setting and exit.")] = False,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, which let running requests end first.
+
+    Prints `gradwire listening on HOST:PORT` when it takes calls. Further --settings are passed on; every setting can
+    also be given as GRADWIRE_<SETTING> in the environment or in the file. Exit codes: 0 drained, 1 failed, 2 usage.
+    """
+    with _exit_codes():
+        from gradwire.embedded_service import require_server
+
+        require_server()
+    given = {"listen": listen, "workers": workers, "storage": storage, "config": config, "ray-address": ray_address}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    flags += ["--insecure-listen-anywhere"] if insecure_listen_anywhere else []
+    arguments = ["--help"] if all_settings else [*flags, *context.args]
+    sys.stdout.flush()
+    # This process becomes the service, so that signals and exit codes are the service's own.
+    os.execv(sys.executable, [sys.executable, "-m", "gradwire_server.supervisor", *arguments])
+
+
+@models.command("list")
+def list_models(target: Target = None, as_json: Json = False) -> None:
+    """List the models."""
+    from gradwire.model_tables import models_table, summary
+
+    with _connected(target) as client:
+        infos = client.list_models()
+    if as_json:
+        _print_json([summary(info) for info in infos])
+    else:
+        _print_table(models_table(infos))
+
+
+@models.command()
+def show(model: ModelId, target: Target = None, as_json: Json = False) -> None:
+    """Describe one model."""
+    from gradwire.model_tables import model_table, summary
+
+    with _connected(target) as client:
+        info = client.get_model(model).info()
+    if as_json:
+        _print_json(summary(info))
+    else:
+        _print_table(model_table(info))
+
+
+@models.command()
+def delete(model: ModelId, target: Target = None) -> None:
+    """Delete a model: its ranks are freed and its weights are gone."""
+    with _connected(target) as client:
+        client.get_model(model).delete()
+    typer.echo(f"deleted {model}", err=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("gradwire-demo"),
+    workers: Annotated[int, typer.Option(min=1, help="Ranks to train on.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12,
+) -> None:
+    """Train a small network on handwritten digits, on a service of its own. Fails below 97% accuracy."""
+    with _exit_codes():
+        from gradwire.demo import run_demo
+
+        accuracy = run_demo(output=output, workers=workers, epochs=epochs)
+    if accuracy < _DEMO_ACCURACY:
+        raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _connected(target: str | None) -> Iterator[Client]:
+    with _exit_codes():
+        from gradwire.client import connect
+
+        with connect(target, timeout=10.0) as client:
+            yield client
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn errors into one line on stderr and an exit code."""
+    try:
+        yield
+    except GradwireError as error:
+        typer.echo(f"gradwire: {error}", err=True)
+        raise typer.Exit(_exit_code(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _exit_code(error: GradwireError) -> int:
+    if isinstance(error, ModelNotFound):
+        return NOT_FOUND
+    if isinstance(error, (ServiceUnavailable, DeadlineExceeded)):
+        return UNAVAILABLE
+    if isinstance(error, InvalidArgument) and not isinstance(error, FailedPrecondition):
+        return USAGE
+    return FAILED
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_table(table: object) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""A plain function of tensors -> a program without state, and gradients in the shapes that torch.func gives them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from gradwire import safety_net
+from gradwire.export import EXPORT_LOCK
+from gradwire.module_guard import custom_functions_refused
+from gradwire.output_tree import OutputTree
+from gradwire.traced_graph import Constants, TracedGraph, trace_graph
+from gradwire.tracing import explain
+from gradwire.user_values import leaf_spec, normalize
+from gradwire_proto.codec import encode_program
+from gradwire_proto.errors import ExportError, GradwireError, InvalidArgument
+from gradwire_proto.tensors import from_torch
+from gradwire_proto.values import Batch, FunctionSpec, GraphInput, LeafRef, Program, Structure, TensorSpec, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArgumentTree:
+    """How arguments nest what is differentiated.
+
+    differentiated: for each of argnums, the indices of its tensors in the batch; looks: their types and shapes.
+    """
+
+    trees: tuple[pytree.TreeSpec, ...]
+    differentiated: tuple[tuple[int, ...], ...]
+    looks: Mapping[int, tuple[torch.dtype, tuple[int, ...]]]
+    one: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFunction:
+    """A function as the service runs it.
+
+    spec: its digest and program; `tensors` is empty: `constants` holds the tensors that it closes over. batch: its
+    tensors, in order. Sizes are fixed.
+    """
+
+    spec: FunctionSpec
+    constants: Mapping[str, Tensor]
+    batch: Batch
+    arguments: ArgumentTree
+    aux: OutputTree | None
+    is_random: bool
+
+    def finish(self, input_gradients: Any, outputs: Any, with_value: bool) -> Any:
+        """What torch.func gives: gradients, (gradients, aux), (value, gradients) or ((value, aux), gradients).
+
+        input_gradients: one for each tensor of the batch, None where there is none. outputs: the value, then aux's
+        leaves; not looked at where neither is wanted.
+        """
+        gradients = [self._gradients(input_gradients, position) for position in range(len(self.arguments.trees))]
+        whole = gradients[0] if self.arguments.one else tuple(gradients)
+        aux = None if self.aux is None else self.aux.unflatten(list(outputs[1:]))
+        if not with_value:
+            return whole if self.aux is None else (whole, aux)
+        return (outputs[0], whole) if self.aux is None else ((outputs[0], aux), whole)
+
+    def _gradients(self, input_gradients: Sequence[Tensor | None], position: int) -> Any:
+        filled = []
+        for index in self.arguments.differentiated[position]:
+            gradient = input_gradients[index]
+            if gradient is None:
+                # The function does not use it; torch.func says zero.
+                dtype, shape = self.arguments.looks[index]
+                gradient = torch.zeros(shape, dtype=dtype)
+            filled.append(gradient)
+        return pytree.tree_unflatten(filled, self.arguments.trees[position])
+
+
+def tensor_leaves(args: Any) -> tuple[Tensor, ...]:
+    """The tensors and arrays among nested arguments, in order, as detached tensors."""
+    found = (_normal(leaf, i) for i, leaf in enumerate(pytree.tree_leaves(args)))
+    return tuple(leaf for leaf in found if isinstance(leaf, Tensor))
+
+
+def export_function(
+    fn: Callable[..., Any], args: tuple[Any, ...], *, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> ExportedFunction:
+    """Export `fn(*args)`, to be differentiated with respect to the arguments `argnums`.
+
+    Arguments are any nesting of tensors, arrays and constants; constants are baked in, and so is what the function
+    closes over. `fn` gives a scalar, or with has_aux (scalar, aux).
+    Raises InvalidArgument (ARGNUMS_INVALID) and ExportError, as `ModuleExporter.export_model` does.
+    """
+    flat, spec = pytree.tree_flatten(tuple(args))
+    leaves = [_normal(leaf, index) for index, leaf in enumerate(flat)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    arguments = _argument_tree(args, argnums)
+    with EXPORT_LOCK:
+        return _Export(fn, leaves, spec, tensors, arguments, has_aux).finish()
+
+
+def _normal(leaf: Any, index: int) -> Any:
+    return normalize(leaf, f"args, leaf {index}") if isinstance(leaf, (Tensor, np.ndarray)) else leaf
+
+
+def _argument_tree(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> ArgumentTree:
+    one = isinstance(argnums, int)
+    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not wanted:
+        raise _wrong_argnums(argnums, "expected at least one")
+    trees, differentiated, looks = [], [], {}
+    first = [0]
+    for argument in args:
+        first.append(first[-1] + len(tensor_leaves(argument)))
+    for number in wanted:
+        if not isinstance(number, int) or not -len(args) <= number < len(args):
+            raise _wrong_argnums(argnums, f"the function was given {len(args)} arguments")
+        position = number % len(args)
+        leaves, tree = pytree.tree_flatten(args[position])
+        tensors = tensor_leaves(args[position])
+        if len(tensors) != len(leaves) or not all(t.is_floating_point() or t.is_complex() for t in tensors):
+            raise _wrong_argnums(argnums, f"argument {number} must hold floating point tensors and nothing else")
+        indices = tuple(range(first[position], first[position + 1]))
+        trees.append(tree)
+        differentiated.append(indices)
+        looks |= {i: (tensor.dtype, tuple(tensor.shape)) for i, tensor in zip(indices, tensors, strict=True)}
+    return ArgumentTree(trees=tuple(trees), differentiated=tuple(differentiated), looks=looks, one=one)
+
+
+def _wrong_argnums(argnums: Any, why: str) -> InvalidArgument:
+    return InvalidArgument(f"argnums={argnums!r}: {why}", field="argnums", reason="ARGNUMS_INVALID")
+
+
+class _Export:
+    """One export of a function."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        tensors: list[Tensor],
+        arguments: ArgumentTree,
+        has_aux: bool,
+    ) -> None:
+        self._fn = fn
+        self._leaves = leaves
+        self._spec = spec
+        self._tensors = tensors
+        self._arguments = arguments
+        self._has_aux = has_aux
+        self._watched = {index for indices in arguments.differentiated for index in indices}
+        self._aux: OutputTree | None = None
+
+    def finish(self) -> ExportedFunction:
+        states = torch.get_rng_state()
+        try:
+            operators: dict[str, str] = {}
+            constants = Constants(prefix="constant.", known={})
+            graph = self._trace(operators, constants)
+            eager = safety_net.run(self._eager, self._tensors, {}, subject="the function")
+            raw = safety_net.run(lambda t: _value_first(graph(t)), self._tensors, {}, subject="the exported graph")
+            safety_net.compare(eager, raw)
+        finally:
+            torch.set_rng_state(states)
+        return self._assemble(graph, operators, constants)
+
+    def _trace(self, operators: dict[str, str], constants: Constants) -> TracedGraph:
+        leaves = [(GraphInput("input", index), tensor, False) for index, tensor in enumerate(self._tensors)]
+        try:
+            return trace_graph(self._flat, None, leaves, state={}, constants=constants, operators=operators)
+        except GradwireError:
+            raise
+        except Exception as error:
+            # The function's own failure says more than the export's.
+            safety_net.run(self._eager, self._tensors, {}, subject="the function")
+            raise explain(error, f"the function {getattr(self._fn, '__qualname__', self._fn)!r}") from error
+
+    def _flat(self, *tensors: Tensor) -> Sequence[Any]:
+        # What is not differentiated is detached: its gradient would be computed for nobody.
+        given = iter(t if index in self._watched else t.detach() for index, t in enumerate(tensors))
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        result = self._fn(*pytree.tree_unflatten(leaves, self._spec))
+        if self._has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ExportError("with has_aux the function must return (value, aux)", reason="AUX_MISSING")
+        value, aux = result if self._has_aux else (result, None)
+        if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
+            found = (
+                f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__qualname__
+            )
+            raise ExportError(f"the function must return a scalar tensor, got {found}", reason="VALUE_NOT_SCALAR")
+        if not self._has_aux:
+            return (value,)
+        self._aux, flat = OutputTree.of(aux)
+        return (value, *flat)
+
+    def _eager(self, tensors: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
+        with custom_functions_refused():
+            return _value_first(list(self._flat(*tensors)))
+
+    def _assemble(self, graph: TracedGraph, operators: dict[str, str], constants: Constants) -> ExportedFunction:
+        places = range(len(self._tensors))
+        nesting: Structure = tuple(LeafRef(index) for index in places)
+        specs = [leaf_spec(tensor) for tensor in self._tensors]
+        program = Program(
+            torch_version=torch.__version__,
+            tensors=constants.specs(),
+            variants=(
+                Variant(
+                    name="eval",
+                    training=False,
+                    graph=graph.graph,
+                    graph_inputs=graph.bindings,
+                    input_structure=nesting,
+                    input_leaves=tuple(spec for spec in specs if isinstance(spec, TensorSpec)),
+                    output_structure=tuple(LeafRef(index) for index in range(len(graph.graph.outputs))),
+                ),
+            ),
+            operators=operators,
+        )
+        return ExportedFunction(
+            spec=FunctionSpec(digest=_digest(program, constants.added), program=program, tensors={}),
+            constants=dict(constants.added),
+            batch=Batch(tuple(self._tensors)),
+            arguments=self._arguments,
+            aux=self._aux,
+            is_random=_is_random(graph.module),
+        )
+
+
+def _value_first(outputs: list[Any]) -> tuple[list[Any], Tensor | None]:
+    return outputs, outputs[0]
+
+
+def _digest(program: Program, constants: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(encode_program(program).SerializeToString(deterministic=True))
+    for name, tensor in constants.items():
+        data = from_torch(tensor)
+        digest.update(f"{name}:{data.dtype}:{data.shape}:".encode())
+        digest.update(data.data)  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _is_random(module: fx.GraphModule) -> bool:
+    """Whether an operator may draw random numbers."""
+    graphs = [each for each in module.modules() if isinstance(each, fx.GraphModule)]
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        for each in graphs
+        for node in each.graph.nodes
+    )

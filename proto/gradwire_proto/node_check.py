@@ -1,0 +1,117 @@
+"""Are a graph's nodes well formed? Names, references, operators and how many arguments they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.graph_writes import parse_schema
+from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, allowed_operators, has_schema
+from gradwire_proto.values import Argument, Graph, Limits, Node, NodeRef, SubgraphRef
+
+MAX_SUBGRAPH_DEPTH = 8
+
+
+class GraphCheck:
+    """Checks graphs and counts their nodes, subgraphs included."""
+
+    def __init__(self, operators: Mapping[str, str], limits: Limits, count: int = 0) -> None:
+        self._operators = operators
+        self._limits = limits
+        self._count = count
+
+    def check(self, graph: Graph, field: str, depth: int = 0) -> int:
+        """Check a graph; the number of nodes seen so far."""
+        if depth > MAX_SUBGRAPH_DEPTH:
+            raise malformed(field, f"subgraphs nested deeper than {MAX_SUBGRAPH_DEPTH}")
+        self._count += len(graph.nodes)
+        if self._count > self._limits.graph_nodes:
+            raise ResourceExhausted(
+                f"more than {self._limits.graph_nodes} nodes; the limit is `graph_nodes`",
+                field=field,
+                reason="GRAPH_TOO_LARGE",
+            )
+        known: set[str] = set()
+        for index, name in enumerate(graph.inputs):
+            if not name or name in known:
+                raise malformed(f"{field}.inputs[{index}]", f"expected a name used once, got {short(name)}")
+            known.add(name)
+        for index, node in enumerate(graph.nodes):
+            self._check_node(node, graph, known, f"{field}.nodes[{index}]")
+            known.add(node.name)
+        for index, output in enumerate(graph.outputs):
+            _check_argument(output, known, f"{field}.outputs[{index}]")
+        for name, subgraph in graph.subgraphs.items():
+            self.check(subgraph, f"{field}.subgraphs[{short(name)}]", depth + 1)
+        return self._count
+
+    def _check_node(self, node: Node, graph: Graph, known: set[str], field: str) -> None:
+        if node.operator not in allowed_operators():
+            raise InvalidArgument(
+                f"operator {short(node.operator)} is not in the allowlist",
+                field=f"{field}.operator",
+                reason="OPERATOR_NOT_ALLOWED",
+            )
+        if not node.name or node.name in known:
+            raise malformed(f"{field}.name", f"expected a name used once, got {short(node.name)}")
+        if node.operator in REGIONS:
+            _check_region(node, graph, known, field)
+            return
+        for index, argument in enumerate(node.arguments):
+            _check_argument(argument, known, f"{field}.arguments[{index}]")
+        for name, argument in node.keyword_arguments.items():
+            _check_argument(argument, known, f"{field}.keyword_arguments[{short(name)}]")
+        if has_schema(node.operator):
+            self._check_arity(node, field)
+        elif node.keyword_arguments or not 1 <= len(node.arguments) <= 3:
+            raise malformed(field, f"{node.operator} takes 1 to 3 arguments, by position")
+
+    def _check_arity(self, node: Node, field: str) -> None:
+        schema = self._operators.get(node.operator)
+        if schema is None:
+            raise malformed(f"{field}.operator", f"the program brings no schema of {node.operator}")
+        names = [parameter.name for parameter in parse_schema(schema)]
+        if len(node.arguments) > len(names):
+            raise malformed(
+                f"{field}.arguments", f"{node.operator} takes {len(names)} arguments, got {len(node.arguments)}"
+            )
+        for name in node.keyword_arguments:
+            if name not in names[len(node.arguments) :]:
+                raise malformed(f"{field}.keyword_arguments", f"{node.operator} takes no {short(name)} there")
+
+
+def _check_region(node: Node, graph: Graph, known: set[str], field: str) -> None:
+    """A region takes its settings, one subgraph, and that subgraph's inputs, all by position."""
+    settings = 4 if node.operator == AUTOCAST_REGION else 1
+    if node.keyword_arguments or len(node.arguments) <= settings:
+        raise malformed(field, f"{node.operator} takes {settings} settings, a subgraph and its inputs")
+    subgraph = node.arguments[settings]
+    if not isinstance(subgraph, SubgraphRef) or subgraph.name not in graph.subgraphs:
+        raise malformed(f"{field}.arguments[{settings}]", "expected a subgraph of this graph")
+    inputs = node.arguments[settings + 1 :]
+    expected = len(graph.subgraphs[subgraph.name].inputs)
+    if len(inputs) != expected:
+        raise malformed(f"{field}.arguments", f"the subgraph takes {expected} inputs, got {len(inputs)}")
+    for index, argument in enumerate((*node.arguments[:settings], *inputs)):
+        _check_argument(argument, known, f"{field}.arguments[{index}]")
+
+
+def _check_argument(argument: Argument, known: set[str], field: str) -> None:
+    if isinstance(argument, NodeRef):
+        if argument.name not in known:
+            raise malformed(field, f"{short(argument.name)} is no input or earlier node")
+    elif isinstance(argument, SubgraphRef):
+        raise malformed(field, "a subgraph cannot stand here")
+    elif isinstance(argument, list):
+        for item in argument:
+            _check_argument(item, known, field)
+
+
+def short(name: object) -> str:
+    """A client's name, quoted and cut, for messages."""
+    return repr(name if not isinstance(name, str) else name[:80])
+
+
+def malformed(field: str, message: str) -> InvalidArgument:
+    """The error of a graph that makes no sense."""
+    return InvalidArgument(message, field=field, reason="GRAPH_MALFORMED")

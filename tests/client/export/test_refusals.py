@@ -1,0 +1,251 @@
+"""What cannot be exported is refused with an ExportError that says what and where; no gradient is lost silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gradwire.export import ModuleExporter
+from gradwire_proto.errors import ExportError, InvalidArgument
+
+
+class Applies(nn.Module):
+    """A linear layer, and a function of itself and that layer's output."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, self.linear(x))
+
+
+class Fivefold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 5
+
+
+class WithContext(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 5
+
+
+kept_apply = Fivefold.apply
+
+
+def on_input_only(module, h):
+    return Fivefold.apply(torch.ones(4)) + h
+
+
+def with_tensor_hook(module, h):
+    h.register_hook(lambda gradient: gradient * 2)
+    return h * 1
+
+
+def with_saved_tensor_hooks(module, h):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):
+        return h * module.linear.weight.sum()
+
+
+def refusal(module: nn.Module, *, loss=None, inputs=None, targets=None) -> ExportError:
+    with pytest.raises(ExportError) as caught:
+        ModuleExporter(module, loss).export_model(torch.randn(3, 4) if inputs is None else inputs, targets)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda module, h: Fivefold.apply(h),
+        lambda module, h: kept_apply(h),
+        lambda module, h: WithContext.apply(h),
+        lambda module, h: torch.vmap(WithContext.apply)(h),
+        on_input_only,
+    ],
+)
+def test_a_custom_autograd_function_is_refused_by_name_however_it_is_called(function):
+    error = refusal(Applies(function))
+    assert error.reason == "EXPORT_CUSTOM_FUNCTION"
+    assert "Fivefold" in str(error) or "WithContext" in str(error)
+
+
+def test_a_custom_autograd_function_in_the_loss_is_refused():
+    error = refusal(nn.Linear(4, 4), loss=lambda o, t: Fivefold.apply(o).mean(), targets=torch.randn(3, 4))
+    assert error.reason == "EXPORT_CUSTOM_FUNCTION"
+
+
+def test_custom_autograd_functions_work_as_before_after_an_export():
+    refusal(Applies(lambda module, h: Fivefold.apply(h)))
+    x = torch.tensor([3.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(kept_apply(x), x)
+    assert gradient.item() == 5
+
+
+@pytest.mark.parametrize("function", [with_tensor_hook, with_saved_tensor_hooks])
+def test_hooks_inside_a_forward_are_seen_by_their_gradients(function):
+    error = refusal(Applies(function))
+    assert error.reason in ("EXPORT_MISMATCH", "EXPORT_FAILED")
+
+
+def test_torch_func_inside_a_forward_is_refused():
+    error = refusal(Applies(lambda module, h: torch.func.grad(lambda z: (module.linear(z) ** 2).sum())(h)))
+    assert error.reason in ("EXPORT_MISMATCH", "EXPORT_FAILED")
+
+
+def test_reentrant_checkpointing_does_not_lose_gradients():
+    def reentrant(module, h):
+        return checkpoint(module.linear, h, use_reentrant=True)
+
+    assert "use_reentrant=False" in str(refusal(Applies(reentrant)))
+
+
+def test_parameter_hooks_are_refused_and_name_the_parameter():
+    module = nn.Linear(4, 4)
+    module.weight.register_hook(lambda gradient: gradient)
+    error = refusal(module)
+    assert error.reason == "EXPORT_HOOK" and error.field == "weight"
+
+
+def test_backward_hooks_of_modules_are_refused():
+    module = nn.Sequential(nn.Linear(4, 4))
+    module[0].register_full_backward_hook(lambda *_: None)
+    assert refusal(module).reason == "EXPORT_HOOK"
+
+
+def test_a_mismatch_names_the_parameter():
+    def half(module, h):
+        return torch.ops.aten.detach(h) if torch.compiler.is_exporting() else h
+
+    error = refusal(Applies(half))
+    assert error.reason == "EXPORT_MISMATCH" and error.field in ("linear.weight", "linear.bias")
+
+
+def test_branching_on_values_is_refused_with_its_line():
+    def branch(module, h):
+        return h if h.sum() > 0 else -h
+
+    error = refusal(Applies(branch))
+    assert error.reason == "EXPORT_DATA_DEPENDENT"
+    assert f"{__file__}:{branch.__code__.co_firstlineno + 1}" in str(error)
+
+
+def test_an_operator_outside_the_allowlist_is_named():
+    def shares_storage(module, h):
+        return torch.as_strided(h, (2,), (1,))
+
+    error = refusal(Applies(shares_storage))
+    assert error.reason == "OPERATOR_NOT_ALLOWED" and "aten.as_strided.default" in str(error)
+
+
+def test_a_wrong_example_quotes_the_modules_own_error():
+    error = refusal(nn.Linear(4, 2), inputs=torch.randn(3, 5))
+    assert error.reason == "EXAMPLE_FAILED" and "shapes cannot be multiplied" in str(error)
+
+
+def test_wrong_targets_quote_the_losss_own_error():
+    error = refusal(nn.Linear(4, 2), loss="cross_entropy", targets=torch.randint(2, (5,)))
+    assert error.reason == "EXAMPLE_FAILED" and "batch_size" in str(error)
+
+
+def test_targets_out_of_range_fail_on_the_example():
+    error = refusal(nn.Linear(4, 2), loss="cross_entropy", targets=torch.tensor([0, 1, 7]))
+    assert error.reason == "EXAMPLE_FAILED" and "out of bounds" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (nn.MSELoss(reduction="none"), "LOSS_NOT_SCALAR"),
+        (lambda o, t: o - t, "LOSS_NOT_SCALAR"),
+        (lambda o, t: 3.0, "LOSS_NOT_SCALAR"),
+        (nn.Sequential(nn.Linear(4, 1)), "LOSS_HAS_PARAMETERS"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, reason):
+    if isinstance(loss, nn.Module):
+        with pytest.raises(ExportError) as caught:
+            ModuleExporter(nn.Linear(4, 4), loss)
+        assert caught.value.reason == reason and caught.value.field == "loss"
+    else:
+        assert refusal(nn.Linear(4, 4), loss=loss, targets=torch.randn(3, 4)).reason == reason
+
+
+@pytest.mark.parametrize("loss", ["hinge", 3])
+def test_an_unknown_loss_is_refused_with_the_known_names(loss):
+    with pytest.raises(InvalidArgument) as caught:
+        ModuleExporter(nn.Linear(4, 4), loss)
+    assert caught.value.reason == "LOSS_UNKNOWN" and caught.value.field == "loss"
+
+
+def test_a_loss_by_name_needs_targets():
+    with pytest.raises(InvalidArgument) as caught:
+        ModuleExporter(nn.Linear(4, 4), "mse").export_model(torch.randn(3, 4))
+    assert caught.value.reason == "EXAMPLE_INVALID"
+
+
+def test_outputs_that_are_no_tensors_are_refused():
+    assert refusal(Applies(lambda module, h: object())).reason == "OUTPUT_UNSUPPORTED"
+
+
+def test_lazy_modules_must_have_run():
+    assert "lazy" in str(refusal(nn.LazyLinear(3)))
+
+
+def test_parameters_over_the_same_memory_are_refused():
+    module = nn.Module()
+    whole = torch.randn(4, 4)
+    module.one, module.two = nn.Parameter(whole), nn.Parameter(whole[:2])
+    module.forward = lambda x: x @ module.one
+    assert refusal(module).reason == "EXPORT_SHARED_MEMORY"
+
+
+def test_a_plain_tensor_that_the_forward_changes_must_be_a_buffer():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.count = torch.zeros(())
+
+        def forward(self, x):
+            self.count.add_(1)
+            return self.linear(x) + self.count
+
+    module = Counts()
+    assert "register" in str(refusal(module))
+    assert module.count == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (torch.randn(3, 4).to_sparse(), "example.inputs"),
+        ((torch.randn(3, 4), object()), "example.inputs[1]"),
+        ({"x": {3: torch.randn(3)}}, "example.inputs.x"),
+        (torch.zeros(3, dtype=torch.uint16), "example.inputs"),
+    ],
+)
+def test_values_that_have_no_place_in_a_batch_are_refused_with_their_path(value, field):
+    with pytest.raises(InvalidArgument) as caught:
+        ModuleExporter(nn.Linear(4, 4)).export_model(value)
+    assert caught.value.field == field

@@ -1,0 +1,309 @@
+"""A frontend in this process over fake ranks: milliseconds a test, and a real gRPC server on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from gradwire_proto import codec
+from gradwire_proto.errors import GradwireError
+from gradwire_proto.status import from_rpc_error
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
+from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import (
+    Batch,
+    ForwardResult,
+    GradientResult,
+    Graph,
+    GraphInput,
+    LeafRef,
+    ModelSpec,
+    Node,
+    NodeRef,
+    OptimizerSpec,
+    Program,
+    Segment,
+    Sharding,
+    StateTensor,
+    StepResult,
+    Symbol,
+    TensorData,
+    TensorSpec,
+    Variant,
+)
+from gradwire_server.config import ServerConfig, load_config
+from gradwire_server.service import Service
+
+MUL = "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor"
+
+
+def two_floats(value: bytes = b"\0\0\x80\x3f\0\0\0\x40") -> TensorData:
+    """A row of two floats."""
+    return TensorData("float32", (1, 2), value)
+
+
+def read(tensor: TensorData) -> bytes:
+    """A tensor's bytes, wherever they are."""
+    if isinstance(tensor.data, Segment):
+        content = Path(tensor.data.path).read_bytes()
+        return content[tensor.data.offset : tensor.data.offset + tensor.data.nbytes]
+    return bytes(tensor.data)
+
+
+def variant(name: str = "train") -> Variant:
+    """x * w."""
+    graph = Graph(
+        inputs=("w", "x"),
+        nodes=(Node("y", "aten.mul.Tensor", (NodeRef("x"), NodeRef("w"))),),
+        outputs=(NodeRef("y"),),
+    )
+    return Variant(
+        name=name,
+        training=True,
+        graph=graph,
+        graph_inputs=(GraphInput("tensor", "w"), GraphInput("input", 0)),
+        input_structure=LeafRef(0),
+        input_leaves=(TensorSpec("float32", ("rows", 2)),),
+        output_structure=LeafRef(0),
+        symbols=(Symbol("rows"),),
+    )
+
+
+def model_spec(**changes: Any) -> ModelSpec:
+    """A model of one parameter."""
+    program = Program(
+        torch_version="2.13.0",
+        tensors=(StateTensor(name="w", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True),),
+        variants=(variant(),),
+        operators={"aten.mul.Tensor": MUL},
+    )
+    return ModelSpec(**{"program": program, "optimizer": OptimizerSpec("SGD", {"lr": 0.1})} | changes)
+
+
+class FakeWorkers:
+    """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call."""
+
+    def __init__(self) -> None:
+        self.sharding = Sharding("rows", "fake")
+        self.device = "cpu"
+        self.on_lost = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.calls: list[tuple[Any, ...]] = []
+        self.weights = two_floats()
+        self.error: Exception | None = None
+        self.result: Any = None
+        self.step = 0
+        self.busy = False
+        self.closed: list[bool] = []
+
+    async def _call(self, *what: Any) -> None:
+        assert not self.busy, "calls overlap"
+        self.busy = True
+        try:
+            self.calls.append(what)
+            await asyncio.sleep(0)
+            await self.gate.wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.busy = False
+
+    async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
+        await self._call("train_step", read(batch.inputs), command, lr)
+        self.step += 1
+        return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
+
+    async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
+        await self._call("forward_backward", command)
+        return StepResult(loss=0.5, step=self.step)
+
+    async def optimizer_step(self, gradients: Any, *, lr: float | None = None) -> StepResult:
+        await self._call("optimizer_step", gradients and {name: read(value) for name, value in gradients.items()})
+        self.step += 1
+        return StepResult(loss=None, step=self.step)
+
+    async def zero_grad(self) -> None:
+        await self._call("zero_grad")
+
+    async def compute_gradients(self, batch: Batch, query: Any) -> GradientResult:
+        await self._call("compute_gradients", query)
+        return self.result or GradientResult(
+            loss=0.5, step=self.step, num_examples=1, gradients={"w": two_floats()}, outputs=(two_floats(), 3)
+        )
+
+    async def forward(self, inputs: Any, *, training: bool, seed: int | None, command: int) -> ForwardResult:
+        await self._call("forward", training, seed, command)
+        return self.result or ForwardResult(outputs=inputs, step=self.step)
+
+    async def state_dict(self, names: Any) -> tuple[dict[str, TensorData], int]:
+        await self._call("state_dict", names)
+        return self.result or {"w": self.weights}, self.step
+
+    async def load_state_dict(self, tensors: Any, *, partial: bool) -> int:
+        await self._call("load_state_dict", partial)
+        self.weights = TensorData("float32", (1, 2), read(tensors["w"]))
+        return self.step
+
+    async def add_variant(self, variant: Variant, **parts: Any) -> None:
+        await self._call("add_variant", variant.name)
+
+    async def close(self, *, reuse: bool = True) -> None:
+        self.closed.append(reuse)
+
+
+@dataclass
+class FakeCluster:
+    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start."""
+
+    capacity: Any = field(default_factory=lambda: SimpleNamespace(workers=2, free_workers=1, gpus=0.0))
+    groups: dict[str, FakeWorkers] = field(default_factory=dict)
+    values: dict[str, bytes] = field(default_factory=dict)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None
+    starting: int = 0
+    functions: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def start_group(self, spec: Any, tensors: Any, example: Any, *, model_id: str) -> FakeWorkers:
+        self.starting += 1
+        try:
+            self.values = {name: read(value) for name, value in tensors.items()}
+            await self.gate.wait()
+            if self.error is not None:
+                raise self.error
+            return self.groups.setdefault(model_id, FakeWorkers())
+        finally:
+            self.starting -= 1
+
+    async def compute_function_gradients(self, function: Any, batch: Batch, query: Any) -> GradientResult:
+        self.functions.append(function)
+        if self.error is not None:
+            raise self.error
+        return GradientResult(loss=2.0, step=0, num_examples=1, gradients={}, input_gradients=batch.inputs)
+
+
+class Frontend:
+    """A running frontend, and requests to it as any client would send them."""
+
+    def __init__(self, service: Service, cluster: FakeCluster, channel: grpc.aio.Channel, target: str, folder: Path):
+        self.service = service
+        self.cluster = cluster
+        self.channel = channel
+        self.target = target
+        self.folder = folder
+        self.stub: Any = pb_grpc.GradientServiceStub(channel)
+
+    @property
+    def files(self) -> list[str]:
+        """What lies in shared memory."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    async def create(self, model_id: str = "m", **changes: Any) -> FakeWorkers:
+        """Make a model; its ranks."""
+        await self.stub.CreateModel(self.creation(model_id, **changes))
+        return self.cluster.groups[model_id]
+
+    def creation(self, model_id: str = "m", request_id: str = "", value: Any = None, **changes: Any) -> Any:
+        """A request for a model."""
+        request = pb.CreateModelRequest(model_id=model_id, request_id=request_id)
+        codec.encode_model_spec(model_spec(**changes), request.model)
+        codec.encode_named_tensors({"w": value or two_floats()}, request.tensors)
+        return request
+
+    def train(self, value: bytes | None = None, *, model_id: str = "m", request_id: str = "", lr: float = 0.1) -> Any:
+        """A request for a training step; `value` tells steps apart."""
+        request = pb.TrainStepRequest(name=f"models/{model_id}", request_id=request_id, learning_rate=lr)
+        inputs = two_floats() if value is None else two_floats(value.ljust(8, b"\0"))
+        codec.encode_batch(Batch(inputs), request.batch)
+        return request
+
+    async def upload(self, *tensors: TensorData, chunks: list[bytes] | None = None, pause: float = 0) -> str:
+        """Upload tensors, or other bytes under their headers."""
+
+        async def messages() -> AsyncIterator[pb.UploadTensorsRequest]:
+            manifest = pb.UploadManifest()
+            for tensor in tensors:
+                message = codec.encode_tensor(tensor)
+                manifest.tensors.add(dtype=message.dtype, shape=message.shape)
+            yield pb.UploadTensorsRequest(manifest=manifest)
+            for chunk in [bytes(tensor.data) for tensor in tensors] if chunks is None else chunks:
+                yield pb.UploadTensorsRequest(chunk=chunk)
+                await asyncio.sleep(pause)
+
+        return (await self.stub.UploadTensors(messages())).name
+
+    async def download(self, name: str) -> bytes:
+        """The bytes of a download."""
+        return b"".join([r.chunk async for r in self.stub.DownloadTensors(pb.DownloadTensorsRequest(name=name))])
+
+    async def error(self, call: Awaitable[Any]) -> GradwireError:
+        """The error that a call ends with, as the SDK would raise it."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        return from_rpc_error(caught.value, command=True)
+
+    async def until(self, condition: Callable[[], Any], seconds: float = 5.0) -> None:
+        """Wait until `condition()` holds."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.002)
+
+    async def model(self, model_id: str = "m") -> model_pb2.Model:
+        """The model's description."""
+        return await self.stub.GetModel(pb.GetModelRequest(name=f"models/{model_id}"))
+
+
+@asynccontextmanager
+async def _running(folder: Path, settings: dict[str, Any]) -> AsyncIterator[Frontend]:
+    config: ServerConfig = load_config(None, {"listen": "127.0.0.1:0"} | settings)
+    folder.mkdir(exist_ok=True)
+    cluster = FakeCluster()
+    service = Service(cluster, folder, config)
+    target = f"127.0.0.1:{await service.start()}"
+    try:
+        async with grpc.aio.insecure_channel(target) as channel:
+            yield Frontend(service, cluster, channel, target, folder)
+    finally:
+        for group in cluster.groups.values():
+            group.gate.set()
+        async with asyncio.timeout(10):
+            await service.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Any]:
+    """`async with start(models=1) as frontend`: a frontend with these settings."""
+    return lambda **settings: _running(tmp_path / "held", settings)
+
+
+@pytest.fixture
+async def frontend(start: Callable[..., Any]) -> AsyncIterator[Frontend]:
+    """A frontend with the default settings."""
+    async with start() as running:
+        yield running
+
+
+@pytest.fixture
+def fakes() -> Any:
+    """What tests build requests and ranks from."""
+    return SimpleNamespace(
+        FakeWorkers=FakeWorkers,
+        two_floats=two_floats,
+        model_spec=model_spec,
+        variant=variant,
+        read=read,
+        request_id=lambda: str(uuid.uuid4()),
+    )

@@ -1,0 +1,259 @@
+"""Models come, are listed, and go, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from gradwire_proto import codec
+from gradwire_proto.errors import RankLost, ResourceExhausted
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import Batch, Program, TensorData
+
+
+def delete(frontend: Any, model_id: str = "m") -> Any:
+    return frontend.stub.DeleteModel(pb.DeleteModelRequest(name=f"models/{model_id}"))
+
+
+async def test_created_model_is_described(frontend: Any) -> None:
+    model = await frontend.stub.CreateModel(frontend.creation(labels={"team": "a"}, seed=7))
+    assert model == await frontend.model()
+    assert (model.name, model.state, model.parameter_count) == ("models/m", model_pb2.MODEL_STATE_READY, 2)
+    assert (model.seed, dict(model.labels), model.sharding.reason) == (7, {"team": "a"}, "fake")
+    assert [tensor.name for tensor in model.tensors] == ["w"]
+    assert not model.variants[0].HasField("graph") and model.create_time.seconds > 0
+
+
+async def test_server_chooses_an_id_where_none_is_given(frontend: Any) -> None:
+    first, second = [await frontend.stub.CreateModel(frontend.creation("")) for _ in range(2)]
+    assert first.name != second.name and first.name.startswith("models/model-")
+
+
+async def test_bad_and_taken_ids_are_refused(frontend: Any) -> None:
+    for model_id in ("A", "1a", "a_b", "a" * 64, "é", "a/b"):
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation(model_id)))
+        assert (error.reason, error.field) == ("MODEL_ID_INVALID", "model_id")
+    await frontend.create()
+    error = await frontend.error(frontend.stub.CreateModel(frontend.creation()))
+    assert (error.reason, error.field, error.resource) == ("MODEL_EXISTS", "model_id", "models/m")
+
+
+async def test_unknown_model_is_not_found(frontend: Any) -> None:
+    for call in (
+        frontend.stub.GetModel(pb.GetModelRequest(name="models/none")),
+        frontend.stub.TrainStep(frontend.train(model_id="none")),
+        delete(frontend, "none"),
+    ):
+        error = await frontend.error(call)
+        assert (error.reason, error.field, error.resource) == ("MODEL_NOT_FOUND", "name", "models/none")
+
+
+async def test_lists_are_paged_in_order_while_models_come_and_go(frontend: Any) -> None:
+    for model_id in ("d", "b", "a", "e", "c"):
+        await frontend.create(model_id)
+    first = await frontend.stub.ListModels(pb.ListModelsRequest(page_size=2))
+    await delete(frontend, "b")
+    await frontend.create("aa")
+    second = await frontend.stub.ListModels(pb.ListModelsRequest(page_size=2, page_token=first.next_page_token))
+    third = await frontend.stub.ListModels(pb.ListModelsRequest(page_size=2, page_token=second.next_page_token))
+    pages = [[model.name.removeprefix("models/") for model in page.models] for page in (first, second, third)]
+    assert pages == [["a", "b"], ["c", "d"], ["e"]]
+    assert not third.next_page_token and not first.models[0].tensors and not first.models[0].variants
+    everything = await frontend.stub.ListModels(pb.ListModelsRequest(page_size=5000))
+    assert len(everything.models) == 5 and not everything.next_page_token
+
+
+async def test_bad_pages_are_refused(frontend: Any) -> None:
+    error = await frontend.error(frontend.stub.ListModels(pb.ListModelsRequest(page_size=-1)))
+    assert (error.reason, error.field) == ("PAGE_SIZE_INVALID", "page_size")
+    for token in ("x", "é", "////", "QUJD"):
+        error = await frontend.error(frontend.stub.ListModels(pb.ListModelsRequest(page_token=token)))
+        assert (error.reason, error.field) == ("PAGE_TOKEN_INVALID", "page_token")
+
+
+async def test_models_is_a_limit_with_a_name(start: Any) -> None:
+    async with start(models=2) as frontend:
+        frontend.cluster.gate.clear()
+        first = asyncio.ensure_future(frontend.stub.CreateModel(frontend.creation("a")))
+        await frontend.until(lambda: frontend.cluster.starting)
+        frontend.cluster.gate.set()
+        await first
+        await frontend.create("b")
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation("c")))
+        assert error.reason == "TOO_MANY_MODELS" and "setting models" in error.message
+        await delete(frontend, "a")
+        await frontend.create("c")
+
+
+async def test_repeated_creation_joins_the_first(frontend: Any, fakes: Any) -> None:
+    frontend.cluster.gate.clear()
+    request = frontend.creation(request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.CreateModel(request))
+    await frontend.until(lambda: frontend.cluster.starting)
+    second = asyncio.ensure_future(frontend.stub.CreateModel(request))
+    name = f"models/m/commands/{request.request_id}"
+    running = await frontend.stub.GetCommand(pb.GetCommandRequest(name=name))
+    assert running.state == model_pb2.COMMAND_STATE_RUNNING
+    frontend.cluster.gate.set()
+    assert await first == await second == await frontend.stub.CreateModel(request)
+    ended = await frontend.stub.GetCommand(pb.GetCommandRequest(name=name, wait=True))
+    assert ended.state == model_pb2.COMMAND_STATE_APPLIED and len(frontend.cluster.groups) == 1
+
+
+async def test_cancelled_creation_cleans_up_and_can_be_repeated(frontend: Any, fakes: Any) -> None:
+    name = await frontend.upload(fakes.two_floats())
+    request = frontend.creation(request_id=fakes.request_id())
+    request.tensors[0].tensor.handle = f"{name}/tensors/0"
+    frontend.cluster.gate.clear()
+    call = frontend.stub.CreateModel(request)
+    await frontend.until(lambda: frontend.cluster.starting)
+    assert (await frontend.model()).state == model_pb2.MODEL_STATE_CREATING
+    error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
+    assert error.reason == "MODEL_NOT_READY" and error.retryable
+    call.cancel()
+    await frontend.until(lambda: not frontend.cluster.starting)
+    assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
+    frontend.cluster.gate.set()
+    assert (await frontend.stub.CreateModel(request)).state == model_pb2.MODEL_STATE_READY
+    assert frontend.cluster.values == {"w": bytes(fakes.two_floats().data)} and not frontend.files
+
+
+async def test_failed_creation_leaves_nothing(frontend: Any, fakes: Any) -> None:
+    frontend.cluster.error = ResourceExhausted("2 ranks wanted, 1 is free", field="model.workers", reason="WORKERS")
+    request = frontend.creation(request_id=fakes.request_id())
+    error = await frontend.error(frontend.stub.CreateModel(request))
+    assert (error.reason, error.field, error.request_id) == ("WORKERS", "model.workers", request.request_id)
+    assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
+    frontend.cluster.error = None
+    await frontend.create()
+
+
+async def test_delete_refuses_what_waits_and_lets_what_runs_end(frontend: Any) -> None:
+    workers = await frontend.create()
+    workers.gate.clear()
+    running = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train()))
+    await frontend.until(lambda: workers.busy)
+    waiting = asyncio.ensure_future(frontend.error(frontend.stub.TrainStep(frontend.train())))
+    await asyncio.sleep(0.05)
+    deletions = [asyncio.ensure_future(delete(frontend)) for _ in range(2)]
+    error = await waiting
+    assert (error.reason, error.outcome) == ("MODEL_DELETED", "not_applied")
+    assert (await frontend.model()).state == model_pb2.MODEL_STATE_DELETING
+    assert (await frontend.error(frontend.stub.TrainStep(frontend.train()))).reason == "MODEL_DELETED"
+    assert not any(deletion.done() for deletion in deletions)
+    workers.gate.set()
+    assert (await running).result.step == 1
+    await asyncio.gather(*deletions)
+    assert workers.closed == [True]
+    assert (await frontend.error(frontend.stub.TrainStep(frontend.train()))).reason == "MODEL_NOT_FOUND"
+
+
+async def test_delete_ends_a_creation(frontend: Any) -> None:
+    frontend.cluster.gate.clear()
+    creation = asyncio.ensure_future(frontend.error(frontend.stub.CreateModel(frontend.creation())))
+    await frontend.until(lambda: frontend.cluster.starting)
+    await delete(frontend)
+    assert (await creation).reason == "CANCELLED" and not frontend.cluster.starting
+    assert (await frontend.error(delete(frontend))).reason == "MODEL_NOT_FOUND"
+
+
+async def test_values_must_be_those_that_the_program_names(frontend: Any) -> None:
+    def wrong(change: Any) -> Any:
+        request = frontend.creation()
+        change(request)
+        return frontend.error(frontend.stub.CreateModel(request))
+
+    missing = await wrong(lambda request: request.ClearField("tensors"))
+    assert (missing.reason, missing.field) == ("VALUE_MISSING", 'tensors["w"]')
+    unknown = await wrong(lambda request: request.tensors.add(name="v").tensor.CopyFrom(request.tensors[0].tensor))
+    assert (unknown.reason, unknown.field) == ("VALUE_UNKNOWN", 'tensors["v"]')
+    shaped = await wrong(
+        lambda request: codec.encode_tensor(TensorData("float32", (1,), b"1234"), request.tensors[0].tensor)
+    )
+    assert (shaped.reason, shaped.field) == ("TENSOR_SIZE_MISMATCH", 'tensors["w"]') or shaped.field == 'tensors["w"]'
+    assert not frontend.cluster.groups
+
+
+async def test_operator_outside_the_allowlist_is_refused_by_path(frontend: Any) -> None:
+    request = frontend.creation()
+    request.model.program.graphs.variants[0].graph.nodes[0].operator = "aten.from_file.default"
+    error = await frontend.error(frontend.stub.CreateModel(request))
+    assert error.reason == "OPERATOR_NOT_ALLOWED" and "aten.from_file.default" in error.message
+    assert error.field == "model.program.graphs.variants[0].graph.nodes[0].operator"
+
+
+async def test_graph_and_model_sizes_are_limits_with_names(start: Any) -> None:
+    async with start(model_bytes=7) as frontend:
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation()))
+        assert error.reason == "MODEL_TOO_LARGE" and "model_bytes" in error.message
+    async with start(tensor_bytes=7) as frontend:
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation()))
+        assert error.reason == "TENSOR_TOO_LARGE" and "tensor_bytes" in error.message
+    async with start(graph_nodes=1) as frontend:
+        request = frontend.creation()
+        graph = request.model.program.graphs.variants[0].graph
+        graph.nodes.add().CopyFrom(graph.nodes[0])
+        graph.nodes[1].name = "z"
+        error = await frontend.error(frontend.stub.CreateModel(request))
+        assert error.reason == "GRAPH_TOO_LARGE" and "graph_nodes" in error.message
+
+
+def addition(fakes: Any, name: str) -> pb.AddVariantRequest:
+    request = pb.AddVariantRequest(name="models/m")
+    codec.encode_variant(fakes.variant(name), request.variant)
+    return request
+
+
+async def test_variants_are_added_once_under_each_name_and_up_to_a_limit(start: Any, fakes: Any) -> None:
+    async with start(variants=3) as frontend:
+        workers = await frontend.create()
+        model = await frontend.stub.AddVariant(addition(fakes, "longer"))
+        assert [variant.name for variant in model.variants] == ["train", "longer"]
+        error = await frontend.error(frontend.stub.AddVariant(addition(fakes, "longer")))
+        assert (error.reason, error.field) == ("VARIANT_EXISTS", "variant.name")
+        await frontend.stub.AddVariant(addition(fakes, "longest"))
+        error = await frontend.error(frontend.stub.AddVariant(addition(fakes, "again")))
+        assert error.reason == "TOO_MANY_VARIANTS" and "variants" in error.message
+        assert [call[1] for call in workers.calls] == ["longer", "longest"]
+
+
+async def test_repeated_variant_gets_the_first_answer(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    request = addition(fakes, "longer")
+    request.request_id = fakes.request_id()
+    assert await frontend.stub.AddVariant(request) == await frontend.stub.AddVariant(request)
+    assert len(workers.calls) == 1
+
+
+async def test_functions_need_no_model(frontend: Any, fakes: Any) -> None:
+    program = fakes.model_spec().program
+    constant = Program(
+        torch_version=program.torch_version,
+        tensors=tuple(
+            type(tensor)(name="w", role="constant", dtype="float32", shape=(1, 2)) for tensor in program.tensors
+        ),
+        variants=program.variants,
+        operators=program.operators,
+    )
+    request = pb.ComputeGradientsRequest(input_gradients=True, no_parameter_gradients=True)
+    request.function.digest = "0" * 64
+    codec.encode_program(constant, request.function.program)
+    codec.encode_named_tensors({"w": fakes.two_floats()}, request.function.tensors)
+    codec.encode_batch(Batch((fakes.two_floats(),)), request.batch)
+    reply = codec.decode_gradient_result(await frontend.stub.ComputeGradients(request))
+    assert reply.loss == 2.0 and reply.input_gradients == (fakes.two_floats(),)
+    assert frontend.cluster.functions[0].program == constant
+
+    frontend.cluster.error = RankLost("the rank of functions died")
+    assert type(await frontend.error(frontend.stub.ComputeGradients(request))) is RankLost
+    frontend.cluster.error = None
+    request.function.program.graphs.variants[0].graph.nodes[0].operator = "aten.from_file.default"
+    error = await frontend.error(frontend.stub.ComputeGradients(request))
+    assert error.field == "function.program.graphs.variants[0].graph.nodes[0].operator"
+
+
+async def test_request_must_say_what_to_differentiate(frontend: Any, fakes: Any) -> None:
+    request = pb.ComputeGradientsRequest()
+    codec.encode_batch(Batch(fakes.two_floats()), request.batch)
+    assert (await frontend.error(frontend.stub.ComputeGradients(request))).field == "name"

@@ -1,0 +1,208 @@
+"""The supervisor with a real Ray, and a stand-in that listens where the frontend would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+STAND_IN = Path(__file__).with_name("stand_in_frontend.py")
+
+
+class Service:
+    """A supervisor in a process of its own, and what can be seen of it from outside."""
+
+    def __init__(self, folder: Path, *flags: str, ranks: int = 0) -> None:
+        self._trace = folder / "trace"
+        code = (
+            "import sys; from gradwire_server.supervisor import main; "
+            f"sys.exit(main(sys.argv[1:], frontend=[sys.executable, {str(STAND_IN)!r}]))"
+        )
+        self.errors = folder / "errors"
+        self.folders: list[Path] = []
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "--listen=127.0.0.1:0", "--workers=2", "--drain-seconds=5", *flags],
+                env=os.environ | {"STAND_IN_TRACE": str(self._trace), "STAND_IN_RANKS": str(ranks)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self.tree: dict[int, psutil.Process] = {}
+
+    def address(self) -> tuple[str, int]:
+        """Where the service says it listens."""
+        assert self.process.stdout
+        line = self.process.stdout.readline().decode()
+        assert line.startswith("gradwire listening on "), (line, self.errors.read_text())
+        host, _, port = line.split()[-1].rpartition(":")
+        self.processes()
+        (frontend,) = self.named(STAND_IN.name)
+        flags = {name: value for name, _, value in (flag.partition("=") for flag in frontend.cmdline())}
+        self.folders = [Path(flags["--runtime-dir"]).parent, Path(flags["--shared-memory-dir"])]
+        assert all(folder.is_dir() and folder.stat().st_mode & 0o077 == 0 for folder in self.folders)
+        return host, int(port)
+
+    def trace(self, what: str) -> list[int]:
+        """The processes that have left this trace."""
+        lines = [line.partition(" ") for line in self._trace.read_text().splitlines()] if self._trace.exists() else []
+        return [int(pid) for pid, _, did in lines if did == what]
+
+    def ranks(self) -> list[int]:
+        """The processes of the actors that the stand-in has made in Ray."""
+        lines = [line.split() for line in self._trace.read_text().splitlines()]
+        return [int(line[2]) for line in lines if line[1] == "rank"]
+
+    def processes(self) -> dict[int, psutil.Process]:
+        """Every process of the service that was seen since the start."""
+        root = psutil.Process(self.process.pid)
+        self.tree |= {process.pid: process for process in [root, *root.children(recursive=True)]}
+        return self.tree
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """The processes that run now and have `part` in their command line."""
+        return [process for process in self.processes().values() if alive(process) and part in command(process)]
+
+    def assert_nothing_is_left(self, within: float = 10.0) -> None:
+        eventually(lambda: not [process for process in self.tree.values() if alive(process)], within)
+        eventually(lambda: not any(folder.exists() for folder in self.folders), within)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def eventually(condition: Callable[[], object], within: float) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {within} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    services: list[Service] = []
+
+    def start_one(*flags: str, ranks: int = 0) -> Service:
+        services.append(Service(tmp_path, *flags, ranks=ranks))
+        return services[-1]
+
+    yield start_one
+    for service in services:
+        service.process.terminate()
+        service.process.terminate()
+        service.process.wait(30)
+        service.assert_nothing_is_left()
+
+
+def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service]) -> None:
+    service = start(ranks=2)
+    address = service.address()
+    with socket.create_connection(address, timeout=2):
+        pass
+    assert len(service.trace("ready")) == 1
+    assert len(service.ranks()) == 2 and set(service.ranks()) < set(service.tree)
+    service.process.terminate()
+    assert service.process.wait(30) == 0
+    assert service.trace("drained") == service.trace("ready")
+    service.assert_nothing_is_left(within=1.0)
+
+
+def test_a_killed_frontend_is_started_again_on_the_same_port_with_the_same_ray(start: Callable[..., Service]) -> None:
+    service = start()
+    address = service.address()
+    (raylet,) = service.named("raylet/raylet")
+    os.kill(service.trace("ready")[0], signal.SIGKILL)
+    eventually(lambda: len(service.trace("ready")) == 2, within=30)
+    eventually(lambda: socket.create_connection(address, timeout=2).close() is None, within=2)
+    assert [process.pid for process in service.named("raylet/raylet")] == [raylet.pid]
+
+
+def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(start: Callable[..., Service]) -> None:
+    service = start(ranks=2)
+    address = service.address()
+    (raylet,) = service.named("raylet/raylet")
+    first_ranks = [service.tree[pid] for pid in service.ranks()]
+    raylet.kill()
+    eventually(lambda: len(service.trace("ready")) == 2, within=60)
+    with socket.create_connection(address, timeout=2):
+        pass
+    (new_raylet,) = service.named("raylet/raylet")
+    assert new_raylet.pid != raylet.pid
+    assert len(first_ranks) == 2
+    assert not [process for process in first_ranks if alive(process)]
+
+
+@pytest.mark.parametrize("victim", ["guard", "supervisor"])
+def test_nothing_survives_a_killed(start: Callable[..., Service], victim: str) -> None:
+    service = start(ranks=2)
+    service.address()
+    guard = psutil.Process(service.process.pid)
+    (supervisor,) = guard.children()
+    {"guard": guard, "supervisor": supervisor}[victim].kill()
+    service.assert_nothing_is_left(within=10)
+
+
+def test_settings_that_are_wrong_are_exit_code_2_and_name_the_setting(start: Callable[..., Service]) -> None:
+    service = start("--workers=0")
+    assert service.process.wait(30) == 2
+    assert "workers" in service.errors.read_text()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "example.com:50051"])
+def test_listening_to_the_network_is_refused_unless_asked_for_in_words(
+    start: Callable[..., Service], listen: str
+) -> None:
+    service = start(f"--listen={listen}")
+    assert service.process.wait(30) == 2
+    assert "--insecure-listen-anywhere" in service.errors.read_text()
+
+
+def test_a_port_in_use_ends_the_service_with_the_frontends_reason(start: Callable[..., Service]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        service = start(f"--listen=127.0.0.1:{other.getsockname()[1]}")
+        assert service.process.wait(60) == 1
+    assert "Address already in use" in service.errors.read_text()
+
+
+def test_ray_listens_on_loopback_only(start: Callable[..., Service]) -> None:
+    service = start(ranks=1)
+    service.address()
+    listening = [
+        connection.laddr.ip
+        for process in service.processes().values()
+        if alive(process)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_variables_of_the_callers_own_ray_do_not_reach_the_service(
+    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "not-this-one")
+    monkeypatch.setenv("GRADWIRE_WORKERS", "5")
+    service = start(ranks=1)
+    service.address()
+    assert "--num-cpus=2" in command(service.named("ray.scripts.scripts")[0])

@@ -1,0 +1,146 @@
+"""A real Ray, a cluster of ranks on it, and models made by the SDK's exporter, for the tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from gradwire.export import ModuleExporter
+from gradwire_proto.tensors import from_any, from_nested
+from gradwire_proto.values import Batch, ModelSpec, NamedTensors, OptimizerSpec
+from gradwire_workers.cluster import Cluster, ClusterConfig
+from gradwire_workers.worker_group import WorkerGroup
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """The environment with these variables, for as long as it lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def private_folder() -> Iterator[Path]:
+    """A folder with a short path: Unix sockets live in it."""
+    folder = Path(tempfile.mkdtemp(prefix="gw-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def memory_folder() -> Iterator[Path]:
+    """A folder in shared memory."""
+    folder = Path(tempfile.mkdtemp(prefix="gradwire-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_address(private_folder: Path) -> Iterator[str]:
+    """The address of a Ray that ends with the run. Its token is in this process's environment meanwhile."""
+    token = private_folder / "token"
+    token.write_text(secrets.token_hex(32))
+    with environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token),
+        RAY_USAGE_STATS_ENABLED="0",
+        # Makes Ray keep to the loopback interface.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    ):
+        head = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("ray_head.py"), private_folder / "r", "2"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert head.stdout is not None
+        yield head.stdout.readline().strip()
+        head.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def cluster_config(ray_address: str, private_folder: Path, memory_folder: Path) -> ClusterConfig:
+    """Four ranks for models, two of them kept warm."""
+    return ClusterConfig(
+        address=ray_address,
+        namespace="gradwire-test",
+        folder=str(private_folder / "f"),
+        memory_folder=str(memory_folder),
+        workers=4,
+        spare_ranks=2,
+        threads_per_rank=1,
+    )
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def cluster(cluster_config: ClusterConfig) -> AsyncIterator[Cluster]:
+    """The cluster that all tests share."""
+    cluster = await Cluster.connect(cluster_config)
+    await cluster.warm()
+    yield cluster
+    await cluster.close()
+
+
+def spec_of(
+    module: torch.nn.Module, loss: Any, inputs: Any, targets: Any = None, **changes: Any
+) -> tuple[ModelSpec, NamedTensors, Batch]:
+    """(spec, tensors, example) as CreateModel brings them. SGD with momentum, unless told otherwise."""
+    exported = ModuleExporter(module, loss).export_model(inputs, targets)
+    settings = {"optimizer": OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9}), "device": "cpu", **changes}
+    tensors = {name: from_any(tensor) for name, tensor in exported.tensors.items()}
+    example = Batch(from_nested(exported.example.inputs), from_nested(exported.example.targets))
+    return ModelSpec(program=exported.program, loss=exported.loss, **settings), tensors, example
+
+
+def batch_of(inputs: Any, targets: Any = None) -> Batch:
+    """Tensors as they come from the wire."""
+    return Batch(from_nested(inputs), from_nested(targets))
+
+
+Start = Callable[..., Awaitable[WorkerGroup]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start(cluster: Cluster) -> AsyncIterator[Start]:
+    """Starts worker groups: `await start(module, loss, inputs, targets, workers=2)`. They end with the test."""
+    groups: list[WorkerGroup] = []
+
+    async def start(*arguments: Any, **changes: Any) -> WorkerGroup:
+        groups.append(await cluster.start_group(*spec_of(*arguments, **changes), model_id="m"))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        await group.close()
+
+
+@pytest.fixture
+def in_batch() -> Callable[..., Batch]:
+    """Makes batches of the wire's tensors."""
+    return batch_of
+
+
+@pytest.fixture
+def specify() -> Callable[..., tuple[ModelSpec, NamedTensors, Batch]]:
+    """Makes what `Cluster.start_group` takes."""
+    return spec_of

@@ -1,0 +1,237 @@
+"""A worker group's results are plain torch's on the whole batch, and its failures leave it as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument
+from gradwire_proto.tensors import from_any, to_torch
+from gradwire_proto.values import Batch, GradientQuery, Segment, TensorData, leaves
+from gradwire_workers import segments
+from gradwire_workers.segments import SegmentWriter
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 10), torch.randint(0, 3, (rows,))
+
+
+def close(data: TensorData, expected: torch.Tensor) -> bool:
+    return torch.allclose(to_torch(data), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+async def test_training_is_torchs_on_any_number_of_ranks(start, in_batch, workers):
+    module, loss = net(), nn.CrossEntropyLoss()
+    reference = copy.deepcopy(module)
+    group = await start(module, loss, *data(4), workers=workers)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    for command, rows in enumerate([7, 2, 1, 64]):
+        x, y = data(rows)
+        result = await group.train_step(in_batch(x, y), command=command)
+        optimizer.zero_grad()
+        expected = loss(reference(x), y)
+        expected.backward()
+        optimizer.step()
+        assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+        assert (result.step, result.num_examples, sum(result.rank_rows)) == (command + 1, rows, rows)
+        assert len(result.rank_rows) == workers
+        assert max(result.rank_rows) - min(result.rank_rows) <= 1
+        assert 0 < result.timing.compute <= result.timing.total
+    tensors, step = await group.state_dict(None)
+    assert step == 4
+    for name, expected in reference.state_dict().items():
+        assert close(tensors[name], expected), name
+
+
+async def test_held_gradients_and_client_gradients_reach_the_optimizer(start, in_batch):
+    module, loss = net(), nn.CrossEntropyLoss()
+    reference = copy.deepcopy(module)
+    group = await start(module, loss, *data(4), workers=2)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        x, y = data(5)
+        await group.forward_backward(in_batch(x, y), command=1)
+        loss(reference(x), y).backward()
+    await group.optimizer_step(None, lr=0.05)
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.step()
+    await group.zero_grad()
+    with pytest.raises(FailedPrecondition) as caught:
+        await group.optimizer_step(None)
+    assert caught.value.reason == "NO_GRADIENTS"
+    gradient = torch.randn(3, 8)
+    await group.optimizer_step({"2.weight": from_any(gradient)}, lr=0.1)
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 0.1
+    reference[2].weight.grad = gradient
+    optimizer.step()
+    tensors, _ = await group.state_dict(("2.*",))
+    assert list(tensors) == ["2.weight", "2.bias"]
+    for name, tensor in tensors.items():
+        assert close(tensor, reference.state_dict()[name])
+
+
+@pytest.mark.parametrize("rows", [3, 40_000])
+async def test_gradients_and_outputs_come_back_whole_whatever_their_size(start, in_batch, memory_folder, rows):
+    module, loss = net(), nn.MSELoss()
+    x, y = torch.randn(rows, 10), torch.randn(rows, 3)
+    group = await start(module, loss, x[:2], y[:2], workers=2)
+    query = GradientQuery(input_gradients=True, outputs=True)
+    result = await group.compute_gradients(in_batch(x, y), query)
+    x.requires_grad_()
+    outputs = module(x)
+    loss(outputs, y).backward()
+    assert close(result.outputs, outputs.detach())
+    assert close(result.input_gradients, x.grad)
+    for name, parameter in module.named_parameters():
+        assert close(result.gradients[name], parameter.grad), name
+    used = {
+        leaf.data.path
+        for _, leaf in leaves([result.outputs, result.input_gradients, dict(result.gradients)])
+        if isinstance(leaf.data, Segment)
+    }
+    assert bool(used) is (rows > 1000)
+    assert {str(path) for path in memory_folder.iterdir()} == used, "nothing but what the result names is left"
+    segments.release(dict(result.gradients), result.outputs, result.input_gradients)
+    assert not list(memory_folder.iterdir())
+
+
+async def test_request_tensors_may_lie_in_segments(start, in_batch, memory_folder: Path):
+    module = net()
+    x = torch.randn(7, 10)
+    group = await start(module, None, torch.randn(2, 10), workers=2)
+    (data,) = SegmentWriter(memory_folder, "upload").write([from_any(x)])
+    result = await group.forward(data, training=False, seed=None, command=0)
+    segments.release(data)
+    assert close(result.outputs, module(x).detach())
+    assert result.rank_rows == (4, 3)
+
+
+async def test_a_state_dict_goes_up_and_comes_down_bit_for_bit(start, memory_folder):
+    module = nn.Linear(1000, 700)
+    group = await start(module, None, torch.randn(2, 1000), workers=2)
+    new = {"weight": torch.randn(700, 1000), "bias": torch.randn(700)}
+    await group.load_state_dict({name: from_any(tensor) for name, tensor in new.items()}, partial=False)
+    tensors, step = await group.state_dict(None)
+    assert step == 0
+    for name, tensor in new.items():
+        assert torch.equal(to_torch(tensors[name]), tensor)
+    segments.release(tensors)
+    gc.collect()
+    assert not list(memory_folder.iterdir())
+
+
+async def test_an_error_on_one_rank_only_changes_nothing_and_the_group_goes_on(start, in_batch):
+    module, loss = net(), nn.CrossEntropyLoss()
+    reference = copy.deepcopy(module)
+    group = await start(module, loss, *data(4), workers=2)
+    x, y = data(6)
+    wrong = y.clone()
+    wrong[5] = 3  # in the second rank's rows
+    with pytest.raises(InvalidArgument) as caught:
+        await group.train_step(in_batch(x, wrong), command=1)
+    assert caught.value.reason == "TARGET_OUT_OF_RANGE"
+    assert group.rank_lost is None
+    result = await group.train_step(in_batch(x, y), command=2)
+    assert result.step == 1
+    assert result.loss == pytest.approx(loss(reference(x), y).item(), rel=1e-5)
+
+
+async def test_a_batch_that_fits_no_variant_never_reaches_a_rank(start, in_batch):
+    group = await start(net(), nn.CrossEntropyLoss(), *data(4), workers=2)
+    with pytest.raises(InvalidArgument) as caught:
+        await group.train_step(in_batch(torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)), command=1)
+    assert (caught.value.reason, caught.value.field) == ("SHAPE_MISMATCH", "batch.inputs")
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(10, 3)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h - h.mean(0)
+
+
+async def test_a_program_that_mixes_rows_runs_whole_and_says_why(start, in_batch):
+    module, loss = Mixing(), nn.CrossEntropyLoss()
+    group = await start(module, loss, *data(4), workers=2)
+    assert group.sharding.mode == "whole"
+    assert group.sharding.reason
+    x, y = data(7)
+    result = await group.train_step(in_batch(x, y), command=1)
+    assert result.rank_rows == (7, 0)
+    assert result.loss == pytest.approx(loss(module(x), y).item(), rel=1e-5)
+    forward = await group.forward(from_any(x), training=False, seed=None, command=0)
+    assert forward.rank_rows[1] == 0
+
+
+async def test_where_sharding_is_required_a_program_that_mixes_rows_is_refused(start, cluster):
+    free = cluster.capacity.free_workers
+    with pytest.raises(FailedPrecondition) as caught:
+        await start(Mixing(), nn.CrossEntropyLoss(), *data(4), workers=2, require_sharding=True)
+    assert (caught.value.reason, caught.value.field) == ("ROWS_NOT_INDEPENDENT", "model.require_sharding")
+    assert cluster.capacity.free_workers == free
+
+
+async def test_several_ranks_without_an_example_are_refused(cluster, specify):
+    spec, tensors, _ = specify(net(), nn.CrossEntropyLoss(), *data(4), workers=2)
+    with pytest.raises(InvalidArgument) as caught:
+        await cluster.start_group(spec, tensors, None)
+    assert (caught.value.reason, caught.value.field) == ("EXAMPLE_NEEDED", "example")
+
+
+async def test_results_have_the_structure_of_the_program(start, in_batch):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, a, b):
+            return {"sum": self.linear(a + b), "pair": (a, self.linear(b))}
+
+    module = Two()
+    a, b = torch.randn(5, 4), torch.randn(5, 4)
+    group = await start(module, None, (a, b), workers=2)
+    result = await group.forward(in_batch((a, b)).inputs, training=False, seed=None, command=0)
+    expected = module(a, b)
+    assert close(result.outputs["sum"], expected["sum"].detach())
+    assert close(result.outputs["pair"][0], a)
+    assert close(result.outputs["pair"][1], expected["pair"][1].detach())
+
+
+async def test_an_added_variant_takes_batches_that_did_not_fit_before(start, in_batch):
+    from gradwire.export import ModuleExporter
+    from gradwire_proto.tensors import from_nested
+
+    module, loss = nn.LSTM(4, 3, batch_first=True), lambda outputs, targets: ((outputs[0] - targets) ** 2).mean()
+    exporter = ModuleExporter(module, loss)
+    x, y = torch.randn(4, 5, 4), torch.randn(4, 5, 3)
+    group = await start(module, loss, x, y, workers=2)
+    x, y = torch.randn(6, 7, 4), torch.randn(6, 7, 3)
+    with pytest.raises(InvalidArgument):
+        await group.train_step(in_batch(x, y), command=1)
+    added = exporter.export_variant(x, y, training=True, name="train-7")
+    await group.add_variant(
+        added.variant,
+        tensors=added.tensors,
+        values={name: from_any(value) for name, value in added.values.items()},
+        operators=added.operators,
+        example=Batch(from_nested(x), from_nested(y)),
+    )
+    result = await group.train_step(in_batch(x, y), command=2)
+    assert result.rank_rows == (3, 3)
+    assert result.loss == pytest.approx(loss(module(x), y).item(), rel=1e-5)

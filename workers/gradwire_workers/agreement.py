@@ -1,0 +1,47 @@
+"""The last collective of a command: after it, every rank goes on to change its state, or none does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from gradwire_proto.errors import InvalidArgument
+from torch import Tensor
+
+from gradwire_workers.process_group import ProcessGroups
+
+
+class Agreement:
+    """What the ranks settle together: that all have come this far, the loss, and whether the numbers will do.
+
+    refuses_nan: whether a loss or gradient that is not finite is refused, by every rank, or let through.
+    """
+
+    def __init__(self, *, refuses_nan: bool) -> None:
+        self._refuses_nan = refuses_nan
+
+    def reach(
+        self, groups: ProcessGroups | None, value: Tensor | float = 0.0, gradients: Iterable[Tensor | None] = ()
+    ) -> float:
+        """The sum of all ranks' values. A rank that does not get here makes it fail on all.
+
+        Raises InvalidArgument: LOSS_NOT_FINITE, or GRADIENT_NOT_FINITE where any rank's gradients are not.
+        """
+        gradients_refused = self._refuses_nan and not all(_is_finite(each) for each in gradients if each is not None)
+        total = float(value)
+        if groups is not None:
+            settled = groups.all_reduce(torch.tensor([total, gradients_refused], dtype=torch.float64))
+            total, gradients_refused = settled[0].item(), settled[1].item() > 0
+        if self._refuses_nan and not math.isfinite(total):
+            raise InvalidArgument(f"the loss is {total}", field="batch", reason="LOSS_NOT_FINITE")
+        if gradients_refused:
+            raise InvalidArgument(
+                "a gradient holds infinities or numbers that are none", field="batch", reason="GRADIENT_NOT_FINITE"
+            )
+        return total
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    # A sum is finite if all its terms are, unless it overflows: cheap, and asked again where it is not.
+    return bool(gradient.sum().isfinite()) or bool(gradient.isfinite().all())

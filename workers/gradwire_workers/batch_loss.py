@@ -1,0 +1,183 @@
+"""The loss of a whole batch from a rank's rows, such that the ranks' gradients add up to the whole batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument
+from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
+from torch import Tensor
+
+from gradwire_workers.losses import NamedLoss, RowSum
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.programs import BuiltProgram
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import has_rows, row_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLoss:
+    """A rank's part of the loss. The gradients of all ranks' `differentiable`, added up, are the whole batch's.
+
+    value: what this rank adds to the loss. Detached.
+    """
+
+    differentiable: Tensor
+    value: Tensor
+
+
+class BatchLoss:
+    """A model's loss, whichever kind it is, on whole batches and on shards."""
+
+    def __init__(self, spec: LossSpec, program: BuiltProgram, device: torch.device) -> None:
+        self._program = program
+        self._kind: _Kind
+        match spec:
+            case TorchLossSpec():
+                self._kind = _ByName(NamedLoss(spec, device))
+            case GraphLossSpec():
+                self._kind = _ByGraph(program)
+            case OutputLossSpec():
+                self._kind = _ByOutput(spec.output_leaf)
+
+    def of_whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> LocalLoss:
+        """The loss of a batch that this rank has in full."""
+        loss = _scalar(self._kind.whole(variant, outputs, targets))
+        return LocalLoss(differentiable=loss, value=loss.detach())
+
+    def of_shard(
+        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups
+    ) -> LocalLoss:
+        """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
+        part = self._kind.over_rows(shard.variant, outputs, targets)
+        if part is not None:
+            return _of_row_sum(part, shard, groups)
+        return self._of_gathered(shard, outputs, targets, groups)
+
+    def _of_gathered(
+        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups
+    ) -> LocalLoss:
+        """Every rank computes the whole loss from everybody's outputs, and takes the gradient of its own rows."""
+        specs = self._program.variant(shard.variant).target_leaves
+        everything = [
+            gather_rows(leaf.detach(), shard, groups).requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in outputs
+        ]
+        all_targets = [
+            gather_rows(leaf, shard, groups) if has_rows(spec) else leaf
+            for leaf, spec in zip(targets, specs, strict=True)
+        ]
+        with torch.enable_grad():
+            loss = _scalar(self._kind.whole(shard.variant, everything, all_targets))
+        value = loss.detach() if groups.rank == 0 else torch.zeros_like(loss, requires_grad=False)
+        if not loss.requires_grad:
+            return LocalLoss(differentiable=loss, value=value)
+        mine = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
+        theirs = [leaf for leaf in everything if isinstance(leaf, Tensor) and leaf.requires_grad]
+        own = [each for each in self._program.parameters() if each.requires_grad]
+        gradients = torch.autograd.grad(loss, [*theirs, *own], allow_unused=True)
+        terms = []
+        for leaf, gradient in zip(mine, gradients[: len(mine)], strict=True):
+            if gradient is not None:
+                terms.append(_linear(leaf, gradient[shard.start : shard.stop] if shard.count else None))
+        for parameter, gradient in zip(own, gradients[len(mine) :], strict=True):
+            if gradient is not None:
+                # The loss's own parameters: every rank has their whole gradient, one counts.
+                terms.append(_linear(parameter, gradient if groups.rank == 0 else None))
+        return LocalLoss(differentiable=torch.stack(terms).sum(), value=value)
+
+
+def gather_rows(leaf: Tensor, shard: Shard, groups: ProcessGroups) -> Tensor:
+    """All ranks' rows of a leaf, in order. gloo gathers equal shapes of some types: so padded, and as bytes."""
+    most = row_range(shard.rows, groups.size, 0)[1]
+    padded = leaf.new_zeros((most, *leaf.shape[1:]))
+    padded[: shard.count] = leaf[: shard.count]
+    everyone = groups.all_gather(padded.reshape(-1).view(torch.uint8)).view(leaf.dtype)
+    everyone = everyone.view(groups.size, *padded.shape)
+    ranges = (row_range(shard.rows, groups.size, rank) for rank in range(groups.size))
+    return torch.cat([everyone[rank, : stop - start] for rank, (start, stop) in enumerate(ranges)])
+
+
+def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups) -> LocalLoss:
+    total = part.total
+    if isinstance(part.weight, float):
+        # The same for every row, so that each rank knows it for all.
+        total = total / (part.weight / max(shard.count, 1) * shard.rows)
+    elif part.weight is not None:
+        weight = part.weight.to(torch.promote_types(total.dtype, torch.float32), copy=True)
+        total = total / groups.all_reduce(weight if shard.count else weight.zero_()).to(total.dtype)
+    value = total.detach() if shard.count else torch.zeros_like(total, requires_grad=False)
+    return LocalLoss(differentiable=total, value=value)
+
+
+def _linear(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    """A scalar whose gradient with respect to `leaf` is `gradient`, zeros for None."""
+    product = leaf * (torch.zeros_like(leaf) if gradient is None else gradient.conj())
+    return product.sum().real if product.is_complex() else product.sum()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        found = f"{str(loss.dtype)[6:]}{list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InvalidArgument(
+            f"the loss must be one real number, got {found}", field="model.loss", reason="LOSS_NOT_SCALAR"
+        )
+    return loss.reshape(())
+
+
+class _Kind(Protocol):
+    def whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Any: ...
+
+    def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> RowSum | None: ...
+
+
+class _ByName:
+    def __init__(self, loss: NamedLoss) -> None:
+        self._loss = loss
+
+    def whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        return self._loss.whole(*self._pair(outputs, targets))
+
+    def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> RowSum | None:
+        return self._loss.over_rows(*self._pair(outputs, targets))
+
+    def _pair(self, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        for leaves, field in ((outputs, "model.loss.torch.name"), (targets, "batch.targets")):
+            if len(leaves) != 1 or not isinstance(leaves[0], Tensor):
+                raise InvalidArgument(
+                    f"{self._loss.name} takes one output and one target, got {len(outputs)} and {len(targets)}",
+                    field=field,
+                    reason="LOSS_DOES_NOT_FIT",
+                )
+        return outputs[0], targets[0]
+
+
+class _ByGraph:
+    def __init__(self, program: BuiltProgram) -> None:
+        self._program = program
+
+    def whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        return self._program.loss(variant, outputs, targets)
+
+    def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        return None  # what a graph computes is not known to be a sum over rows
+
+
+class _ByOutput:
+    def __init__(self, leaf: int) -> None:
+        self._leaf = leaf
+
+    def whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Any:
+        if self._leaf >= len(outputs):
+            raise FailedPrecondition(
+                f"variant {variant!r} has no output leaf {self._leaf} to take for the loss", reason="NO_LOSS"
+            )
+        return outputs[self._leaf]
+
+    def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        return None

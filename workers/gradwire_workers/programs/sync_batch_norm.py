@@ -1,0 +1,147 @@
+"""Batch normalisation over the rows of all ranks: the same numbers as over one batch. For the CPU too, unlike torch's.
+
+Means and squared deviations merge exactly: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
+computing sample variances" (1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.programs.batch_norm import checked_batch_norm, one_value_per_channel
+
+
+class SyncBatchNorm:
+    """What takes batch norm's place in a program that runs on several ranks.
+
+    Inside `over_ranks` it normalises over all ranks' rows; outside, over the rows that it is given.
+    """
+
+    def __init__(self) -> None:
+        self._groups: ProcessGroups | None = None
+        self._has_rows = True
+
+    @contextmanager
+    def over_ranks(self, groups: ProcessGroups, *, has_rows: bool) -> Iterator[None]:
+        """has_rows: whether this rank's rows count; False for a dummy row."""
+        self._groups, self._has_rows = groups, has_rows
+        try:
+            yield
+        finally:
+            self._groups = None
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        if self._groups is None or not training:
+            return checked_batch_norm(
+                input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+            )
+        mean, variance, count = _statistics(input, self._groups, self._has_rows)
+        if count <= 1:
+            raise one_value_per_channel(tuple(input.shape))
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+        scale = (variance + eps).rsqrt()
+        return _Normalise.apply(input, weight, bias, mean, scale, count, self._groups, self._has_rows)  # type: ignore[return-value]
+
+
+def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[Tensor, Tensor, float]:
+    """Mean and biased variance of each channel over all ranks, and how many values each channel has."""
+    with torch.no_grad():
+        channels = input.size(1)
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        mine = values.new_zeros(2 * channels + 1)
+        if has_rows:
+            count = input.numel() // channels
+            variance, mean = torch.var_mean(values, _all_but_channels(input), correction=0)
+            mine[:channels], mine[channels:-1], mine[-1] = mean, variance * count, count
+        everyone = groups.all_gather(mine, group=groups.batch_norm)
+        counts = everyone[:, -1:]
+        total = counts.sum()
+        means, deviations = everyone[:, :channels], everyone[:, channels:-1]
+        # Division last, so that a mean that all ranks share stays what it is.
+        mean = (means * counts).sum(0) / total
+        variance = (deviations + counts * (means - mean).square()).sum(0) / total
+        return mean, variance, total.item()
+
+
+class _Normalise(torch.autograd.Function):
+    """(input - mean) * scale * weight + bias, where mean and scale came from all ranks' inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        count: float,
+        groups: ProcessGroups,
+        has_rows: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, mean, scale)
+        ctx.count, ctx.groups, ctx.has_rows = count, groups, has_rows
+        shape = _per_channel(input)
+        factor = scale if weight is None else scale * weight
+        output = (input - mean.view(shape)) * factor.view(shape)
+        if bias is not None:
+            output = output + bias.view(shape)
+        return output.to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, scale = ctx.saved_tensors
+        gradient = gradients[0].to(mean.dtype)
+        shape, dimensions = _per_channel(input), _all_but_channels(input)
+        normalised = (input - mean.view(shape)) * scale.view(shape)
+        of_bias = gradient.sum(dimensions)
+        of_weight = (gradient * normalised).sum(dimensions)
+        sums = torch.stack([of_bias, of_weight])
+        if not ctx.has_rows:
+            # A dummy row: it takes part in the collective and in nothing else.
+            sums.zero_()
+            of_bias, of_weight = torch.zeros_like(of_bias), torch.zeros_like(of_weight)
+        ctx.groups.all_reduce(sums, group=ctx.groups.batch_norm)
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            if ctx.has_rows:
+                means = sums / ctx.count
+                factor = scale if weight is None else scale * weight
+                centred = gradient - means[0].view(shape) - normalised * means[1].view(shape)
+                of_input = (centred * factor.view(shape)).to(input.dtype)
+            else:
+                of_input = torch.zeros_like(input)
+        return (
+            of_input,
+            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            of_bias.to(mean.dtype if weight is None else weight.dtype) if ctx.needs_input_grad[2] else None,
+            *[None] * 5,
+        )
+
+
+def _all_but_channels(input: Tensor) -> list[int]:
+    return [dimension for dimension in range(input.dim()) if dimension != 1]
+
+
+def _per_channel(input: Tensor) -> list[int]:
+    return [1, -1] + [1] * (input.dim() - 2)

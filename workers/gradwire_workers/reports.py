@@ -1,0 +1,55 @@
+"""What a rank reports of a command: torch tensors and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Where a rank's time went. `compute` leaves out `all_reduce`: the time spent waiting in collectives."""
+
+    compute: float = 0.0
+    all_reduce: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """A training command. `loss`: over the whole batch. `rows`: those that this rank computed."""
+
+    loss: float | None
+    step: int
+    rows: int
+    lr: float | None
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientReport:
+    """Gradients over the whole batch.
+
+    gradients: rank 0's alone hold anything. input_gradients: of this rank's rows (of leaves without rows: of all),
+    None for leaves that have none. outputs: of this rank's rows. Both None where not asked for, and on idle ranks.
+    """
+
+    loss: float
+    step: int
+    rows: int
+    gradients: dict[str, Tensor]
+    input_gradients: list[Tensor | None] | None
+    outputs: list[Any] | None
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardReport:
+    """The outputs of this rank's rows; None on idle ranks."""
+
+    outputs: list[Any] | None
+    step: int
+    rows: int
+    seconds: Seconds

@@ -1,0 +1,87 @@
+"""Tensors of a model chosen, given and replaced by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from gradwire_proto.errors import InvalidArgument
+from torch import Tensor, nn
+
+_GLOB = frozenset("*?[")
+
+
+def select(names: Sequence[str], known: Mapping[str, Tensor], *, field: str) -> dict[str, Tensor]:
+    """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH for one without a match."""
+    chosen: set[str] = set()
+    for index, pattern in enumerate(names):
+        if pattern in known:
+            chosen.add(pattern)
+            continue
+        matches = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
+        if not matches:
+            raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=f"{field}[{index}]", reason="NO_MATCH")
+        chosen.update(matches)
+    return {name: tensor for name, tensor in known.items() if name in chosen}
+
+
+def select_parameters(wrt: Sequence[str] | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that require gradients among those that `wrt` matches; None matches all.
+
+    InvalidArgument at wrt[i]: NO_MATCH, or PARAMETER_FROZEN where a name, or all that a glob matches, is frozen.
+    """
+    if wrt is None:
+        return {name: each for name, each in parameters.items() if each.requires_grad}
+    for index, pattern in enumerate(wrt):
+        if not any(each.requires_grad for each in select([pattern], parameters, field="wrt").values()):
+            raise InvalidArgument(
+                f"{pattern[:200]!r} does not require a gradient", field=f"wrt[{index}]", reason="PARAMETER_FROZEN"
+            )
+    return {name: each for name, each in select(wrt, parameters, field="wrt").items() if each.requires_grad}
+
+
+def check_gradients(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """A client's gradients by parameter. InvalidArgument at gradients["x"]: each names a parameter, and is like it."""
+    checked: dict[nn.Parameter, Tensor] = {}
+    for name, gradient in gradients.items():
+        field, parameter = f'gradients["{name}"]', parameters.get(name)
+        if not isinstance(parameter, nn.Parameter):
+            raise InvalidArgument("the model has no such parameter", field=field, reason="NO_MATCH")
+        if not parameter.requires_grad:
+            raise InvalidArgument("the parameter does not require a gradient", field=field, reason="PARAMETER_FROZEN")
+        if parameter in checked:
+            raise InvalidArgument("the parameter has a gradient already, under another name", field=field)
+        _check_like(gradient, parameter, field, same_type=True)
+        checked[parameter] = gradient.to(parameter.device)
+    return checked
+
+
+def load(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], *, partial: bool) -> None:
+    """Copy values by name, all or none. InvalidArgument at tensors["x"] for names or shapes that do not fit."""
+    for name, tensor in tensors.items():
+        if name not in into:
+            raise InvalidArgument("the model has no such tensor", field=f'tensors["{name}"]', reason="NO_MATCH")
+        _check_like(tensor, into[name], f'tensors["{name}"]', same_type=False)
+    missing = [name for name in into if name not in tensors]
+    if missing and not partial:
+        listed = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise InvalidArgument(f"{len(missing)} tensors are missing: {listed}", field="tensors", reason="TENSOR_MISSING")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            into[name].copy_(tensor)
+
+
+def _check_like(tensor: Tensor, expected: Tensor, field: str, *, same_type: bool) -> None:
+    if tensor.shape == expected.shape and (tensor.dtype is expected.dtype or not same_type):
+        return
+    raise InvalidArgument(
+        f"expected {_described(expected, same_type)}, got {_described(tensor, same_type)}",
+        field=field,
+        reason="SHAPE_MISMATCH" if tensor.shape != expected.shape else "DTYPE_MISMATCH",
+    )
+
+
+def _described(tensor: Tensor, with_type: bool) -> str:
+    shape = str(list(tensor.shape))
+    return str(tensor.dtype).removeprefix("torch.") + shape if with_type else f"shape {shape}"
