@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _LISTENING = re.compile(rb"gradwire listening on (\S+)")
 _WRONG_SETTINGS = 2  # the supervisor's exit code
-_STOP_SECONDS = 45.0  # the supervisor's own bound on draining, and more
 
 
 def launch(workers: int = 2, storage: str | os.PathLike[str] | None = None, **server_options: Any) -> Client:
@@ -123,18 +122,22 @@ class EmbeddedService:
         if os.getpid() != self._owner:
             return
         with self._lock:
-            if self.process.poll() is None:
-                self.process.terminate()
-                try:
-                    self.process.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self._end_at_once()
-                    self.process.wait(_STOP_SECONDS)
-            if self.process.stdout:
+            if self.process.stdout is None or self.process.stdout.closed:
+                return
+            self.process.terminate()
+            try:
+                # Not for ever: the supervisor bounds its own end.
+                self.process.wait()
+            except KeyboardInterrupt:
+                self._end_at_once()
+                self.process.wait()
+                raise
+            finally:
                 self.process.stdout.close()
+                self._log.close()
 
     def log_tail(self, length: int = 4000) -> str:
-        """The last `length` bytes that the service has written to its log."""
+        """The last `length` bytes that the service has written to its log; until `stop`."""
         # pread, because the offset is shared with the service's processes.
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), length, max(0, size - length)).decode(errors="replace").strip()

@@ -136,7 +136,9 @@ class ModuleExporter:
             same = train.agrees_with(self._module)
         if not same:
             return None
-        return replace(train, variant=replace(train.variant, name="eval", training=False), constants={})
+        return replace(
+            train, variant=replace(train.variant, name="eval", training=False), constants={}, constant_specs=()
+        )
 
     def _assemble(self, state: ModuleState, train: Finished, evaluation: Finished) -> ExportedModel:
         exported = (_exported(train), _exported(evaluation))

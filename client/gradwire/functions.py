@@ -202,6 +202,7 @@ class _Export:
 
     def _assemble(self, graph: TracedGraph, operators: dict[str, str], constants: Constants) -> ExportedFunction:
         places = range(len(self._tensors))
+        tensors: Any = tuple(self._tensors)
         nesting: Structure = tuple(LeafRef(index) for index in places)
         specs = [leaf_spec(tensor) for tensor in self._tensors]
         program = Program(
@@ -223,7 +224,7 @@ class _Export:
         return ExportedFunction(
             spec=FunctionSpec(digest=_digest(program, constants.added), program=program, tensors={}),
             constants=dict(constants.added),
-            batch=Batch(tuple(self._tensors)),
+            batch=Batch(tensors),
             arguments=self._arguments,
             aux=self._aux,
             is_random=_is_random(graph.module),

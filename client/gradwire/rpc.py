@@ -127,7 +127,7 @@ class Rpc:
         """One attempt. Raises _Lost where the service did not say what went wrong, GradwireError where it did."""
         call = self._method(method)(request, timeout=timeout, metadata=self._metadata)
         try:
-            # To the end: a stream that is not is never freed, nor is its connection.
+            # To the end: a stream that is not read to its end is never freed, nor is its connection.
             (reply,) = call
             return reply
         except grpc.RpcError as error:

@@ -102,8 +102,9 @@ def _gradients(outputs: list[Any], loss: Tensor | None, watched: dict[str, Tenso
 
 def _same(ours: Any, theirs: Any, floor: float) -> bool:
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-        both_nan = ours != ours and theirs != theirs
-        return type(ours) is type(theirs) and bool(ours == theirs or both_nan)
+        if type(ours) is not type(theirs):
+            return False
+        return bool(ours == theirs or (ours != ours and theirs != theirs))
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     ours, theirs = ours.detach(), theirs.detach()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import io
 import logging
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +61,26 @@ def quiet() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(_nothing)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(_OtherThreads(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:
         for handler in handlers:
             handler.removeFilter(_nothing)
+
+
+class _OtherThreads(io.TextIOBase):
+    """Standard error without what this thread writes: torch.export prints unfinished graphs there."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+        self._thread = threading.get_ident()
+
+    def write(self, text: str, /) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._target.write(text)
+
+    def flush(self) -> None:
+        self._target.flush()
 
 
 def _nothing(record: logging.LogRecord) -> bool:

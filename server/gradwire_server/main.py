@@ -33,20 +33,25 @@ def main() -> None:
         sys.exit(_complain(error, 2))
     except GradwireError as error:
         sys.exit(_complain(error, 1))
+    except TimeoutError:
+        sys.exit(_complain(f"the end took more than {CLOSE_SECONDS:g} s and was cut short", 1))
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: Exception | str, status: int) -> int:
     print(f"gradwire: {error}", file=sys.stderr)
     return status
 
 
 async def run(config: ServerConfig) -> None:
     """Serve until a signal comes, then drain and clean up."""
-    stop = _signals()
+    stop: asyncio.Queue[int] = asyncio.Queue()
+    _listen_for_signals(stop)
     with ExitStack() as folders:
         runtime = folders.enter_context(private_folder("runtime_dir", config.runtime_dir))
         memory = folders.enter_context(private_folder("shared_memory_dir", config.shared_memory_dir, SHARED_MEMORY))
         cluster = await Cluster.connect(_cluster_config(config, runtime, memory))
+        # Again: Ray puts handlers of its own in place, which print a stack.
+        _listen_for_signals(stop)
         try:
             await _serve(config, cluster, memory / "held", stop)
         finally:
@@ -77,11 +82,9 @@ async def _drain(service: Service, seconds: float, stop: asyncio.Queue[int]) -> 
     await asyncio.gather(drain, hurry, return_exceptions=True)
 
 
-def _signals() -> asyncio.Queue[int]:
-    received: asyncio.Queue[int] = asyncio.Queue()
+def _listen_for_signals(received: asyncio.Queue[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, received.put_nowait, number)
-    return received
 
 
 def _cluster_config(config: ServerConfig, runtime: Path, memory: Path) -> ClusterConfig:

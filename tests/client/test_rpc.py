@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from gradwire import errors
@@ -184,6 +185,34 @@ def test_ctrl_c_in_a_command_is_a_keyboard_interrupt_that_knows_the_outcome(scri
     assert caught.value.outcome == outcome
     assert caught.value.request_id and caught.value.request_id in str(caught.value)
     assert cancelled.wait(2), "the call was left running"
+
+
+def connections_to(port: int) -> int:
+    connections = psutil.Process().net_connections("tcp")
+    return sum(bool(each.raddr) and each.raddr.port == port for each in connections)
+
+
+@pytest.mark.parametrize("end", ["answered", "refused", "late"])
+def test_closing_ends_the_connection_however_its_calls_ended(scripted, rpc, end):
+    def answer(request, context):
+        if end == "refused":
+            raise errors.InvalidArgument("no")
+        if end == "late":
+            scripted.release.wait(10)
+        return pb.TrainStepResponse()
+
+    scripted.answers["TrainStep"] = answer
+    scripted.answers["GetCommand"] = command_in(APPLIED)
+    try:
+        train_step(rpc, timeout=0.5)
+    except errors.GradwireError:
+        assert end != "answered"
+    assert connections_to(scripted.port) == 1
+    rpc.close()
+    deadline = time.monotonic() + 3
+    while connections_to(scripted.port) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert connections_to(scripted.port) == 0
 
 
 def test_closed_client_refuses_calls(rpc):

@@ -45,7 +45,7 @@ class Service:
         assert line.startswith("gradwire listening on "), (line, self.errors.read_text())
         host, _, port = line.split()[-1].rpartition(":")
         self.processes()
-        (frontend,) = self.named(STAND_IN.name)
+        (frontend,) = self.named("--runtime-dir=")
         flags = {name: value for name, _, value in (flag.partition("=") for flag in frontend.cmdline())}
         self.folders = [Path(flags["--runtime-dir"]).parent, Path(flags["--shared-memory-dir"])]
         assert all(folder.is_dir() and folder.stat().st_mode & 0o077 == 0 for folder in self.folders)
@@ -183,9 +183,16 @@ def test_a_port_in_use_ends_the_service_with_the_frontends_reason(start: Callabl
     assert "Address already in use" in service.errors.read_text()
 
 
-def test_ray_listens_on_loopback_only(start: Callable[..., Service]) -> None:
+def test_ray_keeps_to_loopback_and_to_the_services_own_settings(
+    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the caller's own Ray cluster and other services have left in the environment must not reach this one.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "not-this-one")
+    monkeypatch.setenv("GRADWIRE_WORKERS", "5")
     service = start(ranks=1)
     service.address()
+    assert "--num-cpus=2" in command(service.named("ray.scripts.scripts")[0])
     listening = [
         connection.laddr.ip
         for process in service.processes().values()
@@ -195,14 +202,3 @@ def test_ray_listens_on_loopback_only(start: Callable[..., Service]) -> None:
     ]
     assert len(listening) >= 4
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-
-
-def test_variables_of_the_callers_own_ray_do_not_reach_the_service(
-    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "not-this-one")
-    monkeypatch.setenv("GRADWIRE_WORKERS", "5")
-    service = start(ranks=1)
-    service.address()
-    assert "--num-cpus=2" in command(service.named("ray.scripts.scripts")[0])

@@ -14,7 +14,7 @@ from gradwire_workers.segments import SegmentWriter, release, sweep
 
 
 def test_tensors_of_all_shapes_come_back_from_one_file(tmp_path: Path):
-    tensors = [torch.randn(3, 5), torch.empty(0, 4), torch.tensor(7), torch.rand(1001) > 0.5]
+    tensors = [torch.randn(3, 5), torch.empty(0, 4), torch.tensor(7), torch.rand(1001) > 0.5, torch.randn(700_001)]
     written = SegmentWriter(tmp_path, "rank-a").write(map(from_torch, tensors))
     assert len(list(tmp_path.iterdir())) == 1
     for before, after in zip(tensors, written, strict=True):

@@ -182,9 +182,9 @@ class Cluster:
             "limits": asdict(self._config.limits),
         }
         of_ranks = [{**common, "rank": rank, "gpus": lease.gpu_ids(rank)} for rank in range(len(ranks))]
-        await ranks.call("load", of_ranks)
+        await ranks.call("load", of_ranks, changes=False)
         where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
-        await ranks.call("start", [where] * len(ranks))
+        await ranks.call("start", [where] * len(ranks), changes=False)
 
     async def compute_function_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery

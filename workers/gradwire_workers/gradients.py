@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from gradwire_workers.process_group import ProcessGroups
@@ -25,9 +24,12 @@ class SummingModule:
         self._last_bucket_left = 0.0
         # Replicas are equal already. With unused parameters looked for, buckets are never rebuilt: the order in which
         # gradients are added up, and so every bit of them, stays the same after a recovery.
-        self._module = DistributedDataParallel(
-            module, broadcast_buffers=False, find_unused_parameters=True, init_sync=False, process_group=groups.main
-        )
+        with warnings.catch_warnings():
+            # The new name for `broadcast_buffers` came after the oldest torch that is supported.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._module = DistributedDataParallel(
+                module, broadcast_buffers=False, find_unused_parameters=True, init_sync=False, process_group=groups.main
+            )
         self._module.register_comm_hook(None, self._add_up)
 
     def __call__(self, *arguments: object) -> Tensor:
@@ -43,7 +45,8 @@ class SummingModule:
         self._module._remove_autograd_hooks()
         self._module.reducer = self._module.logger = self._module.process_group = None  # type: ignore[assignment]
 
-    def _add_up(self, _: object, bucket: GradBucket) -> Future[Tensor]:
+    # Without annotations: DDP compares them, and does not know them as strings.
+    def _add_up(self, _, bucket):
         self._last_bucket_left = perf_counter()
         return self._groups.start_all_reduce(bucket.buffer())
 

@@ -7,6 +7,7 @@ the path of a step.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class Placement:
     def join(self) -> None:
         """Connects to the cluster at this address and no other. Unavailable when it does not answer."""
         try:
-            # From a thread, so that Ray leaves the process's signal handlers alone; log_to_driver would start threads.
+            # Called from a thread, so that Ray leaves the process's signal handlers alone; it warns about that.
+            logging.getLogger("ray").setLevel(logging.ERROR)
             ray.init(
                 address=self._address,
                 namespace=self._namespace,

@@ -34,6 +34,7 @@ class RankLauncher:
         self._folder = folder
         self._memory_folder = memory_folder
         self._context = zmq.Context()
+        self._endings: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="gradwire-ray")
 
     async def in_thread(self, function: Callable[..., ResultT], *arguments: Any, **options: Any) -> ResultT:
@@ -59,7 +60,13 @@ class RankLauncher:
         Path(started["endpoint"].removeprefix("ipc://")).unlink(missing_ok=True)
         return process
 
-    async def _end(self, process: RankProcess) -> None:
+    def _end(self, process: RankProcess) -> asyncio.Task[None]:
+        ending = asyncio.create_task(self._end_process(process))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        return ending
+
+    async def _end_process(self, process: RankProcess) -> None:
         # Ray first: a rank that leaves because its connection ended looks like a crash to Ray, which would say so.
         await self.in_thread(self._placement.kill, process.name)
         await self.in_thread(wait_until_gone, process.process_id, timeout=2.0)
@@ -71,6 +78,7 @@ class RankLauncher:
         """Ends every rank of the namespace, those that are just starting included, and leaves Ray."""
         with contextlib.suppress(Exception):
             await self.in_thread(self._placement.kill_orphans)
+        await asyncio.gather(*self._endings, return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown, wait=True)
         # One that was starting may have appeared meanwhile.
         await asyncio.to_thread(self._placement.kill_orphans)

@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradwire_workers.rank_channel import Answer, RankChannel
 
 
 class RankProcess:
-    """A rank that serves. `owner`: whom it has served; None when nobody yet. `end`: ends the process of that name."""
+    """A rank that serves. `owner`: whom it has served; None when nobody yet. `end`: ends it."""
 
     def __init__(
-        self, channel: RankChannel, *, process_id: int, end: Callable[[RankProcess], Coroutine[Any, Any, None]]
+        self, channel: RankChannel, *, process_id: int, end: Callable[[RankProcess], asyncio.Task[None]]
     ) -> None:
         self.name = channel.name
         self.process_id = process_id
@@ -37,7 +37,7 @@ class RankProcess:
         """Ends the process, whatever it is doing; calls that wait for it end with RankLost. Done when it is gone."""
         if self._ending is None:
             self.channel.on_lost = None
-            self._ending = asyncio.create_task(self._end(self))
+            self._ending = self._end(self)
         return self._ending
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Ranks:
         self.lost: RankLost | None = None
         self.on_lost: Callable[[RankLost], None] | None = None
         self._epoch = 0
+        self._calls: list[asyncio.Future[Answer]] = []
         for process in self.processes:
             process.channel.on_lost = self._lose
 
@@ -70,6 +72,7 @@ class Ranks:
     async def _answers(self, kind: str, fields: Sequence[Mapping[str, Any]]) -> tuple[list[Answer], RankLost | None]:
         """Every answer that came, and what became of a rank that gave none."""
         calls = [process.call(kind, of_rank) for process, of_rank in zip(self.processes, fields, strict=False)]
+        self._calls = calls
         answers: list[Answer] = []
         missing: RankLost | None = None
         try:
@@ -80,9 +83,9 @@ class Ranks:
                     missing = missing or lost
         except BaseException:
             # Abandoned halfway: nobody knows what the ranks did, or when they are done.
-            self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
             for call in calls:
                 call.cancel()
+            self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
             raise
         return answers, missing
 
@@ -110,6 +113,10 @@ class Ranks:
     def _lose(self, lost: RankLost) -> None:
         if self.lost is None:
             self.lost = lost
+            # The other ranks may be busy for a long time yet, and what they will say no longer matters.
+            for call in self._calls:
+                if not call.done():
+                    call.set_exception(lost)
             if self.on_lost is not None:
                 self.on_lost(lost)
 

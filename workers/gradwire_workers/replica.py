@@ -36,7 +36,7 @@ class Replica(nn.Module):
         self._rank = rank
         self._device = device
         self.groups: ProcessGroups | None = None
-        self.program.replace_batch_norm(self._sync_batch_norm)
+        self.program.replace_batch_norm(self._sync_batch_norm.batch_norm)
 
     def check_has_loss(self) -> None:
         """Refuse a command that needs a loss where there is none."""

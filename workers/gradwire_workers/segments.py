@@ -55,10 +55,12 @@ class SegmentWriter:
 def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[TensorData]:
     offset = 0
     for tensor in tensors:
+        position = offset
         for piece in pieces(tensor.data):
-            written = 0
-            while written < len(piece):
-                written += os.pwrite(file, piece[written:], offset + written)
+            while piece:
+                written = os.pwrite(file, piece, position)
+                position += written
+                piece = piece[written:]
         yield TensorData(tensor.dtype, tensor.shape, Segment(path, offset, tensor.nbytes))
         offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 

@@ -14,31 +14,37 @@ _GLOB = frozenset("*?[")
 
 def select(names: Sequence[str], known: Mapping[str, Tensor], *, field: str) -> dict[str, Tensor]:
     """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH for one without a match."""
-    chosen: set[str] = set()
-    for index, pattern in enumerate(names):
-        if pattern in known:
-            chosen.add(pattern)
-            continue
-        matches = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
-        if not matches:
-            raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=f"{field}[{index}]", reason="NO_MATCH")
-        chosen.update(matches)
+    chosen = {name for index, pattern in enumerate(names) for name in _matches(pattern, known, f"{field}[{index}]")}
     return {name: tensor for name, tensor in known.items() if name in chosen}
 
 
-def select_parameters(wrt: Sequence[str] | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_parameters(
+    wrt: Sequence[str] | None, parameters: Mapping[str, Tensor], aliases: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The parameters that require gradients among those that `wrt` matches; None matches all.
 
+    `aliases`: more names, which only match when they are written out.
     InvalidArgument at wrt[i]: NO_MATCH, or PARAMETER_FROZEN where a name, or all that a glob matches, is frozen.
     """
     if wrt is None:
         return {name: each for name, each in parameters.items() if each.requires_grad}
+    known = {**parameters, **{name: aliases[name] for name in wrt if name in aliases}}
     for index, pattern in enumerate(wrt):
-        if not any(each.requires_grad for each in select([pattern], parameters, field="wrt").values()):
+        where = f"wrt[{index}]"
+        if not any(known[name].requires_grad for name in _matches(pattern, known, where)):
             raise InvalidArgument(
-                f"{pattern[:200]!r} does not require a gradient", field=f"wrt[{index}]", reason="PARAMETER_FROZEN"
+                f"{pattern[:200]!r} does not require a gradient", field=where, reason="PARAMETER_FROZEN"
             )
-    return {name: each for name, each in select(wrt, parameters, field="wrt").items() if each.requires_grad}
+    return {name: each for name, each in select(wrt, known, field="wrt").items() if each.requires_grad}
+
+
+def _matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
+    if pattern in known:
+        return [pattern]
+    matches = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
+    if not matches:
+        raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=where, reason="NO_MATCH")
+    return matches
 
 
 def check_gradients(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gradwire_proto.errors import FailedPrecondition, InternalError
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradwire_workers import tensor_names
 from gradwire_workers.agreement import Agreement
@@ -163,7 +163,7 @@ class Trainer:
         """Loss, gradients and outputs. Changes nothing, buffers included."""
         clock = Clock(self._groups)
         self._replica.check_has_loss()
-        parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name())
+        parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name(), self._aliases())
         shard = self._replica.localise(shard)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
             read = read_gradients(self._passes, shard, query, parameters, command)
@@ -206,6 +206,10 @@ class Trainer:
     @property
     def _groups(self) -> ProcessGroups | None:
         return self._replica.groups
+
+    def _aliases(self) -> dict[str, Tensor]:
+        """Parameters under every name that they have."""
+        return {name: each for name, each in self._program.state_tensors().items() if isinstance(each, nn.Parameter)}
 
     def _check_can_update(self, lr: float | None) -> None:
         if self._optimizer is None:

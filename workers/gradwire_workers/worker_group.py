@@ -228,9 +228,10 @@ def _has_rows(variant: Variant) -> bool:
 
 
 def examples_in(batch: Batch) -> int:
-    """Dimension 0 of the first tensor: what a batch of fixed size counts as."""
+    """Dimension 0 of the first tensor, at least 1: what a batch of fixed size counts as."""
     shapes = (leaf.shape for _, leaf in leaves(batch.inputs) if isinstance(leaf, TensorData))
-    return next((shape[0] for shape in shapes if shape), 0)
+    # Never 0: a shard of no rows is a dummy, whose gradients do not count.
+    return max(1, next((shape[0] for shape in shapes if shape), 1))
 
 
 def shard_fields(shard: Shard) -> dict[str, Any]:

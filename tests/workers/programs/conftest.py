@@ -88,7 +88,7 @@ def close(one: Any, other: Any, tolerance: float) -> None:
 
 @pytest.fixture
 def round_trip() -> Callable[..., RoundTrip]:
-    """round_trip(module, inputs, targets, loss) -> RoundTrip, with a copy of the module for the fixture's runs to move."""
+    """round_trip(module, inputs, targets, loss) -> RoundTrip, with a copy of the module for its runs to move."""
 
     def make(module: nn.Module, inputs: Any, targets: Any = None, loss: Any = None) -> RoundTrip:
         exporter = ModuleExporter(module, loss)

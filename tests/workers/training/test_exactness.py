@@ -26,13 +26,14 @@ class ConvNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5)
+        # No biases before batch norm: their gradient is 0, and what float32 makes of it is rounding alone.
+        self.conv1, self.norm1 = nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
         self.conv2, self.norm2 = nn.Conv2d(5, 4, 3, bias=False), nn.BatchNorm2d(4)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2) if x.shape[-1] > 8 else F.relu(self.norm1(self.conv1(x)))
-        return self.head(F.adaptive_avg_pool2d(F.relu(self.norm2(self.conv2(x))), 2).flatten(1))
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.head(F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2).flatten(1))
 
 
 class Lstm(nn.Module):
@@ -69,8 +70,9 @@ def batch(module: nn.Module, rows: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.randn(rows, *type(module).inputs, dtype=dtype), torch.randint(type(module).classes, (rows,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [(1, torch.float64), (2, torch.float64), (3, torch.float64), (3, torch.float32)], ids=str
+)
 @pytest.mark.parametrize("kind", [Mlp, ConvNet, Lstm, Transformer])
 def test_five_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
     module = make(kind, dtype)

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import torch
+from ray._private import ray_constants
+from ray._private.authentication_test_utils import reset_auth_token_state
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import Batch, ModelSpec, NamedTensors, OptimizerSpec
 from gradwire_workers.cluster import Cluster, ClusterConfig
 from gradwire_workers.worker_group import WorkerGroup
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """The environment with these variables, for as long as it lasts."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +45,15 @@ def ray_address(private_folder: Path) -> Iterator[str]:
     """The address of a Ray that ends with the run. Its token is in this process's environment meanwhile."""
     token = private_folder / "token"
     token.write_text(secrets.token_hex(32))
-    with environment(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN_PATH=str(token),
-        RAY_USAGE_STATS_ENABLED="0",
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Makes Ray keep to the loopback interface.
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-    ):
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Ray read its environment when it was imported. A frontend finds it set before.
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+        reset_auth_token_state()
         head = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("ray_head.py"), private_folder / "r", "2"],
             stdin=subprocess.PIPE,

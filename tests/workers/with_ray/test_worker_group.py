@@ -217,7 +217,15 @@ async def test_an_added_variant_takes_batches_that_did_not_fit_before(start, in_
     from gradwire.export import ModuleExporter
     from gradwire_proto.tensors import from_nested
 
-    module, loss = nn.LSTM(4, 3, batch_first=True), lambda outputs, targets: ((outputs[0] - targets) ** 2).mean()
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    module, loss = Recurrent(), nn.MSELoss()
     exporter = ModuleExporter(module, loss)
     x, y = torch.randn(4, 5, 4), torch.randn(4, 5, 3)
     group = await start(module, loss, x, y, workers=2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.graph_writes import written_inputs
 from gradwire_proto.values import ROWS, GraphInput, Limits, Program, StateTensor, TensorSpec, Variant
 from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
@@ -19,7 +19,7 @@ from gradwire_workers.programs.randomness import is_random, without_randomness
 from gradwire_workers.programs.size_check import check_sizes
 
 _GROWTH = 4
-"""Sizes are checked again when a batch has this many times the rows that were checked."""
+"""Sizes are checked for this many times a batch's rows, so that the next batches need no check."""
 
 
 class BuiltProgram(nn.Module):
@@ -51,7 +51,7 @@ class BuiltProgram(nn.Module):
         """The flat outputs of a variant for its input leaves, in order (constants included, but not looked at)."""
         run = self._run(variant_name)
         if run.rows_leaf is not None and leaves[run.rows_leaf].shape[0] > run.checked_rows:
-            self._check_sizes(run, rows=_GROWTH * leaves[run.rows_leaf].shape[0])
+            self._check_growth(run, leaves[run.rows_leaf].shape[0])
         return run.outputs(leaves)
 
     def loss(self, variant_name: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
@@ -186,6 +186,13 @@ class BuiltProgram(nn.Module):
         self._check_sizes(run, rows=max(smallest, 2))
         self._runs[variant.name] = run
         self._program = replace(self._program, variants=(*self._program.variants, variant))
+
+    def _check_growth(self, run: _Run, rows: int) -> None:
+        try:
+            self._check_sizes(run, rows * _GROWTH)
+        except ResourceExhausted:
+            # Too large ahead of time; this batch may do.
+            self._check_sizes(run, rows)
 
     def _check_sizes(self, run: _Run, rows: int) -> None:
         inputs = [None if tensor is None else _like_on_meta(tensor) for tensor in run.template]

@@ -19,7 +19,7 @@ from gradwire_workers.programs.batch_norm import checked_batch_norm, one_value_p
 
 
 class SyncBatchNorm:
-    """What takes batch norm's place in a program that runs on several ranks.
+    """What takes batch norm's place in a program that runs on several ranks: `batch_norm`.
 
     Inside `over_ranks` it normalises over all ranks' rows; outside, over the rows that it is given.
     """
@@ -37,7 +37,7 @@ class SyncBatchNorm:
         finally:
             self._groups = None
 
-    def __call__(
+    def batch_norm(
         self,
         input: Tensor,
         weight: Tensor | None,
@@ -49,6 +49,7 @@ class SyncBatchNorm:
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
+        """aten.batch_norm. Raises InvalidArgument where all ranks together have one value per channel."""
         if self._groups is None or not training:
             return checked_batch_norm(
                 input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
