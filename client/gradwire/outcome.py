@@ -15,7 +15,7 @@ from gradwire_proto.v1 import model_pb2
 Send = Callable[[str, Any, float], Any]
 """(method, request, timeout) -> reply, raising GradwireError."""
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, str] = {
     model_pb2.COMMAND_STATE_APPLIED: "applied",
     model_pb2.COMMAND_STATE_NOT_APPLIED: "not_applied",
 }

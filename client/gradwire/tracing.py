@@ -57,7 +57,10 @@ def trace(
 @contextmanager
 def quiet() -> Iterator[None]:
     """torch.export's warnings and printed graphs are for its developers; failures are told by our own errors."""
-    handlers = logging.getLogger("torch").handlers
+    loggers = [
+        logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.split(".")[0] == "torch"
+    ]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
         handler.addFilter(_nothing)
     try:

@@ -19,7 +19,7 @@ class Admission:
         self.in_flight = 0
 
     def __enter__(self) -> None:
-        if False:
+        if self._draining:
             raise Unavailable("the service is stopping and takes no new requests", reason="DRAINING", retry_after=1.0)
         if self.in_flight >= self._limit:
             raise ResourceExhausted(

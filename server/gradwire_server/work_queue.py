@@ -26,7 +26,8 @@ class Job(Generic[T]):
         self._unused = unused
         self._result: T | None = None
         self._waiters = 0
-        self._deadline: float | None = 0.0
+        self._awaited = False
+        self._deadline: float | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_end(self, callback: Callable[[Job[T]], None]) -> None:
@@ -41,7 +42,9 @@ class Job(Generic[T]):
     async def result(self, deadline: float | None) -> T:
         """Wait for the end. `deadline`: when this caller stops waiting (time.monotonic(); None: never)."""
         self._waiters += 1
-        if self._deadline is not None:
+        if not self._awaited:
+            self._awaited, self._deadline = True, deadline
+        elif self._deadline is not None:
             self._deadline = None if deadline is None else max(deadline, self._deadline)
         try:
             await self.wait()

@@ -120,6 +120,7 @@ async def test_command_whose_deadline_passes_in_the_queue_is_not_applied(fronten
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await frontend.stub.TrainStep(frontend.train(b"second"), timeout=0.1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await asyncio.sleep(0.1)
     workers.gate.set()
     await running
     await frontend.stub.TrainStep(frontend.train(b"third"))

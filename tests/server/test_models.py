@@ -101,6 +101,12 @@ async def test_repeated_creation_joins_the_first(frontend: Any, fakes: Any) -> N
     assert ended.state == model_pb2.COMMAND_STATE_APPLIED and len(frontend.cluster.groups) == 1
 
 
+async def test_creations_with_one_request_id_at_once_make_one_model(frontend: Any, fakes: Any) -> None:
+    request = frontend.creation("", request_id=fakes.request_id())
+    models = await asyncio.gather(*(frontend.stub.CreateModel(request) for _ in range(5)))
+    assert len({model.name for model in models}) == len(frontend.cluster.groups) == 1
+
+
 async def test_cancelled_creation_cleans_up_and_can_be_repeated(frontend: Any, fakes: Any) -> None:
     name = await frontend.upload(fakes.two_floats())
     request = frontend.creation(request_id=fakes.request_id())

@@ -97,6 +97,7 @@ async def test_handles_of_a_request_that_never_ran_stay_good(frontend: Any) -> N
     await frontend.until(lambda: workers.busy)
     error = await frontend.error(frontend.stub.LoadStateDict(load(name), timeout=0.1))
     assert error.reason == "DEADLINE_EXCEEDED"
+    await asyncio.sleep(0.1)
     workers.gate.set()
     await running
     await frontend.stub.LoadStateDict(load(name))

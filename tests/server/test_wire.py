@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from contextlib import suppress
 from typing import Any
 
@@ -130,10 +129,8 @@ async def test_reflection_describes_every_method(frontend: Any) -> None:
 
 
 async def test_taken_port_is_an_error(start: Any) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+    async with start() as first:
         with pytest.raises(Unavailable) as caught:
-            async with start(listen=f"127.0.0.1:{other.getsockname()[1]}"):
+            async with start(listen=first.target):
                 pass
         assert caught.value.reason == "ADDRESS_IN_USE"

@@ -12,19 +12,18 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-sys.modules["ray"] = None  # type: ignore[assignment]
-
 from tripwire import tripwire
 
 from gradwire_proto.errors import InvalidArgument
-from gradwire_workers.rank_commands import RankCommands
-from gradwire_workers.rank_server import RankServer
+from gradwire_workers.rank_server import Commands, RankServer
+
+OFF_THE_HOT_PATH = ("load", "start", "check_rows")
 
 
 class Watched:
     """The rank's commands, with a tripwire around those of a step."""
 
-    def __init__(self, commands: RankCommands) -> None:
+    def __init__(self, commands: Commands) -> None:
         self._commands = commands
 
     @property
@@ -32,7 +31,7 @@ class Watched:
         return self._commands.needs_rejoin
 
     def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        if kind in ("hello", "load", "start", "check_rows", "reset"):
+        if kind in OFF_THE_HOT_PATH:
             return self._commands.answer(kind, fields)
         with tripwire() as trips:
             answer = {} if kind == "pickle" else self._commands.answer(kind, fields)
@@ -43,8 +42,14 @@ class Watched:
         return answer
 
 
-if __name__ == "__main__":
-    commands = Watched(RankCommands("rank-x", sys.argv[2]))
-    RankServer(sys.argv[1], commands, patience=60).start()
+def main(endpoint: str, memory_folder: str) -> None:
+    sys.modules["ray"] = None  # type: ignore[assignment]
+    from gradwire_workers.rank_commands import RankCommands
+
+    RankServer(endpoint, Watched(RankCommands("rank-x", memory_folder)), patience=60).start()
     print("serving", flush=True)
     time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from gradwire_proto.codec import encode_model_spec
-from gradwire_proto.errors import GradwireError
+from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.values import (
     Batch,
     FunctionSpec,
@@ -166,8 +166,8 @@ class Cluster:
             await self._load(ranks, lease, spec, demand, tensors)
             await group.prepare(example)
         except BaseException as error:
-            # A program that is refused leaves good ranks behind, unless one died of it.
-            reuse = isinstance(error, GradwireError) and all(process.alive for process in lease.processes)
+            # A program that is refused leaves good ranks behind.
+            reuse = isinstance(error, GradwireError) and not isinstance(error, RankLost)
             await asyncio.shield(lease.release(reuse))
             raise
         return group

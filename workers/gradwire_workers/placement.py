@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gradwire_proto.errors import ResourceExhausted, Unavailable
 from gradwire_workers.rank_actor import RankActor
+
+_SECONDS_TO_APPEAR = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,10 @@ class Placement:
 
     def totals(self) -> tuple[int, float]:
         """CPUs and GPUs of the cluster."""
-        resources = ray.cluster_resources()
+        deadline = time.monotonic() + _SECONDS_TO_APPEAR
+        # A node that has just come up shows its resources a moment later.
+        while "CPU" not in (resources := ray.cluster_resources()) and time.monotonic() < deadline:
+            time.sleep(0.05)
         return int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
 
     def kill_orphans(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ class RankLauncher:
         self._folder = folder
         self._memory_folder = memory_folder
         self._context = zmq.Context()
+        self._processes: set[RankProcess] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="gradwire-ray")
 
@@ -49,6 +49,7 @@ class RankLauncher:
         )
         channel = RankChannel(self._context, started["endpoint"], name)
         process = RankProcess(channel, process_id=started["process_id"], end=self._end)
+        self._processes.add(process)
         try:
             await asyncio.wait_for(channel.call("hello"), _HELLO_SECONDS)
         except BaseException as error:
@@ -61,6 +62,7 @@ class RankLauncher:
         return process
 
     def _end(self, process: RankProcess) -> asyncio.Task[None]:
+        self._processes.discard(process)
         ending = asyncio.create_task(self._end_process(process))
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
@@ -76,9 +78,10 @@ class RankLauncher:
 
     async def close(self) -> None:
         """Ends every rank of the namespace, those that are just starting included, and leaves Ray."""
-        with contextlib.suppress(Exception):
-            await self.in_thread(self._placement.kill_orphans)
+        for process in list(self._processes):
+            process.kill()
         await asyncio.gather(*self._endings, return_exceptions=True)
+        await self.in_thread(self._placement.kill_orphans)
         await asyncio.to_thread(self._threads.shutdown, wait=True)
         # One that was starting may have appeared meanwhile.
         await asyncio.to_thread(self._placement.kill_orphans)

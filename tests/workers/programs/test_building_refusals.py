@@ -10,6 +10,7 @@ from torch import nn
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.operators import schema_of
 from gradwire_proto.values import Limits, Node, NodeRef, RankDevice
 from gradwire_workers.programs import add_variant, build_program
 
@@ -79,9 +80,8 @@ def test_tensors_must_be_those_of_the_program(exported, change, reason):
 
 
 def test_a_result_above_the_limit_is_refused_before_it_is_made(exported):
-    schema = "aten::zeros(SymInt[] size, *, ScalarType? dtype=None, Layout? layout=None, Device? device=None, bool? pin_memory=None) -> Tensor"
     node = Node("huge", "aten.zeros.default", ([1 << 20, 1 << 20],), {"device": RankDevice()})
-    program = with_nodes(exported.program, node, operators={"aten.zeros.default": schema})
+    program = with_nodes(exported.program, node, operators={"aten.zeros.default": schema_of("aten.zeros.default")})
     error = refused(program, state_of(exported))
     assert (
         error.reason == "TENSOR_TOO_LARGE" and "tensor_bytes" in error.message and "aten.zeros.default" in error.message

@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gradwire.export import ModuleExporter
-from gradwire_proto.batch_check import select_variant
+from gradwire_proto.batch_check import flatten, select_variant
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.values import (
     Batch,
     GradientQuery,
+    LossSpec,
     ModelSpec,
     OptimizerSpec,
     TensorData,
@@ -57,12 +60,18 @@ class RankProcesses:
             )
             self.connections.append(self._listener.accept())
 
-    def call(self, name: str, each: list[tuple[tuple, dict]]) -> list[tuple[str, Any]]:
-        """Call the first len(each) ranks at once; wait for all answers."""
-        used = self.connections[: len(each)]
-        for connection, (arguments, keywords) in zip(used, each, strict=True):
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def call(
+        self, name: str, each: list[tuple[tuple, dict]], *, without: int | None = None
+    ) -> list[tuple[str, Any]]:
+        """Call the first len(each) ranks at once, but not rank `without`; wait for all answers."""
+        used = [each for rank, each in enumerate(zip(self.connections, each, strict=False)) if rank != without]
+        for connection, (arguments, keywords) in used:
             connection.send_bytes(pickle.dumps((name, arguments, keywords)))
-        return [pickle.loads(connection.recv_bytes()) for connection in used]
+        return [pickle.loads(connection.recv_bytes()) for connection, _ in used]
 
     def close(self) -> None:
         for connection in self.connections:
@@ -183,15 +192,19 @@ def _data(leaf: Any) -> Any:
     return from_any(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _flat(variant: Any, example: Batch) -> list[Any]:
-    from gradwire_proto.batch_check import flatten
+def _sent(option: Any) -> Any:
+    """An option as it can be pickled: codec and channel would have made bytes of its tensors too."""
+    if not isinstance(option, (Tensor, TensorData)):
+        return option
+    data = from_any(option)
+    return TensorData(data.dtype, data.shape, bytes(data.data))
 
+
+def _flat(variant: Any, example: Batch) -> list[Any]:
     return flatten(variant.input_structure, from_nested(example.inputs), "example.inputs")
 
 
 def _as_tensors(shard: Shard) -> Shard:
-    from dataclasses import replace
-
     def torch_leaves(leaves: tuple) -> tuple:
         return tuple(to_torch(leaf) if isinstance(leaf, TensorData) else leaf for leaf in leaves)
 
@@ -213,21 +226,28 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
     """make_group(module, loss, example, ranks=..., sgd={...}, **spec) -> Group."""
 
     def make(
-        module: nn.Module, loss: Any, example: tuple[Any, Any], *, ranks: int = 2, sgd: dict | None = None, **spec: Any
+        module: nn.Module,
+        loss: Any,
+        example: tuple[Any, Any],
+        *,
+        ranks: int = 2,
+        sgd: dict | None = None,
+        loss_spec: LossSpec | None = None,
+        processes: RankProcesses = rank_processes,
+        **spec: Any,
     ) -> Group:
         exported = ModuleExporter(module, loss).export_model(*example)
-        chosen = exported.loss
+        chosen = loss_spec or exported.loss
         if isinstance(chosen, TorchLossSpec):
-            options = {name: _data(value) for name, value in chosen.options.items()}
-            chosen = TorchLossSpec(chosen.name, options)
-        spec.setdefault("loss", chosen)
+            chosen = TorchLossSpec(chosen.name, {name: _sent(value) for name, value in chosen.options.items()})
         model = ModelSpec(
             program=exported.program,
+            loss=chosen,
             optimizer=OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9} if sgd is None else sgd),
             workers=ranks,
             **spec,
         )
-        return Group(rank_processes, model, dict(exported.tensors), exported.example)
+        return Group(processes, model, dict(exported.tensors), exported.example)
 
     return make
 
@@ -255,8 +275,6 @@ def assert_close() -> Callable[..., None]:
 @pytest.fixture
 def fails_as() -> Callable[..., Any]:
     """`with fails_as(kind, reason, field):`"""
-    from contextlib import contextmanager
-
     @contextmanager
     def check(kind: type[GradwireError], reason: str, field: str | None = None) -> Iterator[None]:
         with pytest.raises(kind) as caught:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradwire_proto.tensors import from_any
 from gradwire_proto.values import TorchLossSpec
 
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
@@ -64,13 +63,12 @@ BY_NAME = {
 def test_loss_by_name_on_three_ranks_equals_the_whole_batch(case, make_group, assert_close):
     (options, make_targets), name = BY_NAME[case], case.split()[0]
     module = net()
-    sent = {key: from_any(value) if isinstance(value, Tensor) else value for key, value in options.items()}
     group = make_group(
         module,
         lambda outputs, targets: outputs.sum() * 0 + targets.sum() * 0,
         (torch.randn(4, 6).double(), make_targets(4)),
         ranks=3,
-        loss=TorchLossSpec(name, sent),
+        loss_spec=TorchLossSpec(name, options),
     )
     for rows in (7, 2):
         inputs, targets = torch.randn(rows, 6).double(), make_targets(rows)
@@ -113,7 +111,6 @@ def test_classes_for_each_pixel_are_weighed_over_all_of_them(make_group, assert_
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_loss_that_compares_rows_with_each_other_is_exact(ranks, make_group, assert_close):
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
-    # Nothing follows from the bias before batch norm; the last one is taken away by nothing.
     group = make_group(module, info_nce, (torch.randn(4, 6).double(), classes(4)), ranks=ranks)
     assert group.whole["train"] is None
     reference = copy.deepcopy(module)

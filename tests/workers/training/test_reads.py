@@ -21,7 +21,7 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
-        hidden = self.dropout(self.norm(self.first(x) + shift))
+        hidden = self.dropout(self.norm(self.first(x)) + shift)
         return {"logits": self.last(hidden), "best": self.last(hidden).argmax(1)}
 
 

@@ -1,0 +1,66 @@
+"""Batches that the example did not foresee: other lengths, constants and modes run as in torch, unseen by the user."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gradwire
+from gradwire import optim
+
+
+class Tagger(nn.Module):
+    """An LSTM over tokens: its length is fixed in a graph. Takes its inputs by name and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, tokens, scale=1.0):
+        hidden, _ = self.lstm(self.embedding(tokens))
+        return {"logits": self.out(hidden) * scale, "hidden": hidden}
+
+
+def loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), targets.flatten())
+
+
+def batch(rows: int, length: int, **constants):
+    return {"tokens": torch.randint(0, 20, (rows, length)), **constants}, torch.randint(0, 5, (rows, length))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_length_and_constant_trains_and_predicts_as_local_torch(client: gradwire.Client, workers: int):
+    torch.manual_seed(workers)
+    net = Tagger().double()
+    local = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1, momentum=0.9)
+    model = client.create_model(
+        net, loss=loss, optimizer=optim.SGD(lr=0.1, momentum=0.9), example=batch(4, 6), workers=workers
+    )
+    variants = len(model.info().variants)
+    for rows, length, constants in ((4, 6, {}), (3, 9, {}), (5, 9, {}), (1, 6, {}), (4, 6, {"scale": 2.0})):
+        inputs, targets = batch(rows, length, **constants)
+        optimizer.zero_grad()
+        expected = loss(local(**inputs), targets)
+        expected.backward()
+        optimizer.step()
+        result = model.train_step(inputs, targets)
+        assert result.loss == pytest.approx(expected.item(), rel=1e-10)
+        assert sum(result.rank_rows) == rows and (rows == 1 or 0 not in result.rank_rows)
+        outputs = model(inputs)
+        for name, tensor in local(**inputs).items():
+            torch.testing.assert_close(outputs[name], tensor.detach(), rtol=1e-9, atol=1e-10)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, local.state_dict()[name], rtol=1e-9, atol=1e-10)
+    # Two more for training, two more for prediction; and no other for what was seen before.
+    assert len(model.info().variants) == variants + 4
+    # Another client, without the module, uses what is there.
+    found = client.get_model(model.id)
+    inputs, targets = batch(7, 9)
+    assert found.train_step(inputs, targets).loss == pytest.approx(loss(local(**inputs), targets).item(), rel=1e-10)
