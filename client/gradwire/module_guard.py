@@ -6,7 +6,7 @@ import copy
 import random
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,18 @@ def preserved(module: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+@contextmanager
+def rewound(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """After, the tensors have their values back."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
 def _containers(module: nn.Module) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from gradwire import safety_net
 from gradwire.example import Example
 from gradwire.loss_mapping import Loss
-from gradwire.module_guard import custom_functions_refused
+from gradwire.module_guard import custom_functions_refused, rewound
 from gradwire.module_state import ModuleState
 from gradwire.output_tree import OutputTree
 from gradwire.traced_graph import Constants, TracedGraph, trace_graph
@@ -28,6 +27,7 @@ class Finished:
     """A variant that computes what the module does.
 
     loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
+    changing: the module's tensors that a forward changes.
     """
 
     variant: Variant
@@ -38,11 +38,12 @@ class Finished:
     constant_specs: tuple[StateTensor, ...]
     loss_leaf: int | None
     outputs: tuple[Any, ...]
+    changing: tuple[Tensor, ...]
 
     def agrees_with(self, module: nn.Module) -> bool:
         """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
         torch.manual_seed(0)
-        with torch.no_grad(), quiet(), ambient_autocast_off():
+        with torch.no_grad(), quiet(), ambient_autocast_off(), rewound(self.changing):
             inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.example.inputs]
             tree, outputs = OutputTree.of(call_with(module, self.example.input_structure, inputs))
         return tree.structure == self.output_tree.structure and safety_net.agree(self.outputs, outputs)
@@ -92,7 +93,7 @@ class VariantExport:
 
     def _run_eagerly(self, example: Example) -> None:
         """Raise EXAMPLE_FAILED if the module itself fails on the example."""
-        with self._rewound(self.state.by_name.values()):
+        with rewound(self.state.by_name.values()):
             safety_net.run(self._eager(example, []), example.inputs, {}, subject="the module")
 
     def _attempt(self, example: Example) -> Finished:
@@ -122,7 +123,7 @@ class VariantExport:
         )
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
-        with self._rewound(changing):
+        with rewound(changing):
             eager = safety_net.run(
                 self._eager(example, trees), example.inputs, self.state.trainable, subject="the module"
             )
@@ -131,7 +132,7 @@ class VariantExport:
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
         loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators)
         check = _GraphRun(self, example, tree, graph, loss_graph, loss_leaf, tensor_leaves)
-        with self._rewound(changing):
+        with rewound(changing):
             raw = safety_net.run(check.forward, example.inputs, self.state.trainable, subject="the exported graph")
         safety_net.compare(eager, raw)
         smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
@@ -157,6 +158,7 @@ class VariantExport:
             constant_specs=constants.specs(),
             loss_leaf=loss_leaf,
             outputs=tuple(eager.outputs),
+            changing=tuple(changing),
         )
 
     def _constant_prefix(self) -> str:
@@ -227,7 +229,7 @@ class VariantExport:
             results = []
             for forward in (self._eager(first, []), check.with_example(first).forward):
                 torch.manual_seed(0)
-                with self._rewound(changing):
+                with rewound(changing):
                     try:
                         results.append(forward([x.clone() if isinstance(x, Tensor) else x for x in first.inputs]))
                     except ValueError as error:
@@ -237,17 +239,6 @@ class VariantExport:
                         return False
         (eager, eager_loss), (raw, raw_loss) = results
         return safety_net.agree([*eager, eager_loss], [*raw, raw_loss])
-
-    @contextmanager
-    def _rewound(self, tensors: Any) -> Iterator[None]:
-        """After, the tensors have their values back."""
-        kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, value in kept:
-                    tensor.copy_(value)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradwire.errors import ExportError, GradwireError
-from gradwire_proto.batch_check import select_variant
+from gradwire_proto.batch_check import check_batch, select_variant
 from gradwire_proto.values import Batch, Variant
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class Variants:
                     raise misfit from None
             name = f"{'train' if training else 'eval'}-{uuid.uuid4().hex[:8]}"
             exported = self._export(misfit, given, training=training, name=name)
+            # The module may look at less than the batch brings, such as targets that no loss compares with.
+            check_batch(exported.variant, batch, targets=targets)
             self._add(exported, batch)
             self._rebuild[name] = exported.output_tree.rebuild
             self._known = (*self._known, without_graph(exported.variant))

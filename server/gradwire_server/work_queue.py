@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar, cast
 
 from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, ResourceExhausted
+from gradwire_server.failures import public_error
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 class Job(Generic[T]):
     """A piece of work in a queue. Several callers may wait for it; it begins only while one of them still does.
 
-    `work` raises nothing but GradwireErrors. Exactly one of `work` and `unused` is called.
+    Exactly one of `work` and `unused` is called.
     """
 
     def __init__(self, work: Callable[[], Awaitable[T]], unused: Callable[[], None] | None) -> None:
@@ -73,8 +74,8 @@ class Job(Generic[T]):
             return
         try:
             self._result = await work()
-        except GradwireError as error:
-            self.error = copy.copy(error)
+        except Exception as error:
+            self.error = copy.copy(public_error(error, None, outcome="unknown"))
         except BaseException:
             self.error = Cancelled("the service stopped", outcome="unknown")
             raise

@@ -370,6 +370,23 @@ def test_batch_that_the_module_itself_refuses_is_an_invalid_argument_about_its_f
     assert scripted.requests("AddVariant") == scripted.requests("TrainStep") == []
 
 
+def test_targets_that_no_loss_compares_with_are_refused_and_add_nothing(sdk, hosted, scripted):
+    class OwnLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(FEATURES, 1)
+
+        def forward(self, x):
+            return self.linear(x).mean()
+
+    model = sdk.create_model(OwnLoss(), optimizer=optim.SGD(), example=(batch()[0],))
+    with pytest.raises(errors.InvalidArgument) as caught:
+        model.train_step(*batch())
+    assert caught.value.field == "batch.targets"
+    assert scripted.requests("AddVariant") == []
+    assert model.train_step(batch()[0]) == RESULT
+
+
 def test_without_the_module_a_batch_must_fit_and_new_variants_of_others_are_found(sdk, hosted, scripted):
     model = sdk.create_model(Scale(), loss="mse_loss", optimizer=optim.SGD(), example=pair(2, 3))
     found = sdk.get_model(model.id)

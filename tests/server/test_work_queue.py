@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from gradwire_proto.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument, ResourceExhausted
+from gradwire_proto.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    ResourceExhausted,
+)
 from gradwire_server.work_queue import WorkQueue
 
 
@@ -74,6 +81,17 @@ async def test_each_caller_gets_an_error_of_its_own() -> None:
     errors = await asyncio.gather(job.result(None), job.result(None), return_exceptions=True)
     assert errors[0] is not errors[1] and job.error is not None and job.error.__traceback__ is None
     assert all(isinstance(error, InvalidArgument) and error.field == "x" for error in errors)
+
+
+async def test_defect_ends_its_own_work_and_no_other() -> None:
+    async def break_down() -> int:
+        raise RuntimeError("secret")
+
+    queue, log = WorkQueue(8, "limit"), []
+    results = await asyncio.gather(
+        queue.submit(break_down).result(None), queue.submit(returning(1, log)).result(None), return_exceptions=True
+    )
+    assert isinstance(results[0], InternalError) and "secret" not in str(results[0]) and results[1] == 1
 
 
 async def test_closing_refuses_what_waits_and_waits_for_what_runs() -> None:

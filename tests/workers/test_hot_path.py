@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
 import zmq
 from torch import nn
@@ -30,6 +31,8 @@ from gradwire_workers.ranks import Ranks
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.worker_group import WorkerGroup
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @pytest.fixture
 def tripwire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
@@ -43,12 +46,17 @@ def start_rank(endpoint: str, memory_folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, script, endpoint, str(memory_folder)], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.fixture
-async def ranks(tmp_path: Path) -> AsyncIterator[Ranks]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def ranks(folder: Path) -> AsyncIterator[Ranks]:
     """Two ranks, connected as the launcher does it."""
     context = zmq.Context()
-    endpoints = [f"ipc://{tmp_path}/{number}.sock" for number in range(2)]
-    processes = [start_rank(endpoint, tmp_path) for endpoint in endpoints]
+    endpoints = [f"ipc://{folder}/{number}.sock" for number in range(2)]
+    processes = [start_rank(endpoint, folder) for endpoint in endpoints]
     for process in processes:
         assert process.stdout is not None
         assert await asyncio.to_thread(process.stdout.readline) == "serving\n"
@@ -66,8 +74,8 @@ async def ranks(tmp_path: Path) -> AsyncIterator[Ranks]:
     context.destroy(linger=0)
 
 
-@pytest.fixture
-async def group(ranks: Ranks, tmp_path: Path) -> WorkerGroup:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
     """A model on the two ranks, started with the cluster's commands."""
     x, y = torch.randn(4, 10), torch.randint(0, 3, (4,))
     exported = ModuleExporter(nn.Sequential(nn.Linear(10, 3), nn.BatchNorm1d(3)), nn.CrossEntropyLoss()).export_model(
@@ -85,9 +93,9 @@ async def group(ranks: Ranks, tmp_path: Path) -> WorkerGroup:
         "limits": asdict(Limits()),
         "gpus": (),
     }
-    (tmp_path / "group").mkdir()
+    (folder / "group").mkdir()
     await ranks.call("load", [{**common, "rank": rank} for rank in range(2)])
-    await ranks.call("start", [{"folder": str(tmp_path / "group"), "epoch": ranks.next_epoch()}] * 2)
+    await ranks.call("start", [{"folder": str(folder / "group"), "epoch": ranks.next_epoch()}] * 2)
 
     async def release(reuse: bool) -> None:
         """The fixture of the ranks ends them."""
@@ -96,7 +104,7 @@ async def group(ranks: Ranks, tmp_path: Path) -> WorkerGroup:
         ranks=ranks,
         variants=spec.program.variants,
         device="cpu",
-        writer=SegmentWriter(tmp_path, "frontend"),
+        writer=SegmentWriter(folder, "frontend"),
         require_sharding=True,
         release=release,
     )

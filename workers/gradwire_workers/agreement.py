@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-from gradwire_proto.errors import InvalidArgument
 from torch import Tensor
 
+from gradwire_proto.errors import InvalidArgument
 from gradwire_workers.process_group import ProcessGroups
 
 

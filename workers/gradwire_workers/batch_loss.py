@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument
-from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
 from torch import Tensor
 
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument
+from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
 from gradwire_workers.losses import NamedLoss, RowSum
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
@@ -108,7 +108,7 @@ def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups) -> LocalLoss:
     if isinstance(part.weight, float):
         # The same for every row, so that each rank knows it for all.
         total = total / (part.weight / max(shard.count, 1) * shard.rows)
-    elif part.weight is not None:
+    elif isinstance(part.weight, Tensor):
         weight = part.weight.to(torch.promote_types(total.dtype, torch.float32), copy=True)
         total = total / groups.all_reduce(weight if shard.count else weight.zero_()).to(total.dtype)
     value = total.detach() if shard.count else torch.zeros_like(total, requires_grad=False)

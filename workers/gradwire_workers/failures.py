@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+
 from gradwire_proto.errors import GradwireError, InvalidArgument
 
 _TARGET = re.compile(r"Target -?\d+ is out of bounds")

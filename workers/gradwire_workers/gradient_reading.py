@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gradwire_proto.tensors import torch_dtype
-from gradwire_proto.values import GradientQuery, Leaf
 from torch import Tensor
 
+from gradwire_proto.tensors import torch_dtype
+from gradwire_proto.values import GradientQuery, Leaf
 from gradwire_workers.gradients import add_up
 from gradwire_workers.passes import Passes, own_rows
 from gradwire_workers.shard import Shard

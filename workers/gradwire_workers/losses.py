@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.tensors import to_torch
 from gradwire_proto.values import TensorData, TorchLossSpec
-from torch import Tensor
-
 from gradwire_workers.option_check import Check, Number, OneOf, check_options
 
 Weight = Tensor | float
@@ -100,7 +100,7 @@ def check_classes(output: Tensor, target: Tensor, options: Mapping[str, Any]) ->
         )
 
 
-# --- weights: what the mean over these rows is divided by; None: no sum over rows --------------------------------------
+# --- weights: what the mean over these rows is divided by; None: no sum over rows ---------------------------------
 
 
 def _element_weight(output: Tensor, target: Tensor, options: Mapping[str, Any]) -> Weight | None:

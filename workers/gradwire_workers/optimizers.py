@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.values import OptimizerSpec
 from torch import nn
 
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.values import OptimizerSpec
 from gradwire_workers.option_check import Check, Number, OneOf, check_options
 
 _FLAG = OneOf((False, True))

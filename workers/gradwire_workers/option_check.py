@@ -47,7 +47,7 @@ class OneOf:
 
 
 def check_options(options: Mapping[str, Any], known: Mapping[str, Check], *, field: str, owner: str) -> None:
-    """Refuse what is unknown or out of bounds: InvalidArgument OPTION_UNKNOWN or OPTION_OUT_OF_RANGE at `field["x"]`."""
+    """Refuse what is unknown or out of bounds: InvalidArgument OPTION_UNKNOWN, OPTION_OUT_OF_RANGE at `field["x"]`."""
     for name, value in options.items():
         where = f'{field}["{name}"]'
         if name not in known:

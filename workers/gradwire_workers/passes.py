@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import Variant
 from torch import Tensor, nn
 
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.values import Variant
 from gradwire_workers.gradients import SummingModule, add_up, broadcast
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.replica import Replica

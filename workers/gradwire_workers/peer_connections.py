@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch._C._distributed_c10d import Store
 
@@ -49,10 +50,8 @@ class PeerConnections:
             if not sockets:
                 return
             for connection in sockets:
-                try:
+                with suppress(OSError):  # the peer was first
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the peer was first
                 connection.close()
             os.close(self._wake_writer)
 

@@ -12,9 +12,11 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.futures import Future
 
 from gradwire_proto.errors import InternalError
@@ -45,13 +47,12 @@ class ProcessGroups:
         # gloo binds to this interface and no other: ranks of one node need no network.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         timeout = timedelta(seconds=join_seconds)
-        store = dist.FileStore(str(folder / f"epoch-{epoch}"), size)
+        store = FileStore(str(folder / f"epoch-{epoch}"), size)
         store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        self.main = dist.group.WORLD
-        self.batch_norm = dist.new_group(backend=backend)
-        for group in (self.main, self.batch_norm):
+        self._groups: list[Any] = [dist.group.WORLD, dist.new_group(backend=backend)]
+        for group in self._groups:
             group.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
         self._connections = PeerConnections(store, rank=rank, size=size, on_closed=self.abort)
 
@@ -78,6 +79,16 @@ class ProcessGroups:
         )
 
     @property
+    def main(self) -> Any:
+        """torch's process group for everything but batch norm."""
+        return self._groups[0]
+
+    @property
+    def batch_norm(self) -> Any:
+        """torch's process group for batch norm."""
+        return self._groups[1]
+
+    @property
     def failed(self) -> bool:
         """Whether this rank or a peer has aborted: no collective works any more, until all rejoin."""
         return self._failure is not None
@@ -93,15 +104,14 @@ class ProcessGroups:
         for future in pending:
             future.set_exception(self._failure)
         if self.device.startswith("cuda"):
-            for group in (self.batch_norm, self.main):
+            for group in reversed(self._groups):
                 group.abort()
 
     def leave(self) -> None:
         """Abort, and give the process back the state in which it can join anew. Drop what uses the groups first."""
         self.abort("left")
         dist.destroy_process_group()
-        groups = [self.main, self.batch_norm]
-        self.main = self.batch_norm = None
+        groups, self._groups = self._groups, []
         threading.Thread(target=_release, args=(groups,), daemon=True, name="gradwire-release").start()
 
     # --- collectives: tensors stay where they are; every rank calls the same ones in the same order -----------------

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import Limits, ModelSpec
 from torch import Tensor, nn
 
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.values import Limits, ModelSpec
 from gradwire_workers.batch_loss import BatchLoss, LocalLoss
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram, build_program

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gradwire_proto.values import ROWS, Variant
 from torch import Tensor
 
+from gradwire_proto.values import ROWS, Variant
+from gradwire_workers.closeness import are_close, has_rounding
 from gradwire_workers.gradients import add_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.replica import Replica
@@ -25,12 +26,6 @@ _REASONS = (
     "what training changes in the buffers depends on how the batch is split",
 )
 _SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS = 1, 2, 3, 4
-
-_TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far apart whole and parts may be, relative to the Euclidean norm: other shapes are rounded otherwise."""
-_TOLERANCE_OF_OTHERS = 1e-4
-_NEGLIGIBLE = 1e-3
-"""A gradient this much smaller than all together may be rounding alone."""
 
 
 def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) -> str | None:
@@ -91,36 +86,24 @@ def _difference(replica: Replica, groups: ProcessGroups, variant: Variant, leave
         if index not in shared and part.count:
             reference = expected.inputs[index]
             pairs.append((found.inputs[index], None if reference is None else reference[mine]))
-    if part.count and not all(
-        _is_close(output, reference[mine]) for output, reference in zip(found.outputs, expected.outputs, strict=True)
-    ):
+    outputs = zip(found.outputs, (reference[mine] for reference in expected.outputs), strict=True)
+    if part.count and not are_close(list(outputs)):
         return _OUTPUTS
-    scale = _norm([reference for _, reference in pairs if reference is not None]) * _NEGLIGIBLE
-    if not all(_is_close(gradient, reference, scale) for gradient, reference in pairs):
+    if not are_close(pairs):
         return _GRADIENTS
-    if not all(map(_is_close, found.buffers, expected.buffers)):
+    if not are_close(list(zip(found.buffers, expected.buffers, strict=True))):
         return _BUFFERS
     return 0
 
 
 def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tensor]) -> _Result:
     """One pass; buffers are as before after it."""
-    leaves = {index: leaf.detach().requires_grad_() for index, leaf in enumerate(shard.inputs) if _can_differ(leaf)}
+    leaves = {index: leaf.detach().requires_grad_() for index, leaf in enumerate(shard.inputs) if has_rounding(leaf)}
     # Copies, because a graph may change its inputs in place.
     inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
     mutated = replica.program.mutated_buffers(shard.variant)
     before = Snapshot(mutated)
-    outputs = replica.outputs(
-        Shard(
-            variant=shard.variant,
-            rows=shard.rows,
-            start=shard.start,
-            stop=shard.stop,
-            whole=shard.whole,
-            inputs=tuple(inputs),
-            targets=(),
-        )
-    )
+    outputs = replica.outputs(replace(shard, inputs=tuple(inputs)))
     tensors = [output for output in outputs if isinstance(output, Tensor)]
     buffers = [buffer.detach().clone() for buffer in mutated]
     trainable = _trainable(replica)
@@ -147,10 +130,6 @@ def _trainable(replica: Replica) -> list[Tensor]:
     return [parameter for parameter in replica.program.parameters_by_name().values() if parameter.requires_grad]
 
 
-def _can_differ(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
@@ -170,7 +149,7 @@ def _repeated(leaf: Tensor, rows: int) -> Tensor:
 def _random(leaf: Tensor, rows: int) -> Tensor:
     """Random rows like the leaf's. Whole numbers stay ones that the leaf has in that place: they may be indices."""
     generator = torch.Generator().manual_seed(leaf.dim())
-    if _can_differ(leaf):
+    if has_rounding(leaf):
         spread = leaf.std() if leaf.numel() > 1 else torch.ones(())
         noise = torch.randn((rows, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
         return leaf.mean() + (spread.nan_to_num() + 0.1) * noise.to(leaf.device, leaf.dtype)
@@ -183,20 +162,3 @@ def _weights_of_rows(index: int, output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(index)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return weights.to(output.device, output.dtype)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(each.detach())) ** 2 for each in tensors) ** 0.5
-
-
-def _is_close(found: Tensor | None, expected: Tensor | None, scale: float = 0.0) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    if found.shape != expected.shape or not _can_differ(expected):
-        return torch.equal(found, expected)
-    if not torch.equal(found.isfinite(), expected.isfinite()):
-        return False
-    difference = (found - expected).nan_to_num(0.0, 0.0, 0.0)
-    reference = max(_norm([expected.nan_to_num(0.0, 0.0, 0.0)]), scale)
-    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS)
-    return _norm([difference]) <= tolerance * reference

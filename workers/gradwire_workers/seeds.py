@@ -8,7 +8,7 @@ _MASK = (1 << 64) - 1
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed that differs in about half of its 64 bits wherever one number differs (splitmix64, Steele et al., 2014)."""
+    """A seed of which about half the 64 bits change with any of the numbers (splitmix64, Steele et al., 2014)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & _MASK
@@ -19,14 +19,14 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def command_seed(*, model_seed: int, command: int, rank: int, given: int | None = None) -> int:
-    """The seed of a rank in a command. A seed that the caller gave is rank 0's as it is: torch.manual_seed's numbers."""
+    """The seed of a rank in a command. One that the caller gave is rank 0's as it is, as for torch.manual_seed."""
     if given is None:
         return mixed_seed(model_seed, command, rank)
     return given & _MASK if rank == 0 else mixed_seed(given, rank)
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the default generators of the CPU and of `device`. Cheap: torch.manual_seed takes a hundred times as long."""
+    """Seed the default generators of the CPU and of `device`. torch.manual_seed takes a hundred times as long."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.init()

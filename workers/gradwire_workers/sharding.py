@@ -1,4 +1,4 @@
-"""Batches into shards, and the ranks' results into those of the whole batch. Needs no torch; copies no row on the way in."""
+"""Batches into shards, without copies, and the ranks' results into those of the whole batch. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from gradwire_proto.batch_check import flatten
 from gradwire_proto.values import ITEM_SIZE, Batch, Leaf, Segment, TensorData, TensorSpec, Variant
-
 from gradwire_workers.shard import Shard
 
 

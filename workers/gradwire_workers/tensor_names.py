@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from gradwire_proto.errors import InvalidArgument
 from torch import Tensor, nn
+
+from gradwire_proto.errors import InvalidArgument
 
 _GLOB = frozenset("*?[")
 
 
 def select(names: Sequence[str], known: Mapping[str, Tensor], *, field: str) -> dict[str, Tensor]:
-    """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH for one without a match."""
+    """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH where one has no match."""
     chosen = {name for index, pattern in enumerate(names) for name in _matches(pattern, known, f"{field}[{index}]")}
     return {name: tensor for name, tensor in known.items() if name in chosen}
 

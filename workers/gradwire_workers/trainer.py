@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from gradwire_proto.errors import FailedPrecondition, InternalError
-from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
 from torch import Tensor, nn
 
+from gradwire_proto.errors import FailedPrecondition, InternalError
+from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
 from gradwire_workers import tensor_names
 from gradwire_workers.agreement import Agreement
 from gradwire_workers.attempt import Attempt

@@ -6,9 +6,8 @@ from __future__ import annotations
 def warm_up() -> None:
     """Import what the first DistributedDataParallel and the first optimizer import. Takes 1 to 4 s, once."""
     import torch
-    import torch._dynamo.utils  # noqa: F401
-    import torch.distributed.optim  # noqa: F401
-
+    import torch._dynamo.utils
+    import torch.distributed.optim
     from torch import nn
 
     layer = nn.Linear(1, 1)

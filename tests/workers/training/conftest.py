@@ -64,9 +64,7 @@ class RankProcesses:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def call(
-        self, name: str, each: list[tuple[tuple, dict]], *, without: int | None = None
-    ) -> list[tuple[str, Any]]:
+    def call(self, name: str, each: list[tuple[tuple, dict]], *, without: int | None = None) -> list[tuple[str, Any]]:
         """Call the first len(each) ranks at once, but not rank `without`; wait for all answers."""
         used = [each for rank, each in enumerate(zip(self.connections, each, strict=False)) if rank != without]
         for connection, (arguments, keywords) in used:
@@ -143,9 +141,7 @@ class Group:
 
     # --- parts ---
 
-    def shards(
-        self, inputs: Any, targets: Any, *, training: bool = True, with_targets: bool = True
-    ) -> list[Shard]:
+    def shards(self, inputs: Any, targets: Any, *, training: bool = True, with_targets: bool = True) -> list[Shard]:
         batch = Batch(from_nested(inputs), None if targets is None else from_nested(targets))
         wants_targets = with_targets and targets is not None
         variant, rows = select_variant(self.variants, batch, training=training, targets=wants_targets)
@@ -275,6 +271,7 @@ def assert_close() -> Callable[..., None]:
 @pytest.fixture
 def fails_as() -> Callable[..., Any]:
     """`with fails_as(kind, reason, field):`"""
+
     @contextmanager
     def check(kind: type[GradwireError], reason: str, field: str | None = None) -> Iterator[None]:
         with pytest.raises(kind) as caught:

@@ -132,7 +132,9 @@ def test_model_that_mixes_rows_runs_whole_and_exact(ranks, make_group, assert_cl
     inputs.requires_grad_()
     expected = F.mse_loss(copy.deepcopy(reference)(inputs), targets)
     assert report.loss == pytest.approx(expected.item(), rel=1e-11)
-    assert_close({"x": of_inputs, "y": outputs}, {"x": torch.autograd.grad(expected, inputs)[0], "y": outputs}, tolerance=1e-9)
+    assert_close(
+        {"x": of_inputs, "y": outputs}, {"x": torch.autograd.grad(expected, inputs)[0], "y": outputs}, tolerance=1e-9
+    )
     group.forward_backward(inputs.detach(), targets)
     group.optimizer_step()
     optimizer.zero_grad()

@@ -101,6 +101,8 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mean, scale)
         ctx.count, ctx.groups, ctx.has_rows = count, groups, has_rows
+        ctx.weight_type = None if weight is None else weight.dtype
+        ctx.bias_type = None if bias is None else bias.dtype
         shape = _per_channel(input)
         factor = scale if weight is None else scale * weight
         output = (input - mean.view(shape)) * factor.view(shape)
@@ -110,7 +112,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input, weight, mean, scale = ctx.saved_tensors
         gradient = gradients[0].to(mean.dtype)
         shape, dimensions = _per_channel(input), _all_but_channels(input)
@@ -134,8 +136,8 @@ class _Normalise(torch.autograd.Function):
                 of_input = torch.zeros_like(input)
         return (
             of_input,
-            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            of_bias.to(mean.dtype if weight is None else weight.dtype) if ctx.needs_input_grad[2] else None,
+            of_weight.to(ctx.weight_type) if ctx.needs_input_grad[1] else None,
+            of_bias.to(ctx.bias_type) if ctx.needs_input_grad[2] else None,
             *[None] * 5,
         )
 

@@ -1,0 +1,45 @@
+"""Whether two ways to compute the same numbers agree, but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""How far apart whole and parts may be, relative to the Euclidean norm: other shapes are rounded otherwise."""
+_TOLERANCE_OF_OTHERS = 1e-4
+_NEGLIGIBLE = 1e-3
+"""A gradient or buffer this much smaller than all together may be rounding alone."""
+
+
+def are_close(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> bool:
+    """Whether each (found, expected) is the same, to rounding."""
+    numbers = [expected for _, expected in pairs if expected is not None and has_rounding(expected)]
+    return all(_is_close(found, expected, _NEGLIGIBLE * _norm(numbers)) for found, expected in pairs)
+
+
+def _is_close(found: Tensor | None, expected: Tensor | None, scale: float) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    if found.shape != expected.shape or not has_rounding(expected):
+        return torch.equal(found, expected)
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return False
+    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS)
+    return _norm([_finite(found) - _finite(expected)]) <= tolerance * max(_norm([expected]), scale)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(_finite(each))) ** 2 for each in tensors) ** 0.5
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.detach().nan_to_num(0.0, 0.0, 0.0)
+
+
+def has_rounding(value: Any) -> bool:
+    """Whether it is a tensor of numbers that are rounded."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
