@@ -7,7 +7,7 @@ PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format stubs
+.PHONY: help demo test lint format stubs bench
 
 help:
 	@echo "make demo    train a small network on handwritten digits through an embedded service"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
+	@echo "make bench   start-up, and what an idle service costs, beside baselines of the same run"
 
 demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
@@ -38,6 +39,10 @@ stubs: $(INSTALLED)
 	@cd proto && ../$(BIN)/python -m grpc_tools.protoc -I . \
 		-I $$(../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		--python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:proto/%=%)
+
+bench: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/startup.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/idle.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing gradwire and its tools into .venv (a few minutes the first time) ..."

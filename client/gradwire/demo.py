@@ -112,10 +112,10 @@ def load_digits() -> Digits:
     """scikit-learn's handwritten digits, mixed with a fixed seed and cut in two."""
     from sklearn import datasets
 
-    loaded = datasets.load_digits()
-    order = torch.randperm(len(loaded.target), generator=torch.Generator().manual_seed(0))
-    pictures = torch.tensor(loaded.images, dtype=torch.float32).div(16).unsqueeze(1)[order]
-    targets = torch.tensor(loaded.target, dtype=torch.int64)[order]
+    pixels, digits = datasets.load_digits(return_X_y=True)
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    pictures = torch.tensor(pixels, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)[order]
+    targets = torch.tensor(digits, dtype=torch.int64)[order]
     return Digits(
         train_pictures=pictures[HELD_OUT:],
         train_digits=targets[HELD_OUT:],

@@ -32,12 +32,19 @@ class Run:
     gradients: dict[str, Tensor | None]
 
 
-def run(forward: Forward, leaves: Sequence[Any], parameters: dict[str, Tensor], *, subject: str) -> Run:
+def run(
+    forward: Forward,
+    leaves: Sequence[Any],
+    parameters: dict[str, Tensor],
+    *,
+    subject: str,
+    differentiate_leaves: bool = True,
+) -> Run:
     """Run forward and backward from seed 0. What the user's code raises becomes ExportError EXAMPLE_FAILED."""
     torch.manual_seed(0)
     try:
         with quiet(), torch.enable_grad(), ambient_autocast_off():
-            sources = [_source(leaf) for leaf in leaves]
+            sources = [_source(leaf, differentiate_leaves) for leaf in leaves]
             # A copy that is no leaf of autograd: the module may change its inputs in place.
             outputs, loss = forward([_copy(source) for source in sources])
             watched = dict(parameters)
@@ -66,11 +73,11 @@ def compare(eager: Run, graph: Run) -> None:
             raise _mismatch(f"the gradient of {name} differs{_by(ours, graph.gradients[name])}", field=name)
 
 
-def _source(leaf: Any) -> Any:
+def _source(leaf: Any, differentiable: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     copy = leaf.detach().clone()
-    return copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy
+    return copy.requires_grad_(differentiable and (copy.is_floating_point() or copy.is_complex()))
 
 
 def _copy(source: Any) -> Any:

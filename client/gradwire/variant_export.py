@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradwire import safety_net
 from gradwire.example import Example
+from gradwire.graph_run import GraphRun, as_scalar
 from gradwire.loss_mapping import Loss
 from gradwire.module_guard import custom_functions_refused, rewound
 from gradwire.module_state import ModuleState
@@ -123,17 +124,22 @@ class VariantExport:
         )
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
-        with rewound(changing):
-            eager = safety_net.run(
-                self._eager(example, trees), example.inputs, self.state.trainable, subject="the module"
-            )
+        eager, differentiate = self._run_module(example, trees, changing)
         if trees[-1].structure != tree.structure:
             raise ExportError("the module nests its outputs in one way when exported and in another when run")
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
         loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators)
-        check = _GraphRun(self, example, tree, graph, loss_graph, loss_leaf, tensor_leaves)
+        check = GraphRun(
+            loss=self.loss, example=example, graph=graph, loss_graph=loss_graph, tensor_leaves=tensor_leaves
+        )
         with rewound(changing):
-            raw = safety_net.run(check.forward, example.inputs, self.state.trainable, subject="the exported graph")
+            raw = safety_net.run(
+                check.forward,
+                example.inputs,
+                self.state.trainable,
+                subject="the exported graph",
+                differentiate_leaves=differentiate,
+            )
         safety_net.compare(eager, raw)
         smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
         return Finished(
@@ -161,6 +167,22 @@ class VariantExport:
             changing=tuple(changing),
         )
 
+    def _run_module(
+        self, example: Example, trees: list[OutputTree], changing: list[Tensor]
+    ) -> tuple[safety_net.Run, bool]:
+        """(what the module gives, whether its inputs can have gradients)."""
+        forward, trainable = self._eager(example, trees), self.state.trainable
+        try:
+            with rewound(changing):
+                return safety_net.run(forward, example.inputs, trainable, subject="the module"), True
+        except ExportError as error:
+            if error.reason != "EXAMPLE_FAILED":
+                raise
+        # Some operators do not differentiate every input, such as targets among them.
+        with rewound(changing):
+            run = safety_net.run(forward, example.inputs, trainable, subject="the module", differentiate_leaves=False)
+        return run, False
+
     def _constant_prefix(self) -> str:
         prefix = f"constant.{self.name}."
         while any(name.startswith(prefix) for name in self.state.by_name):
@@ -176,7 +198,7 @@ class VariantExport:
                 if self.loss is None:
                     return flat, None
                 targets = unflatten(example.target_structure, example.targets)
-                return flat, _scalar(self.loss.function(output, targets))
+                return flat, as_scalar(self.loss.function(output, targets))
 
         return forward
 
@@ -207,7 +229,7 @@ class VariantExport:
         def flat_loss(*tensors: Tensor) -> Sequence[Any]:
             for (values, index), tensor in zip(places, tensors, strict=True):
                 values[index] = tensor
-            return (_scalar(loss.function(tree.unflatten(outputs), unflatten(example.target_structure, targets))),)
+            return (as_scalar(loss.function(tree.unflatten(outputs), unflatten(example.target_structure, targets))),)
 
         kept = list(outputs), list(targets)
         try:
@@ -222,7 +244,7 @@ class VariantExport:
         finally:
             outputs[:], targets[:] = kept
 
-    def _one_row_agrees(self, example: Example, check: _GraphRun, changing: list[Tensor]) -> bool:
+    def _one_row_agrees(self, example: Example, check: GraphRun, changing: list[Tensor]) -> bool:
         """Whether the graph serves a batch of one row: torch.export takes for granted that there are more."""
         first = example.first_row()
         with torch.no_grad(), quiet(), ambient_autocast_off():
@@ -239,43 +261,6 @@ class VariantExport:
                         return False
         (eager, eager_loss), (raw, raw_loss) = results
         return safety_net.agree([*eager, eager_loss], [*raw, raw_loss])
-
-
-@dataclass(frozen=True)
-class _GraphRun:
-    """Runs the raw graphs here as the service does."""
-
-    export: VariantExport
-    example: Example
-    tree: OutputTree
-    graph: TracedGraph
-    loss_graph: TracedGraph | None
-    loss_leaf: int | None
-    tensor_leaves: list[int]
-
-    def with_example(self, example: Example) -> _GraphRun:
-        return replace(self, example=example)
-
-    def forward(self, leaves: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
-        outputs = self.graph([leaves[index] for index in self.tensor_leaves])
-        loss = self.export.loss
-        if loss is None:
-            return outputs, None
-        targets = self.example.targets
-        if self.loss_graph is None:
-            return outputs, _scalar(loss.function(outputs[0], targets[0]))
-        values: dict[str, Callable[[int], Any]] = {"output": outputs.__getitem__, "target": targets.__getitem__}
-        leaves = [values[each.kind](int(each.key)) for each in self.loss_graph.bindings if each.kind in values]
-        return outputs, self.loss_graph(leaves)[0]
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        found = f"{loss.dtype} of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__qualname__
-        raise ExportError(
-            f"the loss must be one floating point number, got {found}", field="loss", reason="LOSS_NOT_SCALAR"
-        )
-    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 
+from gradwire_proto.errors import ResourceExhausted
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import Segment, TensorData
 from gradwire_workers.segments import SegmentWriter, release, sweep
@@ -55,6 +58,17 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path):
 
     with pytest.raises(ValueError, match="no more"):
         SegmentWriter(tmp_path, "rank-a").write(tensors())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_is_resource_exhausted_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ResourceExhausted, match="is full") as caught:
+        SegmentWriter(tmp_path, "rank-a").write([from_torch(torch.ones(3))])
+    assert caught.value.reason == "MEMORY_FOLDER_FULL"
     assert not list(tmp_path.iterdir())
 
 

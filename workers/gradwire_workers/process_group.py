@@ -46,15 +46,24 @@ class ProcessGroups:
         self._failure: InternalError | None = None
         # gloo binds to this interface and no other: ranks of one node need no network.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        timeout = timedelta(seconds=join_seconds)
-        store = FileStore(str(folder / f"epoch-{epoch}"), size)
+        self._groups: list[Any] = []
+        try:
+            self._connect(timedelta(seconds=join_seconds))
+        except Exception as error:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise peer_failed(f"it did not join: {error}") from error
+
+    def _connect(self, timeout: timedelta) -> None:
+        store = FileStore(str(self.folder / f"epoch-{self.epoch}"), self.size)
         store.set_timeout(timeout)
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        self._groups: list[Any] = [dist.group.WORLD, dist.new_group(backend=backend)]
-        for group in self._groups:
+        backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        groups: list[Any] = [dist.group.WORLD, dist.new_group(backend=backend)]
+        for group in groups:
             group.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
-        self._connections = PeerConnections(store, rank=rank, size=size, on_closed=self.abort)
+        self._connections = PeerConnections(store, rank=self.rank, size=self.size, on_closed=self.abort)
+        self._groups = groups
 
     @classmethod
     def join(
@@ -63,6 +72,7 @@ class ProcessGroups:
         """Wait until all `size` ranks have joined, `timeout` seconds at most, about 30 ms when all are there.
 
         `folder` is private to the model and the same for all its ranks; every join of a model has a new `epoch`.
+        Raises InternalError PEER_FAILED when some rank does not come.
         """
         return cls(folder=Path(folder), epoch=epoch, rank=rank, size=size, device=device, join_seconds=timeout)
 
@@ -108,7 +118,12 @@ class ProcessGroups:
                 group.abort()
 
     def leave(self) -> None:
-        """Abort, and give the process back the state in which it can join anew. Drop what uses the groups first."""
+        """Abort, and give the process back the state in which it can join anew. Drop what uses the groups first.
+
+        May be repeated.
+        """
+        if not self._groups:
+            return
         self.abort("left")
         dist.destroy_process_group()
         groups, self._groups = self._groups, []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
-from gradwire_proto.errors import FailedPrecondition, GradwireError, InternalError, ResourceExhausted
+from gradwire_proto.errors import FailedPrecondition, InternalError
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import (
@@ -24,6 +24,7 @@ from gradwire_proto.values import (
     leaves,
     map_leaves,
 )
+from gradwire_workers.out_of_memory import out_of_memory_told
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_footprint import RankFootprint
 from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
@@ -67,16 +68,12 @@ class RankCommands:
         }
 
     def answer(self, kind: str, fields: Fields) -> Fields:
-        """Carries out one command. Errors are GradwireErrors; torch's out-of-memory errors become ResourceExhausted."""
+        """Carries out one command. Running out of memory is ResourceExhausted (OUT_OF_MEMORY)."""
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
-        try:
+        with out_of_memory_told():
             return self._outgoing(command(fields))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, GradwireError) or not _is_out_of_memory(error):
-                raise
-            raise ResourceExhausted(f"a rank is out of memory: {error}", reason="OUT_OF_MEMORY") from error
 
     @property
     def needs_rejoin(self) -> bool:
@@ -237,7 +234,3 @@ def _gradients(trainer: Trainer, fields: Fields) -> Fields:
         "outputs": report.outputs,
         "seconds": asdict(report.seconds),
     }
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

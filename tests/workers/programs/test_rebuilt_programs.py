@@ -360,3 +360,17 @@ def test_a_factory_follows_the_users_default_type(round_trip):
         torch.set_default_dtype(torch.float32)
     outputs, _, _ = trip.run(torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64))
     assert outputs.dtype == torch.float64
+
+
+def test_an_input_without_a_derivative_is_taken(round_trip):
+    class MarginLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x, signs):
+            return F.soft_margin_loss(self.linear(x), signs)
+
+    trip = round_trip(MarginLoss(), (torch.randn(3, 4), torch.randn(3, 3).sign()))
+    assert trip.exported.loss == OutputLossSpec(0)
+    trip.check((torch.randn(6, 4), torch.randn(6, 3).sign()))

@@ -71,9 +71,14 @@ def test_optimizer_without_anything_to_train_is_refused():
 
 def test_learning_rate_returns_after_an_error():
     optimizer = make_optimizer(OptimizerSpec("SGD", {"lr": 0.1}), [parameter(1.0)])
-    with pytest.raises(ZeroDivisionError), learning_rate(optimizer, 0.7) as used:
-        assert used == optimizer.param_groups[0]["lr"] == 0.7
-        _ = 1 / 0
+
+    def fail_with(lr: float) -> None:
+        with learning_rate(optimizer, lr) as used:
+            assert used == optimizer.param_groups[0]["lr"] == lr
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_with(0.7)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 

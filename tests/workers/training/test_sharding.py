@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_row_ranges_meet():
     for rows in range(20):
         ranges = [row_range(rows, 7, rank) for rank in range(7)]
         assert ranges[0][0] == 0 and ranges[-1][1] == rows
-        assert all(left[1] == right[0] for left, right in zip(ranges, ranges[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in pairwise(ranges))
 
 
 def test_seeds_differ_between_models_commands_and_ranks():

@@ -60,19 +60,20 @@ class SyncBatchNorm:
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
-        scale = (variance + eps).rsqrt()
-        return _Normalise.apply(input, weight, bias, mean, scale, count, self._groups, self._has_rows)  # type: ignore[return-value]
+        return _Normalise.apply(  # type: ignore[return-value]
+            input, weight, bias, mean, variance, eps, count, self._groups, self._has_rows
+        )
 
 
 def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[Tensor, Tensor, float]:
     """Mean and biased variance of each channel over all ranks, and how many values each channel has."""
     with torch.no_grad():
         channels = input.size(1)
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        values = _precise(input)
         mine = values.new_zeros(2 * channels + 1)
         if has_rows:
             count = input.numel() // channels
-            variance, mean = torch.var_mean(values, _all_but_channels(input), correction=0)
+            mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
             mine[:channels], mine[channels:-1], mine[-1] = mean, variance * count, count
         everyone = groups.all_gather(mine, group=groups.batch_norm)
         counts = everyone[:, -1:]
@@ -85,7 +86,10 @@ def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[T
 
 
 class _Normalise(torch.autograd.Function):
-    """(input - mean) * scale * weight + bias, where mean and scale came from all ranks' inputs."""
+    """(input - mean) / sqrt(variance + eps) * weight + bias, where mean and variance came from all ranks' inputs.
+
+    With fixed statistics that is torch's batch norm in evaluation, whose fast kernels serve here.
+    """
 
     @staticmethod
     def forward(
@@ -94,31 +98,26 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor,
-        scale: Tensor,
+        variance: Tensor,
+        eps: float,
         count: float,
         groups: ProcessGroups,
         has_rows: bool,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, mean, scale)
-        ctx.count, ctx.groups, ctx.has_rows = count, groups, has_rows
-        ctx.weight_type = None if weight is None else weight.dtype
+        ctx.save_for_backward(input, weight, mean, variance)
         ctx.bias_type = None if bias is None else bias.dtype
-        shape = _per_channel(input)
-        factor = scale if weight is None else scale * weight
-        output = (input - mean.view(shape)) * factor.view(shape)
-        if bias is not None:
-            output = output + bias.view(shape)
-        return output.to(input.dtype)
+        ctx.eps, ctx.count, ctx.groups, ctx.has_rows = eps, count, groups, has_rows
+        weight, bias = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
+        return _normalised(_precise(input), weight, bias, mean, variance, eps).to(input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight, mean, scale = ctx.saved_tensors
-        gradient = gradients[0].to(mean.dtype)
-        shape, dimensions = _per_channel(input), _all_but_channels(input)
-        normalised = (input - mean.view(shape)) * scale.view(shape)
-        of_bias = gradient.sum(dimensions)
-        of_weight = (gradient * normalised).sum(dimensions)
+        input, weight, mean, variance = ctx.saved_tensors
+        gradient, values = _precise(gradients[0]).contiguous(), _precise(input)
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, values, None, mean, variance, None, None, False, ctx.eps, [False, True, True]
+        )
         sums = torch.stack([of_bias, of_weight])
         if not ctx.has_rows:
             # A dummy row: it takes part in the collective and in nothing else.
@@ -126,24 +125,33 @@ class _Normalise(torch.autograd.Function):
             of_bias, of_weight = torch.zeros_like(of_bias), torch.zeros_like(of_weight)
         ctx.groups.all_reduce(sums, group=ctx.groups.batch_norm)
         of_input = None
-        if ctx.needs_input_grad[0]:
-            if ctx.has_rows:
-                means = sums / ctx.count
-                factor = scale if weight is None else scale * weight
-                centred = gradient - means[0].view(shape) - normalised * means[1].view(shape)
-                of_input = (centred * factor.view(shape)).to(input.dtype)
-            else:
-                of_input = torch.zeros_like(input)
+        if ctx.needs_input_grad[0] and not ctx.has_rows:
+            of_input = torch.zeros_like(input)
+        elif ctx.needs_input_grad[0]:
+            of_bias_mean, of_weight_mean = sums / ctx.count
+            factor = (variance + ctx.eps).rsqrt()
+            if weight is not None:
+                factor = factor * weight
+            # What normalising with the batch's own statistics takes away.
+            taken = _normalised(values, of_weight_mean, of_bias_mean, mean, variance, ctx.eps)
+            of_input = torch.sub(gradient, taken, out=taken).mul_(factor.view(_per_channel(input))).to(input.dtype)
         return (
             of_input,
-            of_weight.to(ctx.weight_type) if ctx.needs_input_grad[1] else None,
+            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             of_bias.to(ctx.bias_type) if ctx.needs_input_grad[2] else None,
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
-def _all_but_channels(input: Tensor) -> list[int]:
-    return [dimension for dimension in range(input.dim()) if dimension != 1]
+def _normalised(
+    values: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    return torch.batch_norm(values, weight, bias, mean, variance, False, 0.0, eps, False)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Half precision in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _per_channel(input: Tensor) -> list[int]:
