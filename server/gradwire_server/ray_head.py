@@ -50,6 +50,9 @@ def ray_environment(environment: Mapping[str, str], token_file: Path) -> dict[st
         # 127.0.0.1 by the machine's address, and Ray listens to the whole network.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_START_HOOK": f"{__name__}.trim",
+        # Ray would start idle workers on its own, which compete for the cores with the warm pool's ranks.
+        "RAY_enable_worker_prestart": "false",
+        "RAY_prestart_worker_first_driver": "false",
     }
 
 

@@ -105,6 +105,7 @@ class _Normalise(torch.autograd.Function):
         has_rows: bool,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mean, variance)
+        ctx.weight_type = None if weight is None else weight.dtype
         ctx.bias_type = None if bias is None else bias.dtype
         ctx.eps, ctx.count, ctx.groups, ctx.has_rows = eps, count, groups, has_rows
         weight, bias = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
@@ -137,7 +138,7 @@ class _Normalise(torch.autograd.Function):
             of_input = torch.sub(gradient, taken, out=taken).mul_(factor.view(_per_channel(input))).to(input.dtype)
         return (
             of_input,
-            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            of_weight.to(ctx.weight_type) if ctx.needs_input_grad[1] else None,
             of_bias.to(ctx.bias_type) if ctx.needs_input_grad[2] else None,
             *[None] * 6,
         )
