@@ -19,7 +19,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from gradwire import errors, optim
-from gradwire.launch import launch
+from gradwire.embedded_service import launch
 from gradwire.tls import TLS
 from gradwire_proto.values import GradientResult, Limits, ModelInfo, ServerInfo, Sharding, StepResult, Timing
 

@@ -112,6 +112,7 @@ class ModelCalls:
         return Call("ComputeGradients", request, finish)
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
+        self._rpc.check_usable()
         request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=INLINE_BYTES)
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
@@ -161,6 +162,8 @@ class ModelCalls:
         return Call(method, request, finish, command_name(self._id, request.request_id))
 
     def _set_batch(self, request: Any, inputs: Any, targets: Any, *, training: bool) -> Variant:
+        # First: exporting takes locks, which a forked child may have inherited as held.
+        self._rpc.check_usable()
         given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
         batch = Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
         variant = self._variants.choose(batch, given, training=training, targets=True)

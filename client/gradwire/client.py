@@ -33,7 +33,9 @@ def connect(
 
     target: "host:port"; $GRADWIRE_TARGET where left out, then localhost:50051. token: proves who calls. tls: None is
     plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call
-    takes at most; one that is not answered in time raises DeadlineExceeded.
+    takes at most; one that is not answered in time raises DeadlineExceeded. Tensors above 4 MiB together travel in a
+    stream of their own, before the call or after it: that may take longer, as long as it never stands still for
+    `timeout` seconds.
 
     Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token.
     """
@@ -150,11 +152,17 @@ class Client:
         """`torch.func.grad`, computed by the service on one rank: a function that returns the gradients of `fn`.
 
         fn: a function of tensors (nested where it takes them so) that returns a scalar tensor, or with `has_aux` a pair
-        of it and anything else. argnums: which positional arguments to differentiate. Other arguments are fixed; what
-        `fn` reads from outside is taken as it is at each call. NumPy arrays are taken as tensors.
+        of it and anything else. argnums: which positional arguments to differentiate, an int or a tuple of them. Other
+        arguments are fixed, those given by name among them; what `fn` reads from outside is taken as it is at each
+        call. NumPy arrays are taken as tensors.
+
+        The first call exports `fn`, which takes a while. Later ones do not, as long as the arguments have the same
+        shapes, the numbers among them the same values, and everything that `fn` reads can be seen to be the same; a
+        function that uses modules other than by `module.name`, imports, or objects of compiled classes is exported
+        anew each time.
 
         The result's calls return the gradient, a tuple of them for a tuple of argnums, or (gradients, aux); they raise
-        ExportError where `fn` cannot become a graph.
+        ExportError where `fn` cannot become a graph, InvalidArgument (ARGNUMS_INVALID) for wrong argnums.
         """
         return self._functions.grad(fn, argnums, has_aux)
 

@@ -40,6 +40,7 @@ def create_model(
     labels: Mapping[str, str] | None,
 ) -> Model:
     """See `Client.create_model`."""
+    rpc.check_usable()
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         message = f"expected a spec such as gradwire.optim.SGD(lr=0.1), got {type(optimizer).__qualname__}"
         raise InvalidArgument(message, field="optimizer", reason="OPTIMIZER_UNKNOWN")

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import nn
 
 from gradwire import optim
+from gradwire.embedded_service import launch
 from gradwire.errors import FailedPrecondition
-from gradwire.launch import launch
 from gradwire.terminal_plot import curve
 from gradwire_proto.values import StepResult
 

@@ -1,4 +1,4 @@
-"""The embedded service: a supervisor as a child process, gone when this process is."""
+"""`gradwire.launch()`: a service of one's own, a supervisor as a child process, gone when this process is."""
 
 from __future__ import annotations
 
@@ -22,21 +22,33 @@ _LISTENING = re.compile(rb"gradwire listening on (\S+)")
 _WRONG_SETTINGS = 2  # the supervisor's exit code
 
 
-def launch(workers: int = 2, storage: str | os.PathLike[str] | None = None, **server_options: Any) -> Client:
-    """A client of an embedded service of its own, which ends with the client: `with gradwire.launch() as client:`.
+def launch(
+    workers: int = 2,
+    storage: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float = 60.0,
+    start_timeout: float = 60.0,
+    **server_options: Any,
+) -> Client:
+    """A client of an embedded service: a local Ray and a frontend on a free loopback port.
 
-    workers: how many ranks the service can host. storage: the service's folder; None is a temporary one, removed at the
-    end. server_options: settings of the server by name, such as `log_level="debug"`.
+    The service ends with the client (`close()` or the end of its `with` block) or with this process, even by SIGKILL;
+    its processes and temporary files are gone within seconds.
 
-    Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the server extra, InvalidArgument for an unknown option,
-    Unavailable (LAUNCH_FAILED) with the end of the service's log where it does not start.
+    workers: how many ranks the service can host, all models together. storage: a folder for the service's log files,
+    which stay; None keeps none. timeout: seconds that each call takes at most, as in `connect`. start_timeout: seconds
+    until the service must be ready. server_options: settings of the server by name, such as `spare_ranks=4` or
+    `log_level="debug"`; see `gradwire serve --all-settings`.
+
+    Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`, InvalidArgument for wrong
+    options, and Unavailable (LAUNCH_FAILED) with the end of the service's log when it does not come up.
     """
     service = EmbeddedService(workers, storage, server_options)
     try:
-        # Here, and not above: torch and grpc are imported while the service starts.
+        # While the service starts: this imports torch and grpc, which takes seconds.
         from gradwire.client import connect
 
-        client = connect(service.wait())
+        client = connect(service.wait(start_timeout), timeout=timeout)
     except BaseException:
         service.stop()
         raise
@@ -44,21 +56,10 @@ def launch(workers: int = 2, storage: str | os.PathLike[str] | None = None, **se
     return client
 
 
-def start_service(
-    workers: int = 2, storage: str | os.PathLike[str] | None = None, *, timeout: float = 60.0, **server_options: Any
-) -> tuple[str, EmbeddedService]:
-    """Start a service and wait until it takes calls: its target, "127.0.0.1:PORT", and its process.
-
-    See EmbeddedService for the arguments and the errors; timeout is in seconds.
-    """
-    service = EmbeddedService(workers, storage, server_options)
-    return service.wait(timeout), service
-
-
 class EmbeddedService:
     """A local Ray and a frontend on a free loopback port, which end with this process, however it ends.
 
-    workers: how many ranks the service can host. storage: its folder; None is a temporary one, removed at the end.
+    workers: how many ranks the service can host. storage: a folder for its log files, which stay; None keeps none.
     options: settings of the server by name, such as `spare_ranks=1` or `log_level="debug"`.
 
     The constructor returns as soon as the process runs; FailedPrecondition (SERVER_NOT_INSTALLED) where the server
@@ -86,7 +87,7 @@ class EmbeddedService:
             start_new_session=True,
         )
 
-    def wait(self, timeout: float = 60.0) -> str:
+    def wait(self, timeout: float) -> str:
         """The service's target, once it takes calls. On an error nothing of the service is left.
 
         Raises InvalidArgument for wrong options, Unavailable (LAUNCH_FAILED) with the end of the service's log when

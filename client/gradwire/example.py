@@ -41,6 +41,10 @@ class Example:
         """The example's first row."""
         return self._with([self._first(x) for x in self.inputs], [self._first(x) for x in self.targets], 1)
 
+    def other_inputs(self) -> list[Any]:
+        """Inputs that a module which takes the example should take as well: rows in reverse, floating point halved."""
+        return [_other(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]
+
     def fixed(self) -> Example:
         """The example with every size fixed."""
         return self._with(self.inputs, self.targets, None)
@@ -67,6 +71,11 @@ class Example:
             target_structure=self.target_structure,
             rows=rows,
         )
+
+
+def _other(leaf: Tensor) -> Tensor:
+    leaf = leaf.flip(0) if leaf.dim() else leaf
+    return leaf * 0.5 if leaf.is_floating_point() or leaf.is_complex() else leaf
 
 
 def as_example(inputs: Any, targets: Any) -> Example:

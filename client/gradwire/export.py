@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from gradwire import module_guard
 from gradwire.example import Example, as_example
 from gradwire.loss_mapping import as_loss
+from gradwire.module_signature import Signature
+from gradwire.module_snapshot import Snapshot, preserved
 from gradwire.module_state import ModuleState, describe_state
 from gradwire.output_tree import OutputTree
 from gradwire.variant_export import Finished, VariantExport
@@ -71,12 +73,14 @@ class ModuleExporter:
         self._loss = as_loss(loss)
         self._constants: dict[str, Tensor] = {}
         self._takes_targets = True
+        self._signatures: list[tuple[nn.Module, Signature]] = []
 
     def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
         """The program for an example batch; see `ExportedModel`.
 
         Raises ExportError: EXAMPLE_FAILED (the module or the loss fails on the example), EXPORT_DATA_DEPENDENT,
-        EXPORT_CUSTOM_FUNCTION, EXPORT_HOOK, EXPORT_MISMATCH, OPERATOR_NOT_ALLOWED, EXPORT_FAILED.
+        EXPORT_CUSTOM_FUNCTION, EXPORT_HOOK, EXPORT_PYTHON_RANDOM, EXPORT_PYTHON_STATE, EXPORT_MISMATCH,
+        OPERATOR_NOT_ALLOWED, EXPORT_FAILED ...
         """
         if targets is None and self._loss is not None and self._loss.spec is not None:
             raise InvalidArgument(
@@ -94,25 +98,47 @@ class ModuleExporter:
             if evaluation is None:
                 evaluation, _ = self._finish(example, state, training=False, name="eval")
             self._constants |= evaluation.constants
+            left = train.left | evaluation.left
+            self._signatures = [(module, Signature(module, left)) for module in self._modules()]
         return self._assemble(state, train, evaluation)
 
     def export_variant(self, inputs: Any, targets: Any = None, *, training: bool, name: str) -> ExportedVariant:
-        """Another variant of the program that `export_model` gave, for a batch that fits none. Errors as there."""
+        """Another variant of the program that `export_model` gave, for a batch that fits none. Errors as there.
+
+        Raises FailedPrecondition MODULE_CHANGED where the module or the loss is not what it was then.
+        """
         example = self._example(inputs, targets)
-        with EXPORT_LOCK:
-            return _exported(self._finish(example, self._state(), training=training, name=name)[0])
+        with EXPORT_LOCK, preserved(self._module, self._loss_module):
+            for module, signature in self._signatures:
+                signature.hold(module)
+            finished, _ = self._finish(example, self._state(), training=training, name=name, doubtful=True)
+            return _exported(finished)
 
     def _example(self, inputs: Any, targets: Any) -> Example:
         # Without a loss nobody looks at targets.
         return as_example(inputs, targets if self._loss is not None else None)
 
+    @property
+    def _loss_module(self) -> nn.Module | None:
+        return self._loss.module if self._loss is not None else None
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for module in (self._module, self._loss_module) if module is not None]
+
     def _state(self) -> ModuleState:
+        for module, subject in zip(self._modules(), ("the module", "the loss"), strict=False):
+            module_guard.refuse_scripted(module, subject)
         module_guard.refuse_hooks(self._module)
         return describe_state(self._module)
 
-    def _finish(self, example: Example, state: ModuleState, *, training: bool, name: str) -> tuple[Finished, bool]:
-        """(the variant, whether the module looked at the mode in which it is)."""
-        with module_guard.preserved(self._module):
+    def _finish(
+        self, example: Example, state: ModuleState, *, training: bool, name: str, doubtful: bool = False
+    ) -> tuple[Finished, bool]:
+        """(the variant, whether the module looked at the mode in which it is).
+
+        doubtful: the module may well refuse the example, so that it is tried first: an export takes long.
+        """
+        with preserved(self._module, self._loss_module):
             if not training:
                 self._module.eval()
             elif not self._module.training:
@@ -125,13 +151,16 @@ class ModuleExporter:
                 training=training,
                 name=name,
                 constants=self._constants,
+                snapshot=Snapshot(module=self._module, loss=self._loss_module),
             )
+            if doubtful:
+                export.run_module(example)
             with module_guard.training_flag_watched(self._module) as read:
                 return export.finish(example), bool(read)
 
     def _same_in_eval_mode(self, train: Finished, state: ModuleState) -> Finished | None:
         """The training variant under the name "eval", where the module computes the same in both modes."""
-        with module_guard.preserved(self._module):
+        with preserved(self._module, self._loss_module):
             self._module.eval()
             same = train.agrees_with(self._module)
         if not same:

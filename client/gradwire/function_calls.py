@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from gradwire.captured import Unknown, fingerprint
-from gradwire.errors import FailedPrecondition
+from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire.functions import ExportedFunction, export_function, tensor_leaves
 from gradwire.rpc import Rpc
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
@@ -48,14 +47,25 @@ class FunctionCalls:
         self, fn: Callable[..., Any], argnums: int | tuple[int, ...], has_aux: bool, *, with_value: bool
     ) -> Callable[..., Any]:
         def differentiated(*args: Any, **kwargs: Any) -> Any:
-            # What is given by name is not differentiated: the function reads it as it reads its globals.
-            bound = functools.partial(fn, **kwargs) if kwargs else fn
-            return self._differentiate(bound, args, argnums, has_aux, with_value)
+            self._rpc.check_usable()
+            positions = _positions(argnums, len(args))
+            if not kwargs:
+                return self._differentiate(fn, args, _key(fn, args, positions, has_aux), positions, has_aux, with_value)
+
+            def by_position(*given: Any) -> Any:
+                return fn(*given[:-1], **given[-1])
+
+            # What is given by name is an input too, behind those that may be differentiated.
+            taken = (*args, kwargs)
+            key = _key(fn, taken, positions, has_aux)
+            named = functools.update_wrapper(by_position, fn)
+            return self._differentiate(named, taken, key, positions, has_aux, with_value)
 
         return functools.update_wrapper(differentiated, fn)
 
-    def _differentiate(self, fn: Any, args: tuple[Any, ...], argnums: Any, has_aux: bool, with_value: bool) -> Any:
-        key = _key(fn, args, argnums, has_aux)
+    def _differentiate(
+        self, fn: Any, args: tuple[Any, ...], key: Any, argnums: int | tuple[int, ...], has_aux: bool, with_value: bool
+    ) -> Any:
         exported, whole = self._recall(key), None
         if exported is None:
             whole = export_function(fn, args, argnums=argnums, has_aux=has_aux)
@@ -116,16 +126,27 @@ class FunctionCalls:
         return light
 
 
-def _key(fn: Any, args: tuple[Any, ...], argnums: Any, has_aux: bool) -> Any:
+def _positions(argnums: Any, count: int) -> int | tuple[int, ...]:
+    """`argnums` counted from the front of `count` arguments. Raises InvalidArgument ARGNUMS_INVALID."""
+    wanted = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not wanted or not all(isinstance(number, int) for number in wanted):
+        raise _wrong_argnums(argnums, "expected an int or a tuple of ints")
+    if not all(-count <= number < count for number in wanted):
+        raise _wrong_argnums(argnums, f"the function was given {count} positional arguments")
+    positions = tuple(number % count for number in wanted)
+    if len(set(positions)) < len(positions):
+        raise _wrong_argnums(argnums, "each argument once")
+    return positions if isinstance(argnums, tuple) else positions[0]
+
+
+def _wrong_argnums(argnums: Any, why: str) -> InvalidArgument:
+    return InvalidArgument(f"argnums={argnums!r}: {why}", field="argnums", reason="ARGNUMS_INVALID")
+
+
+def _key(fn: Any, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool) -> Any:
     """What an export depends on: the function, all that it reads, and what the arguments look like. None: unknown."""
-    leaves, spec = pytree.tree_flatten(args)
-    looks = tuple(_look(leaf) for leaf in leaves)
+    ambient = (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
     try:
-        return (fingerprint(fn), repr(spec), looks, argnums, has_aux, torch.get_default_dtype())
+        return (fingerprint(fn, args), argnums, has_aux, *ambient)
     except Unknown:
         return None
-
-
-def _look(leaf: Any) -> Any:
-    dtype, shape = getattr(leaf, "dtype", None), getattr(leaf, "shape", None)
-    return (type(leaf), repr(leaf)) if shape is None else (type(leaf), str(dtype), tuple(shape))

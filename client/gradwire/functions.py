@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,12 @@ from gradwire import safety_net
 from gradwire.export import EXPORT_LOCK
 from gradwire.module_guard import custom_functions_refused
 from gradwire.output_tree import OutputTree
+from gradwire.random_state import cuda_devices, random_state_kept
 from gradwire.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.tracing import explain
 from gradwire.user_values import leaf_spec, normalize
-from gradwire_proto.codec import encode_program
 from gradwire_proto.errors import ExportError, GradwireError, InvalidArgument
+from gradwire_proto.function_digest import function_digest
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.values import Batch, FunctionSpec, GraphInput, LeafRef, Program, Structure, TensorSpec, Variant
 
@@ -105,28 +105,44 @@ def _normal(leaf: Any, index: int) -> Any:
     return normalize(leaf, f"args, leaf {index}") if isinstance(leaf, (Tensor, np.ndarray)) else leaf
 
 
-def _argument_tree(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> ArgumentTree:
-    one = isinstance(argnums, int)
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if not wanted:
+def check_argnums(argnums: Any, count: int) -> tuple[int, ...]:
+    """The positions that `argnums` names among `count` positional arguments, each from 0.
+
+    Raises InvalidArgument ARGNUMS_INVALID for what torch.func refuses: neither an int nor a tuple of ints, one out of
+    range, the same argument twice, none at all. What the arguments hold is not looked at.
+    """
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not all(isinstance(number, int) for number in numbers):
+        raise _wrong_argnums(argnums, f"expected an int or a tuple of ints, got a {type(argnums).__qualname__}")
+    if not numbers:
         raise _wrong_argnums(argnums, "expected at least one")
+    for number in numbers:
+        if not -count <= number < count:
+            raise _wrong_argnums(argnums, f"the function was given {count} positional arguments")
+    positions = tuple(number % count for number in numbers)
+    if len(set(positions)) < len(positions):
+        raise _wrong_argnums(argnums, "the same argument is named twice")
+    return positions
+
+
+def _argument_tree(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> ArgumentTree:
+    positions = check_argnums(argnums, len(args))
     trees, differentiated, looks = [], [], {}
     first = [0]
     for argument in args:
         first.append(first[-1] + len(tensor_leaves(argument)))
-    for number in wanted:
-        if not isinstance(number, int) or not -len(args) <= number < len(args):
-            raise _wrong_argnums(argnums, f"the function was given {len(args)} arguments")
-        position = number % len(args)
+    for position in positions:
         leaves, tree = pytree.tree_flatten(args[position])
         tensors = tensor_leaves(args[position])
         if len(tensors) != len(leaves) or not all(t.is_floating_point() or t.is_complex() for t in tensors):
-            raise _wrong_argnums(argnums, f"argument {number} must hold floating point tensors and nothing else")
+            raise _wrong_argnums(argnums, f"argument {position} must hold floating point tensors and nothing else")
         indices = tuple(range(first[position], first[position + 1]))
         trees.append(tree)
         differentiated.append(indices)
         looks |= {i: (tensor.dtype, tuple(tensor.shape)) for i, tensor in zip(indices, tensors, strict=True)}
-    return ArgumentTree(trees=tuple(trees), differentiated=tuple(differentiated), looks=looks, one=one)
+    return ArgumentTree(
+        trees=tuple(trees), differentiated=tuple(differentiated), looks=looks, one=isinstance(argnums, int)
+    )
 
 
 def _wrong_argnums(argnums: Any, why: str) -> InvalidArgument:
@@ -155,22 +171,27 @@ class _Export:
         self._aux: OutputTree | None = None
 
     def finish(self) -> ExportedFunction:
-        states = torch.get_rng_state()
-        try:
+        with random_state_kept(cuda_devices(self._tensors)):
             operators: dict[str, str] = {}
             constants = Constants(prefix="constant.", known={})
             graph = self._trace(operators, constants)
             eager = safety_net.run(self._eager, self._tensors, {}, subject="the function")
             raw = safety_net.run(lambda t: _value_first(graph(t)), self._tensors, {}, subject="the exported graph")
             safety_net.compare(eager, raw)
-        finally:
-            torch.set_rng_state(states)
         return self._assemble(graph, operators, constants)
 
     def _trace(self, operators: dict[str, str], constants: Constants) -> TracedGraph:
         leaves = [(GraphInput("input", index), tensor, False) for index, tensor in enumerate(self._tensors)]
         try:
-            return trace_graph(self._flat, None, leaves, state={}, constants=constants, operators=operators)
+            return trace_graph(
+                self._flat,
+                None,
+                leaves,
+                state={},
+                constants=constants,
+                operators=operators,
+                subject="the function",
+            )
         except GradwireError:
             raise
         except Exception as error:
@@ -236,12 +257,7 @@ def _value_first(outputs: list[Any]) -> tuple[list[Any], Tensor | None]:
 
 
 def _digest(program: Program, constants: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(encode_program(program).SerializeToString(deterministic=True))
-    for name, tensor in constants.items():
-        data = from_torch(tensor)
-        digest.update(f"{name}:{data.dtype}:{data.shape}:".encode())
-        digest.update(data.data)  # type: ignore[arg-type]
-    return digest.hexdigest()
+    return function_digest(program, {name: from_torch(tensor) for name, tensor in constants.items()})
 
 
 def _is_random(module: fx.GraphModule) -> bool:

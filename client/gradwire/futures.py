@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
-from gradwire_proto.errors import Cancelled
+from gradwire_proto.errors import Cancelled, FailedPrecondition
 
 T = TypeVar("T")
 
@@ -36,10 +37,15 @@ class Future(concurrent.futures.Future, Generic[T]):
 
 
 class CallQueue:
-    """Runs the calls of one model one after another, in the order in which they were made."""
+    """Runs the calls of one model one after another, in the order in which they were made.
+
+    In a forked child, which has none of the threads, it takes no calls: `submit` and `wait` raise FailedPrecondition
+    (CLIENT_FORKED).
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._process = os.getpid()
         self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -47,6 +53,7 @@ class CallQueue:
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` after every call that was submitted before."""
+        self._check_process()
         future: Future[T] = Future()
         with self._changed:
             self._waiting.append((future, call))
@@ -58,18 +65,32 @@ class CallQueue:
         return future
 
     def wait(self) -> None:
-        """Return when every call that was submitted before has ended."""
+        """Return when every call that was submitted before has ended.
+
+        At once in the done callback of one of the futures: what is submitted cannot end before the callback does.
+        """
+        self._check_process()
+        if threading.current_thread() is self._thread:
+            return
         last = self._last
         if last is not None and not last.done():
             concurrent.futures.wait((last,))
 
     def cancel(self) -> None:
         """Give up the calls that were not sent: their futures raise Cancelled."""
+        if os.getpid() != self._process:  # They are the parent's to send.
+            return
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
         for future, _ in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(Cancelled("given up before the call was sent", reason="CLIENT_CLOSED"))
+
+    def _check_process(self) -> None:
+        # Before any lock: a fork may have copied one that is held.
+        if os.getpid() != self._process:
+            message = f"this model belongs to process {self._process}; call gradwire.connect in each process"
+            raise FailedPrecondition(message, reason="CLIENT_FORKED")
 
     def _run(self) -> None:
         while True:

@@ -63,7 +63,10 @@ class Model:
 
     @property
     def futures(self) -> ModelFutures:
-        """The same calls, returned at once as a Future. They run in the order in which they were made."""
+        """The same calls as Futures, without waiting for their results. They run in the order in which they were made.
+
+        Tensors above 4 MiB together are sent before the future is returned.
+        """
         return self._futures
 
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> StepResult:

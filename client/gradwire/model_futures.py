@@ -20,7 +20,10 @@ R = TypeVar("R")
 class ModelFutures:
     """The calls of a model, returned at once. They run one after another, in the order in which they were made.
 
-    Arguments and errors are those of `Model`; a call that cannot be made raises from its future too.
+    Arguments and errors are those of `Model`; a call that cannot be made raises from its future too. What a call was
+    given has been read when its future is there: tensors that have more than 4 MiB together are sent before that, and a
+    batch that fits no graph of the model is exported first. A blocking call runs after those that wait here; in a
+    future's done callback it runs at once instead.
     """
 
     def __init__(self, rpc: Rpc, calls: ModelCalls, queue: CallQueue) -> None:
@@ -89,8 +92,8 @@ class ModelFutures:
     def _submit(self, make: Callable[[], Call[R]]) -> Future[R]:
         try:
             call = make()
+            return self._queue.submit(lambda: call.run(self._rpc))
         except GradwireError as error:
             failed: Future[R] = Future()
             failed.set_exception(error)
             return failed
-        return self._queue.submit(lambda: call.run(self._rpc))

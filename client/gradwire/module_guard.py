@@ -1,16 +1,12 @@
-"""Leaves a user's module as it was, and refuses what a graph cannot carry before it is lost silently."""
+"""Refuses what a graph of a user's module cannot carry, before it is lost silently, and watches what it reads."""
 
 from __future__ import annotations
 
-import copy
-import random
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd import function as function_internals
@@ -18,53 +14,17 @@ from torch.nn.modules import module as module_internals
 
 from gradwire_proto.errors import ExportError
 
-_CONTAINERS = (dict, OrderedDict, list, set, deque)
 
-
-@contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """Inside, the module may be run and exported; after, its flags, attributes, buffers and random state are back."""
-    kept = [(each, dict(each.__dict__), _containers(each)) for each in module.modules()]
-    # Plain tensors that are attributes, too.
-    plain = [value for _, attributes, _ in kept for value in attributes.values() if isinstance(value, torch.Tensor)]
-    buffers = [(tensor, tensor._version, tensor.detach().clone()) for tensor in (*module.buffers(), *plain)]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        for each, attributes, containers in kept:
-            each.__dict__.clear()
-            each.__dict__.update(attributes)
-            for name, content in containers.items():
-                _refill(attributes[name], content)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-@contextmanager
-def rewound(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """After, the tensors have their values back."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
-
-
-def _containers(module: nn.Module) -> dict[str, Any]:
-    return {name: copy.copy(value) for name, value in module.__dict__.items() if type(value) in _CONTAINERS}
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+def refuse_scripted(module: nn.Module, subject: str) -> None:
+    """Raise ExportError for TorchScript, whose forward runs where no export can follow."""
+    for name, each in module.named_modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            raise ExportError(
+                f"{subject}{f', at {name!r},' if name else ''} is a TorchScript module (torch.jit): give the nn.Module"
+                " that it was made from",
+                field=name or None,
+                reason="EXPORT_TORCHSCRIPT",
+            )
 
 
 def refuse_hooks(module: nn.Module) -> None:

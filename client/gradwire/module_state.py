@@ -40,6 +40,13 @@ def describe_state(module: nn.Module) -> ModuleState:
         if dtype_name(tensor.dtype) not in ITEM_SIZE or tensor.is_sparse or tensor.is_quantized or tensor.is_meta:
             kind = "on the meta device, without values" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
             raise ExportError(f"tensor {name!r} is {kind}", field=name, reason="DTYPE_UNSUPPORTED")
+        if tensor.is_inference():
+            raise ExportError(
+                f"tensor {name!r} was made inside torch.inference_mode(), and can never be trained: build the module"
+                " outside, or copy it with copy.deepcopy outside",
+                field=name,
+                reason="EXPORT_INFERENCE_TENSOR",
+            )
         by_name[name] = tensor
         alias_of = first_name.get(id(tensor))
         first_name.setdefault(id(tensor), name)
@@ -56,6 +63,11 @@ def describe_state(module: nn.Module) -> ModuleState:
     state = ModuleState(tensors=tuple(tensors), by_name=by_name)
     _refuse_overlaps(state)
     return state
+
+
+def buffer_values(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the values of every buffer that the module has now, by name."""
+    return {name: tensor.detach().clone() for name, tensor, role in _walk(module, "") if role != "parameter"}
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, str]]:

@@ -42,6 +42,9 @@ _OPTIONS: list[tuple[str, Any]] = [
     (ChannelOptions.SingleThreadedUnaryStream, 1),
 ]
 
+_NEVER_CONNECTED = ("failed to connect", "DNS resolution failed")
+"""What grpc says of a call that was never sent; nothing but its words tells."""
+
 _INTERRUPT_PATIENCE = 5.0
 """Seconds that Ctrl-C waits to learn what became of a command. A second Ctrl-C ends the wait."""
 
@@ -54,7 +57,8 @@ def new_request_id() -> str:
 class Rpc:
     """One channel to one service. Threads may share it; a forked child must make its own.
 
-    target: "host:port". token: sent with every call. tls: None is plain text. timeout: a call's seconds at most.
+    target: "host:port". token: sent with every call. tls: None is plain text. timeout: a call's seconds at most; of
+    uploads and downloads, the seconds that they may stand still.
     """
 
     def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
@@ -163,12 +167,16 @@ class Rpc:
         except _Lost as lost:
             raise lost.error from None
 
-    def _method(self, name: str) -> Any:
+    def check_usable(self) -> None:
+        """Raise FailedPrecondition where no call can be made: CLIENT_CLOSED, or CLIENT_FORKED in a forked child."""
         if self._closed:
             raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
         if not self.is_owner:
             message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
             raise FailedPrecondition(message, reason="CLIENT_FORKED")
+
+    def _method(self, name: str) -> Any:
+        self.check_usable()
         method = self._methods.get(name)
         if method is None:
             method = self._methods[name] = _bind(self._channel, name)
@@ -199,7 +207,7 @@ def _translate(error: Any, target: str, command: str | None = None) -> _Lost | G
     if isinstance(translated, DeadlineExceeded):
         attributes["reason"] = "NO_ANSWER"
         return _Lost(DeadlineExceeded("no answer in time", **attributes))
-    if "failed to connect" in error.details():
+    if any(words in error.details() for words in _NEVER_CONNECTED):
         attributes |= {"reason": "NOT_CONNECTED", "outcome": "not_applied"}
         return _Lost(Unavailable(f"no gradwire service answers at {target}: {error.details()}", **attributes))
     attributes["reason"] = "CONNECTION_LOST"

@@ -6,13 +6,14 @@ hooks, torch.func inside a forward). A difference in an output or in any gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradwire.random_state import cuda_devices, python_random_refused, seed
 from gradwire.tracing import ambient_autocast_off, quiet, quote
 from gradwire_proto.errors import ExportError, GradwireError
 
@@ -25,11 +26,12 @@ Forward = Callable[[Sequence[Any]], tuple[list[Any], Tensor | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run gave: outputs, loss, and gradients by the name of what they belong to."""
+    """What one run gave: outputs, loss, gradients by the name of what they belong to, and the buffers after it."""
 
     outputs: list[Any]
     loss: Tensor | None
     gradients: dict[str, Tensor | None]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def run(
@@ -38,18 +40,27 @@ def run(
     parameters: dict[str, Tensor],
     *,
     subject: str,
+    differentiate: bool = True,
     differentiate_leaves: bool = True,
+    buffers: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> Run:
-    """Run forward and backward from seed 0. What the user's code raises becomes ExportError EXAMPLE_FAILED."""
-    torch.manual_seed(0)
+    """Run forward and backward from seed 0. What the user's code raises becomes ExportError EXAMPLE_FAILED.
+
+    differentiate: False for the forward alone. differentiate_leaves: whether to give the leaves gradients as well.
+    buffers: gives the values of the buffers, and is asked after the run.
+    """
+    seed(cuda_devices((*leaves, *parameters.values())))
     try:
-        with quiet(), torch.enable_grad(), ambient_autocast_off():
+        with quiet(), torch.set_grad_enabled(differentiate), ambient_autocast_off(), python_random_refused(subject):
             sources = [_source(leaf, differentiate_leaves) for leaf in leaves]
             # A copy that is no leaf of autograd: the module may change its inputs in place.
             outputs, loss = forward([_copy(source) for source in sources])
             watched = dict(parameters)
             watched |= {f"inputs, leaf {i}": s for i, s in enumerate(sources) if _has_gradient(s)}
-            return Run(outputs=outputs, loss=loss, gradients=_gradients(outputs, loss, watched))
+            gradients = _gradients(outputs, loss, watched)
+            # Copies: an output may be a buffer itself, which is about to be put back.
+            outputs = [output.detach().clone() if isinstance(output, Tensor) else output for output in outputs]
+            return Run(outputs=outputs, loss=loss, gradients=gradients, buffers=buffers())
     except GradwireError:
         raise
     except Exception as error:
@@ -58,19 +69,27 @@ def run(
         ) from error
 
 
-def compare(eager: Run, graph: Run) -> None:
-    """Raise ExportError EXPORT_MISMATCH, naming the parameter or output, where the graph is not the module."""
+def compare(eager: Run, graph: Run, before: Mapping[str, Tensor] | None = None) -> None:
+    """Raise ExportError EXPORT_MISMATCH, naming the parameter, buffer or output, where the graph is not the module.
+
+    before: the buffers from which both runs started.
+    """
     if len(eager.outputs) != len(graph.outputs):
         raise _mismatch(f"it returns {len(graph.outputs)} values instead of {len(eager.outputs)}")
     for index, (ours, theirs) in enumerate(zip(eager.outputs, graph.outputs, strict=True)):
         if not _same(ours, theirs, _SMALL):
             raise _mismatch(f"output {index} differs")
     if not _same(eager.loss, graph.loss, _SMALL):
-        raise _mismatch("the loss differs")
+        raise _mismatch(
+            "the loss differs. A loss sees the outputs and targets alone, not what a forward keeps in attributes"
+        )
     everything = _norm([g for g in eager.gradients.values() if g is not None])
     for name, ours in eager.gradients.items():
         if not _same(ours, graph.gradients[name], _SMALL * everything):
             raise _mismatch(f"the gradient of {name} differs{_by(ours, graph.gradients[name])}", field=name)
+    for name, ours in eager.buffers.items():
+        if not _same_move((before or {}).get(name), ours, graph.buffers.get(name)):
+            raise _mismatch(f"buffer {name!r} is another one after the forward", field=name)
 
 
 def _source(leaf: Any, differentiable: bool) -> Any:
@@ -104,6 +123,13 @@ def _gradients(outputs: list[Any], loss: Tensor | None, watched: dict[str, Tenso
     if not total or not watched:
         return dict.fromkeys(watched)
     gradients = torch.autograd.grad(sum(total[1:], total[0]), list(watched.values()), allow_unused=True)
+    for name, gradient in zip(watched, gradients, strict=True):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise ExportError(
+                f"the gradient of {name} is sparse, and the service keeps dense ones: make its layer with sparse=False",
+                field=name,
+                reason="EXPORT_SPARSE_GRADIENT",
+            )
     return dict(zip(watched, gradients, strict=True))
 
 
@@ -125,6 +151,19 @@ def _same(ours: Any, theirs: Any, floor: float) -> bool:
         return False
     difference = _norm([(ours - theirs)[finite]])
     return difference <= _TOLERANCE.get(ours.dtype, 1e-4) * max(_norm([ours[finite]]), floor)
+
+
+def _same_move(before: Tensor | None, ours: Tensor, theirs: Tensor | None) -> bool:
+    """Whether two runs moved a buffer alike: a move may be small beside the buffer, such as that of slow averages."""
+    if not _same(ours, theirs, _SMALL):
+        return False
+    if before is None or theirs is None or not (ours.is_floating_point() or ours.is_complex()):
+        return True
+    finite = torch.isfinite(ours)
+    rounding = 8 * torch.finfo(ours.dtype).eps * _norm([ours[finite]])
+    move = _norm([(ours - before)[finite]]) if before.shape == ours.shape else 0.0
+    difference = _norm([(ours - theirs)[finite]])
+    return difference <= max(_TOLERANCE.get(ours.dtype, 1e-4) * move, rounding)
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -16,11 +17,12 @@ class StallWatch:
         self.stalled = False
         self._patience = patience
         self._cancel = cancel
-        self._passed = 0
+        self._last_moved = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="gradwire-stall-watch", daemon=True)
 
     def __enter__(self) -> StallWatch:
+        self._last_moved = time.monotonic()
         self._thread.start()
         return self
 
@@ -31,15 +33,13 @@ class StallWatch:
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """Yield `items`, noticing each."""
         for item in items:
-            self._passed += 1
+            self._last_moved = time.monotonic()
             yield item
-        self._passed += 1
+        self._last_moved = time.monotonic()
 
     def _watch(self) -> None:
-        seen = -1
-        while seen != self._passed:
-            seen = self._passed
-            if self._ended.wait(self._patience):
+        while (rest := self._last_moved + self._patience - time.monotonic()) > 0:
+            if self._ended.wait(rest):
                 return
         self.stalled = True
         self._cancel()

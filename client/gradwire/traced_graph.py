@@ -69,13 +69,19 @@ class TracedGraph:
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         """Run it here, on the leaves that it takes, in the order in which they were traced."""
         remaining = iter(leaves)
+        # As tensors lie on the service.
+        taken = [next(remaining) if tensor is None else tensor.contiguous() for tensor in self.bound]
         # The service's default; a factory that followed another one would show here.
         usual = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            return list(self.module(*[next(remaining) if tensor is None else tensor for tensor in self.bound]))
+            outputs = list(self.module(*taken))
         finally:
             torch.set_default_dtype(usual)
+        for binding, tensor, given in zip(self.bindings, self.bound, taken, strict=True):
+            if tensor is not None and given is not tensor and binding.key in self.written:
+                tensor.data.copy_(given.detach())
+        return outputs
 
 
 def trace_graph(
@@ -86,18 +92,23 @@ def trace_graph(
     state: Mapping[str, Tensor],
     constants: Constants,
     operators: dict[str, str],
+    subject: str,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> TracedGraph:
     """Export `function` of tensors, which runs `module`.
 
     leaves: for each tensor what it is bound to, an example of it, and whether its dimension 0 may vary.
     state: the module's tensors by name; tensors that are not in it become constants.
+    subject: what errors call the function. trained: tensors by name that must not become constants.
     """
     examples = [tensor.detach().clone() for _, tensor, _ in leaves]
     exported = trace(function, module, examples, [has_rows for _, _, has_rows in leaves])
+    _refuse_torch_func(exported.graph_module, subject)
     clean(exported.graph_module)
     bindings, bound = _bind(exported, [binding for binding, _, _ in leaves], state, constants)
+    _refuse_trained(bindings, bound, trained or {}, subject)
     graph = encode(exported.graph_module, operators)
-    written = _written(graph, bindings, operators, state)
+    written = _written(graph, bindings, operators, state, subject)
     return TracedGraph(
         module=exported.graph_module, graph=graph, bindings=tuple(bindings), bound=tuple(bound), written=written
     )
@@ -124,19 +135,48 @@ def _bind(
             tensor = exported.state_dict[target] if tensor is None else tensor
             name = constants.name(tensor)
         bindings.append(GraphInput("tensor", name))
-        # As it lies on the service.
-        bound.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+        bound.append(tensor)
     return bindings, bound
 
 
+def _refuse_torch_func(module: fx.GraphModule, subject: str) -> None:
+    for node in (node for each in module.modules() if isinstance(each, fx.GraphModule) for node in each.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise ExportError(
+                f"torch.func (grad, vmap, jvp ...) inside {subject} cannot be exported: write it with plain operators",
+                reason="OPERATOR_NOT_ALLOWED",
+            )
+
+
+def _refuse_trained(
+    bindings: Sequence[GraphInput], bound: Sequence[Tensor | None], trained: Mapping[str, Tensor], subject: str
+) -> None:
+    places = {tensor.data_ptr(): name for name, tensor in trained.items() if tensor.numel()}
+    for binding, tensor in zip(bindings, bound, strict=True):
+        if binding.kind == "tensor" and tensor is not None and tensor.numel() and tensor.data_ptr() in places:
+            name = places[tensor.data_ptr()]
+            raise ExportError(
+                f"{subject} reads {name!r} of the module, which training changes, and would keep its value of now: let"
+                " the module return what the loss needs of it, or compute the loss in the module and return it"
+                " (loss=None)",
+                field=name,
+                reason="EXPORT_LOSS_READS_MODULE",
+            )
+
+
 def _written(
-    graph: Graph, bindings: Sequence[GraphInput], operators: Mapping[str, str], state: Mapping[str, Tensor]
+    graph: Graph,
+    bindings: Sequence[GraphInput],
+    operators: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    subject: str,
 ) -> tuple[str, ...]:
     names = [bindings[i].key for i in written_inputs(graph, operators) if bindings[i].kind == "tensor"]
     for name in names:
         if name not in state:
             raise ExportError(
-                "the forward changes a tensor in place that is no buffer of the module: register it as one",
+                f"{subject} changes a tensor that is no buffer of the module, and nobody would keep it on the service:"
+                " register it as a buffer of the module, and change it in the module's forward",
                 reason="EXPORT_FAILED",
             )
     return tuple(str(name) for name in names)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _NormBase
 
 from gradwire.module_guard import custom_functions_refused
 from gradwire_proto.errors import ExportError, GradwireError
@@ -34,9 +36,37 @@ class Traced(nn.Module):
         super().__init__()
         self.module = module
         self._function = function
+        self.assigned: set[str] = set()
 
     def forward(self, *tensors: Tensor) -> Any:
-        return self._function(*tensors)
+        # torch.export sees a buffer that is assigned in its root alone: elsewhere the new value would be lost.
+        before = [
+            (f"{path}.{name}".removeprefix(self.PREFIX), each._buffers, name, buffer)
+            for path, each in self.named_modules(remove_duplicate=False)
+            for name, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+        result = self._function(*tensors)
+        for path, buffers, name, old in before:
+            new = buffers.get(name)
+            if new is not old:
+                old.copy_(_new_value(path, old, new))
+                buffers[name] = old
+                # Under all names that its module has.
+                self.assigned |= {other for other, _, _, buffer in before if buffer is old}
+        return result
+
+
+def _new_value(path: str, old: Tensor, new: Tensor | None) -> Tensor:
+    if new is None or new.dtype != old.dtype or new.shape != old.shape:
+        found = "None" if new is None else f"{new.dtype} of shape {list(new.shape)}"
+        raise ExportError(
+            f"the forward assigns {found} to buffer {path!r}, which is {old.dtype} of shape {list(old.shape)}: on the"
+            " service a buffer keeps its type and shape",
+            field=path,
+            reason="EXPORT_BUFFER_CHANGED",
+        )
+    return new.detach()
 
 
 def trace(
@@ -51,7 +81,54 @@ def trace(
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (shapes,) if any(rows) else None
     with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off(), open_len():
-        return torch.export.export(Traced(function, module), tuple(tensors), strict=False, dynamic_shapes=dynamic)
+        traced = Traced(function, module)
+        exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
+    _keep_old_values(exported, traced.assigned)
+    return exported
+
+
+def _keep_old_values(exported: ExportedProgram, assigned: set[str]) -> None:
+    """Let the graph read copies of the buffers that it assigns.
+
+    The user's own forward leaves the old tensor as it is, to be returned, or read again by the backward.
+    """
+    if not assigned:
+        return
+    graph = exported.graph_module.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
+        if str(spec.target).removeprefix(Traced.PREFIX) in assigned and spec.kind is InputKind.BUFFER:
+            *_, latest, assignment = (None, *_versions(node))
+            # Under the other names that its module has nobody writes it.
+            if latest is None:
+                continue
+            with graph.inserting_after(inputs[-1]):
+                old = graph.call_function(torch.ops.aten.clone.default, (node,))
+            old.meta = dict(node.meta)
+            for reader in [each for each in node.users if each not in (old, assignment)]:
+                reader.replace_input_with(node, old)
+            for reader in list(assignment.users):
+                reader.replace_input_with(assignment, old if latest is node else latest)
+            assignment.args = (node, *assignment.args[1:])
+            if not old.users:
+                graph.erase_node(old)
+    exported.graph_module.recompile()
+
+
+def _versions(node: fx.Node) -> list[fx.Node]:
+    """A tensor and the nodes that change it in place, in order: each stands for it from there on."""
+    versions = [node]
+    while True:
+        later = [
+            each
+            for each in versions[-1].users
+            if isinstance(each.target, torch._ops.OpOverload)
+            and each.target._schema.name.endswith("_")
+            and each.args[0] is versions[-1]
+        ]
+        if not later:
+            return versions
+        versions.append(later[-1])
 
 
 @contextmanager
@@ -120,13 +197,25 @@ def explain(error: Exception, subject: str) -> GradwireError:
         return error
     place = _place(error)
     name = type(error).__name__
+    if _in_cumulative_average(error):
+        return ExportError(
+            f"{subject} has a batch norm with momentum=None, which reads its counter as a Python number, and a graph"
+            " cannot: give it a momentum, such as 0.1",
+            reason="EXPORT_DATA_DEPENDENT",
+        )
     if "DataDependent" in name or "data-dependent" in str(error):
         return ExportError(
-            f"{subject} branches on a tensor's values{place}, which a graph cannot: use torch.where, or keep that"
-            " decision out of the forward",
+            f"{subject} needs a tensor's value in Python{place} (an `if`, float(), item() ...), which a graph cannot"
+            " have: use torch.where, or keep that decision out of the forward",
             reason="EXPORT_DATA_DEPENDENT",
         )
     return ExportError(f"{subject} cannot be exported{place}: {name}: {_first_lines(error)}", reason="EXPORT_FAILED")
+
+
+def _in_cumulative_average(error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    layers = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_filename.startswith(_TORCH))
+    return any(isinstance(layer, _NormBase) and layer.momentum is None for layer in layers)
 
 
 def quote(error: Exception) -> str:

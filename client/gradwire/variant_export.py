@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradwire import safety_net
+from gradwire import python_state, safety_net
 from gradwire.example import Example
 from gradwire.graph_run import GraphRun, as_scalar
 from gradwire.loss_mapping import Loss
-from gradwire.module_guard import custom_functions_refused, rewound
-from gradwire.module_state import ModuleState
+from gradwire.module_guard import custom_functions_refused
+from gradwire.module_snapshot import Snapshot, rewound
+from gradwire.module_state import ModuleState, buffer_values
 from gradwire.output_tree import OutputTree
+from gradwire.random_state import seed
 from gradwire.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.tracing import ambient_autocast_off, explain, quiet
 from gradwire.user_values import call_with
@@ -28,7 +31,8 @@ class Finished:
     """A variant that computes what the module does.
 
     loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
-    changing: the module's tensors that a forward changes.
+    changing: the module's tensors that a forward changes. devices: the CUDA devices that it uses.
+    left: the attributes that a forward changes, on which nothing depends.
     """
 
     variant: Variant
@@ -40,10 +44,12 @@ class Finished:
     loss_leaf: int | None
     outputs: tuple[Any, ...]
     changing: tuple[Tensor, ...]
+    devices: frozenset[int]
+    left: frozenset[str]
 
     def agrees_with(self, module: nn.Module) -> bool:
         """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
-        torch.manual_seed(0)
+        seed(self.devices)
         with torch.no_grad(), quiet(), ambient_autocast_off(), rewound(self.changing):
             inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.example.inputs]
             tree, outputs = OutputTree.of(call_with(module, self.example.input_structure, inputs))
@@ -55,6 +61,7 @@ class VariantExport:
     """Exports the module in the mode in which it is. The caller preserves it.
 
     loss: None where there is none, or the batch brings no targets for it. constants: those that the program has.
+    snapshot: the module and the loss, as they are before each run.
     """
 
     module: nn.Module
@@ -63,6 +70,7 @@ class VariantExport:
     training: bool
     name: str
     constants: Mapping[str, Tensor]
+    snapshot: Snapshot
 
     def finish(self, example: Example) -> Finished:
         """The variant, with the rows left open where the module lets them vary."""
@@ -83,19 +91,29 @@ class VariantExport:
         except GradwireError:
             raise
         except Exception as error:
-            self._run_eagerly(example)
+            self.run_module(example)
             raise explain(error, f"the module {type(self.module).__qualname__}") from error
 
     def _raise_if_hopeless(self, error: Exception, example: Example) -> None:
         """Data-dependent control flow fails with fixed sizes too: say so at once."""
         if "DataDependent" in type(error).__name__:
-            self._run_eagerly(example)
+            self.run_module(example)
             raise explain(error, f"the module {type(self.module).__qualname__}") from error
 
-    def _run_eagerly(self, example: Example) -> None:
+    def run_module(self, example: Example) -> None:
         """Raise EXAMPLE_FAILED if the module itself fails on the example."""
-        with rewound(self.state.by_name.values()):
-            safety_net.run(self._eager(example, []), example.inputs, {}, subject="the module")
+        with self._rewound(self.state.by_name.values()):
+            forward = self._eager(example, [])
+            safety_net.run(forward, example.inputs, {}, subject="the module", differentiate=False)
+
+    @contextmanager
+    def _rewound(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """After, the module and the loss are as before, parameters among `tensors` too."""
+        try:
+            with rewound(tensors):
+                yield
+        finally:
+            self.snapshot.restore()
 
     def _attempt(self, example: Example) -> Finished:
         trees: list[OutputTree] = []
@@ -114,17 +132,20 @@ class VariantExport:
         leaves = [
             (GraphInput("input", i), example.inputs[i], example.has_rows(example.inputs[i])) for i in tensor_leaves
         ]
-        graph = trace_graph(
-            flat_forward,
-            self.module,
-            leaves,
-            state=self.state.by_name,
-            constants=constants,
-            operators=operators,
-        )
+        with self._rewound(()):
+            graph = trace_graph(
+                flat_forward,
+                self.module,
+                leaves,
+                state=self.state.by_name,
+                constants=constants,
+                operators=operators,
+                subject="the forward",
+            )
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
-        eager, differentiate = self._run_module(example, trees, changing)
+        before = buffer_values(self.module)
+        eager, left, differentiate = self._compare_runs(example, trees, changing)
         if trees[-1].structure != tree.structure:
             raise ExportError("the module nests its outputs in one way when exported and in another when run")
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
@@ -132,15 +153,16 @@ class VariantExport:
         check = GraphRun(
             loss=self.loss, example=example, graph=graph, loss_graph=loss_graph, tensor_leaves=tensor_leaves
         )
-        with rewound(changing):
+        with self._rewound(changing):
             raw = safety_net.run(
                 check.forward,
                 example.inputs,
                 self.state.trainable,
                 subject="the exported graph",
                 differentiate_leaves=differentiate,
+                buffers=self._buffers,
             )
-        safety_net.compare(eager, raw)
+        safety_net.compare(eager, raw, before)
         smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
         return Finished(
             variant=Variant(
@@ -165,23 +187,47 @@ class VariantExport:
             loss_leaf=loss_leaf,
             outputs=tuple(eager.outputs),
             changing=tuple(changing),
+            devices=self.snapshot.devices,
+            left=left,
         )
 
-    def _run_module(
+    def _buffers(self) -> Mapping[str, Tensor]:
+        return buffer_values(self.module)
+
+    def _compare_runs(
         self, example: Example, trees: list[OutputTree], changing: list[Tensor]
-    ) -> tuple[safety_net.Run, bool]:
-        """(what the module gives, whether its inputs can have gradients)."""
-        forward, trainable = self._eager(example, trees), self.state.trainable
+    ) -> tuple[safety_net.Run, frozenset[str], bool]:
+        """(what the module gives, the attributes that it changes idly, whether its inputs can have gradients)."""
         try:
-            with rewound(changing):
-                return safety_net.run(forward, example.inputs, trainable, subject="the module"), True
+            return *self._run_watched(example, trees, changing, differentiate_leaves=True), True
         except ExportError as error:
             if error.reason != "EXAMPLE_FAILED":
                 raise
         # Some operators do not differentiate every input, such as targets among them.
-        with rewound(changing):
-            run = safety_net.run(forward, example.inputs, trainable, subject="the module", differentiate_leaves=False)
-        return run, False
+        return *self._run_watched(example, trees, changing, differentiate_leaves=False), False
+
+    def _run_watched(
+        self, example: Example, trees: list[OutputTree], changing: list[Tensor], *, differentiate_leaves: bool
+    ) -> tuple[safety_net.Run, frozenset[str]]:
+        forward = self._eager(example, trees)
+
+        def once(inputs: Sequence[Any]) -> safety_net.Run:
+            with rewound(changing):
+                return safety_net.run(
+                    forward,
+                    inputs,
+                    self.state.trainable,
+                    subject="the module",
+                    differentiate_leaves=differentiate_leaves,
+                    buffers=self._buffers,
+                )
+
+        with self._rewound(()):
+            first = once(example.inputs)
+            left = python_state.refuse_dependence(
+                self.snapshot, first, lambda: once(example.inputs), lambda: once(example.other_inputs())
+            )
+            return first, left
 
     def _constant_prefix(self) -> str:
         prefix = f"constant.{self.name}."
@@ -233,7 +279,16 @@ class VariantExport:
 
         kept = list(outputs), list(targets)
         try:
-            return trace_graph(flat_loss, loss.module, leaves, state={}, constants=constants, operators=operators)
+            return trace_graph(
+                flat_loss,
+                loss.module,
+                leaves,
+                state={},
+                constants=constants,
+                operators=operators,
+                subject="the loss",
+                trained=self._trained(graph),
+            )
         except GradwireError:
             raise
         except Exception as error:
@@ -243,6 +298,11 @@ class VariantExport:
             raise explain(error, "the loss") from error
         finally:
             outputs[:], targets[:] = kept
+            self.snapshot.restore()
+
+    def _trained(self, graph: TracedGraph) -> Mapping[str, Tensor]:
+        """The tensors that change in training: to close over one would fix its value."""
+        return {**self.state.trainable, **{name: self.state.by_name[name] for name in graph.written}}
 
     def _one_row_agrees(self, example: Example, check: GraphRun, changing: list[Tensor]) -> bool:
         """Whether the graph serves a batch of one row: torch.export takes for granted that there are more."""
@@ -250,17 +310,17 @@ class VariantExport:
         with torch.no_grad(), quiet(), ambient_autocast_off():
             results = []
             for forward in (self._eager(first, []), check.with_example(first).forward):
-                torch.manual_seed(0)
-                with rewound(changing):
+                seed(self.snapshot.devices)
+                with self._rewound(changing):
                     try:
-                        results.append(forward([x.clone() if isinstance(x, Tensor) else x for x in first.inputs]))
+                        outputs, loss = forward([x.clone() if isinstance(x, Tensor) else x for x in first.inputs])
+                        results.append([*outputs, loss, *self._buffers().values()])
                     except ValueError as error:
                         # The graph's batch norm has the same check, on the whole batch.
                         return "Expected more than 1 value per channel" in str(error)
                     except Exception:
                         return False
-        (eager, eager_loss), (raw, raw_loss) = results
-        return safety_net.agree([*eager, eager_loss], [*raw, raw_loss])
+        return safety_net.agree(*results)
 
 
 def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gradwire.errors import ExportError, GradwireError
+from gradwire.errors import ExportError, FailedPrecondition, GradwireError
 from gradwire_proto.batch_check import check_batch, select_variant
 from gradwire_proto.values import Batch, Variant
 
@@ -57,7 +57,8 @@ class Variants:
         """The variant that fits `batch` (TensorData leaves), made from `given` (the user's own tensors) if need be.
 
         Raises InvalidArgument where the batch fits none and the module itself refuses it too: the error names the field
-        and what it should be. Raises ExportError where the module takes the batch but cannot be exported with it.
+        and what it should be. Raises ExportError where the module takes the batch but cannot be exported with it, and
+        FailedPrecondition MODULE_CHANGED where that would need the module as it was when the model was created.
         """
         try:
             return select_variant(self._known, batch, training=training, targets=targets)[0]
@@ -94,7 +95,7 @@ class Variants:
         try:
             return self._exporter.export_variant(given.inputs, given.targets, training=training, name=name)
         except GradwireError as error:
-            if isinstance(error, ExportError) and error.reason != "EXAMPLE_FAILED":
+            if isinstance(error, (ExportError, FailedPrecondition)) and error.reason != "EXAMPLE_FAILED":
                 raise
             # The module refuses the batch as well, so the batch is wrong, and the misfit says where.
             misfit.add_note(f"The module itself: {error.message}")

@@ -57,12 +57,12 @@ def _closeness(mismatch: InvalidArgument) -> int:
     return _CLOSENESS.index(mismatch.reason)
 
 
-def check_batch(variant: Variant, batch: Batch, *, targets: bool = True) -> int:
+def check_batch(variant: Variant, batch: Batch, *, targets: bool = True, field: str = "batch") -> int:
     """The batch's number of rows, after checking that it fits the variant; 0 for a variant without rows."""
     check = _BatchCheck(variant.symbols)
-    check.leaves(variant.input_structure, variant.input_leaves, batch.inputs, "batch.inputs")
+    check.leaves(variant.input_structure, variant.input_leaves, batch.inputs, f"{field}.inputs")
     if targets:
-        check.leaves(variant.target_structure, variant.target_leaves, batch.targets, "batch.targets")
+        check.leaves(variant.target_structure, variant.target_leaves, batch.targets, f"{field}.targets")
     check.bounds()
     return check.sizes.get(ROWS, (0, ""))[0]
 

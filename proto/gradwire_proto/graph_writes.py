@@ -96,14 +96,16 @@ def _argument(node: Node, index: int, parameters: Sequence[Parameter]) -> Argume
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a schema: whether its memory is written, and whether a result may share it."""
+    """A parameter of a schema: whether its memory is written, whether a result may share it, and whether it may be left
+    out."""
 
     name: str
     written: bool
     aliased: bool
+    has_default: bool
 
 
-_PARAMETER = re.compile(r"(?P<type>\S+?(?:\([^)]*\))?\S*) (?P<name>\w+)(?:=.*)?")
+_PARAMETER = re.compile(r"(?P<type>\S+?(?:\([^)]*\))?\S*) (?P<name>\w+)(?P<default>=.*)?")
 
 
 @lru_cache(maxsize=4096)
@@ -120,7 +122,8 @@ def parse_schema(schema: str) -> tuple[Parameter, ...]:
         match = _PARAMETER.fullmatch(text.strip())
         if match:
             annotation = re.search(r"\(([^)]*)\)", match["type"])
-            found.append(Parameter(match["name"], bool(annotation and "!" in annotation[1]), annotation is not None))
+            written = bool(annotation and "!" in annotation[1])
+            found.append(Parameter(match["name"], written, annotation is not None, match["default"] is not None))
     return tuple(found)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
+from collections import Counter
 from collections.abc import Mapping
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
@@ -40,8 +42,14 @@ class GraphCheck:
             self._check_node(node, graph, known, f"{field}.nodes[{index}]")
             known.add(node.name)
         for index, output in enumerate(graph.outputs):
-            _check_argument(output, known, f"{field}.outputs[{index}]")
+            _check_output(output, known, f"{field}.outputs[{index}]")
+        calls = Counter(subgraph for node in graph.nodes for subgraph in _subgraphs_of(node))
         for name, subgraph in graph.subgraphs.items():
+            if calls[name] != 1:
+                # Else a few nodes could stand for as many as they like: subgraphs hold subgraphs.
+                raise malformed(
+                    f"{field}.subgraphs[{short(name)}]", f"expected one node that runs it, got {calls[name]}"
+                )
             self.check(subgraph, f"{field}.subgraphs[{short(name)}]", depth + 1)
         return self._count
 
@@ -70,7 +78,8 @@ class GraphCheck:
         schema = self._operators.get(node.operator)
         if schema is None:
             raise malformed(f"{field}.operator", f"the program brings no schema of {node.operator}")
-        names = [parameter.name for parameter in parse_schema(schema)]
+        parameters = parse_schema(schema)
+        names = [parameter.name for parameter in parameters]
         if len(node.arguments) > len(names):
             raise malformed(
                 f"{field}.arguments", f"{node.operator} takes {len(names)} arguments, got {len(node.arguments)}"
@@ -78,6 +87,9 @@ class GraphCheck:
         for name in node.keyword_arguments:
             if name not in names[len(node.arguments) :]:
                 raise malformed(f"{field}.keyword_arguments", f"{node.operator} takes no {short(name)} there")
+        for parameter in parameters[len(node.arguments) :]:
+            if not parameter.has_default and parameter.name not in node.keyword_arguments:
+                raise malformed(f"{field}.arguments", f"{node.operator} needs its argument {short(parameter.name)}")
 
 
 def _check_region(node: Node, graph: Graph, known: set[str], field: str) -> None:
@@ -96,12 +108,26 @@ def _check_region(node: Node, graph: Graph, known: set[str], field: str) -> None
         _check_argument(argument, known, f"{field}.arguments[{index}]")
 
 
+def _subgraphs_of(node: Node) -> list[str]:
+    return [argument.name for argument in node.arguments if isinstance(argument, SubgraphRef)]
+
+
+def _check_output(output: Argument, known: set[str], field: str) -> None:
+    """A graph gives back results and plain constants: what a batch's answer can hold."""
+    if output is not None and not isinstance(output, (NodeRef, bool, int, float, str)):
+        raise malformed(field, f"expected a node, None, a number or text, got a {type(output).__name__}")
+    _check_argument(output, known, field)
+
+
 def _check_argument(argument: Argument, known: set[str], field: str) -> None:
     if isinstance(argument, NodeRef):
         if argument.name not in known:
             raise malformed(field, f"{short(argument.name)} is no input or earlier node")
     elif isinstance(argument, SubgraphRef):
         raise malformed(field, "a subgraph cannot stand here")
+    elif isinstance(argument, complex):
+        if not cmath.isfinite(argument):
+            raise malformed(field, f"expected a finite complex number, got {argument}")
     elif isinstance(argument, list):
         for item in argument:
             _check_argument(item, known, field)

@@ -50,7 +50,9 @@ class ServerConfig(BaseSettings):
 
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks a free one")
     workers: int = Field(2, ge=1, le=4096, description="ranks that models may hold together")
-    storage: Path | None = Field(None, description="folder for what the service keeps; none: a temporary one")
+    storage: Path | None = Field(
+        None, description="folder whose logs/ gets the service's and Ray's log files, which stay; none: none stay"
+    )
     ray_address: Address | None = Field(None, description="HOST:PORT of a running Ray; none: start one")
     ray_namespace: str = Field("gradwire", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Ray namespace of the ranks")
     spare_ranks: int = Field(2, ge=0, le=256, description="warm rank processes kept ready for the next model")
@@ -60,6 +62,12 @@ class ServerConfig(BaseSettings):
         None, description="private folder in shared memory for large tensors; none: a temporary one in /dev/shm"
     )
     drain_seconds: float = Field(30.0, ge=0, le=86400, description="how long a stopping service waits for requests")
+    delete_seconds: float = Field(
+        3.0, ge=0, le=86400, description="how long a running command of a deleted model may take; then its ranks end"
+    )
+    stall_seconds: float = Field(
+        60.0, gt=0, le=86400, description="how long an upload or download may stand still before it is cut"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is written to stderr")
 
     message_bytes: ByteSize = Field(

@@ -10,19 +10,20 @@ from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientRe
 from gradwire_server.calls import Call
 from gradwire_server.program_checks import check_function
 from gradwire_server.replies import deliver_gradients
-from gradwire_server.request_queue import RequestQueue
 from gradwire_server.tensor_store import TensorStore
+from gradwire_server.work_queue import WorkQueue
 from gradwire_server.workers import Cluster
 
 
 class FunctionHost:
     """Runs functions one at a time on the rank that the cluster keeps for them."""
 
-    def __init__(self, cluster: Cluster, tensors: TensorStore, limits: Limits) -> None:
+    def __init__(self, cluster: Cluster, tensors: TensorStore, limits: Limits, delete_seconds: float) -> None:
         self._cluster = cluster
         self._downloads = tensors.downloads
         self._limits = limits
-        self._queue = RequestQueue(tensors.uploads, limits.requests_per_model)
+        self._delete_seconds = delete_seconds
+        self._queue = WorkQueue(tensors.uploads, limits.requests_per_model)
 
     async def compute_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery, max_inline_bytes: int | None, call: Call
@@ -51,8 +52,10 @@ class FunctionHost:
         return await self._queue.submit(call, tensors, work).result(call.deadline)
 
     async def close(self) -> None:
-        """Refuse what waits; return when what runs has ended."""
-        await self._queue.close(Unavailable("the service is stopping", reason="DRAINING"))
+        """Refuse what waits; return when what runs has ended, or was cut after delete_seconds."""
+        stopping = Unavailable("the service is stopping", reason="DRAINING")
+        if not await self._queue.close(stopping, self._delete_seconds):
+            await self._queue.cut()
 
     async def idle(self) -> None:
         """Return when nothing waits or runs."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from gradwire_proto.errors import GradwireError
 from gradwire_proto.names import command_name
 from gradwire_proto.values import (
     Batch,
@@ -26,9 +27,8 @@ from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.program_checks import check_new_variant, check_variant_fits
 from gradwire_server.replies import deliver_gradients, deliver_outputs, inline_bytes
 from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.request_queue import RequestQueue
 from gradwire_server.tensor_store import TensorStore
-from gradwire_server.work_queue import Job
+from gradwire_server.work_queue import Job, WorkQueue
 from gradwire_server.workers import Workers
 
 T = TypeVar("T")
@@ -48,12 +48,14 @@ class HostedModel:
         tensors: TensorStore,
         limits: Limits,
         stored_replies: int,
+        delete_seconds: float,
     ) -> None:
         self._workers = workers
         self._tensors = tensors
         self._limits = limits
+        self._delete_seconds = delete_seconds
         self._number = 0
-        self._queue = RequestQueue(tensors.uploads, limits.requests_per_model)
+        self._queue = WorkQueue(tensors.uploads, limits.requests_per_model)
         # What waits or runs is never forgotten, however few replies are to be stored.
         capacity = max(stored_replies, limits.requests_per_model)
         self._commands: RequestLog[Job[Any]] = RequestLog(capacity, limits.message_bytes)
@@ -198,11 +200,16 @@ class HostedModel:
         await self._queue.idle()
 
     async def close(self) -> None:
-        """Refuse what waits and what still comes, let what runs end, and free the ranks."""
+        """Refuse what waits and what still comes, and free the ranks, after what runs has ended.
+
+        What runs for longer than the setting delete_seconds ends with the ranks' processes.
+        """
         self.description.deleting()
         self._workers.on_lost = None
-        await self._queue.close(deleted(self.description.name))
-        await self._workers.close(reuse=not self.description.has_failed)
+        ended = await self._queue.close(deleted(self.description.name), self._delete_seconds)
+        await self._workers.close(reuse=ended and not self.description.has_failed)
+        if not ended:
+            await self._queue.cut()
 
     # --- how requests run -----------------------------------------------------------------------------------------
 
@@ -216,28 +223,19 @@ class HostedModel:
         """Run `work(tensors, number)` once for the request id of `call`. `deliver` changes the reply, not the model."""
         job = self._commands.find(call)
         if job is None:
-            job = self._submit(call, tensors, lambda values: self._apply(call, values, work, deliver))
+
+            async def apply(values: Any) -> T:
+                result = await work(values, self._number + 1)
+                self.description.applied(result)
+                reply = result if deliver is None else await self._deliver(deliver, result, call)
+                self._number += 1
+                return reply
+
+            job = self._submit(call, tensors, apply, self._command_failed)
             self._commands.add(call, job)
         return await job.result(call.deadline)
 
-    async def _apply(
-        self,
-        call: Call,
-        values: Any,
-        work: Callable[[Any, int], Awaitable[T]],
-        deliver: Callable[[T], Awaitable[T]] | None,
-    ) -> T:
-        try:
-            result = await work(values, self._number + 1)
-        except Exception as error:
-            refusal = public_error(error, call.request_id, outcome="unknown")
-            self.description.met(refusal)
-            raise refusal from None
-        # Only applied commands have numbers: what was refused leaves no trace, in random numbers neither.
-        self._number += 1
-        self.description.applied(result)
-        if deliver is None:
-            return result
+    async def _deliver(self, deliver: Callable[[T], Awaitable[T]], result: T, call: Call) -> T:
         try:
             return await deliver(result)
         except Exception as error:
@@ -245,11 +243,22 @@ class HostedModel:
             refusal.outcome = "applied"
             raise refusal from None
 
+    def _command_failed(self, error: GradwireError) -> None:
+        # Only applied commands have numbers: what was refused leaves no trace, in random numbers neither.
+        self._number += error.outcome == "applied"
+        self.description.met(error)
+
     async def _read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> T:
         """Run `work(tensors)` in its turn."""
         return await self._submit(call, tensors, work).result(call.deadline)
 
-    def _submit(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> Job[T]:
+    def _submit(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any], Awaitable[T]],
+        failed: Callable[[GradwireError], None] | None = None,
+    ) -> Job[T]:
         self.description.check_usable()
 
         async def run(values: Any) -> T:
@@ -257,7 +266,7 @@ class HostedModel:
             self.description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run)
+        return self._queue.submit(call, tensors, run, failed)
 
 
 def _tree(batch: Batch) -> dict[str, Value]:

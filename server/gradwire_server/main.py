@@ -13,6 +13,7 @@ from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
 from gradwire_server.service import Service
+from gradwire_server.service_folders import log_folder
 from gradwire_workers.cluster import Cluster, ClusterConfig
 
 logger = logging.getLogger("gradwire_server")
@@ -25,9 +26,7 @@ def main() -> None:
     """Run the frontend until SIGTERM or SIGINT. Exit status 2: a setting is wrong; 1: it could not start or stop."""
     try:
         config = read_config(sys.argv[1:], "python -m gradwire_server.main")
-        logging.basicConfig(
-            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
+        _start_log(config)
         asyncio.run(run(config))
     except ConfigError as error:
         sys.exit(_complain(error, 2))
@@ -35,6 +34,14 @@ def main() -> None:
         sys.exit(_complain(error, 1))
     except TimeoutError:
         sys.exit(_complain(f"the end took more than {CLOSE_SECONDS:g} s and was cut short", 1))
+
+
+def _start_log(config: ServerConfig) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if config.storage:
+        handlers.append(logging.FileHandler(log_folder(config.storage) / "frontend.log"))
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=config.log_level.upper(), format=form, handlers=handlers)
 
 
 def _complain(error: Exception | str, status: int) -> int:

@@ -33,11 +33,14 @@ DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
 class ModelRegistry:
     """Makes, finds, lists and deletes models. Every model is in it from the start of its creation to its end."""
 
-    def __init__(self, cluster: Cluster, tensors: TensorStore, limits: Limits, stored_replies: int) -> None:
+    def __init__(
+        self, cluster: Cluster, tensors: TensorStore, limits: Limits, stored_replies: int, delete_seconds: float
+    ) -> None:
         self._cluster = cluster
         self._tensors = tensors
         self._limits = limits
         self._stored_replies = stored_replies
+        self._delete_seconds = delete_seconds
         self._descriptions: dict[str, ModelDescription] = {}
         self._creations: dict[str, ModelCreation] = {}
         self._hosted: dict[str, HostedModel] = {}
@@ -87,7 +90,9 @@ class ModelRegistry:
         async def make() -> ModelInfo:
             example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
             group = await self._cluster.start_group(spec, claim.value["tensors"], example, model_id=model_id)
-            self._hosted[model_id] = HostedModel(group, description, self._tensors, self._limits, self._stored_replies)
+            self._hosted[model_id] = HostedModel(
+                group, description, self._tensors, self._limits, self._stored_replies, self._delete_seconds
+            )
             return description.info
 
         def ended(creation: ModelCreation) -> None:
@@ -141,7 +146,9 @@ class ModelRegistry:
         return await self.get(model_id).command(request_id, wait=wait)
 
     async def delete(self, model_id: str) -> None:
-        """Delete a model in any state and free its ranks. Ends what was begun, whoever waits. Raises ModelNotFound."""
+        """Delete a model in any state and free its ranks. Ends what was begun, whoever waits, by killing its
+        ranks where it takes longer than delete_seconds. Raises ModelNotFound.
+        """
         description = self.describe(model_id)
         if model_id not in self._deletions:
             description.deleting()

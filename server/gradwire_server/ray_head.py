@@ -53,6 +53,8 @@ def ray_environment(environment: Mapping[str, str], token_file: Path) -> dict[st
         # Ray would start idle workers on its own, which compete for the cores with the warm pool's ranks.
         "RAY_enable_worker_prestart": "false",
         "RAY_prestart_worker_first_driver": "false",
+        # Ray's workers yield the processor to everybody else; ranks are what this service is for.
+        "RAY_worker_niceness": "0",
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire_proto.codec import refuse_unknown_fields
-from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from gradwire_proto.names import check_request_id
 from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1 import gradient_service_pb2
@@ -25,26 +25,34 @@ from gradwire_server.failures import public_error
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
+T = TypeVar("T")
+
 SLOW_DIGEST_BYTES = 1 << 20
 """Above this, digests are computed in a thread: they leave Python's lock to others."""
 
 
-def generic_handler(servicer: Any, admission: Admission, message_bytes: int) -> grpc.GenericRpcHandler:
+def generic_handler(
+    servicer: Any, admission: Admission, message_bytes: int, stall_seconds: float
+) -> grpc.GenericRpcHandler:
     """The handler of every method of GradientService, each answered by the servicer's method of that name.
 
     A servicer's method takes (request, call) and returns the response. It raises GradwireErrors; anything else becomes
     an InternalError that tells nothing. A stream of requests is an async iterator, a stream of responses is returned as
-    one.
+    one; either ends with DeadlineExceeded STREAM_STALLED where the client keeps it waiting for `stall_seconds`.
     """
     handlers = {
-        method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes)
+        method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes, stall_seconds)
         for method in SERVICE.methods
     }
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
 def _handler(
-    method: MethodDescriptor, answer: Callable[..., Any], admission: Admission, message_bytes: int
+    method: MethodDescriptor,
+    answer: Callable[..., Any],
+    admission: Admission,
+    message_bytes: int,
+    stall_seconds: float,
 ) -> grpc.RpcMethodHandler:
     kind = GetMessageClass(method.input_type)
 
@@ -63,7 +71,7 @@ def _handler(
         call = Call(deadline=_deadline(context))
         try:
             with admission:
-                async with aclosing(_parse_each(kind, chunks)) as requests:
+                async with aclosing(_parse_each(kind, chunks, stall_seconds)) as requests:
                     return (await answer(requests, call)).SerializeToString()
         except Exception as error:
             raise await _abort(context, error, call) from None
@@ -75,7 +83,7 @@ def _handler(
                 request, call = await _parse(kind, raw, method.name, call, message_bytes)
                 async with aclosing(answer(request, call)) as responses:
                     async for response in responses:
-                        await context.write(response.SerializeToString())
+                        await _in_time(context.write(response.SerializeToString()), stall_seconds)
         except Exception as error:
             raise await _abort(context, error, call) from None
 
@@ -117,9 +125,24 @@ def _parse_one(kind: type[Message], raw: bytes) -> Any:
     return request
 
 
-async def _parse_each(kind: type[Message], chunks: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
-    async for raw in chunks:
+async def _parse_each(
+    kind: type[Message], chunks: AsyncIterator[bytes], stall_seconds: float
+) -> AsyncGenerator[Any, None]:
+    following = aiter(chunks)
+    while (raw := await _in_time(anext(following, None), stall_seconds)) is not None:
         yield _parse_one(kind, raw)
+
+
+async def _in_time(step: Awaitable[T], stall_seconds: float) -> T:
+    """The next step of a stream. A client that stands still must not hold memory that others wait for."""
+    try:
+        async with asyncio.timeout(stall_seconds):
+            return await step
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the stream stood still for {stall_seconds:g} s, as long as the server's setting stall_seconds allows",
+            reason="STREAM_STALLED",
+        ) from None
 
 
 def _digest(method: str, raw: bytes) -> bytes:

@@ -25,11 +25,11 @@ class Service:
         self._listen = config.listen
         self._admission = Admission(limits.requests_in_flight)
         self._tensors = TensorStore(folder, limits)
-        self._models = ModelRegistry(cluster, self._tensors, limits, config.stored_replies)
-        self._functions = FunctionHost(cluster, self._tensors, limits)
+        self._models = ModelRegistry(cluster, self._tensors, limits, config.stored_replies, config.delete_seconds)
+        self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
         servicer = Servicer(self._models, self._functions, self._tensors, facts, limits)
-        handler = generic_handler(servicer, self._admission, limits.message_bytes)
+        handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:

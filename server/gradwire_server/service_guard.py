@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from gradwire_server.process_tree import adopt_orphans, end_with_parent, kill_members, reap_children
 from gradwire_server.service_folders import ServiceFolders
@@ -19,15 +20,16 @@ from gradwire_server.service_folders import ServiceFolders
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def guard(service: str, owner: int | None, supervise: Callable[[ServiceFolders], int]) -> int:
+def guard(service: str, storage: Path | None, owner: int | None, supervise: Callable[[ServiceFolders], int]) -> int:
     """Run `supervise(folders)` in a child and return its exit code, after everything of the service is gone.
 
+    storage: where its logs stay; None: nowhere.
     owner: the process, this one's parent, whose end ends the service at once; None: the service stands alone. A first
     SIGTERM, SIGINT or SIGHUP becomes the supervisor's SIGTERM; a second one kills.
     """
     adopt_orphans()
     owner_ends = _descriptor_of_parent(owner)
-    folders = ServiceFolders.create(service)
+    folders = ServiceFolders.create(service, storage)
     try:
         supervisor = _fork(service, folders, supervise)
         return _wait(supervisor, owner_ends)

@@ -24,7 +24,7 @@ from gradwire_server.config import ConfigError, ServerConfig, add_flags, config_
 from gradwire_server.process_tree import MARKER, ends_with_parent, kill_members
 from gradwire_server.ray_head import ADDRESS_FILE_VARIABLE, address_file, ray_command, ray_environment, write_token
 from gradwire_server.restart_delay import RestartDelay
-from gradwire_server.service_folders import ServiceFolders
+from gradwire_server.service_folders import ServiceFolders, log_folder
 from gradwire_server.service_guard import guard
 
 FRONTEND = (sys.executable, "-m", "gradwire_server.main_when_ray_is_ready")
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FR
         config = config_from_flags(flags)
         if not flags.insecure_listen_anywhere:
             _require_loopback(config.listen)
+        if config.storage:
+            log_folder(config.storage)
     except ConfigError as error:
         _say(str(error))
         return 2
@@ -58,7 +60,12 @@ def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FR
             sys.executable, [sys.executable, "-m", "gradwire_server.main", *config.flags()], _without_settings(config)
         )
     service = secrets.token_hex(4)
-    return guard(service, flags.owner_pid, lambda folders: Supervisor(config, service, folders, frontend).run())
+    return guard(
+        service,
+        config.storage,
+        flags.owner_pid,
+        lambda folders: Supervisor(config, service, folders, frontend).run(),
+    )
 
 
 def _require_loopback(listen: str) -> None:
@@ -83,10 +90,8 @@ class Supervisor:
     def __init__(
         self, config: ServerConfig, service: str, folders: ServiceFolders, frontend_command: Sequence[str]
     ) -> None:
-        storage = config.storage or folders.storage
-        storage.mkdir(parents=True, exist_ok=True)
         self._config = config.model_copy(
-            update={"storage": storage, "runtime_dir": folders.frontend, "shared_memory_dir": folders.shared_memory}
+            update={"runtime_dir": folders.frontend, "shared_memory_dir": folders.shared_memory}
         )
         self._service = service
         self._folders = folders
@@ -122,7 +127,7 @@ class Supervisor:
                 return self._drain()
 
     def _start_ray(self) -> None:
-        with open(self._folders.runtime / "ray.log", "ab") as log:
+        with open(self._folders.ray_log, "ab") as log:
             self._ray = subprocess.Popen(
                 ray_command(self._folders.ray, cpus=self._config.workers),
                 env=self._environment,
@@ -188,7 +193,7 @@ class Supervisor:
         """Ray is dead, and so are all ranks: end the frontend, which has lost everything, and what Ray left behind."""
         assert self._ray and self._frontend
         _say(f"Ray ended with exit code {self._ray.wait()}; the end of its log:")
-        _say(_tail(self._folders.runtime / "ray.log"))
+        _say(_tail(self._folders.ray_log))
         self._frontend.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._frontend.wait(_FAREWELL)

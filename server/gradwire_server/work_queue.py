@@ -1,4 +1,4 @@
-"""One thing at a time, in the order of arrival; what nobody waits for any more is not begun."""
+"""Requests that take turns, in the order of arrival; what nobody waits for any more is not begun."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar, cast
 
 from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, ResourceExhausted
+from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
+from gradwire_server.replies import with_times
+from gradwire_server.uploads import Claim, Uploads
 
 T = TypeVar("T")
 
 
 class Job(Generic[T]):
-    """A piece of work in a queue. Several callers may wait for it; it begins only while one of them still does.
+    """A request in a queue. Several callers may wait for it; it begins only while one of them still does.
 
-    Exactly one of `work` and `unused` is called.
+    `claim` holds its tensors: spent when the work has ended, given back when it will never begin. For the rest see
+    `WorkQueue.submit`.
     """
 
-    def __init__(self, work: Callable[[], Awaitable[T]], unused: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        claim: Claim[Any],
+        work: Callable[[Any], Awaitable[T]],
+        failed: Callable[[GradwireError], None] | None,
+    ) -> None:
         self.error: GradwireError | None = None
-        self._work: Callable[[], Awaitable[T]] | None = work
-        self._unused = unused
+        self._call = call
+        self._claim = claim
+        self._work: Callable[[Any], Awaitable[T]] | None = work
+        self._failed = failed
+        self._submitted = time.monotonic()
         self._result: T | None = None
         self._waiters = 0
         self._awaited = False
@@ -69,17 +82,23 @@ class Job(Generic[T]):
         """Do the work, unless it was refused or the last caller's deadline has passed."""
         if self._deadline is not None and self._deadline <= time.monotonic():
             self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
-        work, self._work, self._unused = self._work, None, None
+        work, self._work = self._work, None
         if work is None:
             return
+        queued = time.monotonic() - self._submitted
         try:
-            self._result = await work()
+            self._result = with_times(await work(self._claim.value), self._call, queued)
         except Exception as error:
-            self.error = copy.copy(public_error(error, None, outcome="unknown"))
+            # A defect in the middle of a command may have left anything behind; a read leaves nothing.
+            outcome = "unknown" if self._failed else "not_applied"
+            self.error = copy.copy(public_error(error, self._call.request_id, outcome=outcome))
+            if self._failed:
+                self._failed(self.error)
         except BaseException:
-            self.error = Cancelled("the service stopped", outcome="unknown")
+            self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
             raise
         finally:
+            self._claim.spend()
             self._ended.set_result(None)
 
     def refuse(self, error: GradwireError) -> None:
@@ -87,39 +106,44 @@ class Job(Generic[T]):
         if self._work is None:
             return
         self._work = None
-        if self._unused is not None:
-            self._unused()
+        self._claim.give_back()
         self.error = error
         self._ended.set_result(None)
 
 
 class WorkQueue:
-    """Runs jobs one by one. At most `limit` wait or run; `setting` is the limit's name in errors."""
+    """Runs requests one by one. At most `limit`, the setting requests_per_model, wait or run."""
 
-    def __init__(self, limit: int, setting: str) -> None:
+    def __init__(self, uploads: Uploads, limit: int) -> None:
+        self._uploads = uploads
         self._limit = limit
-        self._setting = setting
         self._jobs: deque[Job[Any]] = deque()
         self._count = 0
         self._runner: asyncio.Task[None] | None = None
         self._closed: GradwireError | None = None
 
-    def check_room(self) -> None:
-        """Raise what `submit` would: ResourceExhausted QUEUE_FULL, or the error of `close`."""
+    def submit(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any], Awaitable[T]],
+        failed: Callable[[GradwireError], None] | None = None,
+    ) -> Job[T]:
+        """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
+
+        `failed`, of commands, hears of the work's error before the next work begins. Raises ResourceExhausted
+        QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
+        """
         if self._closed is not None:
             raise copy.copy(self._closed)
         if self._count >= self._limit:
             raise ResourceExhausted(
-                f"{self._limit} requests wait or run, which the server's setting {self._setting} allows",
+                f"{self._limit} requests wait or run, which the server's setting requests_per_model allows",
                 reason="QUEUE_FULL",
                 retryable=True,
                 retry_after=0.1,
             )
-
-    def submit(self, work: Callable[[], Awaitable[T]], unused: Callable[[], None] | None = None) -> Job[T]:
-        """Put work at the end of the queue. `unused` is called instead of `work` when it will never begin."""
-        self.check_room()
-        job = Job(work, unused)
+        job = Job(call, self._uploads.claim(tensors), work, failed)
         job.on_end(self._forget)
         self._jobs.append(job)
         self._count += 1
@@ -139,14 +163,21 @@ class WorkQueue:
         finally:
             self._runner = None
 
-    async def close(self, error: GradwireError) -> None:
-        """Refuse what waits and what still comes with `error`; return when what runs has ended."""
+    async def close(self, error: GradwireError, patience: float) -> bool:
+        """Refuse what waits and what still comes with `error`. Says whether what runs ended in `patience` seconds."""
         self._closed = error
         for job in self._jobs:
             job.refuse(error)
-        await self.idle()
+        return await self.idle(patience)
 
-    async def idle(self) -> None:
-        """Return when nothing waits or runs."""
+    async def idle(self, patience: float | None = None) -> bool:
+        """Return when nothing waits or runs; False where that takes longer than `patience` seconds."""
         if self._runner is not None:
-            await asyncio.wait([self._runner])
+            await asyncio.wait([self._runner], timeout=patience)
+        return self._runner is None
+
+    async def cut(self) -> None:
+        """Cancel what runs."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await self.idle()

@@ -22,8 +22,8 @@ from gradwire import optim
 
 BARE_RAY = """
 import sys, time, ray
-ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, _temp_dir=sys.argv[2], log_to_driver=False,
-         object_store_memory=128 << 20)
+ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, _temp_dir=sys.argv[2],
+         log_to_driver=False, object_store_memory=128 << 20)
 @ray.remote(num_cpus=1)
 class Idle:
     def ready(self):

@@ -58,8 +58,14 @@ def main() -> None:
         assert torch.equal(gradient, torch.tensor([4.0, -2.0]))
         print(f"launch() {launched:.2f} s, to the first gradient {first:.2f} s (bar: 12 s)")
         create_times(client, keep=False, count=1, workers=1)
-        report("create_model, 1 rank, deleted in between", create_times(client, keep=False, count=arguments.count, workers=1))
-        report("create_model, 2 ranks, deleted in between", create_times(client, keep=False, count=arguments.count, workers=2))
+        report(
+            "create_model, 1 rank, deleted in between",
+            create_times(client, keep=False, count=arguments.count, workers=1),
+        )
+        report(
+            "create_model, 2 ranks, deleted in between",
+            create_times(client, keep=False, count=arguments.count, workers=2),
+        )
         report("create_model, 1 rank, all kept", create_times(client, keep=True, count=arguments.count, workers=1))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
+import os
+import random
+import sys
 import threading
 import types
 import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -105,6 +110,216 @@ def test_attributes_of_instances_classes_and_modules_count(monkeypatch):
     before = fingerprint(function)
     settings_module.rate = 2.0
     assert fingerprint(function) != before
+
+
+@dataclass(frozen=True)
+class Options:
+    scale: float = 1.0
+
+
+class Holds:
+    options = Options()
+
+    def loss(self, w):
+        return (w * self.options.scale).sum()
+
+
+class Computes:
+    @property
+    def rate(self):
+        return RATE
+
+    def __call__(self, w):
+        return (w * self.rate).sum()
+
+
+class Slotted:
+    __slots__ = ("rate",)
+
+
+class BelowSlotted(Slotted):
+    pass
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scale = 2.0
+
+    def forward(self, x):
+        return torch.nn.functional.relu(self.linear(x)) * self.scale
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """A module of the user's in a package of the user's, both to be imported."""
+    settings, package = types.ModuleType("users_settings"), types.ModuleType("users_package")
+    settings.rate, package.settings = 1.0, settings
+    monkeypatch.setitem(sys.modules, "users_settings", settings)
+    monkeypatch.setitem(sys.modules, "users_package", package)
+    monkeypatch.setitem(globals(), "users_settings", settings)
+    monkeypatch.setitem(globals(), "users_package", package)
+    return settings
+
+
+def of_cell(module):
+    return lambda w: (w * module.rate).sum()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w: (w * users_settings.rate).sum(),  # noqa: F821 - the fixture's
+        lambda w: (w * users_package.settings.rate).sum(),  # noqa: F821
+        lambda w: [v * users_settings.rate for v in w],  # noqa: F821
+    ],
+    ids=["module", "module of a package", "inside a comprehension"],
+)
+def test_attributes_of_modules_count(settings, function):
+    before = fingerprint(function)
+    assert fingerprint(function) == before
+    settings.rate = 2.0
+    assert fingerprint(function) != before
+
+
+def test_attributes_of_modules_in_closures_count(settings):
+    before = fingerprint(of_cell(settings))
+    settings.rate = 2.0
+    assert fingerprint(of_cell(settings)) != before
+
+
+def test_what_properties_and_calls_of_instances_read_counts(monkeypatch):
+    before = fingerprint(Computes())
+    assert fingerprint(Computes()) == before
+    monkeypatch.setitem(globals(), "RATE", 7.0)
+    assert fingerprint(Computes()) != before
+
+
+def test_instances_among_the_attributes_of_a_class_count(monkeypatch):
+    before = fingerprint(Holds().loss)
+    assert fingerprint(Holds().loss) == before
+    monkeypatch.setattr(Holds, "options", Options(scale=3.0))
+    assert fingerprint(Holds().loss) != before
+
+
+def test_functions_that_torch_wraps_count():
+    wrapped = [torch.func.grad(of_closure(value)) for value in (1.0, 1.0, 2.0)]
+    assert fingerprint(wrapped[0]) == fingerprint(wrapped[1]) != fingerprint(wrapped[2])
+
+
+def test_a_module_of_the_user_s_is_known_whole():
+    torch.manual_seed(0)
+    net = Net()
+    before = fingerprint(lambda x: net(x).sum())
+    assert before
+    net.scale = 3.0
+    first, second = fingerprint(of_closure(net)), fingerprint(of_closure(net))
+    net.scale = 2.0
+    assert first == second != fingerprint(of_closure(net))
+
+
+def imports_inside(w):
+    import users_settings  # pyright: ignore[reportMissingImports]
+
+    return (w * users_settings.rate).sum()
+
+
+def takes_a_name_inside(w):
+    from users_settings import rate  # pyright: ignore[reportMissingImports]
+
+    return (w * rate).sum()
+
+
+def passes_a_module_on(w):
+    return of_cell(users_settings)(w)  # noqa: F821
+
+
+def gets_an_attribute_by_name(w):
+    return (w * getattr(users_settings, "rate")).sum()  # noqa: B009, F821
+
+
+def looks_into_the_globals(w):
+    return (w * globals()["RATE"]).sum()
+
+
+def looks_into_the_globals_of_another(w):
+    return (w * scaled.__globals__["RATE"]).sum()
+
+
+@functools.lru_cache
+def cached_rate():
+    return RATE
+
+
+@functools.singledispatch
+def dispatched(w):
+    return w.sum()
+
+
+@functools.wraps(nn.functional.relu)
+def in_disguise(w):
+    return (w * globals()["RATE"]).sum()
+
+
+def slotted():
+    value = BelowSlotted()
+    value.rate = 1.0
+    return value
+
+
+class Mapping(dict):
+    pass
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        imports_inside,
+        takes_a_name_inside,
+        passes_a_module_on,
+        gets_an_attribute_by_name,
+        looks_into_the_globals,
+        looks_into_the_globals_of_another,
+        lambda w: (w * cached_rate()).sum(),
+        lambda w: dispatched(w),
+        in_disguise,
+        lambda w: w.sum() * random.random(),
+        lambda w: w.sum() * np.random.rand(),
+        lambda w: w.sum() * float(os.environ["RATE"]),
+        lambda w: torch.load("weights.pt") * w,
+        lambda w: eval("RATE") * w,
+        lambda w: not_bound_anywhere * w,  # noqa: F821
+        of_closure(slotted()),
+        of_closure(Mapping(rate=1.0)),
+        of_closure(collections.deque([1.0])),
+        of_closure(torch.eye(2).to_sparse()),
+        of_closure(np.array([object()])),
+    ],
+)
+def test_what_may_read_more_than_can_be_seen_is_unknown(settings, function):
+    with pytest.raises(Unknown):
+        fingerprint(function)
+
+
+def test_a_module_as_a_default_argument_is_unknown(settings):
+    def with_default(w, config=settings):
+        return (w * config.rate).sum()
+
+    with pytest.raises(Unknown):
+        fingerprint(with_default)
+
+
+def test_elements_of_tensor_arguments_do_not_count_and_all_else_does():
+    def key(*args):
+        return fingerprint(scaled, args)
+
+    assert key(torch.zeros(3)) == key(torch.ones(3)) != key(torch.ones(4))
+    assert key({"a": np.zeros(3)}) == key({"a": np.ones(3)}) != key({"b": np.ones(3)})
+    assert key(torch.zeros(3)) != key(torch.zeros(3, dtype=torch.float64)) != key(np.zeros(3))
+    assert key(np.float64(2.0)) == key(np.float64(2.0)) != key(np.float64(3.0))
+    assert key(Settings(1.0)) == key(Settings(1.0)) != key(Settings(2.0))
+    assert key((torch.ones(2), 3)) != key([torch.ones(2), 3]) != key([torch.ones(2), 4])
 
 
 def test_mode_and_weights_of_a_module_count():

@@ -30,6 +30,13 @@ def test_connecting_to_nothing_is_unavailable():
             gradwire.connect(f"127.0.0.1:{unused.getsockname()[1]}", timeout=5)
 
 
+@pytest.mark.parametrize("target", ["nonsense", "http://localhost:1", "[::1:4", "no.such.host.invalid:1"])
+def test_target_that_names_nothing_was_never_connected(target):
+    with pytest.raises(errors.Unavailable, match="no gradwire service") as caught:
+        gradwire.connect(target, timeout=5)
+    assert (caught.value.reason, caught.value.outcome) == ("NOT_CONNECTED", "not_applied")
+
+
 def test_wrong_token_is_unauthenticated(scripted):
     def refuse(request, context):
         raise errors.Unauthenticated("which token?", reason="TOKEN_UNKNOWN")

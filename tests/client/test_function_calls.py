@@ -179,6 +179,63 @@ def test_other_shapes_dtypes_and_constants_are_other_exports(sdk, host):
     assert host.programs_received == 6
 
 
+@pytest.fixture
+def exports(monkeypatch):
+    """A list that grows with each export."""
+    from gradwire import function_calls
+
+    made = []
+    original = function_calls.export_function
+    monkeypatch.setattr(function_calls, "export_function", lambda *a, **k: made.append(1) or original(*a, **k))
+    return made
+
+
+def test_tensors_given_by_name_are_inputs_that_are_not_differentiated(sdk, host, exports):
+    w = torch.randn(3, 2)
+    for argnums in (0, -1, (-1,)):
+        for _ in range(2):
+            b, x = torch.randn(2), torch.randn(5, 3)
+            ours = sdk.grad(loss, argnums=argnums)(w, b=b, x=x)
+            same(ours, torch.func.grad(loss, argnums=argnums)(w, b=b, x=x))
+    assert len(exports) == 2 and host.programs_received == 1, "one for an int, one for a tuple"
+
+
+def test_numbers_and_objects_among_the_arguments_are_taken_by_value(sdk, exports):
+    class Factor:
+        def __init__(self, value):
+            self.value = value
+
+        def __repr__(self):
+            return "always the same"
+
+    def scaled(x, number, factor):
+        return (x * number * factor.value).sum()
+
+    x, factor = torch.ones(2), Factor(1.0)
+    for number in (np.float64(2.0), np.float64(3.0), np.float64(3.0)):
+        same(sdk.grad(scaled)(x, number, factor), torch.full((2,), float(number)))
+    factor.value = 10.0
+    same(sdk.grad(scaled)(x, np.float64(3.0), factor), torch.full((2,), 30.0))
+    assert len(exports) == 3
+
+
+def test_function_that_may_read_anything_is_exported_at_each_call(sdk, exports, monkeypatch):
+    def hidden(x):
+        return (x * globals()["SCALE"]).sum()
+
+    for scale in (2.0, 2.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        same(sdk.grad(hidden)(torch.ones(2)), torch.full((2,), scale))
+    assert len(exports) == 3
+
+
+@pytest.mark.parametrize("argnums", [[0, 1], None, (), (0, 0), (0, -2), 2, -3, (0, 5), 1.0, "0"])
+def test_wrong_argnums_are_refused(sdk, exports, argnums):
+    with pytest.raises(errors.InvalidArgument) as caught:
+        sdk.grad(lambda x, y: (x * y).sum(), argnums=argnums)(torch.ones(2), torch.ones(2))
+    assert (caught.value.reason, caught.value.field) == ("ARGNUMS_INVALID", "argnums") and not exports
+
+
 def test_random_functions_draw_anew_at_each_call_and_follow_manual_seed(sdk, host):
     def noisy(x):
         return torch.nn.functional.dropout(x, 0.5).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 import time
 
@@ -101,3 +102,49 @@ def test_idle_queue_ends_its_thread(queue, monkeypatch):
     thread.join(5)
     assert not thread.is_alive()
     assert queue.submit(lambda: "again").result(5) == "again"
+
+
+def test_wait_in_a_done_callback_returns_at_once(queue):
+    go, called = threading.Event(), threading.Event()
+    future = queue.submit(lambda: go.wait(5))
+    queue.submit(lambda: "waits behind it")
+    future.add_done_callback(lambda _: (queue.wait(), called.set()))
+    go.set()
+    assert called.wait(2)
+    queue.wait()
+
+
+def answer_of_a_forked_child(function) -> str:
+    """What `function()` gives, or raises, in a forked child; "hangs" where it does not end in two seconds."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        said = ["hangs"]
+
+        def call() -> None:
+            try:
+                said[0] = str(function())
+            except BaseException as error:
+                said[0] = getattr(error, "reason", None) or repr(error)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(2)
+        os.write(write, said[0].encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with os.fdopen(read) as answer:
+        return answer.read()
+
+
+def test_forked_child_is_told_so_whatever_the_parent_was_doing(queue):
+    go = threading.Event()
+    future = queue.submit(lambda: go.wait(10))
+    assert answer_of_a_forked_child(queue.wait) == "CLIENT_FORKED"
+    assert answer_of_a_forked_child(lambda: queue.submit(lambda: 1).result(1)) == "CLIENT_FORKED"
+    with queue._changed:  # as another thread may hold it
+        assert answer_of_a_forked_child(lambda: queue.submit(lambda: 1)) == "CLIENT_FORKED"
+        assert answer_of_a_forked_child(queue.cancel) == "None"
+    go.set()
+    assert future.result(5) is True

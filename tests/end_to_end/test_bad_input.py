@@ -84,6 +84,47 @@ def test_rows_that_differ_between_inputs_and_targets_are_refused(model):
         model.train_step(torch.randn(4, FEATURES), torch.zeros(5, dtype=torch.int64))
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 1), nn.Linear(3, 1)
+
+    def forward(self, left, right):
+        return self.left(left) + self.right(right)
+
+
+@pytest.fixture(scope="module")
+def two_inputs(client: gradwire.Client) -> Iterator[gradwire.Model]:
+    inputs = {"left": torch.randn(4, 2), "right": torch.randn(4, 3)}
+    model = client.create_model(TwoInputs(), loss="mse_loss", example=(inputs, torch.randn(4, 1)), workers=2)
+    yield model
+    model.delete()
+
+
+def test_missing_input_is_named(two_inputs):
+    with refused(errors.InvalidArgument, says="right", field="inputs"):
+        two_inputs.compute_gradients({"left": torch.randn(4, 2)}, torch.randn(4, 1))
+
+
+def test_extra_input_is_named(two_inputs):
+    inputs = {"left": torch.randn(4, 2), "right": torch.randn(4, 3), "middle": torch.randn(4, 1)}
+    with refused(errors.InvalidArgument, says="middle", field="inputs"):
+        two_inputs.compute_gradients(inputs, torch.randn(4, 1))
+
+
+def test_wrong_input_size_of_a_deep_net_is_refused_within_a_second(client):
+    layers = [nn.Conv2d(3, 8, 3, padding=1)]
+    for _ in range(50):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 10))
+    model = client.create_model(
+        net, loss="cross_entropy", example=(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,)))
+    )
+    with refused(errors.InvalidArgument, says="8", field="inputs"):
+        model.compute_gradients(torch.randn(4, 3, 9, 9), torch.randint(0, 10, (4,)))
+    model.delete()
+
+
 def test_missing_targets_are_refused(model):
     with refused(errors.InvalidArgument, field="targets"):
         model.train_step(torch.randn(4, FEATURES))
@@ -123,7 +164,12 @@ def test_nan_loss_is_reported_by_default(client):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nan_loss_is_refused_by_on_nan_and_the_step_is_not_applied(client, workers):
     model = client.create_model(
-        nn.Linear(2, 1), loss="mse_loss", optimizer=optim.SGD(lr=0.1), example=_pair(4), workers=workers, on_nan="refuse"
+        nn.Linear(2, 1),
+        loss="mse_loss",
+        optimizer=optim.SGD(lr=0.1),
+        example=_pair(4),
+        workers=workers,
+        on_nan="refuse",
     )
     before = model.state_dict()
     inputs = torch.randn(4, 2)

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 import gradwire
-from gradwire.embedded_service import start_service
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -70,16 +69,22 @@ def test_a_client_killed_with_sigkill_takes_its_service_with_it_within_ten_secon
         eventually(lambda: not alive(tree) and not any(folder.exists() for folder in folders), within=10)
 
 
-def test_closing_the_client_ends_the_service_and_keeps_only_the_storage_that_was_named(tmp_path: Path) -> None:
+def test_closing_the_client_ends_the_service_and_keeps_only_the_logs_in_the_storage_that_was_named(
+    tmp_path: Path,
+) -> None:
     storage = tmp_path / "kept"
-    with gradwire.launch(workers=1, storage=storage, spare_ranks=1) as client:
+    with gradwire.launch(workers=1, storage=storage, spare_ranks=1, log_level="info", timeout=7.0) as client:
+        assert client._rpc.timeout == 7.0
         (guard,) = [child for child in psutil.Process().children() if f"--storage={storage}" in child.cmdline()]
         tree = [guard, *guard.children(recursive=True)]
         folders = folders_of(tree)
         assert client.server_info().workers == 1
     assert not alive(tree)
     assert not any(folder.exists() for folder in folders)
-    assert storage.is_dir()
+    assert [path.name for path in storage.iterdir()] == ["logs"]
+    assert "stopping: SIGTERM" in (storage / "logs" / "frontend.log").read_text()
+    assert (storage / "logs" / "ray.log").stat().st_size > 0
+    assert list(storage.glob("logs/session_2*/raylet.out"))
     client.close()
 
 
@@ -90,6 +95,7 @@ def test_closing_the_client_ends_the_service_and_keeps_only_the_storage_that_was
         ({"spare_ranks": -1}, "spare_ranks"),
         ({"no_such_setting": 1}, "no-such-setting"),
         ({"listen": "0.0.0.0:0"}, "--insecure-listen-anywhere"),
+        ({"storage": "/dev/null/not-a-folder"}, "storage"),
     ],
 )
 def test_wrong_options_are_named_and_leave_nothing_running(options: dict, named: str) -> None:
@@ -103,7 +109,7 @@ def test_a_service_that_is_not_ready_in_time_is_unavailable_and_leaves_nothing_r
     before = set(psutil.Process().children())
     begin = time.monotonic()
     with pytest.raises(gradwire.errors.Unavailable, match=r"not ready within 1 s") as caught:
-        start_service(timeout=1.0)
+        gradwire.launch(start_timeout=1.0)
     assert caught.value.reason == "LAUNCH_FAILED"
     assert time.monotonic() - begin < 12
     assert set(psutil.Process().children()) == before

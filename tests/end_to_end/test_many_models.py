@@ -19,9 +19,7 @@ def train_remotely_and_locally(target: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     width = 3 + seed
     net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
-    batches = [
-        (torch.randn(6, 4, generator=generator), torch.randn(6, 2, generator=generator)) for _ in range(10)
-    ]
+    batches = [(torch.randn(6, 4, generator=generator), torch.randn(6, 2, generator=generator)) for _ in range(10)]
     with gradwire.connect(target) as client:
         model = client.create_model(
             net, loss=nn.MSELoss(), optimizer=optim.SGD(lr=0.05, momentum=0.9), example=batches[0], workers=1

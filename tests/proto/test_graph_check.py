@@ -10,13 +10,17 @@ from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.graph_check import check_program
 from gradwire_proto.values import (
     ConstantSpec,
+    DTypeRef,
     Graph,
     GraphInput,
+    LayoutRef,
     LeafRef,
     Limits,
+    MemoryFormatRef,
     Node,
     NodeRef,
     Program,
+    RankDevice,
     StateTensor,
     SubgraphRef,
     Symbol,
@@ -57,10 +61,14 @@ def with_tensors(*tensors: StateTensor) -> Program:
     return replace(PROGRAM, tensors=(WEIGHT, *tensors))
 
 
-def region(*arguments) -> Program:
+def region(*arguments, calls: int = 1) -> Program:
     inner = Graph(inputs=("a",), nodes=(), outputs=(NodeRef("a"),))
-    node = Node("sum", "higher_order.wrap_with_set_grad_enabled", arguments)
-    return with_graph(nodes=(node,), subgraphs={"inner": inner})
+    names = ["sum", *(f"sum{index}" for index in range(1, calls))][:calls]
+    nodes = tuple(Node(name, "higher_order.wrap_with_set_grad_enabled", arguments) for name in names)
+    return with_graph(nodes=nodes, subgraphs={"inner": inner}, outputs=(NodeRef(names[0] if names else "x"),))
+
+
+UNFIT_OUTPUTS = (DTypeRef("float32"), RankDevice(), MemoryFormatRef("preserve"), LayoutRef("strided"), [1], 1j)
 
 
 def test_a_sound_program_passes():
@@ -91,6 +99,15 @@ V, G = "program.variants[0]", "program.variants[0].graph"
         (with_node(keyword_arguments={"beta": 1}), f"{G}.nodes[0].keyword_arguments"),
         (with_node(keyword_arguments={"self": 1}), f"{G}.nodes[0].keyword_arguments"),
         (with_node(operator="operator.add"), f"{G}.nodes[0]"),
+        (with_node(arguments=(NodeRef("x"),)), f"{G}.nodes[0].arguments"),
+        (with_node(arguments=(NodeRef("x"), complex("inf"))), f"{G}.nodes[0].arguments[1]"),
+        (
+            with_node(keyword_arguments={"alpha": [complex(0, float("nan"))]}),
+            f"{G}.nodes[0].keyword_arguments['alpha']",
+        ),
+        *((with_graph(outputs=(output,)), f"{G}.outputs[0]") for output in UNFIT_OUTPUTS),
+        (region(False, SubgraphRef("inner"), NodeRef("x"), calls=2), f"{G}.subgraphs['inner']"),
+        (region(False, SubgraphRef("inner"), NodeRef("x"), calls=0), f"{G}.subgraphs['inner']"),
         (with_graph(outputs=(NodeRef("nothing"),)), f"{G}.outputs[0]"),
         (with_variant(output_structure=None), f"{V}.output_structure"),
         (with_variant(output_structure=(LeafRef(0), LeafRef(0))), f"{V}.output_structure"),

@@ -61,12 +61,12 @@ def test_a_schema_reads_with_all_its_kinds_of_parameters():
     schema = (
         'aten::f(Tensor(a!) self, Tensor(b -> *)[] xs, SymInt[2] size=[1, 1], str? mode="a, b", *, int n=0) -> (Tensor)'
     )
-    found = [(each.name, each.written, each.aliased) for each in parse_schema(schema)]
+    found = [(each.name, each.written, each.aliased, each.has_default) for each in parse_schema(schema)]
     assert found == [
-        ("self", True, True),
-        ("xs", False, True),
-        ("size", False, False),
-        ("mode", False, False),
-        ("n", False, False),
+        ("self", True, True, False),
+        ("xs", False, True, False),
+        ("size", False, False, True),
+        ("mode", False, False, True),
+        ("n", False, False, True),
     ]
     assert parse_schema("rm -rf") == ()

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from gradwire_proto.errors import InvalidArgument, RankLost
+from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
@@ -266,3 +266,19 @@ async def test_reads_take_turns_with_commands(frontend: Any) -> None:
     workers.gate.set()
     await step
     assert (await read).step == 1
+
+
+async def test_error_after_a_command_was_applied_counts_as_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    request = frontend.train(request_id=fakes.request_id())
+    workers.error = ResourceExhausted("the answer did not fit", reason="REPLY_TOO_LARGE", outcome="applied")
+    error = await frontend.error(frontend.stub.TrainStep(request))
+    assert error.outcome == "applied"
+    workers.error = None
+    command = pb.GetCommandRequest(name=f"models/m/commands/{request.request_id}")
+    assert (await frontend.stub.GetCommand(command)).state == model_pb2.COMMAND_STATE_APPLIED
+    assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "applied"
+    await frontend.stub.TrainStep(frontend.train())
+    assert [call[2] for call in workers.calls] == [1, 2], (
+        "the next command has a number, and random numbers, of its own"
+    )

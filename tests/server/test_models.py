@@ -263,3 +263,28 @@ async def test_request_must_say_what_to_differentiate(frontend: Any, fakes: Any)
     request = pb.ComputeGradientsRequest()
     codec.encode_batch(Batch(fakes.two_floats()), request.batch)
     assert (await frontend.error(frontend.stub.ComputeGradients(request))).field == "name"
+
+
+async def test_delete_kills_the_ranks_of_a_command_that_does_not_end(start: Any) -> None:
+    async with start(delete_seconds=0.2) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        running = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train()))
+        await frontend.until(lambda: workers.busy)
+        await asyncio.wait_for(frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m")), 3)
+        assert workers.closed == [False], "their processes end"
+        assert (await frontend.error(running)).outcome == "unknown"
+        assert (await frontend.error(frontend.model())).reason == "MODEL_NOT_FOUND"
+
+
+async def test_delete_lets_a_command_end_that_does_so_in_time(start: Any) -> None:
+    async with start(delete_seconds=5) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        running = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train()))
+        await frontend.until(lambda: workers.busy)
+        deletion = asyncio.ensure_future(frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m")))
+        await asyncio.sleep(0.05)
+        workers.gate.set()
+        await deletion
+        assert (await running).result.step == 1 and workers.closed == [True]

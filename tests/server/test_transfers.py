@@ -148,6 +148,29 @@ async def test_cut_off_upload_is_reclaimed(start: Any) -> None:
         await frontend.upload(tensor)
 
 
+async def test_upload_that_stands_still_gives_its_room_back_while_its_connection_lives(start: Any) -> None:
+    async with start(held_bytes=100, stall_seconds=0.3) as frontend:
+        tensor = TensorData("uint8", (90,), b"x" * 90)
+        stalled = asyncio.ensure_future(frontend.upload(tensor, chunks=[b"x" * 45] * 2, pause=30))
+        await frontend.until(lambda: frontend.files)
+        error = await frontend.error(stalled)
+        assert error.reason == "STREAM_STALLED" and "stall_seconds" in error.message
+        assert not frontend.files
+        await frontend.upload(tensor, chunks=[b"x" * 15] * 6, pause=0.1)  # Slow, and never still.
+
+
+async def test_download_that_nobody_reads_expires_while_its_connection_lives(start: Any) -> None:
+    async with start(stall_seconds=0.3, held_seconds=0.5) as frontend:
+        workers = await frontend.create()
+        workers.weights = TensorData("uint8", (64 << 20,), memoryview(bytes(64 << 20)))
+        reply = await frontend.stub.GetStateDict(state_dict(1))
+        download = reply.tensors[0].tensor.handle.partition("/tensors/")[0]
+        call = frontend.stub.DownloadTensors(pb.DownloadTensorsRequest(name=download))
+        assert await call.read()
+        await frontend.until(lambda: not frontend.files)
+        call.cancel()
+
+
 async def test_held_bytes_is_a_limit_with_a_name(start: Any) -> None:
     async with start(held_bytes=100) as frontend:
         await frontend.create()

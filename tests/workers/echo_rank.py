@@ -26,6 +26,10 @@ class Echo:
                 return {"seconds": time.process_time()}
             case "refuse":
                 raise InvalidArgument("too big", field="batch.inputs[0]", reason="SHAPE_MISMATCH")
+            case "answer what cannot be sent":
+                return {"outputs": [object()]}
+            case "end the thread":
+                raise SystemExit
             case "exit":
                 os._exit(1)
             case _:

@@ -81,6 +81,29 @@ async def test_a_defect_in_the_rank_is_an_internal_error_and_the_rank_lives_on(c
     assert (await channel.call("echo", {"a": 1})).fields == {"a": 1}
 
 
+async def test_an_answer_that_cannot_be_sent_is_an_internal_error_of_an_applied_command(channel):
+    error = (await asyncio.wait_for(channel.call("answer what cannot be sent"), 5)).error
+    assert isinstance(error, InternalError)
+    assert error.outcome == "applied"
+    assert "a message cannot hold a object" in error.message
+    assert (await channel.call("echo", {"a": 1})).fields == {"a": 1}
+
+
+async def test_a_rank_whose_serving_thread_ends_is_lost(channel):
+    with pytest.raises(RankLost):
+        await asyncio.wait_for(channel.call("end the thread"), 5)
+
+
+async def test_a_call_right_after_an_idle_ranks_death_is_told_of_it(channel, rank):
+    rank.kill()
+    rank.wait()
+    # The loop does not run meanwhile: nobody has read that the connection is closed.
+    time.sleep(0.3)
+    with pytest.raises(RankLost):
+        await channel.call("echo")
+    assert channel.lost is not None
+
+
 @pytest.mark.parametrize("kind", ["exit", "sleep"])
 async def test_a_rank_that_dies_in_the_middle_of_a_call_is_lost_within_two_seconds(channel, rank, kind):
     told = []

@@ -167,6 +167,21 @@ async def test_a_taker_who_gives_up_in_the_last_moment_leaves_the_ranks_too(pool
     assert len(await pool.take(1, "bob")) == 1
 
 
+async def test_a_rank_that_comes_just_when_its_taker_gives_up_goes_to_others(pool_of, starts):
+    pool = pool_of(spare=0, most=2)
+    (rank,) = await pool.take(1, "ann")
+    starts.go_on.clear()
+    waiting = asyncio.create_task(pool.take(1, "ann"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    # `take` has not gone on yet: what it wants is still in the queue.
+    pool.give_back(rank, reuse=True)
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert await asyncio.wait_for(pool.take(1, "ann"), 1) == [rank]
+    starts.go_on.set()
+    await asyncio.wait_for(pool.take(1, "ann"), 1)
+
+
 async def test_closing_ends_every_waiting_rank(pool_of, starts):
     pool = pool_of(spare=2)
     await pool.warm()

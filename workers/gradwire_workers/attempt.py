@@ -30,7 +30,13 @@ class Attempt:
     def __enter__(self) -> None:
         if self._groups is not None and self._groups.failed:
             raise peer_failed("it failed before this command, and has not rejoined")
-        self._snapshot = Snapshot(self._tensors)
+        try:
+            self._snapshot = Snapshot(self._tensors)
+        except BaseException as error:
+            # No memory for copies: the others are on their way to a collective, and must not wait in it.
+            if self._groups is not None:
+                self._groups.abort(f"{type(error).__name__}: {error}")
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

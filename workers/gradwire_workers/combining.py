@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from gradwire_proto.values import (
@@ -42,34 +43,50 @@ async def gradient_result(
 ) -> GradientResult:
     """Gradients are rank 0's, already summed; input gradients and outputs are put together from every rank's rows."""
     first = answers.fields[0]
-    inputs = await _combine(shards, _column(answers, "input_gradients"), variant.input_leaves, writer)
-    outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
-    # A rank's tensors share one file: what was put together is done with, rank 0's gradients may lie beside it.
-    segments.release(*answers.fields, keep=[dict(first["gradients"]), inputs, outputs])
-    return GradientResult(
-        loss=first["loss"],
-        step=first["step"],
-        num_examples=rows,
-        gradients=first["gradients"],
-        input_gradients=None if inputs is None else unflatten(variant.input_structure, inputs),
-        outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
-        timing=_timing(answers),
-        rank_rows=_rank_rows(answers),
-    )
+    with _released(answers) as kept:
+        # A rank's tensors share one file: these may lie beside what is put together.
+        kept.append(dict(first["gradients"]))
+        inputs = await _combine(shards, _column(answers, "input_gradients"), variant.input_leaves, writer)
+        kept.append(inputs)
+        outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
+        kept.append(outputs)
+        return GradientResult(
+            loss=first["loss"],
+            step=first["step"],
+            num_examples=rows,
+            gradients=first["gradients"],
+            input_gradients=None if inputs is None else unflatten(variant.input_structure, inputs),
+            outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
+            timing=_timing(answers),
+            rank_rows=_rank_rows(answers),
+        )
 
 
 async def forward_result(
     answers: Answers, variant: Variant, shards: Sequence[Shard], writer: SegmentWriter
 ) -> ForwardResult:
     """Outputs, put together from every rank's rows."""
-    outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
-    segments.release(*answers.fields, keep=outputs)
-    return ForwardResult(
-        outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
-        step=answers.fields[0]["step"],
-        timing=_timing(answers),
-        rank_rows=_rank_rows(answers),
-    )
+    with _released(answers) as kept:
+        outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
+        kept.append(outputs)
+        return ForwardResult(
+            outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
+            step=answers.fields[0]["step"],
+            timing=_timing(answers),
+            rank_rows=_rank_rows(answers),
+        )
+
+
+@contextmanager
+def _released(answers: Answers) -> Iterator[list[Any]]:
+    """Releases the files of the answers, except for what is put into the list; on an error, that too."""
+    kept: list[Any] = []
+    try:
+        yield kept
+    except BaseException:
+        segments.release(*answers.fields, kept)
+        raise
+    segments.release(*answers.fields, keep=kept)
 
 
 def _column(answers: Answers, name: str) -> list[Any]:

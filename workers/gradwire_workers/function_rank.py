@@ -10,7 +10,8 @@ from typing import Any
 
 from gradwire_proto.batch_check import select_variant
 from gradwire_proto.codec import encode_program
-from gradwire_proto.errors import FailedPrecondition, RankLost
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
+from gradwire_proto.function_digest import function_digest
 from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientResult, Limits, Variant
 from gradwire_workers import segments
 from gradwire_workers.combining import gradient_result
@@ -30,6 +31,15 @@ class _Known:
 
     variants: tuple[Variant, ...]
     nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A function that came with its program, whose digest is as computed here. `program`: its message's bytes."""
+
+    digest: str
+    program: bytes
+    described: _Known
 
 
 class FunctionRank:
@@ -56,55 +66,58 @@ class FunctionRank:
     async def compute_gradients(self, function: FunctionSpec, batch: Batch, query: GradientQuery) -> GradientResult:
         """The function's value, gradients and outputs. One function at a time.
 
-        FailedPrecondition (FUNCTION_UNKNOWN) when only a digest came and the rank does not know it (any more).
+        A call that is cancelled while its function is computed ends the rank: a function may take for ever, and has no
+        state that could be lost.
+
+        FailedPrecondition (FUNCTION_UNKNOWN) when only a digest came and the rank does not know it (any more);
+        InvalidArgument (DIGEST_MISMATCH) when the digest is not that of what came with it.
         """
-        await self._turn.acquire()
-        computing = asyncio.create_task(self._compute(function, batch, query))
-        computing.add_done_callback(lambda _: self._turn.release())
-        try:
-            # The rank finishes what it has begun, whether or not the caller still waits.
-            return await asyncio.shield(computing)
-        except asyncio.CancelledError:
-            computing.add_done_callback(_drop)
-            raise
+        sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
+        async with self._turn:
+            return await self._compute(function, sent, batch, query)
 
     async def close(self) -> None:
-        """Waits for the function that is being computed, and gives the rank up."""
-        async with self._turn:
-            self._drop_rank()
+        """Gives the rank up, whatever it is computing."""
+        self._drop_rank()
 
-    async def _compute(self, function: FunctionSpec, batch: Batch, query: GradientQuery) -> GradientResult:
+    async def _compute(
+        self, function: FunctionSpec, sent: _Sent | None, batch: Batch, query: GradientQuery
+    ) -> GradientResult:
         # First: what was known goes with the rank that knew it.
         ranks = await self._living_ranks()
-        known = self._known.get(function.digest)
-        if known is None and function.program is None:
+        digest = function.digest if sent is None else sent.digest
+        known = self._known.get(digest)
+        chosen = known or (sent and sent.described)
+        if chosen is None:
             raise FailedPrecondition(
                 "this function is not known: send its program", reason="FUNCTION_UNKNOWN", field="function.digest"
             )
-        chosen = known or _describe(function)
         variant, rows = select_variant(chosen.variants, batch, training=query.training, targets=False)
         rows = rows or examples_in(batch)
         (shard,) = split(variant, rows, batch, ranks=1, whole=True)
         fields: dict[str, Any] = {
-            "digest": function.digest,
+            "digest": digest,
             "forget": self._make_room(chosen) if known is None else [],
             "shard": shard_fields(shard),
             "query": asdict(query),
             "command": 0,
             **self._settings,
         }
-        if known is None and function.program is not None:
-            fields["program"] = encode_program(function.program).SerializeToString()
+        if known is None and sent is not None:
+            fields["program"] = sent.program
             fields["tensors"] = function.tensors
             fields["output_leaf"] = function.output_leaf
         try:
             answers = await ranks.call("compute_function", [fields], changes=False)
+        except asyncio.CancelledError:
+            self._drop_rank()
+            raise
         except RankLost as lost:
             self._drop_rank()
             # A function changes nothing: what was lost can be asked for again.
             raise RankLost(lost.message, reason=lost.reason) from lost
-        self._known[function.digest] = chosen
-        self._known.move_to_end(function.digest)
+        self._known[digest] = chosen
+        self._known.move_to_end(digest)
         return await gradient_result(answers, variant, [shard], rows, self._writer)
 
     def _make_room(self, coming: _Known) -> list[str]:
@@ -131,12 +144,20 @@ class FunctionRank:
             self._ranks = None
 
 
-def _describe(function: FunctionSpec) -> _Known:
+def _prepare(function: FunctionSpec) -> _Sent:
+    """For a thread: it reads every byte of the function."""
     assert function.program is not None
-    return _Known(variants=function.program.variants, nbytes=sum(tensor.nbytes for tensor in function.tensors.values()))
-
-
-def _drop(computing: asyncio.Task[GradientResult]) -> None:
-    if not computing.cancelled() and computing.exception() is None:
-        result = computing.result()
-        segments.release(dict(result.gradients), result.input_gradients, result.outputs)
+    digest = function_digest(function.program, function.tensors, function.output_leaf, pieces=segments.pieces)
+    if function.digest not in ("", digest):
+        raise InvalidArgument(
+            f"expected {digest}, which is the digest of this program and its tensors; got {function.digest[:80]}",
+            field="function.digest",
+            reason="DIGEST_MISMATCH",
+        )
+    return _Sent(
+        digest=digest,
+        program=encode_program(function.program).SerializeToString(),
+        described=_Known(
+            variants=function.program.variants, nbytes=sum(tensor.nbytes for tensor in function.tensors.values())
+        ),
+    )

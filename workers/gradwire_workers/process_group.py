@@ -43,7 +43,7 @@ class ProcessGroups:
         self._join_seconds = join_seconds
         self._lock = threading.Lock()
         self._pending: set[Future] = set()
-        self._failure: InternalError | None = None
+        self._cause: object = None
         # gloo binds to this interface and no other: ranks of one node need no network.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self._groups: list[Any] = []
@@ -101,18 +101,18 @@ class ProcessGroups:
     @property
     def failed(self) -> bool:
         """Whether this rank or a peer has aborted: no collective works any more, until all rejoin."""
-        return self._failure is not None
+        return self._cause is not None
 
     def abort(self, cause: object = "aborted") -> None:
         """Make every collective fail, here and on all peers, at once. From any thread; repeating it does nothing."""
         with self._lock:
-            if self._failure is not None:
+            if self._cause is not None:
                 return
-            self._failure = peer_failed(cause)
+            self._cause = str(cause)
             pending, self._pending = self._pending, set()
         self._connections.close()
         for future in pending:
-            future.set_exception(self._failure)
+            future.set_exception(peer_failed(self._cause))
         if self.device.startswith("cuda"):
             for group in reversed(self._groups):
                 group.abort()
@@ -155,8 +155,11 @@ class ProcessGroups:
         began = perf_counter()
         try:
             return future.wait()
-        except InternalError:
-            raise
+        except InternalError as error:
+            # The future holds its error, whose traceback would hold the future, and every frame here with its groups:
+            # no collector sees a circle through torch, and gloo's threads would never end.
+            error.__traceback__ = None
+            raise InternalError(error.message, reason=error.reason) from None
         except RuntimeError as error:
             raise peer_failed(error) from error
         finally:
@@ -172,8 +175,8 @@ class ProcessGroups:
             return start().get_future().then(lambda _: result)
         future = Future()
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
+            if self._cause is not None:
+                raise peer_failed(self._cause)
             self._pending.add(future)
 
         def finish(done: Future) -> None:

@@ -73,7 +73,12 @@ class RankChannel:
         self._last_call += 1
         frames = pack({"call": self._last_call, "kind": kind, "fields": fields or {}})
         self._waiting[self._last_call] = answer
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            # There is no connection any more, and the news of it has not been read yet.
+            self._fail()
+            return answer
         # Sending may swallow the signal that something came in.
         if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
             self._loop.call_soon(self._read)

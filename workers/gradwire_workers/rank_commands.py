@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
-from gradwire_proto.errors import FailedPrecondition, InternalError
+from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import (
@@ -24,6 +25,8 @@ from gradwire_proto.values import (
     leaves,
     map_leaves,
 )
+from gradwire_workers.after_applied import errors_after_applied
+from gradwire_workers.attempt import AGREED
 from gradwire_workers.out_of_memory import out_of_memory_told
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_footprint import RankFootprint
@@ -33,6 +36,13 @@ from gradwire_workers.trainer import Trainer
 from gradwire_workers.warm_up import warm_up
 
 Fields = Mapping[str, Any]
+
+# Those in which ranks may wait for each other. Not every forward has collectives: one that fails costs a rejoin more.
+_COLLECTIVE = frozenset(
+    {"check_rows", "train_step", "forward_backward", "optimizer_step", "compute_gradients", "forward"}
+)
+
+_SENDABLE = (type(None), bool, int, float, str, bytes, TensorData)
 
 
 class RankCommands:
@@ -68,12 +78,28 @@ class RankCommands:
         }
 
     def answer(self, kind: str, fields: Fields) -> Fields:
-        """Carries out one command. Running out of memory is ResourceExhausted (OUT_OF_MEMORY)."""
+        """Carries out one command. Running out of memory is ResourceExhausted (OUT_OF_MEMORY).
+
+        An error after the command was carried out has the outcome "applied".
+        """
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
-        with out_of_memory_told():
-            return self._outgoing(command(fields))
+        with out_of_memory_told(), self._together(kind):
+            answer = command(fields)
+        with errors_after_applied(), out_of_memory_told():
+            return self._outgoing(answer)
+
+    @contextmanager
+    def _together(self, kind: str) -> Iterator[None]:
+        """If this rank fails alone, the others must not wait for it in a collective."""
+        try:
+            yield
+        except BaseException as error:
+            groups = None if self._trainer is None else self._trainer._groups
+            if groups is not None and kind in _COLLECTIVE and not _is_refused_by_all(error):
+                groups.abort(f"{type(error).__name__}: {error}")
+            raise
 
     @property
     def needs_rejoin(self) -> bool:
@@ -192,20 +218,42 @@ class RankCommands:
         )
         state = _incoming(fields["tensors"], writable=True)
         function = Trainer(spec=spec, state=state, device=fields["device"], limits=Limits(**fields["limits"]))
-        result = _gradients(function, fields)
-        # Remembered only now: the frontend too remembers only what has worked.
+        result = self._outgoing(_gradients(function, fields))
+        # Remembered only now: the frontend too remembers only what has been answered.
         self._functions[fields["digest"]] = function
         return result
 
     # --- answers ---
 
     def _outgoing(self, answer: Fields) -> Fields:
-        """The answer with its tensors as bytes: in the message, or in a segment when they are big."""
-        found = [leaf for _, leaf in leaves(answer) if isinstance(leaf, torch.Tensor)]
+        """The answer with its tensors as bytes: in the message, or in a segment when they are big.
+
+        InvalidArgument (OUTPUT_UNSUPPORTED, DTYPE_UNSUPPORTED, TENSOR_NOT_DENSE) for what no message can hold.
+        """
+        found = []
+        for path, leaf in leaves(answer):
+            if isinstance(leaf, torch.Tensor):
+                found.append(leaf)
+            elif not isinstance(leaf, _SENDABLE):
+                raise InvalidArgument(
+                    f"{path}: the program gives a {type(leaf).__qualname__}, which cannot be sent",
+                    field="batch",
+                    reason="OUTPUT_UNSUPPORTED",
+                )
         encoded = (from_torch(tensor) for tensor in found)
         if sum(tensor.nbytes for tensor in found) >= INLINE_BYTES:
             encoded = iter(self._segments.write(encoded))
         return map_leaves(lambda leaf: next(encoded) if isinstance(leaf, torch.Tensor) else leaf, dict(answer))
+
+
+def _is_refused_by_all(error: BaseException) -> bool:
+    """Whether every rank refuses the command by itself, for its state or for what all ranks are sent alike.
+
+    A shard is not. What is at fault in it has the field `batch`, or none where it cannot even be read.
+    """
+    if isinstance(error, InvalidArgument) and error.reason not in AGREED:
+        return error.field is not None and not error.field.startswith("batch")
+    return isinstance(error, (FailedPrecondition, InvalidArgument))
 
 
 def _shard(fields: Fields) -> Shard:

@@ -10,14 +10,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from gradwire_proto.errors import GradwireError, InternalError
-from gradwire_workers.frames import pack, unpack
+from gradwire_workers.frames import Frame, pack, unpack
 from gradwire_workers.rank_channel import encode_error
 
 logger = logging.getLogger(__name__)
@@ -51,26 +51,40 @@ class RankServer:
         threading.Thread(target=self._watch, name="gradwire-watch", daemon=True).start()
 
     def _serve(self) -> None:
-        while True:
-            frames = self._socket.recv_multipart(copy=False)
-            started = time.perf_counter()
-            message = unpack([frame.buffer for frame in frames])
-            reply = self._reply(message["kind"], message["fields"])
-            reply["call"] = message["call"]
-            reply["busy"] = time.perf_counter() - started
-            self._socket.send_multipart(pack(reply))
-            # An idle rank holds nothing of the last command.
-            del frames, message, reply
-
-    def _reply(self, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return {"result": self._commands.answer(kind, fields)}
+            while True:
+                self._serve_one()
+        except BaseException:
+            logger.exception("the rank cannot go on")
+        finally:
+            # A rank that answers no more must be seen to be lost.
+            os._exit(1)
+
+    def _serve_one(self) -> None:
+        frames = self._socket.recv_multipart(copy=False)
+        started = time.perf_counter()
+        message = unpack([frame.buffer for frame in frames])
+
+        def packed(reply: Mapping[str, Any]) -> list[Frame]:
+            return pack({**reply, "call": message["call"], "busy": time.perf_counter() - started})
+
+        self._socket.send_multipart(self._reply(message["kind"], message["fields"], packed))
+
+    def _reply(
+        self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
+    ) -> list[Frame]:
+        outcome = "not_applied"
+        try:
+            result = self._commands.answer(kind, fields)
+            # From here on the command is done, whatever becomes of its answer.
+            outcome = "applied"
+            return packed({"result": result})
         except GradwireError as error:
             failure = error
         except Exception as error:
             logger.exception("the command %s failed", kind)
-            failure = InternalError(f"{type(error).__name__}: {error}")
-        return {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
+            failure = InternalError(f"{type(error).__name__}: {error}", outcome=outcome)
+        return packed({"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin})
 
     def _watch(self) -> None:
         if not self._monitor.poll(self._patience * 1000):

@@ -48,8 +48,8 @@ class Ranks:
 
         `changes`: whether the command changes the model.
 
-        Raises the error that the others follow from. It changed nothing, and the ranks are ready for the next command,
-        unless `lost` is set now.
+        Raises the error that the others follow from. Unless `lost` is set now, the ranks are ready for the next
+        command, and this one changed nothing; or everything, on every rank, where the error's outcome is "applied".
         """
         if self.lost is not None:
             raise self._lost_before()
@@ -93,9 +93,12 @@ class Ranks:
         """Makes the ranks ready for the next command, or gives them up. Returns the error to raise."""
         errors = [answer.error for answer in failed if answer.error is not None]
         cause = next((error for error in errors if error.reason != "PEER_FAILED"), None)
+        applied = {answer.error is None or answer.error.outcome == "applied" for answer in answers}
+        if cause is not None and not changes:
+            cause.outcome = "not_applied"
         if cause is None:
             self._lose(RankLost(f"the ranks lost each other during a {kind}", outcome="unknown"))
-        elif cause.reason == "UPDATE_TORN" or (changes and len(failed) < len(answers)):
+        elif cause.reason == "UPDATE_TORN" or (changes and len(applied) > 1):
             self._lose(RankLost(f"a {kind} was applied on some ranks only: {cause.message}", outcome="unknown"))
         elif any(answer.needs_rejoin for answer in failed):
             await self._rejoin()

@@ -15,7 +15,7 @@ from gradwire_workers.gradients import add_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.replica import Replica
 from gradwire_workers.shard import Shard
-from gradwire_workers.sharding import has_rows, row_range
+from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
 from gradwire_workers.snapshots import Snapshot
 
 _REASONS = (
@@ -24,8 +24,10 @@ _REASONS = (
     "the outputs of a row depend on other rows",
     "the gradients of a batch are not the sum of its rows' gradients",
     "what training changes in the buffers depends on how the batch is split",
+    "an output that is no tensor depends on how the batch is split",
+    "the batches that the program takes are too small to be split",
 )
-_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS = 1, 2, 3, 4
+_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL = 1, 2, 3, 4, 5, 6
 
 
 def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) -> str | None:
@@ -38,7 +40,10 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     assert groups is not None
     variant = replica.program.variant(variant_name)
     # Uneven parts of several rows: what depends on the number of rows must not be hidden.
-    rows = _rows_to_try(variant, 2 * groups.size + 1)
+    least = max(least_rows(variant), 2)
+    rows = _rows_to_try(variant, least * groups.size + 1)
+    if smallest_share(rows, groups.size) < least_rows(variant):
+        return _REASONS[_TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
     with replica.program.without_randomness():
         for change in (_repeated, _random):
@@ -55,9 +60,11 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """outputs: those that are tensors. gradients: of the trainable parameters, and of the inputs' leaves."""
+    """outputs: those that are tensors; others: those that are not. gradients: of the trainable parameters, and of the
+    inputs' leaves."""
 
     outputs: list[Tensor]
+    others: list[Any]
     parameters: list[Tensor | None]
     inputs: dict[int, Tensor | None]
     buffers: list[Tensor]
@@ -89,6 +96,8 @@ def _difference(replica: Replica, groups: ProcessGroups, variant: Variant, leave
     outputs = zip(found.outputs, (reference[mine] for reference in expected.outputs), strict=True)
     if part.count and not are_close(list(outputs)):
         return _OUTPUTS
+    if part.count and not all(map(_same, found.others, expected.others)):
+        return _OTHER_OUTPUTS
     if not are_close(pairs):
         return _GRADIENTS
     if not are_close(list(zip(found.buffers, expected.buffers, strict=True))):
@@ -120,10 +129,15 @@ def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tens
     before.restore()
     return _Result(
         outputs=outputs_now,
+        others=[output for output in outputs if not isinstance(output, Tensor)],
         parameters=list(gradients[: len(trainable)]),
         inputs=dict(zip(leaves, gradients[len(trainable) :], strict=True)),
         buffers=buffers,
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (one != one and other != other)
 
 
 def _trainable(replica: Replica) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,20 +25,20 @@ _ALIGNMENT = 64
 
 
 class SegmentWriter:
-    """Makes files `<folder>/<name>-<number>`, readable by this user alone."""
+    """Makes files `<folder>/<name>-<number>`, readable by this user alone. Any thread may write."""
 
     def __init__(self, folder: str | Path, name: str) -> None:
         self._folder = str(folder)
         self._name = name
-        self._number = 0
+        # Threads share a writer: taking the next number is one step.
+        self._numbers = itertools.count(1)
 
     def write(self, tensors: Iterable[TensorData]) -> list[TensorData]:
         """The same tensors with their bytes in one new file.
 
         ResourceExhausted (MEMORY_FOLDER_FULL) when there is no room; then no file is left behind.
         """
-        self._number += 1
-        path = os.path.join(self._folder, f"{self._name}-{self._number}")
+        path = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             return list(_write_all(file, path, tensors))

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from gradwire_proto.batch_check import flatten
-from gradwire_proto.values import ITEM_SIZE, Batch, Leaf, Segment, TensorData, TensorSpec, Variant
+from gradwire_proto.values import ITEM_SIZE, ROWS, Batch, Leaf, Segment, TensorData, TensorSpec, Variant
 from gradwire_workers.shard import Shard
 
 
@@ -18,10 +18,24 @@ def row_range(rows: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, start + each + (rank < more)
 
 
+def smallest_share(rows: int, ranks: int) -> int:
+    """The fewest rows that a rank computes: 1 is a rank's that has none, as it computes a dummy."""
+    return max(rows // ranks, 1)
+
+
+def least_rows(variant: Variant) -> int:
+    """The fewest rows for which the variant's graph is known to be right."""
+    return next((symbol.min for symbol in variant.symbols if symbol.name == ROWS), 0)
+
+
 def split(variant: Variant, rows: int, batch: Batch, *, ranks: int, whole: bool) -> list[Shard]:
-    """One shard for each rank of a batch that fits the variant; `whole`: everything for rank 0."""
+    """One shard for each rank of a batch that fits the variant; `whole`: everything for rank 0.
+
+    So too where some rank would get fewer rows than the variant is known to be right for.
+    """
     inputs = flatten(variant.input_structure, batch.inputs, "batch.inputs")
     targets = [] if batch.targets is None else flatten(variant.target_structure, batch.targets, "batch.targets")
+    whole = whole or (ranks > 1 and smallest_share(rows, ranks) < least_rows(variant))
     if whole or ranks == 1:
         first = Shard(
             variant=variant.name,

@@ -105,8 +105,8 @@ class Trainer:
         clock = Clock(self._groups)
         self._check_can_update(lr)
         self._replica.check_has_loss()
-        shard = self._replica.localise(shard)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
+            shard = self._replica.localise(shard)
             done = self._passes.summed(shard, command)
             buffers = self._passes.shared_buffers(shard)
             loss = self._agreement.reach(self._groups, done.value, done.gradients)
@@ -119,8 +119,8 @@ class Trainer:
         """Add the batch's gradients to those held, as loss.backward() does. They are summed over ranks when used."""
         clock = Clock(self._groups)
         self._replica.check_has_loss()
-        shard = self._replica.localise(shard)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
+            shard = self._replica.localise(shard)
             done = self._passes.local(shard, self._trainable, command, to_learn=True)
             before = self._held or [None] * len(self._trainable)
             held = [_sum(old, new) for old, new in zip(before, done.gradients, strict=True)]
@@ -164,8 +164,8 @@ class Trainer:
         clock = Clock(self._groups)
         self._replica.check_has_loss()
         parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name(), self._aliases())
-        shard = self._replica.localise(shard)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
+            shard = self._replica.localise(shard)
             read = read_gradients(self._passes, shard, query, parameters, command)
             # Read only: it is for the caller to judge a loss that is not finite.
             loss = Agreement(refuses_nan=False).reach(self._groups, read.value)
@@ -182,10 +182,11 @@ class Trainer:
     def forward(self, shard: Shard, *, training: bool, command: int, seed: int | None = None) -> ForwardReport:
         """The outputs of this rank's rows. With `training`, buffers move, on all ranks alike."""
         clock = Clock(self._groups)
-        shard = self._replica.localise(shard)
-        # Without `training` there are no collectives: a rank that fails need not tell the others.
-        groups = self._groups if training else None
+        # Where there are no collectives, a rank that fails need not tell the others. Batch norm over the batch's own
+        # statistics has some, whatever the mode.
+        groups = self._groups if training or self._program.has_batch_norm(shard.variant) else None
         with Attempt(groups, self._program.mutated_buffers(shard.variant), changes=training):
+            shard = self._replica.localise(shard)
             outputs = self._passes.forward(shard, command, seed)
             buffers = self._passes.shared_buffers(shard) if training else []
             self._agreement.reach(groups)

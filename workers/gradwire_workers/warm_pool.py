@@ -141,7 +141,7 @@ class WarmPool(Generic[RankT]):
         if self._closed:
             return
         self._changed.set()
-        for want in list(self._wants):
+        for want in self._waiting:
             for rank in [rank for rank in self._ready if rank.owner in (None, want.owner)]:
                 if not want.missing:
                     break
@@ -157,18 +157,25 @@ class WarmPool(Generic[RankT]):
 
     def _make_room(self) -> None:
         """Somebody waits, and what is ready belongs to others: the oldest of it goes."""
-        missing = sum(want.missing for want in self._wants)
+        missing = sum(want.missing for want in self._waiting)
         while missing and self._ready and self._held + len(self._ready) + missing > self._most:
             self._ready.pop(0).kill()
+
+    @property
+    def _waiting(self) -> list[_Want[RankT]]:
+        """Whom to serve. One who has just given up is still there until `take` goes on and gives back what it got."""
+        return [want for want in self._wants if not want.done.done()]
 
     @property
     def _held(self) -> int:
         return self._in_use + sum(len(want.ranks) for want in self._wants)
 
     def _refill(self) -> None:
-        missing = sum(want.missing for want in self._wants)
+        missing = sum(want.missing for want in self._waiting)
         room = self._most - self._held - missing - len(self._ready)
-        spares = 0 if self._pause else max(0, min(self._spare - len(self._ready), room))
+        # While somebody waits, the processors are theirs: every start beside theirs makes them wait longer.
+        speculate = not missing and self._pause is None
+        spares = max(0, min(self._spare - len(self._ready), room)) if speculate else 0
         for _ in range(min(missing + spares, self._at_once) - len(self._starting)):
             task = asyncio.create_task(self._start_one())
             self._starting.add(task)
@@ -180,8 +187,9 @@ class WarmPool(Generic[RankT]):
         except Exception as error:
             logger.warning("a rank did not start: %s", error)
             self._hold_on()
-            if self._wants:
-                self._wants.popleft().done.set_exception(error)
+            for want in self._waiting[:1]:
+                self._wants.remove(want)
+                want.done.set_exception(error)
             return
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._ready.append(rank)

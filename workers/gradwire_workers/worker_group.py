@@ -6,13 +6,15 @@ be had (a rank died, or failed in the middle of its update), the group is lost a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from gradwire_proto.batch_check import flatten, select_variant
+from gradwire_proto.batch_check import check_batch, flatten, select_variant
 from gradwire_proto.codec import encode_variant
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, RankLost
 from gradwire_proto.values import (
     Batch,
     ForwardResult,
@@ -28,11 +30,14 @@ from gradwire_proto.values import (
     Variant,
     leaves,
 )
+from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
+
+logger = logging.getLogger(__name__)
 
 _ONE_RANK = Sharding("rows", "one rank computes every batch")
 _ROWS = Sharding("rows", "rows are independent: each rank computes its share of a batch")
@@ -95,14 +100,13 @@ class WorkerGroup:
     async def prepare(self, example: Batch | None) -> None:
         """Finds out how batches can be spread over the ranks.
 
-        InvalidArgument (EXAMPLE_NEEDED) without an example; FailedPrecondition (ROWS_NOT_INDEPENDENT) where sharding
-        is required and impossible.
+        InvalidArgument without an example (EXAMPLE_NEEDED), or where it does not fit; FailedPrecondition
+        (ROWS_NOT_INDEPENDENT) where sharding is required and impossible.
         """
-        if self.workers == 1:
-            return
+        inputs = [self._example_inputs(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
-        for variant in self._variants:
-            reason = await self._why_whole(variant, self._example_inputs(variant, example))
+        for variant, inputs_of in zip(self._variants, inputs, strict=True):
+            reason = await self._why_whole(variant, inputs_of)
             self._whole[variant.name] = reason is not None
             if reason is None or variant is not decisive:
                 continue
@@ -116,18 +120,23 @@ class WorkerGroup:
 
     def _example_inputs(self, variant: Variant, example: Batch | None) -> tuple[Any, ...] | None:
         """The leaves with which to check the variant's rows; None where there is nothing to check."""
-        if self.workers == 1 or not _has_rows(variant):
+        if not _has_rows(variant):
             return None
-        if example is None:
-            raise InvalidArgument(
-                f"{self.workers} ranks need an example to find out whether rows are independent",
-                field="example",
-                reason="EXAMPLE_NEEDED",
-            )
-        return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
+        if example is not None:
+            check_batch(variant, example, targets=False, field="example")
+            return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
+        if self.workers == 1:
+            return None
+        raise InvalidArgument(
+            f"{self.workers} ranks need an example to find out whether rows are independent",
+            field="example",
+            reason="EXAMPLE_NEEDED",
+        )
 
     async def _why_whole(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
         """Why the variant's batches must not be split, in words; None where they may."""
+        if self.workers == 1:
+            return None
         if inputs is None:
             return None if _has_rows(variant) else "the program was exported for one batch size"
         fields = {"variant": variant.name, "inputs": inputs}
@@ -166,7 +175,8 @@ class WorkerGroup:
         variant, shards, _ = self._choose(Batch(inputs), training=training, targets=False)
         extra = {"training": training, "seed": seed, "command": command}
         answers = await self._call_shards("forward", shards, extra, changes=training)
-        return await forward_result(answers, variant, shards, self._writer)
+        with errors_after_applied() if training else nullcontext():
+            return await forward_result(answers, variant, shards, self._writer)
 
     async def state_dict(self, names: Sequence[str] | None) -> tuple[NamedTensors, int]:
         """(parameters and buffers by name, updates applied). `names`: names or globs, None for all."""
@@ -191,7 +201,8 @@ class WorkerGroup:
     ) -> None:
         """Adds a graph, and finds out how its batches can be spread.
 
-        With several ranks and a variant that has rows, `example` must fit it.
+        `example` must fit it; it is needed where there are several ranks and the variant has rows. Should the program
+        fail on it, the variant is there all the same, and its batches are not split.
         """
         inputs = self._example_inputs(variant, example)
         fields = {
@@ -201,10 +212,18 @@ class WorkerGroup:
             "operators": dict(operators or {}),
         }
         await self._ranks.call("add_variant", [fields] * self.workers)
-        # Whole is always right: should the check fail, the variant still computes the truth.
-        self._whole[variant.name] = True
         self._variants.append(variant)
-        self._whole[variant.name] = await self._why_whole(variant, inputs) is not None
+        # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
+        self._whole[variant.name] = True
+        try:
+            reason = await self._why_whole(variant, inputs)
+        except GradwireError as error:
+            if self.rank_lost is not None:
+                raise
+            reason = f"the example could not be computed: {error}"
+        if reason is not None:
+            logger.info("batches of the variant %s are not split: %s", variant.name, reason)
+        self._whole[variant.name] = reason is not None
 
     def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
         _, shards, rows = self._choose(batch, training=training, targets=True)

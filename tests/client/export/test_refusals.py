@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradwire.export import ModuleExporter
+from gradwire.functions import check_argnums, export_function
 from gradwire_proto.errors import ExportError, InvalidArgument
 
 
@@ -110,7 +111,17 @@ def test_hooks_inside_a_forward_are_seen_by_their_gradients(function):
 
 def test_torch_func_inside_a_forward_is_refused():
     error = refusal(Applies(lambda module, h: torch.func.grad(lambda z: (module.linear(z) ** 2).sum())(h)))
-    assert error.reason in ("EXPORT_MISMATCH", "EXPORT_FAILED")
+    assert error.reason in ("EXPORT_MISMATCH", "EXPORT_FAILED", "OPERATOR_NOT_ALLOWED")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: torch.func.vmap(lambda y: y**2)(x).sum(), lambda x: torch.func.grad(lambda y: (y**3).sum())(x).sum()],
+)
+def test_torch_func_inside_a_function_is_refused_in_the_users_words(function):
+    with pytest.raises(ExportError, match=r"torch\.func .* inside the function") as caught:
+        export_function(function, (torch.ones(3),))
+    assert caught.value.reason == "OPERATOR_NOT_ALLOWED" and "_functorch" not in str(caught.value)
 
 
 def test_reentrant_checkpointing_does_not_lose_gradients():
@@ -250,3 +261,78 @@ def test_values_that_have_no_place_in_a_batch_are_refused_with_their_path(value,
     with pytest.raises(InvalidArgument) as caught:
         ModuleExporter(nn.Linear(4, 4)).export_model(value)
     assert caught.value.field == field
+
+
+def test_a_loss_that_reads_a_parameter_of_the_module_is_refused_by_its_name():
+    module = nn.Sequential(nn.Linear(4, 4))
+
+    def penalised(outputs, targets):
+        return (outputs - targets).square().mean() + 0.1 * module[0].weight.square().sum()
+
+    error = refusal(module, loss=penalised, targets=torch.randn(3, 4))
+    assert error.reason == "EXPORT_LOSS_READS_MODULE" and error.field == "0.weight" and "the loss" in str(error)
+
+
+def test_a_loss_that_changes_its_buffers_is_told_that_it_is_the_loss():
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, outputs, targets):
+            self.scale = 0.9 * self.scale + outputs.detach().mean(0)
+            return ((outputs - targets) ** 2 * self.scale).mean()
+
+    error = refusal(nn.Linear(4, 4), loss=Moving(), targets=torch.randn(3, 4))
+    assert str(error).startswith("the loss changes a tensor")
+
+
+def test_a_loss_that_reads_what_the_forward_left_is_told_what_a_loss_sees():
+    class Leaves(nn.Linear):
+        extra = 0
+
+        def forward(self, x):
+            h = super().forward(x)
+            self.extra = h.square().mean()
+            return h
+
+    module = Leaves(4, 4)
+    error = refusal(module, loss=lambda o, t: (o - t).square().mean() + module.extra, targets=torch.randn(3, 4))
+    assert error.reason == "EXPORT_MISMATCH" and "outputs and targets alone" in str(error)
+
+
+def test_a_module_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        module = nn.Sequential(nn.Linear(4, 4))
+    error = refusal(module)
+    assert error.reason == "EXPORT_INFERENCE_TENSOR" and error.field == "0.weight"
+
+
+def test_torchscript_is_refused():
+    error = refusal(nn.Sequential(torch.jit.script(nn.Linear(4, 4))))
+    assert error.reason == "EXPORT_TORCHSCRIPT" and error.field == "0"
+
+
+def test_a_batch_norm_without_momentum_is_told_to_have_one():
+    error = refusal(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)))
+    assert error.reason == "EXPORT_DATA_DEPENDENT" and "momentum=None" in str(error)
+
+
+def test_sparse_gradients_are_refused_by_the_name_of_the_parameter():
+    module = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    error = refusal(module, inputs=torch.randint(5, (3,)))
+    assert error.reason == "EXPORT_SPARSE_GRADIENT" and error.field == "0.weight" and "sparse=False" in str(error)
+
+
+@pytest.mark.parametrize("argnums", [[0, 1], None, "0", 1.0, (0, None), (), (0, 0), (0, -2), 2, -3, (0, 2)])
+def test_argnums_that_torch_func_refuses_are_refused(argnums):
+    with pytest.raises(InvalidArgument) as caught:
+        check_argnums(argnums, 2)
+    assert caught.value.reason == "ARGNUMS_INVALID" and caught.value.field == "argnums"
+    with pytest.raises(InvalidArgument):
+        export_function(lambda x, y: (x * y).sum(), (torch.ones(2), torch.ones(2)), argnums=argnums)
+
+
+@pytest.mark.parametrize(("argnums", "positions"), [(0, (0,)), (-1, (1,)), ((1, 0), (1, 0)), (True, (1,))])
+def test_argnums_become_positions(argnums, positions):
+    assert check_argnums(argnums, 2) == positions

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 from gradwire.functions import export_function, tensor_leaves
-from gradwire_proto.codec import decode_program, encode_program
+from gradwire_proto.codec import decode_function, decode_program, encode_function, encode_program
 from gradwire_proto.errors import ExportError, InvalidArgument
+from gradwire_proto.function_digest import function_digest
+from gradwire_proto.tensors import from_torch
+from gradwire_proto.v1.gradient_service_pb2 import Function
 from gradwire_workers.programs import build_program
 
 OFFSET = torch.randn(3)
@@ -77,6 +82,15 @@ def test_numpy_arrays_and_float64_are_taken():
 def test_an_argument_that_does_not_count_has_gradient_zero():
     assert torch.equal(remotely(lambda x, y: x.sum(), X, OFFSET, argnums=1), torch.zeros(3))
     assert torch.equal(remotely(lambda x: OFFSET.sum(), X), torch.zeros(4, 3))
+
+
+def test_the_digest_is_the_same_on_the_other_end_of_the_wire():
+    exported = export_function(lambda x: ((x + OFFSET) ** 2).sum(), (X,))
+    tensors = {name: from_torch(tensor) for name, tensor in exported.constants.items()}
+    sent = Function.FromString(encode_function(replace(exported.spec, tensors=tensors)).SerializeToString())
+    received = decode_function(sent)
+    assert received.program is not None
+    assert function_digest(received.program, received.tensors, received.output_leaf) == received.digest
 
 
 def test_the_digest_follows_program_and_constants():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from gradwire_proto.tensors import from_torch, to_torch
-from gradwire_proto.values import Batch, ConstantSpec, LeafRef, Segment, TensorData, TensorSpec, Variant
+from gradwire_proto.values import Batch, ConstantSpec, LeafRef, Segment, Symbol, TensorData, TensorSpec, Variant
 from gradwire_workers.seeds import command_seed, mixed_seed
 from gradwire_workers.sharding import combine_leaves, row_range, split
 
@@ -77,6 +78,15 @@ def test_whole_batch_goes_to_rank_0_and_the_others_are_idle():
     first, second = split(VARIANT, 4, batch(4)[0], ranks=2, whole=True)
     assert (first.count, first.idle, second.count, second.idle) == (4, False, 0, True)
     assert combine_leaves([first, second], [["result"], None], None) == ["result"]
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(1, 2), (2, 2), (3, 2), (5, 3), (2, 5)])
+def test_batch_runs_whole_where_a_rank_would_get_fewer_rows_than_the_variant_takes(rows, ranks):
+    from_two = replace(VARIANT, symbols=(Symbol("rows", min=2),))
+    first, *others = split(from_two, rows, batch(rows)[0], ranks=ranks, whole=False)
+    assert first.whole and first.count == rows and all(shard.whole and shard.idle for shard in others)
+    enough = split(from_two, 2 * ranks, batch(2 * ranks)[0], ranks=ranks, whole=False)
+    assert [shard.count for shard in enough] == [2] * ranks
 
 
 def test_row_ranges_meet():

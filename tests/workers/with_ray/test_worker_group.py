@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument
-from gradwire_proto.tensors import from_any, to_torch
+from gradwire.export import ModuleExporter
+from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
+from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.values import Batch, GradientQuery, Segment, TensorData, leaves
 from gradwire_workers import segments
 from gradwire_workers.segments import SegmentWriter
@@ -149,6 +151,89 @@ async def test_an_error_on_one_rank_only_changes_nothing_and_the_group_goes_on(s
     assert result.loss == pytest.approx(loss(reference(x), y).item(), rel=1e-5)
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(10, 3)
+
+    def forward(self, x, mask):
+        return self.linear(x) * mask.unsqueeze(1)
+
+
+async def test_a_shard_that_one_rank_cannot_read_does_not_leave_the_others_waiting(start, in_batch):
+    x, mask, y = torch.randn(6, 10), torch.ones(6, dtype=torch.bool), torch.randn(6, 3)
+    group = await start(Masked(), nn.MSELoss(), (x, mask), y, workers=2)
+    batch = in_batch((x, mask), y)
+    no_bool = TensorData("bool", (6,), bytes([1, 1, 1, 1, 1, 2]))  # in the second rank's rows
+    for call in (group.train_step, group.forward_backward):
+        with pytest.raises(InvalidArgument) as caught:
+            await asyncio.wait_for(call(Batch((batch.inputs[0], no_bool), batch.targets), command=1), 20)
+        assert caught.value.reason == "TENSOR_NOT_BOOL"
+    assert group.rank_lost is None
+    assert (await group.train_step(batch, command=2)).step == 1
+
+
+async def test_what_every_rank_refuses_by_itself_costs_no_new_connections(start, in_batch):
+    group = await start(net(), nn.CrossEntropyLoss(), *data(4), workers=2, optimizer=None)
+    for call in (group.optimizer_step(None), group.train_step(in_batch(*data(4)), command=1)):
+        with pytest.raises(FailedPrecondition):
+            await call
+    with pytest.raises(InvalidArgument):
+        await group.compute_gradients(in_batch(*data(4)), GradientQuery(wrt=("nothing",)))
+    assert group._ranks._epoch == 1
+
+
+class Wide(nn.Module):
+    """Outputs of 0.3 MB a row, and a buffer that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(10), nn.Linear(10, 75_000)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+async def moves(group) -> int:
+    tensors, _ = await group.state_dict(["norm.num_batches_tracked"])
+    return int(to_torch(tensors["norm.num_batches_tracked"]))
+
+
+async def test_a_forward_whose_outputs_are_lost_is_applied_and_the_group_goes_on(start, memory_folder, tmp_path):
+    group = await start(Wide(), None, torch.randn(2, 10), workers=2)
+    away = memory_folder.with_name(f"{memory_folder.name}-away")
+    memory_folder.rename(away)
+    try:
+        # Of seven rows, only the first rank's four are too many for the message.
+        with pytest.raises(InternalError) as caught:
+            await group.forward(from_any(torch.randn(7, 10)), training=True, seed=None, command=1)
+    finally:
+        away.rename(memory_folder)
+    assert caught.value.outcome == "applied"
+    assert group.rank_lost is None
+    assert await moves(group) == 1
+    group._writer = SegmentWriter(tmp_path / "nowhere", "frontend")
+    for training, outcome in ((True, "applied"), (False, "not_applied")):
+        with pytest.raises(Exception, match="No such file") as caught:
+            await group.forward(from_any(torch.randn(7, 10)), training=training, seed=None, command=2)
+        assert getattr(caught.value, "outcome", "not_applied") == outcome
+    assert not list(memory_folder.iterdir())
+    assert await moves(group) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_an_example_that_does_not_fit_is_refused_by_its_place(cluster, specify, in_batch, workers):
+    spec, tensors, _ = specify(net(), nn.CrossEntropyLoss(), *data(4), workers=workers)
+    for example, reason in (
+        (in_batch(torch.randn(4, 9)), "SHAPE_MISMATCH"),
+        (in_batch(torch.zeros(4, 10, dtype=torch.int64)), "DTYPE_MISMATCH"),
+        (in_batch((torch.randn(4, 10),)), "STRUCTURE_MISMATCH"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            await cluster.start_group(spec, tensors, example)
+        assert (caught.value.reason, caught.value.field) == (reason, "example.inputs")
+
+
 async def test_a_batch_that_fits_no_variant_never_reaches_a_rank(start, in_batch):
     group = await start(net(), nn.CrossEntropyLoss(), *data(4), workers=2)
     with pytest.raises(InvalidArgument) as caught:
@@ -214,9 +299,6 @@ async def test_results_have_the_structure_of_the_program(start, in_batch):
 
 
 async def test_an_added_variant_takes_batches_that_did_not_fit_before(start, in_batch):
-    from gradwire.export import ModuleExporter
-    from gradwire_proto.tensors import from_nested
-
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,3 +325,30 @@ async def test_an_added_variant_takes_batches_that_did_not_fit_before(start, in_
     result = await group.train_step(in_batch(x, y), command=2)
     assert result.rank_rows == (3, 3)
     assert result.loss == pytest.approx(loss(module(x), y).item(), rel=1e-5)
+
+
+async def test_an_added_variant_whose_example_cannot_be_computed_is_there_and_runs_whole(start, in_batch):
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(10, 3)
+
+        def forward(self, index):
+            return self.words(index).sum(1)
+
+    module, loss = Words(), nn.MSELoss()
+    exporter = ModuleExporter(module, loss)
+    group = await start(module, loss, torch.randint(10, (4, 5)), torch.randn(4, 3), workers=2)
+    index, y = torch.randint(10, (6, 7)), torch.randn(6, 3)
+    added = exporter.export_variant(index, y, training=True, name="train-7")
+    await group.add_variant(
+        added.variant,
+        tensors=added.tensors,
+        values={name: from_any(value) for name, value in added.values.items()},
+        operators=added.operators,
+        example=in_batch(torch.full((6, 7), 10), y),
+    )
+    assert group.rank_lost is None
+    result = await group.train_step(in_batch(index, y), command=1)
+    assert result.rank_rows == (6, 0)
+    assert result.loss == pytest.approx(loss(module(index), y).item(), rel=1e-5)

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.graph_writes import written_inputs
-from gradwire_proto.values import ROWS, GraphInput, Limits, Program, StateTensor, TensorSpec, Variant
+from gradwire_proto.values import GraphInput, Limits, Program, StateTensor, Variant
 from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
 from gradwire_workers.programs.graph_builder import build_graph
 from gradwire_workers.programs.randomness import is_random, without_randomness
-from gradwire_workers.programs.size_check import check_sizes
-
-_GROWTH = 4
-"""Sizes are checked for this many times a batch's rows, so that the next batches need no check."""
+from gradwire_workers.programs.size_guard import SizeGuard
 
 
 class BuiltProgram(nn.Module):
@@ -50,16 +47,16 @@ class BuiltProgram(nn.Module):
     def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
         """The flat outputs of a variant for its input leaves, in order (constants included, but not looked at)."""
         run = self._run(variant_name)
-        if run.rows_leaf is not None and leaves[run.rows_leaf].shape[0] > run.checked_rows:
-            self._check_growth(run, leaves[run.rows_leaf].shape[0])
+        run.sizes.before_run(leaves)
         return run.outputs(leaves)
 
     def loss(self, variant_name: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
         """The scalar that the variant's loss graph makes of flat outputs and target leaves."""
-        run = self._run(variant_name).loss
-        if run is None:
+        run = self._run(variant_name)
+        if run.loss is None:
             raise InvalidArgument(f"variant {variant_name!r} has no loss graph", reason="NO_LOSS_GRAPH")
-        return run(outputs, targets)
+        run.sizes.before_loss(outputs, targets)
+        return run.loss(outputs, targets)
 
     def variant(self, variant_name: str) -> Variant:
         """The variant of that name. Raises InvalidArgument for an unknown one."""
@@ -167,9 +164,10 @@ class BuiltProgram(nn.Module):
             replace_batch_norms(module, self._batch_norm)
         written = sorted(written_inputs(graph, self._program.operators))
         names = [variant.graph_inputs[index].key for index in written if variant.graph_inputs[index].kind == "tensor"]
-        loss = None
+        loss = loss_module = None
         if variant.loss_graph is not None:
-            loss = _LossRun(build_graph(variant.loss_graph, self._device), variant.loss_graph_inputs, self._tensors)
+            loss_module = build_graph(variant.loss_graph, self._device)
+            loss = _LossRun(loss_module, variant.loss_graph_inputs, self._tensors)
         run = _Run(
             variant=variant,
             module=module,
@@ -180,30 +178,11 @@ class BuiltProgram(nn.Module):
             written=tuple(dict.fromkeys(str(name) for name in names)),
             is_random=is_random(module),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
-            rows_leaf=_rows_leaf(variant),
+            sizes=SizeGuard(variant, module, loss_module, self._tensors, self._limits.tensor_bytes),
         )
-        smallest = max([symbol.min for symbol in variant.symbols if symbol.name == ROWS], default=0)
-        self._check_sizes(run, rows=max(smallest, 2))
+        run.sizes.check_smallest()
         self._runs[variant.name] = run
         self._program = replace(self._program, variants=(*self._program.variants, variant))
-
-    def _check_growth(self, run: _Run, rows: int) -> None:
-        try:
-            self._check_sizes(run, rows * _GROWTH)
-        except ResourceExhausted:
-            # Too large ahead of time; this batch may do.
-            self._check_sizes(run, rows)
-
-    def _check_sizes(self, run: _Run, rows: int) -> None:
-        inputs = [None if tensor is None else _like_on_meta(tensor) for tensor in run.template]
-        sizes = {symbol.name: max(symbol.min, 2) for symbol in run.variant.symbols} | {ROWS: rows}
-        for position, leaf in run.leaf_positions:
-            spec = run.variant.input_leaves[leaf]
-            if isinstance(spec, TensorSpec):
-                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-                inputs[position] = torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
-        check_sizes(run.module, inputs, self._limits.tensor_bytes, f"variant {run.variant.name!r}")
-        run.checked_rows = rows
 
 
 @dataclass(kw_only=True)
@@ -219,8 +198,7 @@ class _Run:
     written: tuple[str, ...]
     is_random: bool
     has_batch_norm: bool
-    rows_leaf: int | None
-    checked_rows: int = 0
+    sizes: SizeGuard
 
     def outputs(self, leaves: Sequence[Any]) -> list[Any]:
         inputs: list[Any] = self.template.copy()
@@ -252,14 +230,3 @@ class _LossRun:
 
 def _positions(inputs: Sequence[GraphInput], kind: str) -> list[tuple[int, int]]:
     return [(position, int(each.key)) for position, each in enumerate(inputs) if each.kind == kind]
-
-
-def _rows_leaf(variant: Variant) -> int | None:
-    for index, leaf in enumerate(variant.input_leaves):
-        if isinstance(leaf, TensorSpec) and leaf.has_rows:
-            return index
-    return None
-
-
-def _like_on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

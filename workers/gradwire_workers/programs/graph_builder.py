@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, resolve
+from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, has_schema, resolve
 from gradwire_proto.values import (
     Argument,
     DTypeRef,
@@ -20,6 +20,8 @@ from gradwire_proto.values import (
     SubgraphRef,
 )
 from gradwire_workers.programs import batch_norm
+from gradwire_workers.programs.arithmetic import bounded
+from gradwire_workers.programs.checked_operators import checked
 from gradwire_workers.programs.regions import run_with_autocast, run_with_grad_mode
 
 _MEMORY_FORMATS = {
@@ -65,8 +67,10 @@ class _Builder:
         keywords = {key: self._argument(item) for key, item in node.keyword_arguments.items()}
         if node.operator in REGIONS:
             target = run_with_autocast if node.operator == AUTOCAST_REGION else run_with_grad_mode
+        elif has_schema(node.operator):
+            target = checked(node.operator) or resolve(node.operator)
         else:
-            target = resolve(node.operator)
+            target = bounded(node.operator)
         if node.operator == "aten.batch_norm.default":
             arguments, keywords = batch_norm.positional(arguments, keywords), {}
             target = target if arguments[5] is False else batch_norm.checked_batch_norm

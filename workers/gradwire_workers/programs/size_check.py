@@ -7,76 +7,142 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, has_schema, resolve
 
 _META = torch.device("meta")
 
+UNKNOWN = object()
+"""A result that depends on data, in place of a value."""
 
-def check_sizes(module: fx.GraphModule, inputs: Sequence[Any], tensor_bytes: int, field: str) -> None:
+# What these make is as large as the sizes that stand in their arguments, whatever the rest of them is.
+_SIZED = frozenset(
+    (
+        *("full", "zeros", "ones", "rand", "randn", "randint", "new_full", "new_zeros", "new_ones", "eye"),
+        *("expand", "repeat", "tile", "broadcast_to"),
+    )
+)
+
+
+def check_sizes(module: fx.GraphModule, inputs: Sequence[Any], tensor_bytes: int, field: str) -> list[Any]:
     """Raise ResourceExhausted TENSOR_TOO_LARGE if a node's result has more than `tensor_bytes` bytes.
 
-    inputs: what the graph takes, tensors on the meta device. Where a size depends on data, the check ends.
+    inputs: what the graph takes, tensors on the meta device, or UNKNOWN. Returns the graph's outputs, likewise: a
+    result that depends on data is UNKNOWN, and of what is made from it only the sizes are checked that the graph names.
     """
     with torch.no_grad():
-        try:
-            _MeasuredRun(module, tensor_bytes, field).run(*inputs)
-        except (NotImplementedError, _DependsOnData):
-            return
+        return list(_MeasuredRun(module, tensor_bytes, field).run(*inputs))
 
 
-class _DependsOnData(Exception):
-    """A result's size is not known before the data is."""
+class SizesChecked:
+    """Sizes for which a graph is known to be small enough, and with them all that are no larger."""
+
+    _MOST = 16
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, ...]] = []
+
+    def cover(self, sizes: tuple[int, ...]) -> bool:
+        """Whether each of the sizes is at most what was checked, for one check."""
+        return any(
+            len(known) == len(sizes) and all(size <= most for size, most in zip(sizes, known, strict=True))
+            for known in self._known
+        )
+
+    def add(self, sizes: tuple[int, ...]) -> None:
+        """The graph was checked for these sizes. Old ones are forgotten: they can be checked again."""
+        self._known = [sizes, *self._known[: self._MOST - 1]]
 
 
 class _MeasuredRun(fx.Interpreter):
     """Runs a graph on meta tensors and looks at every result."""
 
-    def __init__(self, module: fx.GraphModule, tensor_bytes: int, field: str) -> None:
+    def __init__(self, module: fx.GraphModule, tensor_bytes: int, field: str, *, has_cast: bool = False) -> None:
         super().__init__(module, garbage_collect_values=True)
         self._tensor_bytes = tensor_bytes
         self._field = field
+        # Autocast knows no meta tensors: from the first such region on, types may differ from the real ones.
+        self._has_cast = has_cast
 
     def run_node(self, n: fx.Node) -> Any:
         self._current = n
         result = super().run_node(n)
         for item in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(item, Tensor) and item.numel() * item.element_size() > self._tensor_bytes:
-                raise ResourceExhausted(
-                    f"{n.meta.get('operator', n.op)} makes a tensor {_shape(item)} of"
-                    f" {item.numel() * item.element_size()} bytes; the limit `tensor_bytes` is {self._tensor_bytes}",
-                    field=self._field,
-                    reason="TENSOR_TOO_LARGE",
-                )
+            if isinstance(item, Tensor):
+                self._check(list(item.shape), item.numel() * item.element_size())
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._current.meta.get("operator") == "aten.batch_norm.default":
-            # Its replacement may talk to other ranks.
-            target = torch.ops.aten.batch_norm.default
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _to_meta)  # type: ignore[misc]
+        operator = self._current.meta.get("operator", "")
+        args, kwargs = map_aggregate((args, kwargs), _to_meta)  # type: ignore[misc]
         try:
-            return target(*args, **kwargs)
-        except (InvalidArgument, ResourceExhausted, NotImplementedError):
+            if operator in REGIONS:
+                return self._region(operator, args)
+            if _holds_unknown((args, kwargs)):
+                self._check_named_sizes(operator, args, kwargs)
+                return UNKNOWN
+            # Not the node's own function: checks of values need values, and batch norm's may talk to other ranks.
+            return (resolve(operator) if has_schema(operator) else target)(*args, **kwargs)
+        except (InvalidArgument, ResourceExhausted):
             raise
         except Exception as error:
-            if _needs_data(error):
-                raise _DependsOnData from error
+            if self._has_cast or isinstance(error, NotImplementedError) or _needs_data(error):
+                self._check_named_sizes(operator, args, kwargs)
+                return UNKNOWN
             raise InvalidArgument(
-                f"{self._current.meta.get('operator')} refuses its arguments: {str(error).splitlines()[0][:300]}",
+                f"{operator} refuses its arguments: {str(error).splitlines()[0][:300] if str(error) else type(error)}",
                 field=self._field,
                 reason="GRAPH_FAILS",
             ) from error
+
+    def _region(self, operator: str, arguments: tuple[Any, ...]) -> Any:
+        self._has_cast = self._has_cast or operator == AUTOCAST_REGION
+        position = next(index for index, each in enumerate(arguments) if isinstance(each, fx.GraphModule))
+        inner = _MeasuredRun(arguments[position], self._tensor_bytes, self._field, has_cast=self._has_cast)
+        outputs = inner.run(*arguments[position + 1 :])
+        self._has_cast = inner._has_cast
+        return outputs
+
+    def _check_named_sizes(self, operator: str, args: Any, kwargs: Any) -> None:
+        """What can be said of a result that was not computed: it has at least the numbers that its sizes name."""
+        if not has_schema(operator) or operator.split(".")[1] not in _SIZED:
+            return
+        for argument in (*args, *kwargs.values()):
+            sizes = [each for each in argument if isinstance(each, int)] if isinstance(argument, (list, tuple)) else []
+            least = 1
+            for size in sizes:
+                least *= max(size, 1)
+            if 0 not in sizes:
+                self._check(sizes, least)
+
+    def _check(self, shape: list[int], nbytes: int) -> None:
+        if nbytes > self._tensor_bytes:
+            raise ResourceExhausted(
+                f"{self._current.meta.get('operator', self._current.op)} makes a tensor {shape} of at least"
+                f" {nbytes} bytes; the limit `tensor_bytes` is {self._tensor_bytes}",
+                field=self._field,
+                reason="TENSOR_TOO_LARGE",
+            )
 
 
 def _to_meta(value: Any) -> Any:
     return _META if isinstance(value, torch.device) else value
 
 
+def _holds_unknown(value: Any) -> bool:
+    found = False
+
+    def look(item: Any) -> Any:
+        nonlocal found
+        found = found or item is UNKNOWN
+        return item
+
+    map_aggregate(value, look)
+    return found
+
+
 def _needs_data(error: Exception) -> bool:
     text = str(error)
     return any(word in text for word in ("meta tensor", "Meta", "meta", "data-dependent", "item()"))
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

@@ -1,0 +1,126 @@
+"""No result of a graph is made that is larger than the limit, wherever in the graph it stands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gradwire.export import ModuleExporter
+from gradwire_proto.errors import ResourceExhausted
+from gradwire_proto.operators import schema_of
+from gradwire_proto.values import (
+    Graph,
+    GraphInput,
+    LeafRef,
+    Limits,
+    Node,
+    NodeRef,
+    Program,
+    RankDevice,
+    SubgraphRef,
+    Symbol,
+    TensorSpec,
+    Variant,
+)
+from gradwire_workers.programs import build_program
+
+LIMITS = Limits(tensor_bytes=1 << 20)
+X = NodeRef("x")
+HUGE = [1 << 10, 1 << 11]
+
+
+def node(name: str, operator: str, *arguments, **keywords) -> Node:
+    return Node(name, operator, arguments, keywords)
+
+
+def program(*nodes: Node, shape=("rows", 4), symbols=("rows",), dtype="float32", **changes) -> Program:
+    graph = Graph(inputs=("x",), nodes=nodes, outputs=(X,), **changes.pop("graph", {}))
+    variant = Variant(
+        name="v",
+        training=True,
+        graph=graph,
+        graph_inputs=(GraphInput("input", 0),),
+        input_structure=LeafRef(0),
+        input_leaves=(TensorSpec(dtype, shape),),
+        output_structure=LeafRef(0),
+        symbols=tuple(Symbol(name) for name in symbols),
+        **changes,
+    )
+    inner = [each for graph in graph.subgraphs.values() for each in graph.nodes]
+    of_loss = variant.loss_graph.nodes if variant.loss_graph else ()
+    named = {each.operator for each in (*nodes, *inner, *of_loss) if each.operator.startswith("aten.")}
+    return Program(
+        torch_version=torch.__version__, tensors=(), variants=(variant,), operators={n: schema_of(n) for n in named}
+    )
+
+
+def refused(built: Program) -> None:
+    with pytest.raises(ResourceExhausted) as caught:
+        build_program(built, {}, limits=LIMITS)
+    assert caught.value.reason == "TENSOR_TOO_LARGE"
+
+
+ZEROS = node("z", "aten.zeros.default", HUGE, device=RankDevice())
+DEPENDS = node("d", "aten.nonzero.default", X)
+ITEM = (node("s", "aten.sum.default", X), node("i", "aten.item.default", NodeRef("s")))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        (DEPENDS, ZEROS),
+        (*ITEM, ZEROS),
+        (*ITEM, node("f", "aten.full.default", HUGE, NodeRef("i"), device=RankDevice())),
+        (DEPENDS, node("e", "aten.repeat.default", NodeRef("d"), HUGE)),
+        (*ITEM, node("a", "aten.arange.default", 1 << 21, device=RankDevice())),
+        (DEPENDS, node("o", "aten.expand.default", X, [1 << 20, -1, 4])),
+    ],
+)
+def test_sizes_that_a_graph_names_are_checked_behind_what_depends_on_data(nodes):
+    refused(program(*nodes))
+
+
+def test_sizes_inside_a_region_are_checked():
+    inner = Graph(inputs=("a",), nodes=(ZEROS,), outputs=(NodeRef("a"),))
+    region = node("r", "higher_order.wrap_with_set_grad_enabled", False, SubgraphRef("inner"), X)
+    refused(program(region, graph={"subgraphs": {"inner": inner}}))
+
+
+def test_sizes_of_a_loss_graph_are_checked_with_the_batch():
+    def outer(outputs, targets):
+        return (outputs[:, None] - targets[None]).square().mean()
+
+    exported = ModuleExporter(nn.Linear(4, 2), outer).export_model(torch.randn(3, 4), torch.randn(3, 2))
+    state = {name: tensor.clone() for name, tensor in exported.tensors.items()}
+    built = build_program(exported.program, state, limits=LIMITS)
+    for rows in (10, 300, 20):
+        x, y = torch.randn(rows, 4), torch.randn(rows, 2)
+        assert built.loss("train", built("train", x), [y]).item() > 0
+    with pytest.raises(ResourceExhausted):
+        built("train", torch.randn(600, 4))
+    with pytest.raises(ResourceExhausted):  # gathered outputs have more rows than the rank's own
+        built.loss("train", [torch.randn(600, 2)], [torch.randn(600, 2)])
+
+
+def test_a_loss_graph_is_checked_before_any_batch():
+    loss = Graph(("x",), (ZEROS, node("s", "aten.sum.default", X)), (NodeRef("s"),))
+    refused(program(loss_graph=loss, loss_graph_inputs=(GraphInput("output", 0),)))
+
+
+def test_every_symbol_is_checked_with_the_batch():
+    outer = node("m", "aten.matmul.default", NodeRef("t"), X)
+    graph = program(node("t", "aten.t.default", X), outer, shape=("rows", "width"), symbols=("rows", "width"))
+    built = build_program(graph, {}, limits=LIMITS)
+    for rows, width in ((4, 8), (2, 500), (1000, 8)):
+        built("v", torch.randn(rows, width))
+    with pytest.raises(ResourceExhausted):
+        built("v", torch.randn(4, 600))
+    built("v", torch.randn(4, 501))
+
+
+def test_small_graphs_that_depend_on_data_still_run():
+    graph = program(*ITEM, DEPENDS, node("f", "aten.full.default", [3], NodeRef("i"), device=RankDevice()))
+    built = build_program(graph, {}, limits=LIMITS)
+    x = torch.randn(5, 4)
+    assert torch.equal(built("v", x)[0], x)

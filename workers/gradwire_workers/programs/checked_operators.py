@@ -1,0 +1,119 @@
+"""PyTorch's operators that models need but that trust their tensors' values or shapes, with the check that is missing.
+
+Without it a batch ends the process, or reads memory that is not its own. Batch norm's check is in batch_norm.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.operators import resolve
+
+
+def checked(name: str) -> Callable[..., Any] | None:
+    """The overload of an allowed name behind its check; None for one that needs none."""
+    _, operator, overload = name.split(".")
+    if operator in _DIVISIONS:
+        # Division without a rounding mode is of floating point.
+        return _behind(_check_division, name) if "mode" in overload else None
+    check = _CHECKS.get(operator)
+    return None if check is None else _behind(check, name)
+
+
+@cache
+def _behind(check: Callable[..., None], name: str) -> Callable[..., Any]:
+    operator = resolve(name)
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY if each.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=each.default_value if each.has_default_value() else inspect.Parameter.empty,
+            )
+            for each in operator._schema.arguments  # type: ignore[attr-defined]
+        ]
+    )
+
+    def run_checked(*arguments: Any, **keywords: Any) -> Any:
+        given = signature.bind(*arguments, **keywords)
+        given.apply_defaults()
+        check(given.arguments)
+        return operator(*arguments, **keywords)
+
+    return run_checked
+
+
+def _check_division(given: dict[str, Any]) -> None:
+    """The smallest integer divided by -1 has no answer: processors trap."""
+    dividend, divisor = given["self"], given["other"]
+    if given["rounding_mode"] != "trunc":
+        return
+    dtype = torch.result_type(dividend, divisor)
+    if dtype not in (torch.int32, torch.int64):
+        return
+    if bool(((torch.as_tensor(divisor) == -1) & (dividend.to(dtype) == torch.iinfo(dtype).min)).any()):
+        raise InvalidArgument(
+            f"{torch.iinfo(dtype).min} / -1 does not fit into {str(dtype)[6:]}",
+            field="batch",
+            reason="INTEGER_OVERFLOW",
+        )
+
+
+def _check_bags(given: dict[str, Any]) -> None:
+    """Offsets rise from 0 and stay within the indices, and each index is a row of the weight."""
+    weight, indices, offsets = given["weight"], given["indices"], given["offsets"]
+    if weight.dim() != 2 or indices.dim() != 1 or offsets.dim() != 1:
+        raise _wrong_shapes("embedding_bag takes a weight of two dimensions, and indices and offsets of one")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < weight.shape[0]:
+        raise InvalidArgument(
+            f"index out of range: expected indices in [0, {weight.shape[0]})",
+            field="batch.inputs",
+            reason="INDEX_OUT_OF_RANGE",
+        )
+    if offsets.numel() == 0:
+        return
+    rising = bool((offsets[1:] >= offsets[:-1]).all())
+    if not rising or int(offsets[0]) != 0 or int(offsets[-1]) > indices.numel():
+        raise InvalidArgument(
+            f"offsets must begin with 0, rise, and be at most {indices.numel()}, the number of indices",
+            field="batch.inputs",
+            reason="INDEX_OUT_OF_RANGE",
+        )
+
+
+def _check_layer_norm_backward(given: dict[str, Any]) -> None:
+    values, shape = given["input"], tuple(given["normalized_shape"])
+    if not shape or tuple(values.shape[-len(shape) :]) != shape or given["grad_out"].shape != values.shape:
+        raise _wrong_shapes("native_layer_norm_backward: input and grad_out must end in normalized_shape")
+    groups = prod(values.shape[: -len(shape)])
+    if any(given[name].numel() != groups for name in ("mean", "rstd")):
+        raise _wrong_shapes(f"native_layer_norm_backward: expected {groups} means and deviations")
+    if any(given[name] is not None and tuple(given[name].shape) != shape for name in ("weight", "bias")):
+        raise _wrong_shapes(f"native_layer_norm_backward: expected weight and bias of shape {list(shape)}")
+
+
+def _check_random_pooling(given: dict[str, Any]) -> None:
+    samples = given["random_samples"]
+    if not bool(((samples >= 0) & (samples < 1)).all()):
+        raise InvalidArgument(
+            "fractional_max_pool: expected random samples in [0, 1)", field="batch", reason="INDEX_OUT_OF_RANGE"
+        )
+
+
+def _wrong_shapes(message: str) -> InvalidArgument:
+    return InvalidArgument(message, field="batch", reason="PROGRAM_FAILED")
+
+
+_DIVISIONS = frozenset({"div", "div_", "divide", "divide_"})
+_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    **dict.fromkeys(("embedding_bag", "_embedding_bag"), _check_bags),
+    "native_layer_norm_backward": _check_layer_norm_backward,
+    **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), _check_random_pooling),
+}
