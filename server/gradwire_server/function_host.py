@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
-from gradwire_proto.errors import Unavailable
+from gradwire_proto.errors import Cancelled, Unavailable
 from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientResult, Limits
 from gradwire_server.calls import Call
 from gradwire_server.program_checks import check_function
@@ -28,12 +29,13 @@ class FunctionHost:
     async def compute_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery, max_inline_bytes: int | None, call: Call
     ) -> GradientResult:
-        """The value and gradients of a function.
+        """The value and gradients of a function. It is cut where it stands when the caller gives up.
 
         Raises FailedPrecondition FUNCTION_UNKNOWN where it comes without its program and its digest is not known.
         """
         if function.program is not None:
             await asyncio.to_thread(check_function, function, self._limits)
+        given_up = asyncio.Event()
 
         async def work(claimed: Any) -> GradientResult:
             whole = FunctionSpec(
@@ -42,14 +44,19 @@ class FunctionHost:
                 tensors=claimed["function"]["tensors"],
                 output_leaf=function.output_leaf,
             )
-            result = await self._cluster.compute_function_gradients(whole, Batch(**claimed["batch"]), query)
+            computing = self._cluster.compute_function_gradients(whole, Batch(**claimed["batch"]), query)
+            result = await _unless(given_up, computing)
             return await deliver_gradients(result, self._downloads, max_inline_bytes)
 
         tensors = {
             "function": {"tensors": function.tensors},
             "batch": {"inputs": batch.inputs, "targets": batch.targets},
         }
-        return await self._queue.submit(call, tensors, work).result(call.deadline)
+        try:
+            return await self._queue.submit(call, tensors, work).result(call.deadline)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
     async def close(self) -> None:
         """Refuse what waits; return when what runs has ended, or was cut after delete_seconds."""
@@ -60,3 +67,17 @@ class FunctionHost:
     async def idle(self) -> None:
         """Return when nothing waits or runs."""
         await self._queue.idle()
+
+
+async def _unless(given_up: asyncio.Event, computing: Coroutine[Any, Any, GradientResult]) -> GradientResult:
+    """What `computing` gives; it is cancelled when `given_up` is set first. A function may take for ever."""
+    task, watch = asyncio.ensure_future(computing), asyncio.ensure_future(given_up.wait())
+    try:
+        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the caller gave up while the function was computed")
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.wait([task])

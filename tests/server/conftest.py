@@ -190,6 +190,7 @@ class FakeCluster:
 
     async def compute_function_gradients(self, function: Any, batch: Batch, query: Any) -> GradientResult:
         self.functions.append(function)
+        await self.gate.wait()
         if self.error is not None:
             raise self.error
         return GradientResult(loss=2.0, step=0, num_examples=1, gradients={}, input_gradients=batch.inputs)

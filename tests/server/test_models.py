@@ -259,6 +259,20 @@ async def test_functions_need_no_model(frontend: Any, fakes: Any) -> None:
     assert error.field == "function.program.graphs.variants[0].graph.nodes[0].operator"
 
 
+async def test_a_function_is_cut_when_its_caller_gives_up_and_the_next_is_served(frontend: Any, fakes: Any) -> None:
+    request = pb.ComputeGradientsRequest(input_gradients=True, no_parameter_gradients=True)
+    request.function.digest = "0" * 64
+    codec.encode_batch(Batch((fakes.two_floats(),)), request.batch)
+    frontend.cluster.gate.clear()
+    endless = frontend.stub.ComputeGradients(request)
+    await frontend.until(lambda: len(frontend.cluster.functions) == 1)
+    following = asyncio.ensure_future(frontend.stub.ComputeGradients(request))
+    endless.cancel()
+    await frontend.until(lambda: len(frontend.cluster.functions) == 2)
+    frontend.cluster.gate.set()
+    assert codec.decode_gradient_result(await following).loss == 2.0
+
+
 async def test_request_must_say_what_to_differentiate(frontend: Any, fakes: Any) -> None:
     request = pb.ComputeGradientsRequest()
     codec.encode_batch(Batch(fakes.two_floats()), request.batch)
