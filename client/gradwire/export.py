@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwire import module_guard
-from gradwire.example import Example, as_example
-from gradwire.loss_mapping import as_loss
-from gradwire.module_signature import Signature
-from gradwire.module_snapshot import Snapshot, preserved
-from gradwire.module_state import ModuleState, describe_state
-from gradwire.output_tree import OutputTree
-from gradwire.variant_export import Finished, VariantExport
+from gradwire.exporting import module_guard
+from gradwire.exporting.example import Example, as_example
+from gradwire.exporting.loss_mapping import as_loss
+from gradwire.exporting.module_signature import Signature
+from gradwire.exporting.module_snapshot import Snapshot, preserved
+from gradwire.exporting.module_state import ModuleState, describe_state
+from gradwire.exporting.output_tree import OutputTree
+from gradwire.exporting.variant_export import Finished, VariantExport
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 

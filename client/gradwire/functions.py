@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gradwire import safety_net
 from gradwire.export import EXPORT_LOCK
-from gradwire.module_guard import custom_functions_refused
-from gradwire.output_tree import OutputTree
-from gradwire.random_state import cuda_devices, random_state_kept
-from gradwire.traced_graph import Constants, TracedGraph, trace_graph
-from gradwire.tracing import explain
+from gradwire.exporting import safety_net
+from gradwire.exporting.module_guard import custom_functions_refused
+from gradwire.exporting.output_tree import OutputTree
+from gradwire.exporting.random_state import cuda_devices, random_state_kept
+from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
+from gradwire.exporting.tracing import explain
 from gradwire.user_values import leaf_spec, normalize
 from gradwire_proto.errors import ExportError, GradwireError, InvalidArgument
 from gradwire_proto.function_digest import function_digest

@@ -13,7 +13,7 @@ import torch
 
 from gradwire.errors import InternalError
 from gradwire.rpc import Rpc
-from gradwire_proto.enum_words import DTYPES
+from gradwire_proto.encoding.enum_words import DTYPES
 from gradwire_proto.tensors import to_torch, torch_dtype
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Handle, TensorData, map_leaves

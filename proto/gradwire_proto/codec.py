@@ -5,7 +5,7 @@ in place spares a copy of its tensors. `decode_x(message, field)` returns the va
 `field` that starts with the path given. With `limits`, tensors above `tensor_bytes` raise ResourceExhausted.
 """
 
-from gradwire_proto.graph_codec import (
+from gradwire_proto.encoding.graph_codec import (
     decode_argument,
     decode_graph,
     decode_node,
@@ -15,7 +15,7 @@ from gradwire_proto.graph_codec import (
     encode_node,
     encode_operators,
 )
-from gradwire_proto.model_codec import (
+from gradwire_proto.encoding.model_codec import (
     decode_loss,
     decode_model_info,
     decode_model_spec,
@@ -25,7 +25,7 @@ from gradwire_proto.model_codec import (
     encode_model_spec,
     encode_optimizer,
 )
-from gradwire_proto.program_codec import (
+from gradwire_proto.encoding.program_codec import (
     decode_graph_input,
     decode_program,
     decode_state_tensor,
@@ -36,7 +36,7 @@ from gradwire_proto.program_codec import (
     encode_state_tensor,
     encode_variant,
 )
-from gradwire_proto.result_codec import (
+from gradwire_proto.encoding.result_codec import (
     decode_command_info,
     decode_forward_result,
     decode_gradient_result,
@@ -48,10 +48,10 @@ from gradwire_proto.result_codec import (
     encode_step_result,
     encode_timing,
 )
-from gradwire_proto.scalar_codec import (
+from gradwire_proto.encoding.scalar_codec import (
     refuse_unknown_fields,
 )
-from gradwire_proto.service_codec import (
+from gradwire_proto.encoding.service_codec import (
     decode_function,
     decode_gradient_query,
     decode_learning_rate,
@@ -63,7 +63,7 @@ from gradwire_proto.service_codec import (
     encode_limits,
     encode_server_info,
 )
-from gradwire_proto.structure_codec import (
+from gradwire_proto.encoding.structure_codec import (
     decode_leaf,
     decode_structure,
     decode_symbol,
@@ -71,7 +71,7 @@ from gradwire_proto.structure_codec import (
     encode_structure,
     encode_symbol,
 )
-from gradwire_proto.tensor_codec import (
+from gradwire_proto.encoding.tensor_codec import (
     MAX_DEPTH,
     decode_batch,
     decode_named_tensors,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gradwire_proto.program_codec import encode_program
+from gradwire_proto.encoding.program_codec import encode_program
 from gradwire_proto.values import Program, TensorData
 
 

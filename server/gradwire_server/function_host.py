@@ -11,7 +11,7 @@ from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientRe
 from gradwire_server.calls import Call
 from gradwire_server.program_checks import check_function
 from gradwire_server.replies import deliver_gradients
-from gradwire_server.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.work_queue import WorkQueue
 from gradwire_server.workers import Cluster
 

@@ -27,7 +27,7 @@ from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.program_checks import check_new_variant, check_variant_fits
 from gradwire_server.replies import deliver_gradients, deliver_outputs, inline_bytes
 from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.work_queue import Job, WorkQueue
 from gradwire_server.workers import Workers
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
+from gradwire_server.processes.service_folders import log_folder
 from gradwire_server.service import Service
-from gradwire_server.service_folders import log_folder
 from gradwire_workers.cluster import Cluster, ClusterConfig
 
 logger = logging.getLogger("gradwire_server")

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray  # noqa: F401 - takes most of a second, which passes while Ray starts
 
 from gradwire_server import main as frontend
-from gradwire_server.ray_head import ADDRESS_FILE_VARIABLE, wait_for_address
+from gradwire_server.processes.ray_head import ADDRESS_FILE_VARIABLE, wait_for_address
 
 if __name__ == "__main__":
     sys.argv.append(f"--ray-address={wait_for_address(Path(os.environ[ADDRESS_FILE_VARIABLE]))}")

@@ -24,7 +24,7 @@ from gradwire_server.model_creation import ModelCreation
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
 DEFAULT_PAGE, LARGEST_PAGE = 100, 1000

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from gradwire_proto.values import ForwardResult, GradientResult, StepResult, TensorData, leaves
 from gradwire_server.calls import Call
-from gradwire_server.downloads import Downloads
+from gradwire_server.tensors.downloads import Downloads
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
-from gradwire_server.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
 

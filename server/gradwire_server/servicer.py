@@ -18,8 +18,8 @@ from gradwire_server.function_host import FunctionHost
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.server_info import ServerFacts
-from gradwire_server.tensor_store import TensorStore
-from gradwire_server.tensor_streams import encode_chunks, read_chunks, read_manifest
+from gradwire_server.tensors.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_streams import encode_chunks, read_chunks, read_manifest
 
 
 class Servicer:

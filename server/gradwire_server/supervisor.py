@@ -21,11 +21,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gradwire_server.config import ConfigError, ServerConfig, add_flags, config_from_flags
-from gradwire_server.process_tree import MARKER, ends_with_parent, kill_members
-from gradwire_server.ray_head import ADDRESS_FILE_VARIABLE, address_file, ray_command, ray_environment, write_token
-from gradwire_server.restart_delay import RestartDelay
-from gradwire_server.service_folders import ServiceFolders, log_folder
-from gradwire_server.service_guard import guard
+from gradwire_server.processes.process_tree import MARKER, ends_with_parent, kill_members
+from gradwire_server.processes.ray_head import (
+    ADDRESS_FILE_VARIABLE,
+    address_file,
+    ray_command,
+    ray_environment,
+    write_token,
+)
+from gradwire_server.processes.restart_delay import RestartDelay
+from gradwire_server.processes.service_folders import ServiceFolders, log_folder
+from gradwire_server.processes.service_guard import guard
 
 FRONTEND = (sys.executable, "-m", "gradwire_server.main_when_ray_is_ready")
 

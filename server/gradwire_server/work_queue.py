@@ -13,7 +13,7 @@ from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, Re
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.replies import with_times
-from gradwire_server.uploads import Claim, Uploads
+from gradwire_server.tensors.uploads import Claim, Uploads
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradwire_server.config import add_flags, config_from_flags
-from gradwire_server.ray_head import ADDRESS_FILE_VARIABLE, wait_for_address
+from gradwire_server.processes.ray_head import ADDRESS_FILE_VARIABLE, wait_for_address
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradwire_server.restart_delay import RestartDelay
+from gradwire_server.processes.restart_delay import RestartDelay
 
 
 class Clock:

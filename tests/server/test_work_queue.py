@@ -20,9 +20,9 @@ from gradwire_proto.errors import (
 )
 from gradwire_proto.values import Handle, Limits, TensorData
 from gradwire_server.calls import Call
-from gradwire_server.held_files import TensorType
-from gradwire_server.tensor_store import TensorStore
-from gradwire_server.uploads import Uploads
+from gradwire_server.tensors.held_files import TensorType
+from gradwire_server.tensors.tensor_store import TensorStore
+from gradwire_server.tensors.uploads import Uploads
 from gradwire_server.work_queue import Job, WorkQueue
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
 from gradwire_proto.values import ModelSpec, Program
-from gradwire_workers.capacity import Capacity
+from gradwire_workers.pool.capacity import Capacity
 
 PROGRAM = Program(torch_version="2.13.0", tensors=(), variants=(), operators={})
 

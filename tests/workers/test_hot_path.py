@@ -25,8 +25,8 @@ from gradwire.export import ModuleExporter
 from gradwire_proto.codec import encode_model_spec
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import Batch, GradientQuery, Limits, ModelSpec, OptimizerSpec
+from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import RankChannel
-from gradwire_workers.rank_process import RankProcess
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.worker_group import WorkerGroup

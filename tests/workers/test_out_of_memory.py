@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradwire_proto.errors import ResourceExhausted
-from gradwire_workers.out_of_memory import out_of_memory_told
+from gradwire_workers.training.out_of_memory import out_of_memory_told
 
 
 def test_torchs_refusal_to_allocate_is_resource_exhausted():

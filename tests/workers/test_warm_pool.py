@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from gradwire_proto.errors import Unavailable
-from gradwire_workers.warm_pool import WarmPool
+from gradwire_workers.pool.warm_pool import WarmPool
 
 
 class FakeRank:

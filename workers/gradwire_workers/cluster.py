@@ -22,15 +22,15 @@ from gradwire_proto.values import (
     NamedTensors,
 )
 from gradwire_workers import segments
-from gradwire_workers.capacity import Capacity, Demand
 from gradwire_workers.function_rank import FunctionRank
-from gradwire_workers.lease import Lease
 from gradwire_workers.placement import Placement
-from gradwire_workers.rank_launcher import RankLauncher
-from gradwire_workers.rank_process import RankProcess
+from gradwire_workers.pool.capacity import Capacity, Demand
+from gradwire_workers.pool.lease import Lease
+from gradwire_workers.pool.rank_launcher import RankLauncher
+from gradwire_workers.pool.rank_process import RankProcess
+from gradwire_workers.pool.warm_pool import WarmPool
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.segments import SegmentWriter
-from gradwire_workers.warm_pool import WarmPool
 from gradwire_workers.worker_group import WorkerGroup
 
 _FRONTEND = "frontend"

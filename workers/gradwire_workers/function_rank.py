@@ -15,7 +15,7 @@ from gradwire_proto.function_digest import function_digest
 from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientResult, Limits, Variant
 from gradwire_workers import segments
 from gradwire_workers.combining import gradient_result
-from gradwire_workers.rank_process import RankProcess
+from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.sharding import split

@@ -17,7 +17,7 @@ from torch import Tensor
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.tensors import to_torch
 from gradwire_proto.values import TensorData, TorchLossSpec
-from gradwire_workers.option_check import Check, Number, OneOf, check_options
+from gradwire_workers.training.option_check import Check, Number, OneOf, check_options
 
 Weight = Tensor | float
 """What a rank's rows add to the number that the whole loss is divided by."""

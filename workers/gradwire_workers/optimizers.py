@@ -12,7 +12,7 @@ from torch import nn
 
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import OptimizerSpec
-from gradwire_workers.option_check import Check, Number, OneOf, check_options
+from gradwire_workers.training.option_check import Check, Number, OneOf, check_options
 
 _FLAG = OneOf((False, True))
 _KERNELS = {"foreach": OneOf((None, False, True)), "fused": OneOf((None, False, True))}

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.futures import Future
 
 from gradwire_proto.errors import InternalError
-from gradwire_workers.peer_connections import PeerConnections
+from gradwire_workers.training.peer_connections import PeerConnections
 
 COLLECTIVE_SECONDS = 1800.0
 """How long a collective waits for a peer that is alive but slow. A peer that gives up or dies is noticed at once."""

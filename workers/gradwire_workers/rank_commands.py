@@ -26,14 +26,14 @@ from gradwire_proto.values import (
     map_leaves,
 )
 from gradwire_workers.after_applied import errors_after_applied
-from gradwire_workers.attempt import AGREED
-from gradwire_workers.out_of_memory import out_of_memory_told
+from gradwire_workers.pool.rank_footprint import RankFootprint
+from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
-from gradwire_workers.rank_footprint import RankFootprint
 from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.trainer import Trainer
-from gradwire_workers.warm_up import warm_up
+from gradwire_workers.training.attempt import AGREED
+from gradwire_workers.training.out_of_memory import out_of_memory_told
 
 Fields = Mapping[str, Any]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from gradwire_proto.errors import GradwireError, InternalError, RankLost
 from gradwire_workers import segments
+from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
-from gradwire_workers.rank_process import RankProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

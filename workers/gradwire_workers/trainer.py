@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition, InternalError
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
-from gradwire_workers import tensor_names
-from gradwire_workers.agreement import Agreement
-from gradwire_workers.attempt import Attempt
-from gradwire_workers.clock import Clock
-from gradwire_workers.gradient_reading import read_gradients
-from gradwire_workers.gradients import add_up
 from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer
-from gradwire_workers.passes import Passes, take
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs.build import add_variant
-from gradwire_workers.replica import Replica
-from gradwire_workers.reports import ForwardReport, GradientReport, StepReport
-from gradwire_workers.row_check import why_rows_depend
 from gradwire_workers.shard import Shard
+from gradwire_workers.training import tensor_names
+from gradwire_workers.training.agreement import Agreement
+from gradwire_workers.training.attempt import Attempt
+from gradwire_workers.training.clock import Clock
+from gradwire_workers.training.gradient_reading import read_gradients
+from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.passes import Passes, take
+from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
+from gradwire_workers.training.row_check import why_rows_depend
 
 
 class Trainer:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradwire import safety_net
 from gradwire.export import ModuleExporter
+from gradwire.exporting import safety_net
 from gradwire_proto.errors import ExportError
 from gradwire_workers.programs import build_program
 

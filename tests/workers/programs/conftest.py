@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradwire.example import as_example
 from gradwire.export import ExportedModel, ModuleExporter
+from gradwire.exporting.example import as_example
 from gradwire_proto.codec import decode_program, encode_program
 from gradwire_proto.values import GraphLossSpec, OutputLossSpec
 from gradwire_workers.programs import BuiltProgram, build_program

@@ -66,7 +66,7 @@ if trainer._replica._rank == trainer._groups.size - 1:
 """
 FAIL_TO_COPY = """
 if trainer._replica._rank == trainer._groups.size - 1:
-    import gradwire_workers.attempt as attempt
+    import gradwire_workers.training.attempt as attempt
     def fail(tensors):
         raise RuntimeError("a fault while buffers are copied")
     faults["copy"], attempt.Snapshot = attempt.Snapshot, fail
@@ -74,7 +74,7 @@ if trainer._replica._rank == trainer._groups.size - 1:
 TAKE_AND_COPY_AGAIN = """
 trainer._replica.__dict__.pop("localise", None)
 if "copy" in faults:
-    import gradwire_workers.attempt as attempt
+    import gradwire_workers.training.attempt as attempt
     attempt.Snapshot = faults.pop("copy")
 """
 

@@ -10,8 +10,8 @@ import torch
 
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import Batch, ConstantSpec, LeafRef, Segment, Symbol, TensorData, TensorSpec, Variant
-from gradwire_workers.seeds import command_seed, mixed_seed
 from gradwire_workers.sharding import combine_leaves, row_range, split
+from gradwire_workers.training.seeds import command_seed, mixed_seed
 
 VARIANT = Variant(
     name="train",

@@ -1,0 +1,1 @@
+"""From a module to a checked graph, step by step."""

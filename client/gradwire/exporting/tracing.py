@@ -1,0 +1,236 @@
+"""Runs torch.export on a callable of flat tensors, with rows left open where possible, and explains failures."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import logging
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _NormBase
+
+from gradwire.exporting.module_guard import custom_functions_refused
+from gradwire_proto.errors import ExportError, GradwireError
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent.parent)
+
+
+class Traced(nn.Module):
+    """A module whose forward is `function` of flat tensors; it holds `module`, which that runs, so that names stay."""
+
+    PREFIX = "module."
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+        self.assigned: set[str] = set()
+
+    def forward(self, *tensors: Tensor) -> Any:
+        # torch.export sees a buffer that is assigned in its root alone: elsewhere the new value would be lost.
+        before = [
+            (f"{path}.{name}".removeprefix(self.PREFIX), each._buffers, name, buffer)
+            for path, each in self.named_modules(remove_duplicate=False)
+            for name, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+        result = self._function(*tensors)
+        for path, buffers, name, old in before:
+            new = buffers.get(name)
+            if new is not old:
+                old.copy_(_new_value(path, old, new))
+                buffers[name] = old
+                # Under all names that its module has.
+                self.assigned |= {other for other, _, _, buffer in before if buffer is old}
+        return result
+
+
+def _new_value(path: str, old: Tensor, new: Tensor | None) -> Tensor:
+    if new is None or new.dtype != old.dtype or new.shape != old.shape:
+        found = "None" if new is None else f"{new.dtype} of shape {list(new.shape)}"
+        raise ExportError(
+            f"the forward assigns {found} to buffer {path!r}, which is {old.dtype} of shape {list(old.shape)}: on the"
+            " service a buffer keeps its type and shape",
+            field=path,
+            reason="EXPORT_BUFFER_CHANGED",
+        )
+    return new.detach()
+
+
+def trace(
+    function: Callable[..., Sequence[Any]], module: nn.Module | None, tensors: Sequence[Tensor], rows: Sequence[bool]
+) -> ExportedProgram:
+    """The graph of `function`, which takes `tensors` and runs `module`.
+
+    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. Raises whatever torch.export does.
+    """
+    symbol = Dim("rows")
+    shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
+    # Only what varies says so: a graph without open dimensions is exported as it stands.
+    dynamic = (shapes,) if any(rows) else None
+    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off(), open_len():
+        traced = Traced(function, module)
+        exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
+    _keep_old_values(exported, traced.assigned)
+    return exported
+
+
+def _keep_old_values(exported: ExportedProgram, assigned: set[str]) -> None:
+    """Let the graph read copies of the buffers that it assigns.
+
+    The user's own forward leaves the old tensor as it is, to be returned, or read again by the backward.
+    """
+    if not assigned:
+        return
+    graph = exported.graph_module.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
+        if str(spec.target).removeprefix(Traced.PREFIX) in assigned and spec.kind is InputKind.BUFFER:
+            *_, latest, assignment = (None, *_versions(node))
+            # Under the other names that its module has nobody writes it.
+            if latest is None:
+                continue
+            with graph.inserting_after(inputs[-1]):
+                old = graph.call_function(torch.ops.aten.clone.default, (node,))
+            old.meta = dict(node.meta)
+            for reader in [each for each in node.users if each not in (old, assignment)]:
+                reader.replace_input_with(node, old)
+            for reader in list(assignment.users):
+                reader.replace_input_with(assignment, old if latest is node else latest)
+            assignment.args = (node, *assignment.args[1:])
+            if not old.users:
+                graph.erase_node(old)
+    exported.graph_module.recompile()
+
+
+def _versions(node: fx.Node) -> list[fx.Node]:
+    """A tensor and the nodes that change it in place, in order: each stands for it from there on."""
+    versions = [node]
+    while True:
+        later = [
+            each
+            for each in versions[-1].users
+            if isinstance(each.target, torch._ops.OpOverload)
+            and each.target._schema.name.endswith("_")
+            and each.args[0] is versions[-1]
+        ]
+        if not later:
+            return versions
+        versions.append(later[-1])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export's warnings and printed graphs are for its developers; failures are told by our own errors."""
+    loggers = [
+        logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.split(".")[0] == "torch"
+    ]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(_OtherThreads(sys.stderr)):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+class _OtherThreads(io.TextIOBase):
+    """Standard error without what this thread writes: torch.export prints unfinished graphs there."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+        self._thread = threading.get_ident()
+
+    def write(self, text: str, /) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._target.write(text)
+
+    def flush(self) -> None:
+        self._target.flush()
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextmanager
+def open_len() -> Iterator[None]:
+    """Inside, `len(tensor)` leaves an open dimension open: Python's own would turn it into the example's number."""
+    thread, plain = threading.get_ident(), builtins.len
+
+    def length(value: Any, /) -> Any:
+        if isinstance(value, Tensor) and threading.get_ident() == thread and value.dim():
+            return value.shape[0]
+        return plain(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
+
+
+@contextmanager
+def ambient_autocast_off() -> Iterator[None]:
+    """An autocast that happens to be on around the call is no part of the module."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def explain(error: Exception, subject: str) -> GradwireError:
+    """The ExportError that says why `subject` could not be exported, and where in the user's code."""
+    if isinstance(error, GradwireError):
+        return error
+    place = _place(error)
+    name = type(error).__name__
+    if _in_cumulative_average(error):
+        return ExportError(
+            f"{subject} has a batch norm with momentum=None, which reads its counter as a Python number, and a graph"
+            " cannot: give it a momentum, such as 0.1",
+            reason="EXPORT_DATA_DEPENDENT",
+        )
+    if "DataDependent" in name or "data-dependent" in str(error):
+        return ExportError(
+            f"{subject} needs a tensor's value in Python{place} (an `if`, float(), item() ...), which a graph cannot"
+            " have: use torch.where, or keep that decision out of the forward",
+            reason="EXPORT_DATA_DEPENDENT",
+        )
+    return ExportError(f"{subject} cannot be exported{place}: {name}: {_first_lines(error)}", reason="EXPORT_FAILED")
+
+
+def _in_cumulative_average(error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    layers = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_filename.startswith(_TORCH))
+    return any(isinstance(layer, _NormBase) and layer.momentum is None for layer in layers)
+
+
+def quote(error: Exception) -> str:
+    """An error of the user's own code, in one line, with its place."""
+    return f"{type(error).__name__}: {_first_lines(error)}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """ " at file:line" of the innermost line that is the user's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((_TORCH, _HERE, "<")):
+            return f" at {frame.filename}:{frame.lineno}"
+    return ""
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:600]

@@ -1,0 +1,341 @@
+"""One variant of a module: traced, encoded, checked against the module, with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwire.exporting import python_state, safety_net
+from gradwire.exporting.example import Example
+from gradwire.exporting.graph_run import GraphRun, as_scalar
+from gradwire.exporting.loss_mapping import Loss
+from gradwire.exporting.module_guard import custom_functions_refused
+from gradwire.exporting.module_snapshot import Snapshot, rewound
+from gradwire.exporting.module_state import ModuleState, buffer_values
+from gradwire.exporting.output_tree import OutputTree
+from gradwire.exporting.random_state import seed
+from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
+from gradwire.exporting.tracing import ambient_autocast_off, explain, quiet
+from gradwire.user_values import call_with
+from gradwire_proto.errors import ExportError, GradwireError
+from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A variant that computes what the module does.
+
+    loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
+    changing: the module's tensors that a forward changes. devices: the CUDA devices that it uses.
+    left: the attributes that a forward changes, on which nothing depends.
+    """
+
+    variant: Variant
+    output_tree: OutputTree
+    example: Example
+    operators: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    constant_specs: tuple[StateTensor, ...]
+    loss_leaf: int | None
+    outputs: tuple[Any, ...]
+    changing: tuple[Tensor, ...]
+    devices: frozenset[int]
+    left: frozenset[str]
+
+    def agrees_with(self, module: nn.Module) -> bool:
+        """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
+        seed(self.devices)
+        with torch.no_grad(), quiet(), ambient_autocast_off(), rewound(self.changing):
+            inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.example.inputs]
+            tree, outputs = OutputTree.of(call_with(module, self.example.input_structure, inputs))
+        return tree.structure == self.output_tree.structure and safety_net.agree(self.outputs, outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantExport:
+    """Exports the module in the mode in which it is. The caller preserves it.
+
+    loss: None where there is none, or the batch brings no targets for it. constants: those that the program has.
+    snapshot: the module and the loss, as they are before each run.
+    """
+
+    module: nn.Module
+    loss: Loss | None
+    state: ModuleState
+    training: bool
+    name: str
+    constants: Mapping[str, Tensor]
+    snapshot: Snapshot
+
+    def finish(self, example: Example) -> Finished:
+        """The variant, with the rows left open where the module lets them vary."""
+        enlarged = example.enlarged()
+        if example.rows is not None:
+            try:
+                return self._attempt(enlarged)
+            except GradwireError as error:
+                # Two rows may fail where the one that was given does not.
+                if error.reason != "EXAMPLE_FAILED" or enlarged is example:
+                    raise
+            except Exception as error:  # torch.export raises whatever the rows' being open led to
+                reason = error
+                del error
+                self._raise_if_hopeless(reason, example)
+        try:
+            return self._attempt(example.fixed())
+        except GradwireError:
+            raise
+        except Exception as error:
+            self.run_module(example)
+            raise explain(error, f"the module {type(self.module).__qualname__}") from error
+
+    def _raise_if_hopeless(self, error: Exception, example: Example) -> None:
+        """Data-dependent control flow fails with fixed sizes too: say so at once."""
+        if "DataDependent" in type(error).__name__:
+            self.run_module(example)
+            raise explain(error, f"the module {type(self.module).__qualname__}") from error
+
+    def run_module(self, example: Example) -> None:
+        """Raise EXAMPLE_FAILED if the module itself fails on the example."""
+        with self._rewound(self.state.by_name.values()):
+            forward = self._eager(example, [])
+            safety_net.run(forward, example.inputs, {}, subject="the module", differentiate=False)
+
+    @contextmanager
+    def _rewound(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """After, the module and the loss are as before, parameters among `tensors` too."""
+        try:
+            with rewound(tensors):
+                yield
+        finally:
+            self.snapshot.restore()
+
+    def _attempt(self, example: Example) -> Finished:
+        trees: list[OutputTree] = []
+        tensor_leaves = [index for index, leaf in enumerate(example.inputs) if isinstance(leaf, Tensor)]
+
+        def flat_forward(*tensors: Tensor) -> Sequence[Any]:
+            leaves = list(example.inputs)
+            for index, tensor in zip(tensor_leaves, tensors, strict=True):
+                leaves[index] = tensor
+            tree, flat = OutputTree.of(call_with(self.module, example.input_structure, leaves))
+            trees.append(tree)
+            return tuple(flat)
+
+        operators: dict[str, str] = {}
+        constants = Constants(prefix=self._constant_prefix(), known=self.constants)
+        leaves = [
+            (GraphInput("input", i), example.inputs[i], example.has_rows(example.inputs[i])) for i in tensor_leaves
+        ]
+        with self._rewound(()):
+            graph = trace_graph(
+                flat_forward,
+                self.module,
+                leaves,
+                state=self.state.by_name,
+                constants=constants,
+                operators=operators,
+                subject="the forward",
+            )
+        tree = trees[-1]
+        changing = [self.state.by_name[name] for name in graph.written]
+        before = buffer_values(self.module)
+        eager, left, differentiate = self._compare_runs(example, trees, changing)
+        if trees[-1].structure != tree.structure:
+            raise ExportError("the module nests its outputs in one way when exported and in another when run")
+        loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
+        loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators)
+        check = GraphRun(
+            loss=self.loss, example=example, graph=graph, loss_graph=loss_graph, tensor_leaves=tensor_leaves
+        )
+        with self._rewound(changing):
+            raw = safety_net.run(
+                check.forward,
+                example.inputs,
+                self.state.trainable,
+                subject="the exported graph",
+                differentiate_leaves=differentiate,
+                buffers=self._buffers,
+            )
+        safety_net.compare(eager, raw, before)
+        smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
+        return Finished(
+            variant=Variant(
+                name=self.name,
+                training=self.training,
+                graph=graph.graph,
+                graph_inputs=graph.bindings,
+                input_structure=example.input_structure,
+                input_leaves=example.input_specs(),
+                output_structure=tree.structure,
+                symbols=() if example.rows is None else (Symbol(ROWS, min=smallest),),
+                loss_graph=loss_graph.graph if loss_graph else None,
+                loss_graph_inputs=loss_graph.bindings if loss_graph else (),
+                target_structure=example.target_structure,
+                target_leaves=example.target_specs(),
+            ),
+            output_tree=tree,
+            example=example,
+            operators=operators,
+            constants=dict(constants.added),
+            constant_specs=constants.specs(),
+            loss_leaf=loss_leaf,
+            outputs=tuple(eager.outputs),
+            changing=tuple(changing),
+            devices=self.snapshot.devices,
+            left=left,
+        )
+
+    def _buffers(self) -> Mapping[str, Tensor]:
+        return buffer_values(self.module)
+
+    def _compare_runs(
+        self, example: Example, trees: list[OutputTree], changing: list[Tensor]
+    ) -> tuple[safety_net.Run, frozenset[str], bool]:
+        """(what the module gives, the attributes that it changes idly, whether its inputs can have gradients)."""
+        try:
+            return *self._run_watched(example, trees, changing, differentiate_leaves=True), True
+        except ExportError as error:
+            if error.reason != "EXAMPLE_FAILED":
+                raise
+        # Some operators do not differentiate every input, such as targets among them.
+        return *self._run_watched(example, trees, changing, differentiate_leaves=False), False
+
+    def _run_watched(
+        self, example: Example, trees: list[OutputTree], changing: list[Tensor], *, differentiate_leaves: bool
+    ) -> tuple[safety_net.Run, frozenset[str]]:
+        forward = self._eager(example, trees)
+
+        def once(inputs: Sequence[Any]) -> safety_net.Run:
+            with rewound(changing):
+                return safety_net.run(
+                    forward,
+                    inputs,
+                    self.state.trainable,
+                    subject="the module",
+                    differentiate_leaves=differentiate_leaves,
+                    buffers=self._buffers,
+                )
+
+        with self._rewound(()):
+            first = once(example.inputs)
+            left = python_state.refuse_dependence(
+                self.snapshot, first, lambda: once(example.inputs), lambda: once(example.other_inputs())
+            )
+            return first, left
+
+    def _constant_prefix(self) -> str:
+        prefix = f"constant.{self.name}."
+        while any(name.startswith(prefix) for name in self.state.by_name):
+            prefix = f"_{prefix}"
+        return prefix
+
+    def _eager(self, example: Example, trees: list[OutputTree]) -> safety_net.Forward:
+        def forward(leaves: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
+            with custom_functions_refused():
+                output = call_with(self.module, example.input_structure, list(leaves))
+                tree, flat = OutputTree.of(output)
+                trees.append(tree)
+                if self.loss is None:
+                    return flat, None
+                targets = unflatten(example.target_structure, example.targets)
+                return flat, as_scalar(self.loss.function(output, targets))
+
+        return forward
+
+    def _loss_graph(
+        self,
+        example: Example,
+        tree: OutputTree,
+        eager: safety_net.Run,
+        graph: TracedGraph,
+        constants: Constants,
+        operators: dict[str, str],
+    ) -> TracedGraph | None:
+        if self.loss is None or self.loss.fits(eager.outputs, example.targets):
+            return None
+        loss, outputs, targets = self.loss, list(eager.outputs), list(example.targets)
+        leaves = [
+            (GraphInput("output", i), leaf, _rows_lead(graph, i))
+            for i, leaf in enumerate(outputs)
+            if isinstance(leaf, Tensor)
+        ]
+        leaves += [
+            (GraphInput("target", i), leaf, example.has_rows(leaf))
+            for i, leaf in enumerate(targets)
+            if isinstance(leaf, Tensor)
+        ]
+        places = [(outputs if binding.kind == "output" else targets, int(binding.key)) for binding, _, _ in leaves]
+
+        def flat_loss(*tensors: Tensor) -> Sequence[Any]:
+            for (values, index), tensor in zip(places, tensors, strict=True):
+                values[index] = tensor
+            return (as_scalar(loss.function(tree.unflatten(outputs), unflatten(example.target_structure, targets))),)
+
+        kept = list(outputs), list(targets)
+        try:
+            return trace_graph(
+                flat_loss,
+                loss.module,
+                leaves,
+                state={},
+                constants=constants,
+                operators=operators,
+                subject="the loss",
+                trained=self._trained(graph),
+            )
+        except GradwireError:
+            raise
+        except Exception as error:
+            if example.rows is not None:
+                # Perhaps with fixed sizes.
+                raise
+            raise explain(error, "the loss") from error
+        finally:
+            outputs[:], targets[:] = kept
+            self.snapshot.restore()
+
+    def _trained(self, graph: TracedGraph) -> Mapping[str, Tensor]:
+        """The tensors that change in training: to close over one would fix its value."""
+        return {**self.state.trainable, **{name: self.state.by_name[name] for name in graph.written}}
+
+    def _one_row_agrees(self, example: Example, check: GraphRun, changing: list[Tensor]) -> bool:
+        """Whether the graph serves a batch of one row: torch.export takes for granted that there are more."""
+        first = example.first_row()
+        with torch.no_grad(), quiet(), ambient_autocast_off():
+            results = []
+            for forward in (self._eager(first, []), check.with_example(first).forward):
+                seed(self.snapshot.devices)
+                with self._rewound(changing):
+                    try:
+                        outputs, loss = forward([x.clone() if isinstance(x, Tensor) else x for x in first.inputs])
+                        results.append([*outputs, loss, *self._buffers().values()])
+                    except ValueError as error:
+                        # The graph's batch norm has the same check, on the whole batch.
+                        return "Expected more than 1 value per channel" in str(error)
+                    except Exception:
+                        return False
+        return safety_net.agree(*results)
+
+
+def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:
+    """The output that is the loss: the only one, or `.loss`, or ["loss"]."""
+    output = tree.unflatten(list(outputs))
+    found = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("loss")
+    if not isinstance(found, Tensor) or found.dim() > 0 or not found.is_floating_point():
+        return None
+    return next((index for index, leaf in enumerate(outputs) if leaf is found), None)
+
+
+def _rows_lead(graph: TracedGraph, output: int) -> bool:
+    """Whether the batch's rows are dimension 0 of an output."""
+    node = list(graph.module.graph.nodes)[-1].args[0][output]
+    value = getattr(node, "meta", {}).get("val")
+    return isinstance(value, Tensor) and value.dim() > 0 and isinstance(value.shape[0], torch.SymInt)

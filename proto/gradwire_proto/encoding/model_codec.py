@@ -1,0 +1,234 @@
+"""Models, as asked for and as described, to messages and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import floor
+
+from google.rpc import code_pb2, status_pb2
+
+from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, SHARDING_MODES
+from gradwire_proto.encoding.program_codec import (
+    decode_program,
+    decode_state_tensors,
+    decode_variant,
+    encode_program,
+    encode_state_tensor,
+    encode_variant,
+)
+from gradwire_proto.encoding.scalar_codec import (
+    INT32_MAX,
+    check_integer,
+    check_name,
+    check_number,
+    entry,
+    missing,
+    refuse_unknown_fields,
+)
+from gradwire_proto.encoding.tensor_codec import decode_options, encode_options
+from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.names import model_name
+from gradwire_proto.v1 import model_pb2 as pb
+from gradwire_proto.values import (
+    GraphLossSpec,
+    Limits,
+    LossSpec,
+    ModelInfo,
+    ModelSpec,
+    OptimizerSpec,
+    OutputLossSpec,
+    Sharding,
+    TorchLossSpec,
+)
+
+MAX_LABELS, MAX_LABEL_LENGTH = 64, 63
+
+_SET_BY_SERVER = (
+    "name",
+    "state",
+    "step",
+    "sharding",
+    "parameter_count",
+    "create_time",
+    "last_error",
+    "tensors",
+    "variants",
+    "rank_rows",
+)
+
+
+def encode_loss(value: LossSpec, into: pb.Loss | None = None, field: str = "loss") -> pb.Loss:
+    """The message of a loss."""
+    message = pb.Loss() if into is None else into
+    if isinstance(value, TorchLossSpec):
+        message.torch.name = value.name
+        encode_options(value.options, message.torch.options, f"{field}.torch.options")
+    elif isinstance(value, OutputLossSpec):
+        message.output.output_leaf = value.output_leaf
+    else:
+        message.graph.SetInParent()
+    return message
+
+
+def decode_loss(message: pb.Loss, field: str = "loss", limits: Limits | None = None) -> LossSpec:
+    """The loss of a message, which must be set. Whether torch has a loss of that name is for the ranks' table."""
+    kind = message.WhichOneof("kind")
+    if kind == "torch":
+        name = check_name(message.torch.name, f"{field}.torch.name")
+        return TorchLossSpec(name, decode_options(message.torch.options, f"{field}.torch.options", limits))
+    if kind == "graph":
+        return GraphLossSpec()
+    if kind == "output":
+        return OutputLossSpec(check_integer(message.output.output_leaf, f"{field}.output.output_leaf", minimum=0))
+    raise missing(field, "a loss")
+
+
+def encode_optimizer(value: OptimizerSpec, into: pb.Optimizer | None = None, field: str = "optimizer") -> pb.Optimizer:
+    """The message of an optimizer."""
+    message = pb.Optimizer() if into is None else into
+    message.name = value.name
+    encode_options(value.options, message.options, f"{field}.options")
+    return message
+
+
+def decode_optimizer(message: pb.Optimizer, field: str = "optimizer", limits: Limits | None = None) -> OptimizerSpec:
+    """The optimizer of a message. Whether it exists and takes its options is for the ranks' table."""
+    name = check_name(message.name, f"{field}.name")
+    return OptimizerSpec(name, decode_options(message.options, f"{field}.options", limits))
+
+
+def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str = "model") -> pb.Model:
+    """The message that asks for a model."""
+    message = pb.Model() if into is None else into
+    encode_program(value.program, message.program, f"{field}.program")
+    if value.loss is not None:
+        encode_loss(value.loss, message.loss, f"{field}.loss")
+    if value.optimizer is not None:
+        encode_optimizer(value.optimizer, message.optimizer, f"{field}.optimizer")
+    message.workers = check_integer(value.workers, f"{field}.workers", minimum=1, maximum=INT32_MAX)
+    message.device = DEVICES.number(value.device, f"{field}.device")  # pyright: ignore[reportAttributeAccessIssue]
+    message.gpus_per_worker = value.gpus_per_worker
+    message.seed = check_integer(value.seed, f"{field}.seed")
+    message.on_nan = ON_NAN.number(value.on_nan, f"{field}.on_nan")  # pyright: ignore[reportAttributeAccessIssue]
+    message.require_sharding = value.require_sharding
+    message.labels.update(value.labels)
+    return message
+
+
+def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | None = None) -> ModelSpec:
+    """The model that a message asks for. Refuses fields that only the server sets, and fields that it does not know."""
+    refuse_unknown_fields(message, field, deep=True)
+    for descriptor, _ in message.ListFields():
+        if descriptor.name in _SET_BY_SERVER:
+            raise InvalidArgument(
+                "only the service sets this field", field=f"{field}.{descriptor.name}", reason="FIELD_NOT_SETTABLE"
+            )
+    if not message.HasField("program"):
+        raise missing(f"{field}.program", "a program")
+    device = DEVICES.word(message.device, f"{field}.device")
+    return ModelSpec(
+        program=decode_program(message.program, f"{field}.program", limits),
+        loss=decode_loss(message.loss, f"{field}.loss", limits) if message.HasField("loss") else None,
+        optimizer=_decode_optional_optimizer(message, field, limits),
+        workers=check_integer(message.workers, f"{field}.workers", minimum=0, maximum=INT32_MAX) or 1,
+        device=device,
+        gpus_per_worker=_decode_gpus(message.gpus_per_worker, device, f"{field}.gpus_per_worker"),
+        seed=message.seed,
+        on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
+        require_sharding=message.require_sharding,
+        labels=_decode_labels(message.labels, f"{field}.labels"),
+    )
+
+
+def _decode_optional_optimizer(message: pb.Model, field: str, limits: Limits | None) -> OptimizerSpec | None:
+    return decode_optimizer(message.optimizer, f"{field}.optimizer", limits) if message.HasField("optimizer") else None
+
+
+def _decode_gpus(gpus: float, device: str, field: str) -> float:
+    check_number(gpus, field)
+    if device == "cuda":
+        return gpus or 1.0
+    if device == "cpu" and gpus:
+        raise InvalidArgument(
+            f"expected 0 where the device is the CPU, got {gpus:g}", field=field, reason="GPUS_ON_CPU"
+        )
+    return gpus
+
+
+def _decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
+    """The labels of a message: at most 64, keys and values of at most 63 characters."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidArgument(
+            f"expected at most {MAX_LABELS} labels, got {len(labels)}", field=field, reason="TOO_MANY_LABELS"
+        )
+    for key, value in labels.items():
+        if not 1 <= len(key) <= MAX_LABEL_LENGTH or len(value) > MAX_LABEL_LENGTH:
+            raise InvalidArgument(
+                f"expected keys of 1 to {MAX_LABEL_LENGTH} characters and values of at most {MAX_LABEL_LENGTH}",
+                field=entry(field, key[:MAX_LABEL_LENGTH]),
+                reason="LABEL_TOO_LONG",
+            )
+    return dict(labels)
+
+
+def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Model:
+    """The message that describes a model."""
+    message = pb.Model() if into is None else into
+    message.name = model_name(value.id)
+    message.state = MODEL_STATES.number(value.state, "state")  # pyright: ignore[reportAttributeAccessIssue]
+    message.step = value.step
+    message.workers = value.workers
+    if value.sharding is not None:
+        mode = SHARDING_MODES.number(value.sharding.mode, "sharding.mode")
+        message.sharding.mode = mode  # pyright: ignore[reportAttributeAccessIssue]
+        message.sharding.reason = value.sharding.reason
+    message.parameter_count = value.num_parameters
+    if value.optimizer is not None:
+        encode_optimizer(value.optimizer, message.optimizer)
+    if value.loss is not None:
+        encode_loss(value.loss, message.loss)
+    message.labels.update(value.labels)
+    # Seconds and nanoseconds apart: as one float the nanoseconds would be rounded.
+    message.create_time.seconds = floor(value.created_at)
+    message.create_time.nanos = min(round((value.created_at - floor(value.created_at)) * 1e9), 999_999_999)
+    if value.last_error is not None:
+        message.last_error.CopyFrom(status_pb2.Status(code=code_pb2.UNKNOWN, message=value.last_error))
+    message.device = DEVICES.number(value.device, "device")  # pyright: ignore[reportAttributeAccessIssue]
+    message.seed = value.seed
+    message.on_nan = ON_NAN.number(value.on_nan, "on_nan")  # pyright: ignore[reportAttributeAccessIssue]
+    for tensor in value.tensors:
+        encode_state_tensor(tensor, message.tensors.add())
+    for variant in value.variants:
+        encode_variant(variant, message.variants.add())
+    message.rank_rows.extend(value.rank_rows)
+    return message
+
+
+def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
+    """The model that a message describes."""
+    sharding = None
+    if message.HasField("sharding"):
+        mode = SHARDING_MODES.word(message.sharding.mode, f"{field}.sharding.mode")
+        sharding = Sharding(mode, message.sharding.reason)
+    return ModelInfo(
+        id=message.name.removeprefix("models/"),
+        state=MODEL_STATES.word(message.state, f"{field}.state"),
+        step=message.step,
+        workers=message.workers,
+        sharding=sharding,
+        num_parameters=message.parameter_count,
+        optimizer=_decode_optional_optimizer(message, field, None),
+        loss=decode_loss(message.loss, f"{field}.loss") if message.HasField("loss") else None,
+        labels=dict(message.labels),
+        created_at=message.create_time.seconds + message.create_time.nanos / 1e9,
+        last_error=message.last_error.message if message.HasField("last_error") else None,
+        device=DEVICES.word(message.device, f"{field}.device"),
+        seed=message.seed,
+        on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
+        tensors=decode_state_tensors(message.tensors, f"{field}.tensors"),
+        variants=tuple(
+            decode_variant(item, f"{field}.variants[{index}]", require_graph=False)
+            for index, item in enumerate(message.variants)
+        ),
+        rank_rows=tuple(message.rank_rows),
+    )

@@ -1,0 +1,179 @@
+"""Tensors that wait to be fetched after the reply that names them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradwire_proto.errors import ModelNotFound, ResourceExhausted
+from gradwire_proto.values import Handle, Limits, Segment, TensorData, leaves, map_leaves
+from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.held_bytes import HeldBytes
+from gradwire_server.tensors.held_files import remove_files, segment_paths, write_tensors
+
+CHUNK_BYTES = 1 << 20
+"""Bytes of one message of a download: the fastest size that was measured."""
+
+
+@dataclass(slots=True)
+class _Download:
+    """Tensors that wait to be fetched. The files are the download's own."""
+
+    segments: list[Segment]
+    nbytes: int
+    timer: asyncio.TimerHandle
+    readers: int = 0
+
+
+class Downloads:
+    """Downloads by name, in files of `folder`. Each waits `limits.held_seconds` to be fetched."""
+
+    def __init__(self, folder: Path, limits: Limits, held: HeldBytes) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._held = held
+        self._waiting: dict[str, _Download] = {}
+
+    async def deliver(self, value: Any, max_inline_bytes: int | None) -> Any:
+        """`value` (nested tensors) as a reply can carry it: bytes inline or, where all tensors together have more than
+        `max_inline_bytes` (None: no bound), handles of a new download. Takes over the files of its segments.
+        """
+        tensors = [leaf for _, leaf in leaves(value) if isinstance(leaf, TensorData)]
+        total = sum(tensor.nbytes for tensor in tensors)
+        if max_inline_bytes is not None and total > max_inline_bytes:
+            handles = iter(await self._hold(tensors, total))
+            return map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, value)
+        paths = segment_paths(tensors)
+        try:
+            self._check_inline(total)
+            if not paths:
+                return value
+            loaded = iter(await move_bytes(total, _load, tensors))
+            return map_leaves(lambda leaf: next(loaded) if isinstance(leaf, TensorData) else leaf, value)
+        finally:
+            remove_files(paths)
+
+    def _check_inline(self, total: int) -> None:
+        # A sixteenth of the message is for everything that is not tensors' bytes: names, shapes.
+        if total > self._limits.message_bytes // 16 * 15:
+            raise ResourceExhausted(
+                f"the reply's tensors have {total} bytes, and the server's setting message_bytes allows"
+                f" {self._limits.message_bytes} with all else in a message; set"
+                " max_inline_bytes to fetch them with DownloadTensors",
+                field="max_inline_bytes",
+                reason="REPLY_TOO_LARGE",
+            )
+
+    async def _hold(self, tensors: list[TensorData], total: int) -> list[TensorData]:
+        paths = segment_paths(tensors)
+        try:
+            self._held.reserve(total)
+        except BaseException:
+            remove_files(paths)
+            raise
+        try:
+            segments = await move_bytes(total, self._as_segments, tensors)
+        except BaseException:
+            self._held.release(total)
+            remove_files(paths)
+            raise
+        name = f"downloads/{secrets.token_hex(16)}"
+        self._waiting[name] = _Download(segments, total, self._timer(name))
+        return [
+            TensorData(tensor.dtype, tensor.shape, Handle(f"{name}/tensors/{index}"))
+            for index, tensor in enumerate(tensors)
+        ]
+
+    def _as_segments(self, tensors: list[TensorData]) -> list[Segment]:
+        written = iter(write_tensors(self._folder, [t for t in tensors if not isinstance(t.data, Segment)]))
+        return [t.data if isinstance(t.data, Segment) else next(written) for t in tensors]
+
+    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
+        """The bytes of all tensors of a download, in chunks. Fetched to the end, it is gone."""
+        download = self._waiting.get(name)
+        if download is None:
+            raise ModelNotFound(
+                f"no such download: {name[:100]}; one that is not fetched expires after"
+                f" {self._limits.held_seconds:g} s (the server's setting held_seconds)",
+                field="name",
+                reason="DOWNLOAD_NOT_FOUND",
+            )
+        download.readers += 1
+        complete = False
+        try:
+            async for chunk in _read_chunks(download.segments):
+                yield chunk
+            complete = True
+        finally:
+            download.readers -= 1
+            if complete and name in self._waiting and not download.readers:
+                self._drop(name)
+
+    def _expire(self, name: str) -> None:
+        download = self._waiting[name]
+        if download.readers:
+            download.timer = self._timer(name)
+        else:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        download = self._waiting.pop(name)
+        download.timer.cancel()
+        self._held.release(download.nbytes)
+        remove_files({segment.path for segment in download.segments})
+
+    def _timer(self, name: str) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._limits.held_seconds, self._expire, name)
+
+    def close(self) -> None:
+        """Remove every download."""
+        for name in list(self._waiting):
+            self._drop(name)
+
+
+def _load(tensors: Sequence[TensorData]) -> list[TensorData]:
+    files: dict[str, int] = {}
+    try:
+        for path in segment_paths(tensors):
+            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return [
+            TensorData(t.dtype, t.shape, os.pread(files[t.data.path], t.data.nbytes, t.data.offset))
+            if isinstance(t.data, Segment)
+            else t
+            for t in tensors
+        ]
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+async def _read_chunks(segments: Sequence[Segment]) -> AsyncGenerator[bytes, None]:
+    """The bytes of segments, CHUNK_BYTES at a time; small neighbours share a chunk."""
+    gathered: list[bytes] = []
+    room = CHUNK_BYTES
+    files: dict[str, int] = {}
+    try:
+        for segment in segments:
+            if segment.path not in files:
+                files[segment.path] = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
+            offset, end = segment.offset, segment.offset + segment.nbytes
+            while offset < end:
+                piece = os.pread(files[segment.path], min(room, end - offset), offset)
+                if not piece:
+                    raise OSError("a held file is shorter than its tensors")
+                gathered.append(piece)
+                offset += len(piece)
+                room -= len(piece)
+                if not room:
+                    yield gathered[0] if len(gathered) == 1 else b"".join(gathered)
+                    gathered, room = [], CHUNK_BYTES
+        if gathered:
+            yield b"".join(gathered)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)

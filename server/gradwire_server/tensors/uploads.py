@@ -1,0 +1,172 @@
+"""Tensors that come ahead of the request that uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from gradwire_proto.errors import InvalidArgument, ModelNotFound
+from gradwire_proto.values import Handle, Limits, TensorData, leaves, map_leaves
+from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.held_bytes import HeldBytes
+from gradwire_server.tensors.held_files import TensorType, UploadFile, remove_files, segment_paths
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Upload:
+    """An upload that is complete. Its file goes when each tensor was used, or it expired, and no claim is open."""
+
+    tensors: list[TensorData]
+    nbytes: int
+    unused: set[int]
+    timer: asyncio.TimerHandle
+    claims: int = 0
+
+
+@dataclass(slots=True)
+class Claim(Generic[T]):
+    """A nested value whose handles have become segments. End it with `spend` or, if it was not used, `give_back`."""
+
+    value: T
+    uploads: Uploads
+    taken: dict[str, set[int]] = field(default_factory=dict)
+
+    def spend(self) -> None:
+        """The tensors were used: they can go."""
+        self.uploads.end_claim(self.taken, unused=False)
+        self.taken = {}
+
+    def give_back(self) -> None:
+        """The tensors were not used: the handles are good again."""
+        self.uploads.end_claim(self.taken, unused=True)
+        self.taken = {}
+
+
+class Uploads:
+    """Complete uploads by name, in files of `folder`. Each waits `limits.held_seconds` for the requests that use it."""
+
+    def __init__(self, folder: Path, limits: Limits, held: HeldBytes) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._held = held
+        self._complete: dict[str, _Upload] = {}
+
+    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes]) -> str:
+        """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays."""
+        nbytes = sum(kind.nbytes for kind in types)
+        self._held.reserve(nbytes)
+        file = None
+        try:
+            file = UploadFile(self._folder, types)
+            async for chunk in chunks:
+                await move_bytes(len(chunk), file.write, chunk)
+            tensors = file.finish()
+        except BaseException:
+            if file is not None:
+                file.discard()
+            self._held.release(nbytes)
+            raise
+        name = f"uploads/{secrets.token_hex(16)}"
+        self._complete[name] = _Upload(tensors, nbytes, set(range(len(tensors))), self._timer(name))
+        return name
+
+    def claim(self, value: T, field: str = "") -> Claim[T]:
+        """`value` with every handle in it turned into the segment of the uploaded tensor, for one request.
+
+        Raises ModelNotFound UPLOAD_NOT_FOUND for a handle that is unknown, used or expired. `field` is the path of
+        `value` in the request.
+        """
+        claim = Claim(value, self)
+        if not _has_handle(value):
+            return claim
+        resolved: dict[str, TensorData] = {}
+        try:
+            for path, tensor in leaves(value, field):
+                if not _has_handle(tensor):
+                    continue
+                if tensor.data.name not in resolved:
+                    resolved[tensor.data.name] = self._resolve(tensor.data, path, claim.taken)
+                _check_same_type(tensor, resolved[tensor.data.name], path)
+        except BaseException:
+            claim.give_back()
+            raise
+        claim.value = map_leaves(lambda leaf: resolved[leaf.data.name] if _has_handle(leaf) else leaf, value)
+        return claim
+
+    def _resolve(self, handle: Handle, path: str, taken: dict[str, set[int]]) -> TensorData:
+        name, _, index_text = handle.name.rpartition("/tensors/")
+        index = int(index_text)
+        upload = self._complete.get(name)
+        if upload is None or index not in upload.unused:
+            raise ModelNotFound(
+                f"no uploaded tensor {handle.name}: each can be used by one request, and one that is not used expires"
+                f" after {self._limits.held_seconds:g} s (the server's setting held_seconds)",
+                field=path,
+                reason="UPLOAD_NOT_FOUND",
+            )
+        upload.unused.remove(index)
+        if name not in taken:
+            taken[name] = set()
+            upload.claims += 1
+        taken[name].add(index)
+        return upload.tensors[index]
+
+    def end_claim(self, taken: dict[str, set[int]], *, unused: bool) -> None:
+        """End a claim. See Claim."""
+        for name, indices in taken.items():
+            upload = self._complete.get(name)
+            if upload is None:  # The service closes.
+                continue
+            upload.claims -= 1
+            if unused:
+                upload.unused |= indices
+                # The wait in a queue is over: the caller has the whole time again to come back.
+                upload.timer.cancel()
+                upload.timer = self._timer(name)
+            elif not upload.unused:
+                self._drop(name)
+
+    def _expire(self, name: str) -> None:
+        self._complete[name].unused.clear()
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        upload = self._complete[name]
+        if upload.claims:
+            return
+        del self._complete[name]
+        upload.timer.cancel()
+        self._held.release(upload.nbytes)
+        remove_files(segment_paths(upload.tensors))
+
+    def _timer(self, name: str) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._limits.held_seconds, self._expire, name)
+
+    def close(self) -> None:
+        """Remove every upload."""
+        for name in list(self._complete):
+            self._complete[name].claims = 0
+            self._drop(name)
+
+
+def _has_handle(value: Any) -> bool:
+    if isinstance(value, TensorData):
+        return isinstance(value.data, Handle)
+    if isinstance(value, dict):
+        return any(map(_has_handle, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_has_handle, value))
+
+
+def _check_same_type(asked: TensorData, uploaded: TensorData, path: str) -> None:
+    if (asked.dtype, asked.shape) != (uploaded.dtype, uploaded.shape):
+        raise InvalidArgument(
+            f"the upload has {uploaded.dtype}{list(uploaded.shape)}, got {asked.dtype}{list(asked.shape)}",
+            field=path,
+            reason="UPLOAD_TYPE_MISMATCH",
+        )

@@ -1,0 +1,79 @@
+"""Gradients for a caller to look at: of chosen parameters and of inputs, over the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwire_proto.tensors import torch_dtype
+from gradwire_proto.values import GradientQuery, Leaf
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import has_rows
+from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.passes import Passes, own_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientReading:
+    """What a rank found. value: what it adds to the loss. The rest as in a GradientReport."""
+
+    value: Tensor | float
+    gradients: dict[str, Tensor]
+    input_gradients: list[Tensor | None] | None
+    outputs: list[Any] | None
+
+
+def read_gradients(
+    passes: Passes, shard: Shard, query: GradientQuery, parameters: Mapping[str, Tensor], command: int
+) -> GradientReading:
+    """Loss, gradients with respect to `parameters` and inputs, and outputs, as the query asks."""
+    leaves = [_differentiable(leaf) for leaf in shard.inputs] if query.input_gradients else list(shard.inputs)
+    inputs = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    shard = replace(shard, inputs=tuple(leaves))
+    done = passes.local(shard, [*parameters.values(), *inputs.values()], command, seed=query.seed)
+    of_parameters = dict(zip(parameters, done.gradients[: len(parameters)], strict=True))
+    of_inputs = dict(zip(inputs, done.gradients[len(parameters) :], strict=True))
+    groups, specs = passes.groups, passes.variant(shard).input_leaves
+    if groups is not None and not shard.whole:
+        shared = [index for index in inputs if not has_rows(specs[index])]
+        summed = add_up(
+            [*of_parameters.values(), *(of_inputs[index] for index in shared)],
+            [*parameters.values(), *(inputs[index] for index in shared)],
+            groups,
+        )
+        of_parameters = dict(zip(parameters, summed[: len(parameters)], strict=True))
+        of_inputs |= dict(zip(shared, summed[len(parameters) :], strict=True))
+    dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
+    input_gradients = None
+    if query.input_gradients and not shard.idle:
+        input_gradients = [
+            _as(_part(of_inputs[index], leaf, shard, specs[index]), dtype) if index in inputs else None
+            for index, leaf in enumerate(leaves)
+        ]
+    return GradientReading(
+        value=done.value,
+        gradients={name: _as(gradient, dtype) for name, gradient in of_parameters.items() if gradient is not None},
+        input_gradients=input_gradients,
+        outputs=done.outputs if query.outputs else None,
+    )
+
+
+def _differentiable(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf.detach().requires_grad_()
+    return leaf
+
+
+def _part(gradient: Tensor | None, leaf: Tensor, shard: Shard, spec: Leaf) -> Tensor:
+    """This rank's part. An input that the loss does not depend on has a gradient all the same, as in torch.func."""
+    if gradient is None:
+        gradient = torch.zeros_like(leaf, requires_grad=False)
+    return own_rows(gradient, shard) if has_rows(spec) else gradient
+
+
+def _as(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return gradient if dtype is None else gradient.to(dtype)

@@ -1,0 +1,161 @@
+"""What a rank computes of a batch: outputs, its part of the loss, and gradients, its own or all ranks' sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.values import Variant
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.shard import Shard
+from gradwire_workers.training.gradients import SummingModule, add_up, broadcast
+from gradwire_workers.training.replica import Replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A pass over a shard. value: what the rank adds to the loss. gradients: of the tensors that were asked for.
+
+    outputs: None on an idle rank. waited: seconds spent waiting for the sum of the gradients.
+    """
+
+    value: Tensor | float = 0.0
+    gradients: list[Tensor | None]
+    outputs: list[Any] | None = None
+    waited: float = 0.0
+
+
+class Passes:
+    """Passes of one replica, together with those of the other ranks."""
+
+    def __init__(self, replica: Replica, trainable: Sequence[nn.Parameter]) -> None:
+        self._replica = replica
+        self._trainable = trainable
+        self._summing: SummingModule | None = None
+
+    @property
+    def groups(self) -> ProcessGroups | None:
+        """The connections to the other ranks; None where there are none."""
+        return self._replica.groups
+
+    def variant(self, shard: Shard) -> Variant:
+        """The variant that the shard is for."""
+        return self._replica.program.variant(shard.variant)
+
+    def forward(self, shard: Shard, command: int, seed: int | None) -> list[Any] | None:
+        """The outputs, without gradients."""
+        if shard.idle:
+            return None
+        self._replica.seed(shard, command, seed)
+        with torch.no_grad():
+            return self._results(shard, self._replica.outputs(shard))
+
+    def local(
+        self,
+        shard: Shard,
+        wanted: Sequence[Tensor],
+        command: int,
+        *,
+        seed: int | None = None,
+        to_learn: bool = False,
+    ) -> Pass:
+        """The gradients of this rank's part of the loss: the ranks' add up to the whole batch's.
+
+        to_learn: refuse a loss that no parameter moves.
+        """
+        if shard.idle:
+            return Pass(gradients=[None] * len(wanted))
+        self._replica.seed(shard, command, seed)
+        outputs = self._replica.outputs(shard)
+        loss = self._replica.loss(shard, outputs)
+        if to_learn:
+            _check_learns(loss.differentiable)
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if loss.differentiable.requires_grad and wanted:
+            cotangent = _cotangent(shard, loss.differentiable)
+            gradients = torch.autograd.grad(loss.differentiable, wanted, cotangent, allow_unused=True)
+        return Pass(value=loss.value, gradients=list(gradients), outputs=self._results(shard, outputs))
+
+    def summed(self, shard: Shard, command: int) -> Pass:
+        """The gradients of the whole batch with respect to the trainable parameters, on every rank."""
+        groups = self.groups
+        if groups is not None and not shard.whole:
+            return self._overlapped(shard, command, groups)
+        done = self.local(shard, self._trainable, command, to_learn=True)
+        if groups is None:
+            return done
+        return Pass(value=done.value, gradients=add_up(done.gradients, self._trainable, groups))
+
+    def _overlapped(self, shard: Shard, command: int, groups: ProcessGroups) -> Pass:
+        if self._summing is None:
+            self._summing = SummingModule(self._replica, groups)
+        self._replica.seed(shard, command)
+        try:
+            loss = self._summing(shard)
+            _check_learns(loss)
+            waited = self._summing.backward(loss, _cotangent(shard, loss))
+            value = self._replica.take_value()
+            return Pass(value=value, gradients=[each.grad for each in self._trainable], waited=waited)
+        except BaseException:
+            self.drop()
+            raise
+        finally:
+            for each in self._trainable:
+                each.grad = None
+
+    def _results(self, shard: Shard, outputs: Sequence[Any]) -> list[Any]:
+        """Outputs to give away: of this rank's rows, and apart from tensors that may change when the pass is over."""
+        changing = {each.untyped_storage().data_ptr() for each in self._replica.program.mutated_buffers(shard.variant)}
+        is_split = self.groups is not None and not shard.whole
+        results = []
+        for leaf in outputs:
+            if isinstance(leaf, Tensor):
+                leaf = own_rows(leaf.detach(), shard) if is_split else leaf.detach()
+                if leaf.untyped_storage().data_ptr() in changing:
+                    leaf = leaf.clone()
+            results.append(leaf)
+        return results
+
+    def drop(self) -> None:
+        """Forget what is bound to the process group. After a failure, and before the group is left."""
+        if self._summing is not None:
+            self._summing.drop()
+            self._summing = None
+
+    def shared_buffers(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
+        """(tensor, the value that it takes) for those that rank 0 alone has changed, in a batch that was not split."""
+        if self.groups is None or not shard.whole:
+            return []
+        mutated = self._replica.program.mutated_buffers(shard.variant)
+        received = broadcast(mutated, self.groups)
+        return list(zip(mutated, received, strict=True)) if shard.idle else []
+
+
+def own_rows(tensor: Tensor, shard: Shard) -> Tensor:
+    """Without the dummy row of a rank that has none."""
+    return tensor if shard.count else tensor[:0]
+
+
+def take(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors their new values."""
+    with torch.no_grad():
+        for tensor, value in changes:
+            tensor.copy_(value)
+
+
+def _check_learns(loss: Tensor) -> None:
+    """Refuse to train on a loss that no parameter moves, as backward() does."""
+    if not loss.requires_grad:
+        raise FailedPrecondition(
+            "the loss depends on no parameter that requires a gradient", reason="LOSS_WITHOUT_GRADIENT"
+        )
+
+
+def _cotangent(shard: Shard, loss: Tensor) -> Tensor:
+    """A dummy row's loss counts nothing, whatever it is."""
+    return torch.ones_like(loss) if shard.count else torch.zeros_like(loss)

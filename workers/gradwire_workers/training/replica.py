@@ -1,0 +1,94 @@
+"""One rank's copy of a model, run on shards: outputs and the rank's part of the loss. Updates nothing but buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.values import Limits, ModelSpec
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.programs import BuiltProgram, build_program
+from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
+from gradwire_workers.shard import Shard
+from gradwire_workers.training.batch_loss import BatchLoss, LocalLoss
+from gradwire_workers.training.seeds import command_seed, seed_generators
+
+
+class Replica(nn.Module):
+    """The program, its loss and its random numbers, for one rank."""
+
+    def __init__(
+        self, spec: ModelSpec, state: dict[str, Tensor], rank: int, device: torch.device, limits: Limits
+    ) -> None:
+        super().__init__()
+        self.program: BuiltProgram = build_program(
+            spec.program, state, device, limits=limits, field="model.program.graphs"
+        )
+        self._loss = None if spec.loss is None else BatchLoss(spec.loss, self.program, device)
+        self._sync_batch_norm = SyncBatchNorm()
+        self._seed = spec.seed
+        self._rank = rank
+        self._device = device
+        self.groups: ProcessGroups | None = None
+        self.program.replace_batch_norm(self._sync_batch_norm.batch_norm)
+
+    def check_has_loss(self) -> None:
+        """Refuse a command that needs a loss where there is none."""
+        if self._loss is None:
+            raise FailedPrecondition("the model has no loss: give one to create_model", reason="NO_LOSS")
+
+    def localise(self, shard: Shard) -> Shard:
+        """The shard with its tensors on this rank's device."""
+        if self._device.type == "cpu":
+            return shard
+        return replace(shard, inputs=self._moved(shard.inputs), targets=self._moved(shard.targets))
+
+    def seed(self, shard: Shard, command: int, given: int | None = None) -> None:
+        """Set the random numbers of a pass, if it draws any."""
+        if self.program.is_random(shard.variant):
+            seed = command_seed(model_seed=self._seed, command=command, rank=self._rank, given=given)
+            seed_generators(seed, self._device)
+
+    def forward(self, shard: Shard) -> Tensor:
+        """The rank's part of the loss, to call backward on: DDP must see nothing that the loss does not depend on."""
+        loss = self.loss(shard, self.outputs(shard))
+        self._value = loss.value
+        return loss.differentiable
+
+    def take_value(self) -> Tensor:
+        """What the last `forward` adds to the loss."""
+        return self.__dict__.pop("_value")
+
+    def outputs(self, shard: Shard) -> list[Any]:
+        """The flat outputs of the shard's variant for its rows. In a split batch, every rank at the same time."""
+        with self._over_ranks(shard):
+            return self.program(shard.variant, *shard.inputs)
+
+    def loss(self, shard: Shard, outputs: Sequence[Any]) -> LocalLoss:
+        """The rank's part of the loss. In a split batch, every rank at the same time."""
+        assert self._loss is not None, "checked before"
+        groups = self._groups_of(shard)
+        if groups is None:
+            return self._loss.of_whole(shard.variant, outputs, shard.targets)
+        return self._loss.of_shard(shard, outputs, shard.targets, groups)
+
+    def _groups_of(self, shard: Shard) -> ProcessGroups | None:
+        return None if shard.whole else self.groups
+
+    @contextmanager
+    def _over_ranks(self, shard: Shard) -> Iterator[None]:
+        groups = self._groups_of(shard)
+        if groups is None:
+            yield
+            return
+        with self._sync_batch_norm.over_ranks(groups, has_rows=shard.count > 0):
+            yield
+
+    def _moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(leaf.to(self._device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)

@@ -1,0 +1,178 @@
+"""Whether the rows of a batch are independent, so that ranks may compute some each: found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwire_proto.values import ROWS, Variant
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
+from gradwire_workers.training.closeness import are_close, has_rounding
+from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.snapshots import Snapshot
+
+_REASONS = (
+    None,
+    "an output does not have one entry for each row of the batch",
+    "the outputs of a row depend on other rows",
+    "the gradients of a batch are not the sum of its rows' gradients",
+    "what training changes in the buffers depends on how the batch is split",
+    "an output that is no tensor depends on how the batch is split",
+    "the batches that the program takes are too small to be split",
+)
+_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL = 1, 2, 3, 4, 5, 6
+
+
+def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) -> str | None:
+    """None if a batch that is split over the ranks gives what the whole batch gives; otherwise why not, in words.
+
+    Runs the variant on the example's leaves and on random ones like them, whole and split over all ranks, random
+    operators off, and compares outputs, gradients and changed buffers. Every rank calls it and gets the same answer.
+    """
+    groups = replica.groups
+    assert groups is not None
+    variant = replica.program.variant(variant_name)
+    # Uneven parts of several rows: what depends on the number of rows must not be hidden.
+    least = max(least_rows(variant), 2)
+    rows = _rows_to_try(variant, least * groups.size + 1)
+    if smallest_share(rows, groups.size) < least_rows(variant):
+        return _REASONS[_TOO_SMALL]
+    found = torch.zeros(1, dtype=torch.uint8)
+    with replica.program.without_randomness():
+        for change in (_repeated, _random):
+            leaves = [
+                change(leaf, rows) if has_rows(spec) else leaf
+                for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
+            ]
+            found[0] = _difference(replica, groups, variant, leaves, rows)
+            groups.all_reduce(found, largest=True)
+            if found.item():
+                break
+    return _REASONS[int(found.item())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """outputs: those that are tensors; others: those that are not. gradients: of the trainable parameters, and of the
+    inputs' leaves."""
+
+    outputs: list[Tensor]
+    others: list[Any]
+    parameters: list[Tensor | None]
+    inputs: dict[int, Tensor | None]
+    buffers: list[Tensor]
+
+
+def _difference(replica: Replica, groups: ProcessGroups, variant: Variant, leaves: list[Any], rows: int) -> int:
+    """Index of the reason for which this rank sees that whole and parts differ; 0 if it sees none."""
+    whole = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
+    start, stop = row_range(rows, groups.size, groups.rank)
+    mine = slice(start, stop) if stop > start else slice(0, 1)
+    cut = [leaf[mine] if has_rows(spec) else leaf for leaf, spec in zip(leaves, variant.input_leaves, strict=True)]
+    part = Shard(variant=variant.name, rows=rows, start=start, stop=stop, inputs=tuple(cut), targets=())
+
+    expected = _run(replica, whole, _weights_of_rows)
+    if any(output.dim() == 0 or output.shape[0] != rows for output in expected.outputs):
+        return _SHAPE  # all ranks see that, so none goes on to the collectives
+    counts = 1.0 if part.count else 0.0
+    found = _run(replica, part, lambda index, _: _weights_of_rows(index, expected.outputs[index])[mine] * counts)
+
+    trainable = _trainable(replica)
+    shared = [index for index in expected.inputs if not has_rows(variant.input_leaves[index])]
+    like = [*trainable, *(leaves[index] for index in shared)]
+    summed = add_up([*found.parameters, *(found.inputs[index] for index in shared)], like, groups)
+    pairs = list(zip(summed, [*expected.parameters, *(expected.inputs[index] for index in shared)], strict=True))
+    for index in expected.inputs:
+        if index not in shared and part.count:
+            reference = expected.inputs[index]
+            pairs.append((found.inputs[index], None if reference is None else reference[mine]))
+    outputs = zip(found.outputs, (reference[mine] for reference in expected.outputs), strict=True)
+    if part.count and not are_close(list(outputs)):
+        return _OUTPUTS
+    if part.count and not all(map(_same, found.others, expected.others)):
+        return _OTHER_OUTPUTS
+    if not are_close(pairs):
+        return _GRADIENTS
+    if not are_close(list(zip(found.buffers, expected.buffers, strict=True))):
+        return _BUFFERS
+    return 0
+
+
+def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tensor]) -> _Result:
+    """One pass; buffers are as before after it."""
+    leaves = {index: leaf.detach().requires_grad_() for index, leaf in enumerate(shard.inputs) if has_rounding(leaf)}
+    # Copies, because a graph may change its inputs in place.
+    inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
+    mutated = replica.program.mutated_buffers(shard.variant)
+    before = Snapshot(mutated)
+    outputs = replica.outputs(replace(shard, inputs=tuple(inputs)))
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    buffers = [buffer.detach().clone() for buffer in mutated]
+    trainable = _trainable(replica)
+    heads = [(index, output) for index, output in enumerate(tensors) if output.requires_grad]
+    gradients: Sequence[Tensor | None] = [None] * (len(trainable) + len(leaves))
+    if heads and gradients:
+        gradients = torch.autograd.grad(
+            [output for _, output in heads],
+            [*trainable, *leaves.values()],
+            [cotangent(index, output) for index, output in heads],
+            allow_unused=True,
+        )
+    outputs_now = [tensor.detach().clone() for tensor in tensors]
+    before.restore()
+    return _Result(
+        outputs=outputs_now,
+        others=[output for output in outputs if not isinstance(output, Tensor)],
+        parameters=list(gradients[: len(trainable)]),
+        inputs=dict(zip(leaves, gradients[len(trainable) :], strict=True)),
+        buffers=buffers,
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (one != one and other != other)
+
+
+def _trainable(replica: Replica) -> list[Tensor]:
+    return [parameter for parameter in replica.program.parameters_by_name().values() if parameter.requires_grad]
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _rows_to_try(variant: Variant, rows: int) -> int:
+    for symbol in variant.symbols:
+        if symbol.name == ROWS:
+            rows = max(rows, symbol.min)
+            return rows if symbol.max is None else min(rows, symbol.max)
+    return rows
+
+
+def _repeated(leaf: Tensor, rows: int) -> Tensor:
+    return leaf[torch.arange(rows, device=leaf.device) % leaf.shape[0]]
+
+
+def _random(leaf: Tensor, rows: int) -> Tensor:
+    """Random rows like the leaf's. Whole numbers stay ones that the leaf has in that place: they may be indices."""
+    generator = torch.Generator().manual_seed(leaf.dim())
+    if has_rounding(leaf):
+        spread = leaf.std() if leaf.numel() > 1 else torch.ones(())
+        noise = torch.randn((rows, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
+        return leaf.mean() + (spread.nan_to_num() + 0.1) * noise.to(leaf.device, leaf.dtype)
+    choice = torch.randint(leaf.shape[0], (rows, *leaf.shape[1:]), generator=generator)
+    return leaf.gather(0, choice.to(leaf.device))
+
+
+def _weights_of_rows(index: int, output: Tensor) -> Tensor:
+    """What each number counts in the value that is differentiated: random, so that no sum over rows hides anything."""
+    generator = torch.Generator().manual_seed(index)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    return weights.to(output.device, output.dtype)
