@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from gradwire.captured import Unknown, fingerprint
-from gradwire.errors import FailedPrecondition, InvalidArgument
-from gradwire.functions import ExportedFunction, export_function, tensor_leaves
+from gradwire.errors import FailedPrecondition
+from gradwire.functions import ExportedFunction, check_argnums, export_function, tensor_leaves
 from gradwire.rpc import Rpc
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
 from gradwire_proto import codec
@@ -126,21 +126,10 @@ class FunctionCalls:
         return light
 
 
-def _positions(argnums: Any, count: int) -> int | tuple[int, ...]:
+def _positions(argnums: int | tuple[int, ...], count: int) -> int | tuple[int, ...]:
     """`argnums` counted from the front of `count` arguments. Raises InvalidArgument ARGNUMS_INVALID."""
-    wanted = argnums if isinstance(argnums, tuple) else (argnums,)
-    if not wanted or not all(isinstance(number, int) for number in wanted):
-        raise _wrong_argnums(argnums, "expected an int or a tuple of ints")
-    if not all(-count <= number < count for number in wanted):
-        raise _wrong_argnums(argnums, f"the function was given {count} positional arguments")
-    positions = tuple(number % count for number in wanted)
-    if len(set(positions)) < len(positions):
-        raise _wrong_argnums(argnums, "each argument once")
+    positions = check_argnums(argnums, count)
     return positions if isinstance(argnums, tuple) else positions[0]
-
-
-def _wrong_argnums(argnums: Any, why: str) -> InvalidArgument:
-    return InvalidArgument(f"argnums={argnums!r}: {why}", field="argnums", reason="ARGNUMS_INVALID")
 
 
 def _key(fn: Any, args: tuple[Any, ...], argnums: int | tuple[int, ...], has_aux: bool) -> Any:
