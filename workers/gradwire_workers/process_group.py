@@ -32,9 +32,11 @@ def peer_failed(cause: object = "") -> InternalError:
 
 
 class ProcessGroups:
-    """This process's place among the ranks of one model: two groups, so that batch norm never queues behind DDP.
+    """This process's place among the ranks of one model.
 
-    A process has at most one at a time. Every method but `abort` belongs to one thread.
+    One group of torch's for everything: an idle group of gloo's wakes up a hundred times a second, and as all ranks run
+    the same graph, batch norm's collectives and DDP's come in the same order everywhere. A process has at most one
+    ProcessGroups at a time. Every method but `abort` belongs to one thread.
     """
 
     def __init__(self, *, folder: Path, epoch: int, rank: int, size: int, device: str, join_seconds: float) -> None:
@@ -59,9 +61,8 @@ class ProcessGroups:
         store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
-        groups: list[Any] = [dist.group.WORLD, dist.new_group(backend=backend)]
-        for group in groups:
-            group.set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
+        groups: list[Any] = [dist.group.WORLD]
+        groups[0].set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
         self._connections = PeerConnections(store, rank=self.rank, size=self.size, on_closed=self.abort)
         self._groups = groups
 
@@ -90,13 +91,8 @@ class ProcessGroups:
 
     @property
     def main(self) -> Any:
-        """torch's process group for everything but batch norm."""
+        """torch's process group."""
         return self._groups[0]
-
-    @property
-    def batch_norm(self) -> Any:
-        """torch's process group for batch norm."""
-        return self._groups[1]
 
     @property
     def failed(self) -> bool:
@@ -114,7 +110,7 @@ class ProcessGroups:
         for future in pending:
             future.set_exception(peer_failed(self._cause))
         if self.device.startswith("cuda"):
-            for group in reversed(self._groups):
+            for group in self._groups:
                 group.abort()
 
     def leave(self) -> None:
@@ -131,20 +127,20 @@ class ProcessGroups:
 
     # --- collectives: tensors stay where they are; every rank calls the same ones in the same order -----------------
 
-    def start_all_reduce(self, tensor: torch.Tensor, *, largest: bool = False, group=None) -> Future:
+    def start_all_reduce(self, tensor: torch.Tensor, *, largest: bool = False) -> Future:
         """Begin to sum `tensor` over all ranks, in place; or to take the largest, element by element."""
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-        return self._track(lambda: dist.all_reduce(tensor, operation, group or self.main, async_op=True), tensor)
+        return self._track(lambda: dist.all_reduce(tensor, operation, self.main, async_op=True), tensor)
 
-    def all_reduce(self, tensor: torch.Tensor, *, largest: bool = False, group=None) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
         """Sum `tensor` over all ranks, in place; or take the largest, element by element."""
-        return self.wait(self.start_all_reduce(tensor, largest=largest, group=group))
+        return self.wait(self.start_all_reduce(tensor, largest=largest))
 
-    def all_gather(self, tensor: torch.Tensor, *, group=None) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's `tensor`, all of one shape, stacked: [size, *shape]."""
         result = tensor.new_empty((self.size, *tensor.shape))
         parts = list(result.unbind(0))
-        return self.wait(self._track(lambda: dist.all_gather(parts, tensor, group or self.main, async_op=True), result))
+        return self.wait(self._track(lambda: dist.all_gather(parts, tensor, self.main, async_op=True), result))
 
     def broadcast(self, tensor: torch.Tensor, *, source: int = 0) -> torch.Tensor:
         """Fill `tensor` with rank `source`'s."""

@@ -28,7 +28,7 @@ PROGRAM = textwrap.dedent("""
         assert groups.all_reduce(torch.tensor([rank]), largest=True).item() == size - 1
         assert groups.all_gather(torch.tensor([rank])).flatten().tolist() == list(range(size))
         assert groups.broadcast(torch.tensor([rank + 7])).item() == 7
-        half = groups.all_reduce(torch.ones(2, dtype=torch.bfloat16), group=groups.batch_norm)
+        half = groups.all_reduce(torch.ones(2, dtype=torch.bfloat16))
         assert half.tolist() == [size, size]
         # The last rank gives up while it has begun a collective that the others wait for.
         began = time.monotonic()

@@ -75,7 +75,7 @@ def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[T
             count = input.numel() // channels
             mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
             mine[:channels], mine[channels:-1], mine[-1] = mean, variance * count, count
-        everyone = groups.all_gather(mine, group=groups.batch_norm)
+        everyone = groups.all_gather(mine)
         counts = everyone[:, -1:]
         total = counts.sum()
         means, deviations = everyone[:, :channels], everyone[:, channels:-1]
@@ -124,7 +124,7 @@ class _Normalise(torch.autograd.Function):
             # A dummy row: it takes part in the collective and in nothing else.
             sums.zero_()
             of_bias, of_weight = torch.zeros_like(of_bias), torch.zeros_like(of_weight)
-        ctx.groups.all_reduce(sums, group=ctx.groups.batch_norm)
+        ctx.groups.all_reduce(sums)
         of_input = None
         if ctx.needs_input_grad[0] and not ctx.has_rows:
             of_input = torch.zeros_like(input)
