@@ -7,6 +7,7 @@ answer of a command was lost, the service is asked what became of it, and the er
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,9 @@ _OPTIONS: list[tuple[str, Any]] = [
 _NEVER_CONNECTED = ("failed to connect", "DNS resolution failed")
 """What grpc says of a call that was never sent; nothing but its words tells."""
 
+_ABANDONED: list[grpc.Channel] = []
+"""Channels in which a call was interrupted by Ctrl-C: see `Rpc._break_off`."""
+
 _INTERRUPT_PATIENCE = 5.0
 """Seconds that Ctrl-C waits to learn what became of a command. A second Ctrl-C ends the wait."""
 
@@ -65,6 +69,7 @@ class Rpc:
         self.target = target
         self.timeout = timeout
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._tls = tls
         self._channel = _open_channel(target, tls)
         self._methods: dict[str, Any] = {}
         self._process = os.getpid()
@@ -102,8 +107,9 @@ class Rpc:
                 return call.result()
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
                 raise self._stream_error(error, watch) from None
-            finally:
-                call.cancel()
+            except KeyboardInterrupt:
+                self._break_off(call)
+                raise
 
     def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
         """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
@@ -113,8 +119,12 @@ class Rpc:
                 yield from watch.over(call)
             except grpc.RpcError as error:
                 raise self._stream_error(error, watch) from None
-            finally:
+            except KeyboardInterrupt:
+                self._break_off(call)
+                raise
+            except BaseException:
                 call.cancel()
+                raise
 
     def close(self) -> None:
         """Close the channel. Calls in flight raise Cancelled. Does nothing in a forked child: its parent goes on."""
@@ -129,16 +139,29 @@ class Rpc:
 
     def _send(self, method: str, request: Any, timeout: float, command: str | None = None) -> Any:
         """One attempt. Raises _Lost where the service did not say what went wrong, GradwireError where it did."""
-        call = self._method(method)(request, timeout=timeout, metadata=self._metadata)
+        call: Any = None
         try:
+            call = self._method(method)(request, timeout=timeout, metadata=self._metadata)
             # To the end: a stream that is not read to its end is never freed, nor is its connection.
             (reply,) = call
             return reply
         except grpc.RpcError as error:
             raise _translate(error, self.target, command) from None
-        except BaseException:
-            call.cancel()
+        except KeyboardInterrupt:
+            self._break_off(call)
             raise
+
+    def _break_off(self, call: Any) -> None:
+        """Cancel a call that Ctrl-C has interrupted, and let the calls to come have a channel of their own.
+
+        Ctrl-C may strike between taking one of grpc's locks and noting that it is taken: then whoever wants that lock
+        waits for ever. So nothing of the old channel is waited for, or freed.
+        """
+        if call is not None:
+            threading.Thread(target=call.cancel, name="gradwire-cancel", daemon=True).start()
+        if not self._closed:
+            _ABANDONED.append(self._channel)
+            self._methods, self._channel = {}, _open_channel(self.target, self._tls)
 
     def _explain(self, error: GradwireError, command: str | None, deadline: float, budget: float) -> GradwireError:
         """`error`, with what the service says about `command`; Unavailable where the service is dead, not slow."""
