@@ -105,7 +105,7 @@ class Supervisor:
         self._listening_on: str | None = None
         token = folders.runtime / "ray-token"
         write_token(token)
-        self._environment = ray_environment(_without_settings(config), token) | {
+        self._environment = ray_environment(_without_settings(config), token, self._folders.template) | {
             MARKER: service,
             ADDRESS_FILE_VARIABLE: str(address_file(folders.ray)),
         }

@@ -66,7 +66,12 @@ def main() -> None:
             "create_model, 2 ranks, deleted in between",
             create_times(client, keep=False, count=arguments.count, workers=2),
         )
-        report("create_model, 1 rank, all kept", create_times(client, keep=True, count=arguments.count, workers=1))
+        for workers in (1, 2):
+            time.sleep(3)  # what the models before have given back is made ready again
+            report(
+                f"create_model, {workers} rank{'s' if workers > 1 else ''}, all kept",
+                create_times(client, keep=True, count=arguments.count, workers=workers),
+            )
 
 
 if __name__ == "__main__":

@@ -126,6 +126,19 @@ def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service])
     service.assert_nothing_is_left(within=1.0)
 
 
+def test_ranks_are_forks_of_one_process_that_has_torch_and_goes_with_ray(start: Callable[..., Service]) -> None:
+    service = start(ranks=2)
+    service.address()
+    (template,) = {psutil.Process(pid).ppid() for pid in service.ranks()}
+    (named,) = service.named("gradwire_workers.pool.template")
+    assert named.pid == template
+    assert any("libtorch" in file.path for file in named.memory_maps())
+    (raylet,) = service.named("raylet/raylet")
+    raylet.kill()
+    eventually(lambda: not alive(named), within=5)
+    eventually(lambda: len(service.trace("ready")) == 2, within=60)
+
+
 def test_a_killed_frontend_is_started_again_on_the_same_port_with_the_same_ray(start: Callable[..., Service]) -> None:
     service = start()
     address = service.address()
@@ -156,7 +169,7 @@ def test_nothing_survives_a_killed(start: Callable[..., Service], victim: str) -
     service = start(ranks=2)
     service.address()
     guard = psutil.Process(service.process.pid)
-    (supervisor,) = guard.children()
+    (supervisor,) = [child for child in guard.children() if "supervisor" in command(child)]
     {"guard": guard, "supervisor": supervisor}[victim].kill()
     service.assert_nothing_is_left(within=10)
 

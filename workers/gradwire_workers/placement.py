@@ -73,7 +73,7 @@ class Placement:
         return len(names)
 
     def start_rank(self, name: str, folder: str, memory_folder: str, *, patience: float) -> dict[str, Any]:
-        """Starts a rank's process and waits until it serves. Takes seconds: it imports torch.
+        """Starts a rank's process and waits until it serves. Takes seconds where it has to import torch.
 
         Returns what `RankActor.serve` says. Unavailable when the process does not come up.
         """

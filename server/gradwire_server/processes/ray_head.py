@@ -6,6 +6,7 @@ cores: 2.0 s until a driver can join, where the untrimmed command takes 4.5 to 5
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import secrets
@@ -17,6 +18,10 @@ from typing import Any
 
 ADDRESS_FILE_VARIABLE = "GRADWIRE_RAY_ADDRESS_FILE"
 """Names the file in which the frontend finds Ray's address, once Ray is ready."""
+
+# The program that Ray starts for each worker, and the variable by which it finds the process to fork.
+_WORKER = "gradwire_workers.pool.forked_worker"
+_TEMPLATE_VARIABLE = "GRADWIRE_TEMPLATE"
 
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's least, nearly: tensors do not pass through the object store.
 _NO_PORT = 65536
@@ -40,8 +45,8 @@ def ray_command(folder: Path, *, cpus: int) -> list[str]:
     ]
 
 
-def ray_environment(environment: Mapping[str, str], token_file: Path) -> dict[str, str]:
-    """`environment` for Ray itself and for the drivers that join it."""
+def ray_environment(environment: Mapping[str, str], token_file: Path, template: Path) -> dict[str, str]:
+    """`environment` for Ray itself and for the drivers that join it. `template`: the socket by which workers start."""
     return {name: value for name, value in environment.items() if name not in _FOREIGN_VARIABLES} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
@@ -50,6 +55,7 @@ def ray_environment(environment: Mapping[str, str], token_file: Path) -> dict[st
         # 127.0.0.1 by the machine's address, and Ray listens to the whole network.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_START_HOOK": f"{__name__}.trim",
+        _TEMPLATE_VARIABLE: str(template),
         # Ray would start idle workers on its own, which compete for the cores with the warm pool's ranks.
         "RAY_enable_worker_prestart": "false",
         "RAY_prestart_worker_first_driver": "false",
@@ -65,13 +71,16 @@ def write_token(file: Path) -> None:
 
 
 def trim(parameters: Any, head: bool) -> None:
-    """Ray's start hook: leave out the Ray client server and the API server, for which `ray start` has no flags.
+    """Ray's start hook, for what `ray start` has no flags: how workers start, and what is left out.
 
-    The first would take the fixed port 10001; the second takes two seconds and serves the dashboard only. Ray goes on
-    without its API server when that cannot have its port, so it is given one that nobody can have.
+    The Ray client server would take the fixed port 10001; the API server takes two seconds and serves the dashboard
+    only. Ray goes on without it when it cannot have its port, so it is given one that nobody can have.
     """
     parameters.ray_client_server_port = None
     parameters.dashboard_port = _NO_PORT
+    worker = importlib.util.find_spec(_WORKER)
+    assert worker is not None and worker.origin is not None
+    parameters.worker_path = worker.origin
 
 
 def address_file(folder: Path) -> Path:

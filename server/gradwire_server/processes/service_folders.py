@@ -46,6 +46,11 @@ class ServiceFolders:
         return self.runtime / "frontend"
 
     @property
+    def template(self) -> Path:
+        """The socket of the process that Ray's workers are forked from."""
+        return self.runtime / "template.sock"
+
+    @property
     def ray(self) -> Path:
         """Ray's temporary folder."""
         return self.runtime / "ray"

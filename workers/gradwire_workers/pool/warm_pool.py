@@ -1,8 +1,8 @@
 """Processes that wait, with torch imported, for a model.
 
-Starting a rank costs about 2.5 CPU-seconds, most of them for importing torch; handing a waiting one to a model takes
-milliseconds. The pool keeps some ready, starts new ones in the background when some are taken, and takes back those of
-models that were deleted cleanly. A process never serves two owners.
+Starting a rank costs about 0.3 CPU-seconds where Ray's workers are forked from a template, and 3.5 where they are not;
+handing a waiting one to a model takes milliseconds. The pool keeps some ready, starts new ones in the background when
+some are taken, and takes back those of models that were deleted cleanly. A process never serves two owners.
 """
 
 from __future__ import annotations
