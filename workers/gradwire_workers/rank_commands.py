@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 
 from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
-from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import (
     GradientQuery,
@@ -21,16 +20,13 @@ from gradwire_proto.values import (
     ModelSpec,
     OutputLossSpec,
     StateTensor,
-    TensorData,
-    leaves,
-    map_leaves,
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.pool.rank_footprint import RankFootprint
 from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
-from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
-from gradwire_workers.shard import Shard
+from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
+from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
 from gradwire_workers.training.out_of_memory import out_of_memory_told
@@ -41,8 +37,6 @@ Fields = Mapping[str, Any]
 _COLLECTIVE = frozenset(
     {"check_rows", "train_step", "forward_backward", "optimizer_step", "compute_gradients", "forward"}
 )
-
-_SENDABLE = (type(None), bool, int, float, str, bytes, TensorData)
 
 
 class RankCommands:
@@ -88,7 +82,7 @@ class RankCommands:
         with out_of_memory_told(), self._together(kind):
             answer = command(fields)
         with errors_after_applied(), out_of_memory_told():
-            return self._outgoing(answer)
+            return outgoing(answer, self._segments)
 
     @contextmanager
     def _together(self, kind: str) -> Iterator[None]:
@@ -96,9 +90,8 @@ class RankCommands:
         try:
             yield
         except BaseException as error:
-            groups = None if self._trainer is None else self._trainer._groups
-            if groups is not None and kind in _COLLECTIVE and not _is_refused_by_all(error):
-                groups.abort(f"{type(error).__name__}: {error}")
+            if self._trainer is not None and kind in _COLLECTIVE and not _is_refused_by_all(error):
+                self._trainer.break_off(f"{type(error).__name__}: {error}")
             raise
 
     @property
@@ -115,7 +108,7 @@ class RankCommands:
         # Torch keeps the number per thread: it must be set in the one that computes.
         torch.set_num_threads(fields["threads"])
         spec = decode_model_spec(model_pb2.Model.FromString(bytes(fields["spec"])))
-        state = _incoming(fields["tensors"], writable=True)
+        state = incoming(fields["tensors"], writable=True)
         limits, device, rank, size = Limits(**fields["limits"]), fields["device"], fields["rank"], fields["size"]
 
         def start(where: Fields) -> Trainer:
@@ -161,18 +154,18 @@ class RankCommands:
     # --- a model ---
 
     def _check_rows(self, fields: Fields) -> Fields:
-        return {"reason": self._model.check_rows(fields["variant"], _leaves_in(fields["inputs"]))}
+        return {"reason": self._model.check_rows(fields["variant"], leaves_in(fields["inputs"]))}
 
     def _train_step(self, fields: Fields) -> Fields:
-        report = self._model.train_step(_shard(fields), command=fields["command"], lr=fields["lr"])
+        report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])
         return asdict(report)
 
     def _forward_backward(self, fields: Fields) -> Fields:
-        return asdict(self._model.forward_backward(_shard(fields), command=fields["command"]))
+        return asdict(self._model.forward_backward(shard_in(fields), command=fields["command"]))
 
     def _optimizer_step(self, fields: Fields) -> Fields:
         given = fields["gradients"]
-        return asdict(self._model.optimizer_step(None if given is None else _incoming(given), lr=fields["lr"]))
+        return asdict(self._model.optimizer_step(None if given is None else incoming(given), lr=fields["lr"]))
 
     def _zero_grad(self, _: Fields) -> Fields:
         self._model.zero_grad()
@@ -183,7 +176,7 @@ class RankCommands:
 
     def _forward(self, fields: Fields) -> Fields:
         report = self._model.forward(
-            _shard(fields), training=fields["training"], seed=fields["seed"], command=fields["command"]
+            shard_in(fields), training=fields["training"], seed=fields["seed"], command=fields["command"]
         )
         return {"outputs": report.outputs, "step": report.step, "rows": report.rows, "seconds": asdict(report.seconds)}
 
@@ -191,14 +184,14 @@ class RankCommands:
         return {"tensors": self._model.state_dict(fields["names"]), "step": self._model.step}
 
     def _load_state_dict(self, fields: Fields) -> Fields:
-        self._model.load_state_dict(_incoming(fields["tensors"]), partial=fields["partial"])
+        self._model.load_state_dict(incoming(fields["tensors"]), partial=fields["partial"])
         return {"step": self._model.step}
 
     def _add_variant(self, fields: Fields) -> Fields:
         self._model.add_variant(
             decode_variant(program_pb2.Variant.FromString(bytes(fields["variant"]))),
             [StateTensor(**tensor) for tensor in fields["tensors"]],
-            _incoming(fields["values"], writable=True),
+            incoming(fields["values"], writable=True),
             fields["operators"],
         )
         return {}
@@ -216,34 +209,12 @@ class RankCommands:
             program=decode_program(program_pb2.Program.FromString(bytes(fields["program"]))),
             loss=OutputLossSpec(fields["output_leaf"]),
         )
-        state = _incoming(fields["tensors"], writable=True)
+        state = incoming(fields["tensors"], writable=True)
         function = Trainer(spec=spec, state=state, device=fields["device"], limits=Limits(**fields["limits"]))
-        result = self._outgoing(_gradients(function, fields))
+        result = outgoing(_gradients(function, fields), self._segments)
         # Remembered only now: the frontend too remembers only what has been answered.
         self._functions[fields["digest"]] = function
         return result
-
-    # --- answers ---
-
-    def _outgoing(self, answer: Fields) -> Fields:
-        """The answer with its tensors as bytes: in the message, or in a segment when they are big.
-
-        InvalidArgument (OUTPUT_UNSUPPORTED, DTYPE_UNSUPPORTED, TENSOR_NOT_DENSE) for what no message can hold.
-        """
-        found = []
-        for path, leaf in leaves(answer):
-            if isinstance(leaf, torch.Tensor):
-                found.append(leaf)
-            elif not isinstance(leaf, _SENDABLE):
-                raise InvalidArgument(
-                    f"{path}: the program gives a {type(leaf).__qualname__}, which cannot be sent",
-                    field="batch",
-                    reason="OUTPUT_UNSUPPORTED",
-                )
-        encoded = (from_torch(tensor) for tensor in found)
-        if sum(tensor.nbytes for tensor in found) >= INLINE_BYTES:
-            encoded = iter(self._segments.write(encoded))
-        return map_leaves(lambda leaf: next(encoded) if isinstance(leaf, torch.Tensor) else leaf, dict(answer))
 
 
 def _is_refused_by_all(error: BaseException) -> bool:
@@ -256,22 +227,9 @@ def _is_refused_by_all(error: BaseException) -> bool:
     return isinstance(error, (FailedPrecondition, InvalidArgument))
 
 
-def _shard(fields: Fields) -> Shard:
-    shard = fields["shard"]
-    return Shard(**{**shard, "inputs": _leaves_in(shard["inputs"]), "targets": _leaves_in(shard["targets"])})
-
-
-def _leaves_in(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(to_torch(value) if isinstance(value, TensorData) else value for value in values)
-
-
-def _incoming(tensors: Mapping[str, TensorData], *, writable: bool = False) -> dict[str, torch.Tensor]:
-    return {name: to_torch(tensor, writable=writable) for name, tensor in tensors.items()}
-
-
 def _gradients(trainer: Trainer, fields: Fields) -> Fields:
     query = GradientQuery(**fields["query"])
-    report = trainer.compute_gradients(_shard(fields), query, command=fields["command"])
+    report = trainer.compute_gradients(shard_in(fields), query, command=fields["command"])
     # Not asdict: it would copy the tensors.
     return {
         "loss": report.loss,

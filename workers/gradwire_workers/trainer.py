@@ -72,6 +72,11 @@ class Trainer:
         self._passes.drop()
         self._replica.groups = self._groups.rejoin(epoch)
 
+    def break_off(self, cause: str) -> None:
+        """Make what the other ranks wait for fail at once: this one will not do its part."""
+        if self._groups is not None:
+            self._groups.abort(cause)
+
     def close(self) -> None:
         """Leave the other ranks and let go of every tensor. Nothing else may be called after it."""
         self._passes.drop()

@@ -105,7 +105,8 @@ async def test_a_function_that_is_given_up_ends_with_its_rank_and_holds_nobody_u
     finally:
         os.kill(first.process_id, signal.SIGCONT)
     await first.kill()
-    assert not psutil.pid_exists(first.process_id)
+    # Its parent, Ray, may not have looked after it yet.
+    assert not psutil.pid_exists(first.process_id) or psutil.Process(first.process_id).status() == psutil.STATUS_ZOMBIE
 
 
 async def test_wrong_inputs_of_a_known_function_are_refused(cluster):
