@@ -126,13 +126,18 @@ def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service])
     service.assert_nothing_is_left(within=1.0)
 
 
-def test_ranks_are_forks_of_one_process_that_has_torch_and_goes_with_ray(start: Callable[..., Service]) -> None:
+def test_ranks_are_forks_of_one_process_that_outlives_them_and_goes_with_ray(start: Callable[..., Service]) -> None:
     service = start(ranks=2)
     service.address()
     (template,) = {psutil.Process(pid).ppid() for pid in service.ranks()}
     (named,) = service.named("gradwire_workers.pool.template")
     assert named.pid == template
     assert any("libtorch" in file.path for file in named.memory_maps())
+    killed, other = (psutil.Process(pid) for pid in service.ranks())
+    killed.kill()
+    eventually(lambda: not alive(killed), within=5)
+    time.sleep(1)  # Ray ends the process group of a worker that is gone, and gives it a moment first
+    assert alive(other) and alive(named), "the end of a rank is its own"
     (raylet,) = service.named("raylet/raylet")
     raylet.kill()
     eventually(lambda: not alive(named), within=5)

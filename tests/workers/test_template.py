@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gradwire_workers.pool.handover import Handover
+
 PROGRAM = """
 import json, os, sys, threading
 had_torch = "torch" in sys.modules
@@ -25,13 +27,16 @@ threading.Thread(target=lambda: (a * a).sum().backward()).start()
 while a.grad is None:
     pass
 json.dump({
-    "arguments": sys.argv, "colour": os.environ.get("COLOUR"), "folder": os.getcwd(), "had_torch": had_torch,
-    "main": __name__, "parent": os.getppid(), "path": sys.path[0], "had_ray": "ray" in sys.modules,
-    "gradient": a.grad.tolist(), "oom_score": open("/proc/self/oom_score_adj").read().strip(),
+    "arguments": sys.argv, "path": sys.path[0], "colour": os.environ.get("COLOUR"), "folder": os.getcwd(),
+    "main": __name__, "pid": os.getpid(), "parent": os.getppid(), "group": os.getpgid(0),
+    "had_torch": had_torch, "had_ray": "ray" in sys.modules, "gradient": a.grad.tolist(),
+    "oom_score": open("/proc/self/oom_score_adj").read().strip(),
 }, sys.stdout)
 print("and this is an error", file=sys.stderr)
 """
-LAUNCH = "import sys; from gradwire_workers.pool.forked_worker import main; main(sys.argv[1], sys.argv[2:])"
+LAUNCH = "import os, sys; open('/proc/self/oom_score_adj', 'w').write(os.environ['SCORE']);"
+LAUNCH += "from gradwire_workers.pool import forked_worker as it;"
+LAUNCH += "it._PATIENCE_SECONDS = float(os.environ.get('PATIENCE', 25)); it.main(sys.argv[1], sys.argv[2:])"
 
 
 @pytest.fixture
@@ -64,13 +69,22 @@ def run(ray_process: subprocess.Popen, socket_file: Path, tmp_path: Path) -> Cal
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
-    def run(*arguments: str, template: Path = socket_file, **options: object) -> dict:
+    def run(
+        *arguments: str,
+        template: Path = socket_file,
+        environment: dict[str, str | None] | None = None,
+        score: int | None = None,
+        cwd: str | None = None,
+    ) -> dict:
         out = tmp_path / f"out-{time.monotonic_ns()}"
-        environment = os.environ | {"GRADWIRE_TEMPLATE": str(template), "COLOUR": "blue"}
+        own = Path("/proc/self/oom_score_adj").read_text()
+        variables = {"GRADWIRE_TEMPLATE": str(template), "COLOUR": "blue", "SCORE": str(score or own)}
+        variables = os.environ | variables | (environment or {})
+        given = {name: value for name, value in variables.items() if value is not None}
         files = {"stdout": str(out), "stderr": f"{out}.errors"}
         command = [str(program), *arguments]
         assert ray_process.stdin
-        ray_process.stdin.write(json.dumps([command, {"env": environment, **files, **options}]) + "\n")
+        ray_process.stdin.write(json.dumps([command, {"env": given, "cwd": cwd, **files}]) + "\n")
         ray_process.stdin.flush()
         errors = Path(files["stderr"])
         deadline = time.monotonic() + 60
@@ -82,26 +96,41 @@ def run(ray_process: subprocess.Popen, socket_file: Path, tmp_path: Path) -> Cal
     return run
 
 
-def gone(pid: int, within: float) -> bool:
+def eventually(condition: Callable[[], bool], within: float = 5.0) -> bool:
     deadline = time.monotonic() + within
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
     return True
 
 
+def gone(pid: int, within: float) -> bool:
+    return eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", within)
+
+
 def test_a_worker_is_what_it_was_started_as_and_has_torch_already(run, tmp_path: Path) -> None:
-    told = run("--one=1", "two words", cwd=str(tmp_path))
+    template = run("first")["parent"]
+    # All of it differs from what the template, started by the first worker, has.
+    (tmp_path / "elsewhere").mkdir()
+    score = int(Path("/proc/self/oom_score_adj").read_text()) + 100
+    told = run("--one=1", "two words", environment={"COLOUR": "red"}, cwd=str(tmp_path / "elsewhere"), score=score)
+    assert told["parent"] == template
     assert told["arguments"] == [told["program"], "--one=1", "two words"]
-    assert told["colour"] == "blue"
-    assert told["folder"] == str(tmp_path)
+    assert told["colour"] == "red"
+    assert told["folder"] == str(tmp_path / "elsewhere")
     assert told["path"] == str(tmp_path)
     assert told["main"] == "__main__"
     assert told["had_torch"]
     assert not told["had_ray"], "Ray keeps what it read from the environment when it was imported"
     assert told["gradient"] == [2.0, 2.0, 2.0]
-    assert told["oom_score"] == Path("/proc/self/oom_score_adj").read_text().strip()
+    assert told["oom_score"] == str(score)
+    assert told["group"] == told["pid"], "Ray kills whole process groups"
+
+
+def test_a_variable_that_a_worker_was_started_without_is_not_in_its_environment(run) -> None:
+    run("first")
+    assert run("second", environment={"COLOUR": None})["colour"] is None
 
 
 def test_workers_that_start_at_once_are_forks_of_one_template_and_differ_in_what_they_are(run) -> None:
@@ -144,3 +173,32 @@ def test_one_who_asks_and_goes_away_does_not_keep_others_from_their_workers(run,
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(socket_file))
         assert run()["parent"] == template
+
+
+def test_a_fork_that_nobody_waits_for_any_more_ends(run, socket_file: Path) -> None:
+    template = psutil.Process(run()["parent"])
+    descriptors = template.num_fds()
+    handover = Handover.of_this_process("/no/such/program", [])
+    # Asked while the template cannot answer, and gone when it can.
+    template.suspend()
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(socket_file))
+            connection.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                handover.send(connection)
+    template.resume()
+    assert run()["parent"] == template.pid
+    assert eventually(lambda: not template.children())
+    assert template.num_fds() == descriptors
+
+
+def test_a_template_that_does_not_answer_is_replaced_and_costs_no_worker(run) -> None:
+    template = psutil.Process(run()["parent"])
+    template.suspend()
+    late = run("late", environment={"PATIENCE": "1"})
+    assert not late["had_torch"]
+    assert "did not answer" in late["errors"]
+    assert run("next")["parent"] not in (template.pid, late["parent"])
+    template.resume()
+    assert eventually(lambda: not template.children()), "what it forks late ends"

@@ -79,6 +79,8 @@ class Handover:
 
     def become(self) -> str:
         """Make this process, a fork, what the sender was. Returns the program to run as `__main__`."""
+        # Ray kills the process group of a worker that is gone: each must be alone in its own.
+        os.setpgid(0, 0)
         for stream, received in zip(_STREAMS, self._streams, strict=True):
             os.dup2(received, stream)
         self.close()

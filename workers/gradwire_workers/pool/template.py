@@ -31,36 +31,44 @@ _OF_RAY = ("click", "filelock", "google.protobuf", "jsonschema", "packaging.vers
 
 def main(listener: socket.socket, ray_process: int) -> None:
     """Fork one worker for each handover, until Ray's process ends."""
+    try:
+        ray_ends = os.pidfd_open(ray_process)
+    except ProcessLookupError:
+        return
     for module in (*_OF_RANKS, *_OF_RAY):
         importlib.import_module(module)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads, and keep their locks"
     gc.collect()
     # A collection in a fork would write to every page, and so copy it.
     gc.freeze()
     # Whoever forks a worker need not wait for its end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    handover = _serve(listener, ray_process)
+    handover = _serve(listener, ray_ends)
     if handover is not None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         runpy.run_path(handover.become(), run_name="__main__")
 
 
-def _serve(listener: socket.socket, ray_process: int) -> Handover | None:
+def _serve(listener: socket.socket, ray_ends: int) -> Handover | None:
     """Returns in each fork, with what it is to become; in the template only when Ray has ended."""
-    try:
-        ray_ends = os.pidfd_open(ray_process)
-    except ProcessLookupError:
-        return None
     waiting = select.poll()
     waiting.register(ray_ends, select.POLLIN)
     waiting.register(listener, select.POLLIN)
+    # Whoever connected may be gone by the time of accept.
+    listener.setblocking(False)
     while ray_ends not in dict(waiting.poll()):
-        connection, _ = listener.accept()
         try:
+            connection, _ = listener.accept()
             with connection:
                 connection.settimeout(_STALLED_SECONDS)
                 handover = Handover.receive(connection)
-                if os.fork() == 0:
-                    handover.acknowledge(connection)
+                try:
+                    forked = os.fork() == 0
+                except OSError:
+                    handover.close()
+                    raise
+                if forked:
+                    _acknowledge(handover, connection)
                     os.close(ray_ends)
                     listener.close()
                     return handover
@@ -69,6 +77,14 @@ def _serve(listener: socket.socket, ray_process: int) -> Handover | None:
             # Whoever asked sees the connection end, and helps itself.
             logger.warning("a handover failed: %s", error)
     return None
+
+
+def _acknowledge(handover: Handover, connection: socket.socket) -> None:
+    try:
+        handover.acknowledge(connection)
+    except OSError:
+        # Whoever asked has given up, and runs the worker itself. A fork must never go on as a second template.
+        os._exit(1)
 
 
 if __name__ == "__main__":
