@@ -62,3 +62,107 @@ def test_a_rank_never_computes_fewer_rows_than_the_program_is_known_to_be_right_
         loss = F.mse_loss(F.linear(inputs[:rows], *group.state_dict().values()), targets[:rows])
         assert group.train_step(inputs[:rows], targets[:rows]) == pytest.approx(loss.item(), rel=1e-12)
         assert group.rank_rows() == expected
+
+
+class EmbeddedMinusMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids).mean(1)
+        return self.out(torch.tanh(h - h.mean(0)))
+
+
+class MaskedMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.out(x - (x * mask[:, None]).sum(0) / mask.sum().clamp(min=1))
+
+
+class ByLargest(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input / input.abs().max().clamp(min=1.0))
+
+
+class AboveMean(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * (input > 1000 * input.mean(0) + 1000))
+
+
+class CountOfLarge(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1 + (input > 1e6).sum())
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (EmbeddedMinusMean(), torch.zeros(2, 3, dtype=torch.long)),
+        (EmbeddedMinusMean(), torch.tensor([[1, 2, 3]])),
+        (MaskedMean(), (torch.randn(4, 4), torch.zeros(4, dtype=torch.bool))),
+        (ByLargest(4, 3), torch.rand(4, 4) / 2),
+        (ByLargest(4, 3), torch.zeros(2, 4)),
+        (AboveMean(4, 3), torch.rand(4, 4)),
+        (CountOfLarge(4, 3), torch.rand(4, 4)),
+    ],
+)
+def test_rows_that_reach_each_other_are_found_though_the_example_does_not_show_it(make_group, module, example):
+    rows = (example[0] if isinstance(example, tuple) else example).shape[0]
+    group = make_group(module, nn.MSELoss(), (example, torch.zeros(rows, 3)))
+    assert group.whole["train"] is not None and group.whole["eval"] is not None
+
+
+class Transformer(nn.Module):
+    """Looks ids up, attends under a mask of its own and one that comes with the batch, and counts its words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8, padding_idx=0)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padding = ids == 0
+        h = self.layer(self.embedding(ids), src_key_padding_mask=padding)
+        words = (~padding).sum(1, keepdim=True).clamp(min=1)
+        return self.out((h * ~padding[..., None]).sum(1) / words)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn, self.out = nn.Embedding(12, 6), nn.GRU(6, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.rnn(self.embedding(ids.T))[0][-1])
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.GroupNorm(2, 4), nn.Flatten()
+        )
+        self.out = nn.LazyLinear(3)
+        self.forward(torch.randn(2, 1, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers(x)
+        return self.out(h * (h > h.mean(1, keepdim=True)) + h.argmax(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (Transformer(), torch.randint(0, 12, (3, 6))),
+        (SequenceFirst(), torch.randint(0, 12, (3, 7))),
+        (Pooled(), torch.randn(3, 1, 8, 8)),
+    ],
+)
+def test_rows_that_do_not_reach_each_other_are_split(make_group, module, example):
+    group = make_group(module, nn.MSELoss(), (example, torch.zeros(3, 3)))
+    assert group.whole == {"train": None, "eval": None}

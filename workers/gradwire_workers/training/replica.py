@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +77,10 @@ class Replica(nn.Module):
         if groups is None:
             return self._loss.of_whole(shard.variant, outputs, shard.targets)
         return self._loss.of_shard(shard, outputs, shard.targets, groups)
+
+    def row_by_row(self) -> AbstractContextManager[None]:
+        """Inside, batch norm normalises with fixed statistics: no row reaches another through it."""
+        return self._sync_batch_norm.row_by_row()
 
     def _groups_of(self, shard: Shard) -> ProcessGroups | None:
         return None if shard.whole else self.groups

@@ -1,4 +1,8 @@
-"""Whether the rows of a batch are independent, so that ranks may compute some each: found by trying."""
+"""Whether the rows of a batch are independent, so that ranks may compute some each: found by trying.
+
+With numbers, which show everything but what numbers of another kind would do; and with marks, which show what reaches
+what whatever the numbers are, but not what depends on how many rows there are.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import ROWS, Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
@@ -16,6 +21,7 @@ from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_
 from gradwire_workers.training.closeness import are_close, has_rounding
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
 
 _REASONS = (
@@ -34,7 +40,8 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     """None if a batch that is split over the ranks gives what the whole batch gives; otherwise why not, in words.
 
     Runs the variant on the example's leaves and on random ones like them, whole and split over all ranks, random
-    operators off, and compares outputs, gradients and changed buffers. Every rank calls it and gets the same answer.
+    operators off, and compares outputs, gradients and changed buffers. Then follows a row through it and back. Every
+    rank calls it and gets the same answer.
     """
     groups = replica.groups
     assert groups is not None
@@ -55,6 +62,9 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
             groups.all_reduce(found, largest=True)
             if found.item():
                 break
+        else:
+            found[0] = _where_rows_reach(replica, variant, inputs)
+            groups.all_reduce(found, largest=True)
     return _REASONS[int(found.item())]
 
 
@@ -102,6 +112,53 @@ def _difference(replica: Replica, groups: ProcessGroups, variant: Variant, leave
         return _GRADIENTS
     if not are_close(list(zip(found.buffers, expected.buffers, strict=True))):
         return _BUFFERS
+    return 0
+
+
+def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any]) -> int:
+    """Index of the reason for which the first or the last of some rows reaches others; 0 where neither does."""
+    symbol = next(symbol for symbol in variant.symbols if symbol.name == ROWS)
+    sizes = {size for leaf in inputs if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
+    sizes |= {size for tensor in replica.program.all_state().values() for size in tensor.shape}
+    rows = rows_to_mark(max(symbol.min, 2), symbol.max, sizes)
+    if rows is None:
+        return 0
+    leaves = [
+        _random(leaf, rows) if has_rows(spec) else leaf for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
+    ]
+    shard = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
+    with replica.row_by_row():
+        clean = _run(replica, shard, _weights_of_rows)
+        for row in (0, rows - 1):
+            try:
+                if reason := _where_row_reaches(replica, shard, variant, MarkedRow(row=row, rows=rows), clean):
+                    return reason
+            except (RuntimeError, IndexError, GradwireError):
+                # Some operators refuse what is not a number. What numbers have shown has to do.
+                return 0
+    return 0
+
+
+def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked: MarkedRow, clean: _Result) -> int:
+    with_rows = [has_rows(spec) for spec in variant.input_leaves]
+    inputs = [marked.put(leaf) if has else _copied(leaf) for leaf, has in zip(shard.inputs, with_rows, strict=True)]
+    whole_numbers = [leaf for leaf, has in zip(inputs, with_rows, strict=True) if has and not has_rounding(leaf)]
+    before = Snapshot(replica.program.mutated_buffers(shard.variant))
+    try:
+        outputs, spread = marked.follow(lambda: replica.outputs(replace(shard, inputs=tuple(inputs))), whole_numbers)
+    finally:
+        before.restore()
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    pairs = zip(tensors, clean.outputs, strict=True)
+    if any(spread) or any(marked.has_spread(*pair) for pair in pairs if has_rounding(pair[0])):
+        return _OUTPUTS
+    back = _run(replica, shard, lambda index, output: marked.put(_weights_of_rows(index, output)))
+    for index, gradient in back.inputs.items():
+        reference = clean.inputs[index]
+        if gradient is None or reference is None or not with_rows[index]:
+            continue
+        if marked.has_spread(gradient, reference):
+            return _GRADIENTS
     return 0
 
 
