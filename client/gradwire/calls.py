@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from gradwire.arguments import as_bool, as_mapping
 from gradwire.errors import InvalidArgument
+from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
 from gradwire.optim import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
@@ -18,9 +20,9 @@ from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
-from gradwire_proto.tensors import dtype_name, from_any, from_nested
+from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Batch, GradientQuery, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
+from gradwire_proto.values import Batch, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -45,35 +47,43 @@ class Call(Generic[R]):
 
 
 class ModelCalls:
-    """Makes the calls of the model `model_id`. `tied`: alias -> the name of the tensor that it is."""
+    """Makes the calls of the model that `info` describes, as it was when it was found.
 
-    def __init__(self, rpc: Rpc, model_id: str, variants: Variants, tied: Mapping[str, str]) -> None:
+    What no call could be given raises InvalidArgument, whose `field` names it, before anything is sent.
+    """
+
+    def __init__(self, rpc: Rpc, info: ModelInfo, variants: Variants) -> None:
         self._rpc = rpc
-        self._id = model_id
-        self._name = model_name(model_id)
+        self._id = info.id
+        self._name = model_name(info.id)
         self._variants = variants
-        self._tied = tied
+        self._tensors = info.tensors
+        self._tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
+        self._refuses_nan = info.on_nan == "refuse"
 
     def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
         request = pb.TrainStepRequest(name=self._name)
         _set_learning_rate(request, lr)
-        self._set_batch(request, inputs, targets, training=True)
+        self._set_batch(request, *self._read(inputs, targets), training=True)
         return self._command("TrainStep", request, _step_result)
 
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)
-        self._set_batch(request, inputs, targets, training=True)
+        self._set_batch(request, *self._read(inputs, targets), training=True)
         return self._command("ForwardBackward", request, _step_result)
 
     def optimizer_step(self, gradients: Mapping[str, Any] | None, lr: float | None) -> Call[StepResult]:
         request = pb.OptimizerStepRequest(name=self._name)
         _set_learning_rate(request, lr)
         if gradients is not None:
-            given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-            if not given:
+            given = as_mapping(gradients, "gradients")
+            values = _tensors({name: each for name, each in given.items() if each is not None}, "gradients")
+            if not values:
                 message = "expected at least one gradient; leave them out to apply those that the service holds"
                 raise InvalidArgument(message, field="gradients", reason="GRADIENTS_EMPTY")
-            self._set_tensors(request.gradients, given, "gradients")
+            if self._refuses_nan:
+                _check_finite(values)
+            self._set_tensors(request.gradients, values)
         return self._command("OptimizerStep", request, _step_result)
 
     def zero_grad(self) -> Call[None]:
@@ -91,17 +101,14 @@ class ModelCalls:
         training: bool,
         seed: int | None,
     ) -> Call[GradientResult]:
-        query = GradientQuery(
-            wrt=None if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt),
-            input_gradients=input_gradients,
-            outputs=outputs,
-            training=training,
-            seed=seed,
-            gradient_dtype=dtype if dtype is None or isinstance(dtype, str) else dtype_name(dtype),
+        query = gradient_query(
+            wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
         )
         request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
         codec.encode_gradient_query(query, request)
-        variant = self._set_batch(request, inputs, targets, training=training)
+        given, batch = self._read(inputs, targets)
+        check_keeps_imaginary_parts(query, self._tensors, batch.inputs)
+        variant = self._set_batch(request, given, batch, training=training)
 
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
             result = codec.decode_gradient_result(reply)
@@ -113,7 +120,12 @@ class ModelCalls:
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
         self._rpc.check_usable()
-        request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=INLINE_BYTES)
+        request = pb.ForwardRequest(
+            name=self._name, training=as_bool(training, "training"), max_inline_bytes=INLINE_BYTES
+        )
+        if not training:
+            # A command draws anew by its number, which a read does not have.
+            request.seed = fresh_seed()
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
         variant = self._variants.choose(batch, given, training=training, targets=False)
@@ -135,8 +147,8 @@ class ModelCalls:
         return Call("GetStateDict", request, finish)
 
     def load_state_dict(self, tensors: Mapping[str, Any], partial: bool) -> Call[None]:
-        request = pb.LoadStateDictRequest(name=self._name, partial=partial)
-        self._set_tensors(request.tensors, tensors, "tensors")
+        request = pb.LoadStateDictRequest(name=self._name, partial=as_bool(partial, "partial"))
+        self._set_tensors(request.tensors, _tensors(as_mapping(tensors, "state_dict"), "tensors"))
         return self._command("LoadStateDict", request, _nothing)
 
     def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
@@ -161,24 +173,37 @@ class ModelCalls:
         request.request_id = new_request_id()
         return Call(method, request, finish, command_name(self._id, request.request_id))
 
-    def _set_batch(self, request: Any, inputs: Any, targets: Any, *, training: bool) -> Variant:
+    def _read(self, inputs: Any, targets: Any) -> tuple[Batch, Batch]:
+        """The batch with torch's tensors, and as the contract has it."""
         # First: exporting takes locks, which a forked child may have inherited as held.
         self._rpc.check_usable()
         given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
-        batch = Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
+        return given, Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
+
+    def _set_batch(self, request: Any, given: Batch, batch: Batch, *, training: bool) -> Variant:
         variant = self._variants.choose(batch, given, training=training, targets=True)
         codec.encode_batch(Batch(*send_apart(self._rpc, (batch.inputs, batch.targets))), request.batch)
         return variant
 
-    def _set_tensors(self, field: Any, tensors: Mapping[str, Any], path: str) -> None:
-        values = {name: from_any(tensor, f'{path}["{name}"]') for name, tensor in tensors.items()}
+    def _set_tensors(self, field: Any, values: NamedTensors) -> None:
         codec.encode_named_tensors(send_apart(self._rpc, (values,))[0], field)
+
+
+def _tensors(given: Mapping[str, Any], path: str) -> NamedTensors:
+    return {name: from_any(tensor, f'{path}["{name}"]') for name, tensor in given.items()}
+
+
+def _check_finite(gradients: NamedTensors) -> None:
+    for name, gradient in gradients.items():
+        if not to_torch(gradient).isfinite().all():
+            message = "holds infinities or numbers that are none, which this model refuses"
+            raise InvalidArgument(message, field=f'gradients["{name}"]', reason="GRADIENT_NOT_FINITE")
 
 
 def _set_learning_rate(request: Any, lr: float | None) -> None:
     if lr is not None:
         check_not_negative(lr, field="lr", words="learning rate")
-        request.learning_rate = lr
+        request.learning_rate = float(lr)
 
 
 def _step_result(reply: Any) -> StepResult:

@@ -12,7 +12,6 @@ their code reads; and what torch and Python compute with, which is taken not to 
 from __future__ import annotations
 
 import builtins
-import dis
 import functools
 import hashlib
 import types
@@ -23,6 +22,10 @@ from typing import Any, Generic
 
 import numpy as np
 import torch
+
+from gradwire.code_reads import Unknown, reads, refuse_opaque_code
+
+__all__ = ["Unknown", "Walk", "fingerprint"]
 
 _PLAIN = (
     *(bool, int, str, bytes, type(None), type(...), type(NotImplemented), range),
@@ -41,19 +44,9 @@ _FUNCTION_HOMES = (
 )
 _BUILTIN_HOMES = ("math", "cmath", "_operator", "torch", "torch._C")
 _CLASS_HOMES = ("torch.nn.modules", "torch.nn.parameter", "torch.autograd.grad_mode", "torch.amp.autocast_mode")
-_HARMLESS = {"__init__", "__call__", "__class__", "__name__", "__setattr__", "__delattr__"}
-"""Attributes with double underscores that lead to nothing that is not visited anyway."""
-_OPAQUE_LOADS = {
-    *("LOAD_NAME", "LOAD_LOCALS", "LOAD_CLASSDEREF", "LOAD_BUILD_CLASS", "LOAD_FROM_DICT_OR_GLOBALS"),
-    *("LOAD_FROM_DICT_OR_DEREF", "IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"),
-}
 _CODE = (types.FunctionType, staticmethod, types.WrapperDescriptorType, types.BuiltinFunctionType)
 _MOST_PARTS = 20_000
 _MISSING = object()
-
-
-class Unknown(Exception):
-    """The function reads something whose contents cannot be told: do not remember it."""
 
 
 def fingerprint(function: Callable[..., Any], arguments: Any = ()) -> tuple[Any, ...]:
@@ -62,7 +55,7 @@ def fingerprint(function: Callable[..., Any], arguments: Any = ()) -> tuple[Any,
     The elements of tensors and arrays among the arguments, in tuples, lists and dicts, do not count: only their looks
     do. Holds code objects and digests; keeps none of the user's tensors alive. Raises Unknown where it cannot be told.
     """
-    walk = _Walk()
+    walk = Walk()
     try:
         walk.visit(function)
         walk.visit_argument(arguments)
@@ -71,10 +64,12 @@ def fingerprint(function: Callable[..., Any], arguments: Any = ()) -> tuple[Any,
     return tuple(walk.parts)
 
 
-class _Walk:
+class Walk:
+    """Visits values, and all that they reach, and notes in `parts` what they are. Raises Unknown where that fails."""
+
     def __init__(self) -> None:
         self.parts: list[Any] = []
-        self._seen: dict[int, int] = {}
+        self._seen: dict[int, Any] = {}
         self._alive: list[Any] = []  # so that no id is given twice during the walk
 
     def visit_argument(self, value: Any) -> None:
@@ -102,9 +97,13 @@ class _Walk:
         elif len(self.parts) > _MOST_PARTS:
             raise Unknown("more than is worth looking through")
         else:
-            self._seen[id(value)] = len(self._seen)
+            self._seen[id(value)] = self._place()
             self._alive.append(value)
             self._visit_object(value, kind)
+
+    def _place(self) -> Any:
+        """What an object is called where it is met again."""
+        return len(self._seen)
 
     def _visit_object(self, value: Any, kind: type) -> None:
         if kind in (torch.Tensor, torch.nn.Parameter):
@@ -158,13 +157,13 @@ class _Walk:
             held = map(_content, cells.values())
             self._sequence("cells", [value for value in held if not isinstance(value, types.ModuleType)])
             return
-        for name, is_free, attributes in _reads(function.__code__):
-            if is_free:
-                # Names that are in no cell are locals of the function, for functions inside it.
-                if name in cells:
-                    self._read(_content(cells[name]), attributes)
-            else:
+        refuse_opaque_code(function.__code__)
+        for name, kind, attributes in reads(function.__code__):
+            if kind == "global":
                 self._read(function.__globals__.get(name, getattr(builtins, name, _MISSING)), attributes)
+            # Names that are in no cell are locals of the function, for functions inside it.
+            elif kind == "free" and name in cells:
+                self._read(_content(cells[name]), attributes)
 
     def _read(self, value: Any, attributes: tuple[str, ...]) -> None:
         """What `value.a.b` gives, as far as `value` is a module."""
@@ -237,33 +236,3 @@ def _content(cell: types.CellType) -> Any:
 
 def _digest(elements: Any) -> bytes:
     return hashlib.blake2b(elements, digest_size=16).digest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _reads(code: types.CodeType) -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
-    """(name, whether it is a free variable, the attributes taken of it at once) of all that the code reads.
-
-    Functions inside it are included. Raises Unknown for code that may reach more than that.
-    """
-    found: dict[tuple[str, bool, tuple[str, ...]], None] = {}
-    instructions = [item for item in dis.get_instructions(code) if item.opname not in ("EXTENDED_ARG", "PUSH_NULL")]
-    for index, item in enumerate(instructions):
-        if item.opname in _OPAQUE_LOADS:
-            raise Unknown(f"code with {item.opname}")
-        if _takes_attribute(item) and item.argval.startswith("__") and item.argval not in _HARMLESS:
-            raise Unknown(f"code that reads {item.argval}")
-        if item.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
-            attributes = []
-            for follower in instructions[index + 1 :]:
-                if not _takes_attribute(follower):
-                    break
-                attributes.append(follower.argval)
-            found[item.argval, item.opname == "LOAD_DEREF", tuple(attributes)] = None
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found.update(dict.fromkeys(_reads(constant)))
-    return tuple(found)
-
-
-def _takes_attribute(item: dis.Instruction) -> bool:
-    return item.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
+from gradwire.arguments import as_bool, as_function
+from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
-from gradwire.errors import InvalidArgument
 from gradwire.function_calls import FunctionCalls
 from gradwire.model import Model
 from gradwire.optim import Optimizer
@@ -37,12 +38,16 @@ def connect(
     stream of their own, before the call or after it: that may take longer, as long as it never stands still for
     `timeout` seconds.
 
-    Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token.
+    Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token;
+    InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.
     """
-    if not timeout > 0:
-        raise InvalidArgument(f"must be above 0 seconds, got {timeout!r}", field="timeout", reason="TIMEOUT_INVALID")
-    chosen = target or os.environ.get("GRADWIRE_TARGET") or DEFAULT_TARGET
-    rpc = Rpc(chosen, token=token, tls=TLS() if tls is True else tls or None, timeout=timeout)
+    given = target if target not in (None, "") else os.environ.get("GRADWIRE_TARGET")
+    rpc = Rpc(
+        check_target(given or DEFAULT_TARGET),
+        token=check_token(token),
+        tls=as_tls(tls),
+        timeout=check_timeout(timeout),
+    )
     client = Client(rpc)
     try:
         client.server_info()
@@ -91,12 +96,13 @@ class Client:
         The module itself is never changed, and does not follow the model: pull weights with `state_dict`.
 
         example: (inputs, targets) used to export the module and its loss, not trained on; (inputs,) or (inputs, None)
-            where there are no targets. Two rows or more tell best which dimension is the batch.
+            where there are no targets. A list is taken as a tuple is, so that a batch of a DataLoader will do. Two rows
+            or more tell best which dimension is the batch.
         loss: a torch.nn loss, its name ("cross_entropy"), any callable(outputs, targets) -> scalar, or None where the
             module returns the loss itself, as a scalar or under `.loss` or ["loss"].
         optimizer: a spec of `gradwire.optim`; None where the service never updates.
         workers: how many ranks share each batch. model_id: 1 to 63 of [a-z0-9-], first a letter; chosen where left out.
-        seed: of dropout and other random operators.
+        seed: of dropout and other random operators in the model's commands, each of which draws anew.
         device: "auto", "cpu" or "cuda". gpus_per_worker: GPUs of each rank; fractions share one.
         require_sharding: refuse a model whose batches cannot be split over the ranks, instead of running it on one.
         on_nan: "report" or "refuse" a loss that is not finite; a refused step changes nothing.
@@ -162,15 +168,16 @@ class Client:
         anew each time.
 
         The result's calls return the gradient, a tuple of them for a tuple of argnums, or (gradients, aux); they raise
-        ExportError where `fn` cannot become a graph, InvalidArgument (ARGNUMS_INVALID) for wrong argnums.
+        ExportError where `fn` cannot become a graph, InvalidArgument (ARGNUMS_INVALID) for wrong argnums. Random
+        operators draw anew at each call; `torch.manual_seed` before it repeats them.
         """
-        return self._functions.grad(fn, argnums, has_aux)
+        return self._functions.grad(as_function(fn, "fn"), argnums, as_bool(has_aux, "has_aux"))
 
     def value_and_grad(
         self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
     ) -> Callable[..., Any]:
         """Like `grad`; the result's calls return (value, gradients), or ((value, aux), gradients) with `has_aux`."""
-        return self._functions.value_and_grad(fn, argnums, has_aux)
+        return self._functions.value_and_grad(as_function(fn, "fn"), argnums, as_bool(has_aux, "has_aux"))
 
     def server_info(self) -> ServerInfo:
         """Versions, limits and capacity of the service."""
@@ -178,7 +185,7 @@ class Client:
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when the client is closed."""
-        self._on_close.append(callback)
+        self._on_close.append(as_function(callback, "callback"))
 
     def close(self) -> None:
         """End the client, and the service if `launch` made both. Calls that wait raise Cancelled. May be repeated.

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from gradwire.arguments import as_bool, as_int, as_mapping, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ExportedModel, ModuleExporter
 from gradwire.model import Model
-from gradwire.optim import Optimizer, check_not_negative
+from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire_proto import codec
@@ -44,12 +45,15 @@ def create_model(
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         message = f"expected a spec such as gradwire.optim.SGD(lr=0.1), got {type(optimizer).__qualname__}"
         raise InvalidArgument(message, field="optimizer", reason="OPTIMIZER_UNKNOWN")
-    _check_type(workers, int, "model.workers")
-    _check_type(seed, int, "model.seed")
-    check_not_negative(gpus_per_worker, field="model.gpus_per_worker", words="number of GPUs")
-    for key, value in (labels or {}).items():
-        _check_type(key, str, "model.labels")
-        _check_type(value, str, f'model.labels["{key}"]')
+    settings: dict[str, Any] = {
+        "workers": as_int(workers, "model.workers"),
+        "device": as_text(device, "model.device"),
+        "gpus_per_worker": as_number(gpus_per_worker, "model.gpus_per_worker", minimum=0),
+        "seed": as_int(seed, "model.seed"),
+        "on_nan": as_text(on_nan, "model.on_nan"),
+        "require_sharding": as_bool(require_sharding, "model.require_sharding"),
+        "labels": _labels(labels),
+    }
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
     exporter = ModuleExporter(module, loss)
@@ -58,32 +62,27 @@ def create_model(
         program=exported.program,
         loss=exported.loss,
         optimizer=None if optimizer is None else optimizer.spec(),
-        workers=workers,
-        device=device,
-        gpus_per_worker=gpus_per_worker,
-        seed=seed,
-        on_nan=on_nan,
-        require_sharding=require_sharding,
-        labels=labels or {},
+        **settings,
     )
     request = _request(rpc, spec, exported, chosen_id)
     reply = _send(rpc, request)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 
 
-def _check_type(value: Any, kind: type, field: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        message = f"expected {kind.__name__}, got {value!r}"
-        raise InvalidArgument(message, field=field, reason="ARGUMENT_TYPE_INVALID")
+def _labels(labels: Any) -> Mapping[str, str]:
+    if labels is None:
+        return {}
+    return {key: as_text(value, f'model.labels["{key}"]') for key, value in as_mapping(labels, "model.labels").items()}
 
 
 def _inputs_and_targets(example: Any) -> tuple[Any, Any]:
-    if not isinstance(example, tuple):
+    # A DataLoader yields lists.
+    if not isinstance(example, (tuple, list)):
         return example, None
     if len(example) not in (1, 2):
-        message = f"expected (inputs, targets) or (inputs,), got a tuple of {len(example)}"
+        message = f"expected (inputs, targets) or (inputs,), got a {type(example).__qualname__} of {len(example)}"
         raise InvalidArgument(message, field="example", reason="EXAMPLE_INVALID")
-    return example if len(example) == 2 else (example[0], None)
+    return (example[0], example[1]) if len(example) == 2 else (example[0], None)
 
 
 def _request(rpc: Rpc, spec: ModelSpec, exported: ExportedModel, model_id: str) -> pb.CreateModelRequest:

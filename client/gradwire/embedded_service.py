@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwire.arguments import as_int, wrong_type
+from gradwire.connection_settings import check_timeout
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
@@ -40,9 +42,15 @@ def launch(
     until the service must be ready. server_options: settings of the server by name, such as `spare_ranks=4` or
     `log_level="debug"`; see `gradwire serve --all-settings`.
 
-    Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`, InvalidArgument for wrong
-    options, and Unavailable (LAUNCH_FAILED) with the end of the service's log when it does not come up.
+    Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`; InvalidArgument for a wrong
+    argument, before anything starts, and for wrong options; and Unavailable (LAUNCH_FAILED) with the end of the
+    service's log when it does not come up.
     """
+    check_timeout(timeout)
+    check_timeout(start_timeout, "start_timeout")
+    as_int(workers, "workers")
+    if storage is not None and not isinstance(storage, (str, os.PathLike)):
+        raise wrong_type(storage, "storage", "the path of a folder")
     service = EmbeddedService(workers, storage, server_options)
     try:
         # While the service starts: this imports torch and grpc, which takes seconds.
@@ -151,7 +159,7 @@ class EmbeddedService:
     def _failure(self, timed_out_after: float | None) -> GradwireError:
         code = self.process.wait()
         if timed_out_after is not None:
-            what = f"The embedded service was not ready within {timed_out_after:.0f} s"
+            what = f"The embedded service was not ready within {timed_out_after:g} s"
         elif code == _WRONG_SETTINGS:
             return InvalidArgument(self.log_tail(), reason="SERVER_OPTION_INVALID", field="server_options")
         else:

@@ -20,6 +20,7 @@ from gradwire.exporting.module_signature import Signature
 from gradwire.exporting.module_snapshot import Snapshot, preserved
 from gradwire.exporting.module_state import ModuleState, describe_state
 from gradwire.exporting.output_tree import OutputTree
+from gradwire.exporting.read_values import ReadValues
 from gradwire.exporting.variant_export import Finished, VariantExport
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
@@ -74,6 +75,7 @@ class ModuleExporter:
         self._constants: dict[str, Tensor] = {}
         self._takes_targets = True
         self._signatures: list[tuple[nn.Module, Signature]] = []
+        self._read_values: list[ReadValues] = []
 
     def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
         """The program for an example batch; see `ExportedModel`.
@@ -90,6 +92,7 @@ class ModuleExporter:
         example = self._example(inputs, targets)
         with EXPORT_LOCK:
             state = self._state()
+            values = ReadValues(self._modules(), self._loss.function if self._loss is not None else None)
             train, read = self._finish(example, state, training=True, name="train")
             self._constants |= train.constants
             evaluation = None
@@ -100,18 +103,25 @@ class ModuleExporter:
             self._constants |= evaluation.constants
             left = train.left | evaluation.left
             self._signatures = [(module, Signature(module, left)) for module in self._modules()]
+            values.settle(left)
+            self._read_values = [values]
         return self._assemble(state, train, evaluation)
 
     def export_variant(self, inputs: Any, targets: Any = None, *, training: bool, name: str) -> ExportedVariant:
         """Another variant of the program that `export_model` gave, for a batch that fits none. Errors as there.
 
-        Raises FailedPrecondition MODULE_CHANGED where the module or the loss is not what it was then.
+        Raises FailedPrecondition MODULE_CHANGED where the module, the loss, or a value that they read is not what
+        it was then.
         """
         example = self._example(inputs, targets)
         with EXPORT_LOCK, preserved(self._module, self._loss_module):
             for module, signature in self._signatures:
                 signature.hold(module)
+            for values in self._read_values:
+                values.hold()
             finished, _ = self._finish(example, self._state(), training=training, name=name, doubtful=True)
+            for values in self._read_values:
+                values.settle()
             return _exported(finished)
 
     def _example(self, inputs: Any, targets: Any) -> Example:

@@ -52,8 +52,7 @@ class Model:
             exporter=exporter,
             exported=exported,
         )
-        tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
-        self._calls = ModelCalls(rpc, info.id, variants, tied)
+        self._calls = ModelCalls(rpc, info, variants)
         self._futures = ModelFutures(rpc, self._calls, self._queue)
 
     @property
@@ -85,6 +84,7 @@ class Model:
         """Apply the gradients that the service holds, or `gradients` ({name: tensor of the parameter's shape}).
 
         Parameters without a gradient (None, or not named) are left alone, as in torch. `loss` of the result is None.
+        Raises InvalidArgument (GRADIENT_NOT_FINITE) where the model refuses numbers that are not finite.
         """
         return self._run(self._calls.optimizer_step(gradients, lr))
 
@@ -106,11 +106,18 @@ class Model:
     ) -> GradientResult:
         """Loss and gradients of a batch. Changes nothing on the service, buffers included.
 
-        wrt: names or globs of parameters; None for all that require gradients, () for none.
+        DROPOUT and other random operators draw anew in every call that is given no `seed`, whatever the model's own
+        seed is: steps of compute_gradients and optimizer_step see fresh masks, as those of train_step do. Two calls
+        with the same seed, and as many workers, draw the same.
+
+        wrt: names or globs of parameters; None for all that require gradients, () for none. A tied parameter may be
+            named by any of its names.
         input_gradients: gradients of the floating-point inputs too, nested as `inputs`, None where there is none.
         outputs: the module's outputs too.
-        dtype: of the gradients returned, such as torch.float16; None for the parameters' own.
-        training: whether the module runs in training mode. seed: of dropout and other random operators in this call.
+        dtype: of the gradients returned, such as torch.float16; None for the parameters' own. A real one is refused
+            for complex gradients.
+        training: whether the module runs in training mode.
+        seed: of random operators in this call, a 64-bit int; drawn at random where left out.
         """
         return self._run(
             self._calls.compute_gradients(
@@ -126,7 +133,11 @@ class Model:
         )
 
     def forward(self, inputs: Any, training: bool = False) -> Any:
-        """The module's outputs, without gradients. In training mode buffers move, so that it is a command."""
+        """The module's outputs, without gradients. In training mode buffers move, so that it is a command.
+
+        Random operators draw anew in every call: in training mode as the model's seed and the number of the command
+        say, so that a model made and trained alike repeats them.
+        """
         return self._run(self._calls.forward(inputs, training))
 
     def __call__(self, inputs: Any) -> Any:
@@ -138,7 +149,7 @@ class Model:
         return self._run(self._calls.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, partial: bool = False) -> None:
-        """Replace parameters and persistent buffers by name. Element types are converted.
+        """Replace parameters and persistent buffers by name. Element types are converted, but not complex into real.
 
         partial: names that are left out keep their values; otherwise they are an error, as in torch.
         """

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwire.calls import Call, ModelCalls
-from gradwire.errors import GradwireError
 from gradwire.futures import CallQueue, Future
 from gradwire.rpc import Rpc
 from gradwire_proto.values import GradientResult, ModelInfo, StepResult
@@ -93,7 +92,7 @@ class ModelFutures:
         try:
             call = make()
             return self._queue.submit(lambda: call.run(self._rpc))
-        except GradwireError as error:
+        except Exception as error:
             failed: Future[R] = Future()
             failed.set_exception(error)
             return failed

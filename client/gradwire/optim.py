@@ -5,9 +5,10 @@ A spec checks itself where it is written: `SGD(lr=-1)` raises InvalidArgument an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+from typing import Any
 
+from gradwire.arguments import is_finite_number
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import OptimizerSpec
 
@@ -56,14 +57,13 @@ class SGD(Optimizer):
 
 def check_number(value: object, *, field: str, words: str) -> None:
     """Raise InvalidArgument unless `value` is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise _refusal(field, f"Invalid {words}: {value!r}; must be a finite number")
 
 
-def check_not_negative(value: object, *, field: str, words: str) -> None:
+def check_not_negative(value: Any, *, field: str, words: str) -> None:
     """Raise InvalidArgument unless `value` is a finite number >= 0."""
     check_number(value, field=field, words=words)
-    assert isinstance(value, (int, float))
     if value < 0:
         raise _refusal(field, f"Invalid {words}: {value!r}; must be >= 0")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ class TLS:
     ca: the certificates to trust; None trusts the system's. certificate, key: what the client shows of itself (mutual
     TLS), both or neither. Each is PEM bytes or the path of a PEM file.
 
-    Raises InvalidArgument where only one of `certificate` and `key` is given.
+    Raises InvalidArgument where only one of `certificate` and `key` is given, or something that is no PEM.
     """
 
     ca: Pem | None = None
@@ -28,6 +28,11 @@ class TLS:
     key: Pem | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            pem = getattr(self, field.name)
+            if pem is not None and not isinstance(pem, (bytes, str, os.PathLike)):
+                message = f"expected PEM bytes or the path of a file, got a {type(pem).__qualname__}"
+                raise InvalidArgument(message, field=f"tls.{field.name}", reason="ARGUMENT_TYPE_INVALID")
         if (self.certificate is None) != (self.key is None):
             raise InvalidArgument("certificate and key go together", field="tls", reason="TLS_INCOMPLETE")
 
@@ -41,5 +46,5 @@ def read_pem(pem: Pem | None, field: str) -> bytes | None:
         return pem
     try:
         return Path(pem).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise InvalidArgument(f"cannot be read: {error}", field=field, reason="TLS_UNREADABLE") from None

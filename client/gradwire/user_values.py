@@ -43,12 +43,7 @@ def normalize(value: Any, field: str = "batch") -> Value:
 
 def _tensor(value: torch.Tensor | np.ndarray, field: str) -> Any:
     if isinstance(value, np.ndarray):
-        try:
-            # A copy where torch would warn: of another byte order, with negative strides, or read-only.
-            native = np.array(value, dtype=value.dtype.newbyteorder("="), order="C", copy=not value.flags.writeable)
-            value = torch.from_numpy(native)
-        except TypeError as error:
-            raise InvalidArgument(str(error), field=field, reason="DTYPE_UNSUPPORTED") from error
+        value = _from_numpy(value, field)
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         raise InvalidArgument(f"expected a dense tensor, got {value.layout}", field=field, reason="LAYOUT_UNSUPPORTED")
     if dtype_name(value.dtype) not in ITEM_SIZE:
@@ -56,6 +51,18 @@ def _tensor(value: torch.Tensor | np.ndarray, field: str) -> Any:
             f"expected one of {', '.join(ITEM_SIZE)}; got {value.dtype}", field=field, reason="DTYPE_UNSUPPORTED"
         )
     return value.detach()
+
+
+def _from_numpy(array: np.ndarray, field: str) -> torch.Tensor:
+    """The array's own memory where torch can use it, otherwise a copy: of another order or byte order, or read-only."""
+    if array.dtype.name not in ITEM_SIZE:
+        raise InvalidArgument(
+            f"expected one of {', '.join(ITEM_SIZE)}; got {array.dtype.name}", field=field, reason="DTYPE_UNSUPPORTED"
+        )
+    native = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
+    # To numpy one row is contiguous whatever its stride; to torch it is not.
+    odd = any(stride < 0 or stride % native.itemsize for stride in native.strides)
+    return torch.from_numpy(native if native.flags.behaved and not odd else native.copy())
 
 
 def _constant(value: Any, field: str) -> Value:

@@ -12,10 +12,10 @@ _HELD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_model_id(model_id: str, field: str = "model_id") -> str:
-    """`model_id`, which must be 1 to 63 of [a-z0-9-], first a letter."""
-    if not _MODEL_ID.fullmatch(model_id):
+    """`model_id`, which must be 1 to 63 of [a-z0-9-], first a letter. What is no text is refused alike."""
+    if not isinstance(model_id, str) or not _MODEL_ID.fullmatch(model_id):
         raise InvalidArgument(
-            f"expected 1 to 63 of [a-z0-9-], first a letter; got {model_id[:80]!r}",
+            f"expected 1 to 63 of [a-z0-9-], first a letter; got {model_id!r:.80}",
             field=field,
             reason="MODEL_ID_INVALID",
         )

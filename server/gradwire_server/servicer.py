@@ -61,7 +61,6 @@ class Servicer:
 
     async def AddVariant(self, request: pb.AddVariantRequest, call: Call) -> model_pb2.Model:
         model = self._model(request.name)
-        codec.refuse_unknown_fields(request.variant, "variant", deep=True)
         variant = await asyncio.to_thread(codec.decode_variant, request.variant)
         tensors = codec.decode_state_tensors(request.tensors, "tensors", self._limits)
         values = codec.decode_named_tensors(request.values, "values", self._limits)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -16,7 +17,10 @@ from gradwire_proto import codec
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Limits, ServerInfo
+from gradwire_proto.values import Limits, ModelInfo, ServerInfo
+
+if TYPE_CHECKING:
+    from gradwire.model import Model
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
 INFO = ServerInfo(version="0", torch_version="2", workers=4, free_workers=4, gpus=0.0, limits=Limits())
@@ -111,3 +115,33 @@ def rpc(scripted: ScriptedService) -> Iterator[Rpc]:
     rpc = Rpc(scripted.target, timeout=5.0)
     yield rpc
     rpc.close()
+
+
+@pytest.fixture
+def held_model(rpc: Rpc) -> Callable[..., Model]:
+    """held_model(module, loss, example, **info) -> the Model of a module, as if the service held it as "mine"."""
+    # Here: test_rpc.py starts this file as a program, which has no use for torch.
+    from gradwire.export import ModuleExporter
+    from gradwire.model import Model
+    from gradwire.variants import without_graph
+
+    def make(module: Any, loss: Any, example: tuple[Any, Any], **info: Any) -> Model:
+        program = ModuleExporter(module, loss).export_model(*example).program
+        variants = tuple(map(without_graph, program.variants))
+        described = ModelInfo(
+            id="mine",
+            state="ready",
+            step=0,
+            workers=1,
+            sharding=None,
+            num_parameters=1,
+            optimizer=None,
+            loss=None,
+            labels={},
+            created_at=0.0,
+            tensors=program.tensors,
+            variants=variants,
+        )
+        return Model(rpc, replace(described, **info))
+
+    return make

@@ -82,5 +82,18 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
     assert caught.value.field == "tls.ca"
 
 
+@pytest.mark.parametrize("argument", ["ca", "certificate"])
+def test_pem_that_is_neither_bytes_nor_a_path_is_named(argument):
+    with pytest.raises(errors.InvalidArgument) as caught:
+        gradwire.TLS(**{"certificate": b"pem", "key": b"key"} | {argument: 5})  # type: ignore[arg-type]
+    assert caught.value.field == f"tls.{argument}"
+
+
+def test_path_that_no_file_can_have_is_named():
+    with pytest.raises(errors.InvalidArgument) as caught:
+        gradwire.connect("localhost:1", tls=gradwire.TLS(ca="a\0b"))
+    assert caught.value.field == "tls.ca"
+
+
 def test_repr_keeps_the_key_to_itself():
     assert "secret" not in repr(gradwire.TLS(certificate=b"c", key=b"secret"))

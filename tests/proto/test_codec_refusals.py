@@ -255,9 +255,22 @@ def test_field_that_a_newer_client_sends_is_refused_and_its_place_told() -> None
     assert "TrainStepRequest has no field number 1023" in str(error)
     model = model_message()
     model.program.graphs.variants[0].graph.nodes.add().MergeFromString(UNKNOWN_FIELD)
-    error = refusal(lambda: codec.decode_model_spec(model))
+    error = refusal(lambda: codec.refuse_unknown_fields(model, "model"))
     assert (error.reason, error.field) == ("UNKNOWN_FIELD", "model.program.graphs.variants[0].graph.nodes[0]")
-    codec.refuse_unknown_fields(model_message(labels={"a": "b"}), deep=True)
+    codec.refuse_unknown_fields(model_message(labels={"a": "b"}))
+
+
+def test_field_that_a_newer_client_sends_is_found_in_any_item_of_a_list() -> None:
+    good = values.TensorData("float32", (1,), bytes(4))
+    request = pb.TrainStepRequest(batch=codec.encode_batch(values.Batch({"x": (good, [good, good])}, good)))
+    codec.refuse_unknown_fields(request)
+    leaf = request.batch.inputs.dict.entries[0].value.tuple.items[1].list.items[1]
+    leaf.MergeFromString(UNKNOWN_FIELD)
+    error = refusal(lambda: codec.refuse_unknown_fields(request))
+    assert (error.reason, error.field) == (
+        "UNKNOWN_FIELD",
+        "batch.inputs.dict.entries[0].value.tuple.items[1].list.items[1]",
+    )
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])

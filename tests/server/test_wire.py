@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
@@ -20,15 +24,16 @@ from gradwire_proto.errors import Unavailable
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import TensorData
 
-UNARY = sorted(
-    method.name
-    for method in pb.DESCRIPTOR.services_by_name["GradientService"].methods
-    if not method.client_streaming and not method.server_streaming
-)
+METHODS = pb.DESCRIPTOR.services_by_name["GradientService"].methods
+UNARY = sorted(method.name for method in METHODS if not method.client_streaming and not method.server_streaming)
+UNKNOWN_FIELD = b"\xfa\x3f\x03abc"  # Field number 1023, three bytes.
 
 
 def raw_call(frontend: Any, method: str, content: bytes) -> Any:
-    return frontend.channel.unary_unary(f"/gradwire.v1.GradientService/{method}")(content)
+    path = f"/gradwire.v1.GradientService/{method}"
+    if method == "UploadTensors":
+        return frontend.channel.stream_unary(path)(iter([content]))
+    return frontend.channel.unary_unary(path)(content)
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
@@ -73,6 +78,68 @@ def test_damaged_requests_never_meet_a_defect(start: Any, data: st.DataObject) -
 async def test_unknown_fields_are_refused(frontend: Any) -> None:
     error = await frontend.error(raw_call(frontend, "GetServerInfo", b"\xa8\x1f\x01"))
     assert error.reason == "UNKNOWN_FIELD"
+
+
+def nested_places(descriptor: Descriptor) -> Iterator[tuple[FieldDescriptor, ...]]:
+    """A way from a request to each field that holds messages, however deep: every such field once."""
+    seen: set[str] = set()
+    ways: list[tuple[tuple[FieldDescriptor, ...], Descriptor]] = [((), descriptor)]
+    while ways:
+        way, reached = ways.pop(0)
+        for field in reached.fields:
+            nested = field.message_type
+            # Protobuf drops the unknown fields of a map's entries when it parses.
+            if nested is not None and not nested.GetOptions().map_entry and field.full_name not in seen:
+                seen.add(field.full_name)
+                yield (*way, field)
+                ways.append(((*way, field), nested))
+
+
+PLACES = [
+    pytest.param(method, way, id=f"{method.name}-{'.'.join(field.name for field in way)}")
+    for method in METHODS
+    for way in nested_places(method.input_type)
+]
+
+
+@pytest.mark.parametrize(("method", "way"), PLACES)
+async def test_every_message_in_a_request_refuses_unknown_fields(
+    frontend: Any, method: MethodDescriptor, way: tuple[FieldDescriptor, ...]
+) -> None:
+    request = GetMessageClass(method.input_type)()
+    message, path = request, ""
+    for field in way:
+        message, path = getattr(message, field.name), f"{path}.{field.name}".removeprefix(".")
+        if not field.has_presence:
+            message, path = message.add(), f"{path}[0]"
+    message.MergeFromString(UNKNOWN_FIELD)
+    error = await frontend.error(raw_call(frontend, method.name, request.SerializeToString()))
+    assert (type(error).__name__, error.reason, error.field) == ("InvalidArgument", "UNKNOWN_FIELD", path)
+    assert f"{message.DESCRIPTOR.name} has no field number 1023" in error.message
+
+
+def test_places_of_messages_in_requests_are_all_found() -> None:
+    ways = {test.id for test in PLACES}
+    assert {
+        "TrainStep-batch",
+        "TrainStep-batch.targets",
+        "TrainStep-batch.inputs.tensor",
+        "Forward-inputs.dict.entries.value",
+        "OptimizerStep-gradients.tensor",
+        "UploadTensors-manifest.tensors",
+        "AddVariant-variant.graph.nodes.arguments",
+        "ComputeGradients-function.tensors",
+    } <= ways
+
+
+@pytest.mark.parametrize("place", ["batch", "batch.inputs", "batch.inputs.tensor"])
+async def test_training_step_with_an_unknown_field_in_its_batch_is_no_step(frontend: Any, place: str) -> None:
+    workers = await frontend.create()
+    request = frontend.train()
+    attrgetter(place)(request).MergeFromString(UNKNOWN_FIELD)
+    error = await frontend.error(frontend.stub.TrainStep(request))
+    assert (type(error).__name__, error.reason, error.field) == ("InvalidArgument", "UNKNOWN_FIELD", place)
+    assert workers.calls == []
 
 
 async def test_message_above_message_bytes_names_the_setting(start: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -41,22 +41,27 @@ class Signature:
         for name in (*self._parts, *now):
             then = self._parts.get(name)
             if name not in now or then != now[name]:
-                raise FailedPrecondition(
-                    f"{name} is not what it was when the model was created{_from_to(then, now.get(name))}. This batch"
-                    " needs another graph, and one of the module as it is now would not go with those that the model"
-                    " has: undo the change, or create another model",
-                    reason="MODULE_CHANGED",
-                )
+                refuse_change(name, _plain(then), _plain(now.get(name)))
+
+
+def refuse_change(name: str, then: str | None, now: str | None) -> NoReturn:
+    """Raise FailedPrecondition MODULE_CHANGED: what is called `name` changed, from and to what, where that is short."""
+    from_to = f": {then} then, {now} now" if then is not None and now is not None else ""
+    raise FailedPrecondition(
+        f"{name} is not what it was when the model was created{from_to}. This batch needs another graph, and one of the"
+        " module as it is now would not go with those that the model has: undo the change, or create another model",
+        reason="MODULE_CHANGED",
+    )
 
 
 def _parts(module: nn.Module, ignored: frozenset[str]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for path, each in module.named_modules():
         prefix = f"{path}." if path else ""
-        parts[f"module {path!r}" if path else "the module"] = (_The(each), _The(type(each).forward))
+        parts[f"module {path!r}" if path else "the module"] = (Particular(each), Particular(type(each).forward))
         for name, parameter in each._parameters.items():
             if parameter is not None:
-                look = (_The(parameter), parameter.requires_grad, parameter.dtype, parameter.shape)
+                look = (Particular(parameter), parameter.requires_grad, parameter.dtype, parameter.shape)
                 parts[f"parameter {prefix + name!r}"] = look
         for name, buffer in each._buffers.items():
             if buffer is not None and f"{prefix}_buffers" not in ignored:
@@ -79,13 +84,13 @@ def _look(value: Any, outer: tuple[int, ...]) -> Any:
     if isinstance(value, (tuple, list, deque)):
         return [(type(value), len(value)), *(_look(item, outer) for item in value)]
     if isinstance(value, (set, frozenset)):
-        return (type(value), frozenset(item if isinstance(item, _PLAIN) else _The(item) for item in value))
+        return (type(value), frozenset(item if isinstance(item, _PLAIN) else Particular(item) for item in value))
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
-        return (_The(value), value._version)
-    return _The(value)
+        return (Particular(value), value._version)
+    return Particular(value)
 
 
-class _The:
+class Particular:
     """A certain object. It is kept alive only where nothing else tells it from a later one at its place."""
 
     def __init__(self, value: Any) -> None:
@@ -96,12 +101,11 @@ class _The:
             self._value = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _The) and self._id == other._id and self._value() is other._value()
+        return isinstance(other, Particular) and self._id == other._id and self._value() is other._value()
 
     def __hash__(self) -> int:
         return self._id
 
 
-def _from_to(then: Any, now: Any) -> str:
-    plain = [isinstance(each, tuple) and len(each) == 2 and isinstance(each[1], str) for each in (then, now)]
-    return f": {then[1]} then, {now[1]} now" if all(plain) else ""
+def _plain(look: Any) -> str | None:
+    return look[1] if isinstance(look, tuple) and len(look) == 2 and isinstance(look[1], str) else None

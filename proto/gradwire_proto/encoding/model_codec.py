@@ -23,7 +23,6 @@ from gradwire_proto.encoding.scalar_codec import (
     check_number,
     entry,
     missing,
-    refuse_unknown_fields,
 )
 from gradwire_proto.encoding.tensor_codec import decode_options, encode_options
 from gradwire_proto.errors import InvalidArgument
@@ -116,8 +115,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
 
 
 def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | None = None) -> ModelSpec:
-    """The model that a message asks for. Refuses fields that only the server sets, and fields that it does not know."""
-    refuse_unknown_fields(message, field, deep=True)
+    """The model that a message asks for. Refuses fields that only the server sets."""
     for descriptor, _ in message.ListFields():
         if descriptor.name in _SET_BY_SERVER:
             raise InvalidArgument(

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from gradwire_proto.encoding.enum_words import DTYPES
 from gradwire_proto.encoding.program_codec import decode_program, encode_program
-from gradwire_proto.encoding.scalar_codec import check_integer, check_name, check_number, missing, refuse_unknown_fields
+from gradwire_proto.encoding.scalar_codec import check_integer, check_name, check_number, missing
 from gradwire_proto.encoding.tensor_codec import (
     decode_named_tensors,
     encode_named_tensors,
@@ -39,7 +39,6 @@ def encode_function(value: FunctionSpec, into: pb.Function | None = None, field:
 
 def decode_function(message: pb.Function, field: str = "function", limits: Limits | None = None) -> FunctionSpec:
     """The function of a message: a digest, a program, or both. Parameters are refused: it has no state."""
-    refuse_unknown_fields(message, field)
     has_program = message.HasField("program")
     if (message.digest or not has_program) and not _DIGEST.fullmatch(message.digest):
         raise InvalidArgument(
@@ -53,7 +52,6 @@ def decode_function(message: pb.Function, field: str = "function", limits: Limit
         )
     program = None
     if has_program:
-        refuse_unknown_fields(message.program, f"{field}.program", deep=True)
         program = decode_program(message.program, f"{field}.program", limits)
         _check_stateless(program, f"{field}.program.graphs")
     return FunctionSpec(

@@ -70,6 +70,26 @@ def test_idle_and_empty_ranks_hand_back_no_rows(make_group):
     assert of_inputs["x"].shape == (2, 6) and outputs["logits"].shape == (2, 3) and outputs["best"].shape == (2,)
 
 
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.turn).abs()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_complex_gradient_is_not_asked_for_as_a_real_one(ranks, make_group):
+    rows = (torch.randn(4, 4).double(), torch.randn(4, 4).double())
+    group = make_group(Turned(), nn.MSELoss(), rows, ranks=ranks)
+    with pytest.raises(InvalidArgument) as caught:
+        group.compute_gradients(*rows, gradient_dtype="float64")
+    assert (caught.value.field, caught.value.reason) == ("gradient_dtype", "DTYPE_NOT_COMPLEX")
+    report, _, _ = group.compute_gradients(*rows, gradient_dtype="complex64")
+    assert report.gradients["turn"].dtype == torch.complex64
+
+
 def test_gradient_type_is_converted_and_wrt_may_be_empty(make_group):
     group = make_group(Net().double(), loss, batch(4))
     report, _, _ = group.compute_gradients(*batch(4), gradient_dtype="float32")
@@ -89,6 +109,70 @@ def test_names_that_match_nothing_or_only_frozen_are_refused_by_position(make_gr
     with fails_as(InvalidArgument, "NO_MATCH", "names[0]"):
         group.call_all("state_dict", ["nothing"])
     assert not any(group.call_all("needs_rejoin"))
+
+
+class Tied(nn.Module):
+    """`second.weight` is `first.weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize(
+    ("wrt", "names"),
+    [
+        (("second.*",), {"second.weight", "second.bias"}),
+        (("sec*.weight",), {"second.weight"}),
+        # One glob names a tensor once, so that what comes back can be given to optimizer_step.
+        (("*",), {"first.weight", "first.bias", "second.bias"}),
+        (("*.weight",), {"first.weight"}),
+        (("first.weight", "second.weight"), {"first.weight", "second.weight"}),
+    ],
+)
+def test_glob_reaches_a_tied_tensor_by_its_other_name(wrt, names, make_group, assert_close):
+    module, x, y = Tied().double(), torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    group = make_group(module, nn.MSELoss(), (x, y))
+    report, _, _ = group.compute_gradients(x, y, wrt=wrt)
+    F.mse_loss(module(x), y).backward()
+    grads = {name: each.grad for name, each in module.named_parameters(remove_duplicate=False)}
+    assert_close(report.gradients, {name: grads[name] for name in names})
+
+
+def test_glob_that_reaches_frozen_tensors_alone_by_other_names_is_refused(make_group, fails_as):
+    module = Tied()
+    module.first.weight.requires_grad_(False)
+    group = make_group(module, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)))
+    with fails_as(InvalidArgument, "PARAMETER_FROZEN", "wrt[0]"):
+        group.compute_gradients(torch.randn(4, 3), torch.randn(4, 3), wrt=("second.w*",))
+
+
+def test_gradient_under_both_names_of_a_tied_tensor_is_refused_with_a_reason_of_its_own(make_group, fails_as):
+    group = make_group(Tied(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)))
+    with fails_as(InvalidArgument, "GRADIENT_GIVEN_TWICE", 'gradients["second.weight"]'):
+        group.optimizer_step({"first.weight": torch.zeros(3, 3), "second.weight": torch.zeros(3, 3)})
+
+
+def test_gradients_of_the_caller_that_are_not_finite_are_not_blamed_on_a_batch(make_group, fails_as, assert_close):
+    group = make_group(Tied(), nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)), on_nan="refuse")
+    before = group.state_dict()
+    with fails_as(InvalidArgument, "GRADIENT_NOT_FINITE", "gradients"):
+        group.optimizer_step({"first.weight": torch.full((3, 3), torch.nan)})
+    with fails_as(InvalidArgument, "LOSS_NOT_FINITE", "batch"):
+        group.train_step(torch.full((4, 3), torch.inf), torch.zeros(4, 3))
+    assert_close(group.state_dict(), before)
+
+
+def test_complex_values_are_not_loaded_into_real_tensors(make_group, fails_as, assert_close):
+    module = nn.Linear(3, 3)
+    group = make_group(module, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)))
+    with fails_as(InvalidArgument, "DTYPE_MISMATCH", 'tensors["bias"]'):
+        group.call_all("load_state_dict", {"bias": torch.ones(3, dtype=torch.complex64)}, partial=True)
+    assert_close(group.state_dict(), module.state_dict())
 
 
 def test_seed_repeats_dropout_as_torch_manual_seed_does(make_group):

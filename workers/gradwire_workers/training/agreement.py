@@ -22,14 +22,16 @@ class Agreement:
         self._refuses_nan = refuses_nan
 
     def reach(
-        self, groups: ProcessGroups | None, value: Tensor | float = 0.0, gradients: Iterable[Tensor | None] = ()
+        self, groups: ProcessGroups | None, value: Tensor | float | None = None, gradients: Iterable[Tensor | None] = ()
     ) -> float:
         """The sum of all ranks' values. A rank that does not get here makes it fail on all.
 
-        Raises InvalidArgument: LOSS_NOT_FINITE, or GRADIENT_NOT_FINITE where any rank's gradients are not.
+        value: this rank's part of a batch's loss; None where the command has no batch.
+        Raises InvalidArgument: LOSS_NOT_FINITE at the batch, or GRADIENT_NOT_FINITE where any rank's gradients are not,
+        at the batch too, or where there is none at the gradients.
         """
         gradients_refused = self._refuses_nan and not all(_is_finite(each) for each in gradients if each is not None)
-        total = float(value)
+        total = 0.0 if value is None else float(value)
         if groups is not None:
             settled = groups.all_reduce(torch.tensor([total, gradients_refused], dtype=torch.float64))
             total, gradients_refused = settled[0].item(), settled[1].item() > 0
@@ -37,7 +39,9 @@ class Agreement:
             raise InvalidArgument(f"the loss is {total}", field="batch", reason="LOSS_NOT_FINITE")
         if gradients_refused:
             raise InvalidArgument(
-                "a gradient holds infinities or numbers that are none", field="batch", reason="GRADIENT_NOT_FINITE"
+                "a gradient holds infinities or numbers that are none",
+                field="gradients" if value is None else "batch",
+                reason="GRADIENT_NOT_FINITE",
             )
         return total
 

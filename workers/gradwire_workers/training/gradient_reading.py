@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.tensors import torch_dtype
 from gradwire_proto.values import GradientQuery, Leaf
 from gradwire_workers.shard import Shard
@@ -30,9 +31,14 @@ class GradientReading:
 def read_gradients(
     passes: Passes, shard: Shard, query: GradientQuery, parameters: Mapping[str, Tensor], command: int
 ) -> GradientReading:
-    """Loss, gradients with respect to `parameters` and inputs, and outputs, as the query asks."""
+    """Loss, gradients with respect to `parameters` and inputs, and outputs, as the query asks.
+
+    InvalidArgument (DTYPE_NOT_COMPLEX) where a complex gradient is asked for in a real type.
+    """
     leaves = [_differentiable(leaf) for leaf in shard.inputs] if query.input_gradients else list(shard.inputs)
     inputs = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
+    _refuse_to_drop_imaginary_parts(dtype, [*parameters.values(), *inputs.values()])
     shard = replace(shard, inputs=tuple(leaves))
     done = passes.local(shard, [*parameters.values(), *inputs.values()], command, seed=query.seed)
     of_parameters = dict(zip(parameters, done.gradients[: len(parameters)], strict=True))
@@ -47,7 +53,6 @@ def read_gradients(
         )
         of_parameters = dict(zip(parameters, summed[: len(parameters)], strict=True))
         of_inputs |= dict(zip(shared, summed[len(parameters) :], strict=True))
-    dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
     input_gradients = None
     if query.input_gradients and not shard.idle:
         input_gradients = [
@@ -73,6 +78,15 @@ def _part(gradient: Tensor | None, leaf: Tensor, shard: Shard, spec: Leaf) -> Te
     if gradient is None:
         gradient = torch.zeros_like(leaf, requires_grad=False)
     return own_rows(gradient, shard) if has_rows(spec) else gradient
+
+
+def _refuse_to_drop_imaginary_parts(dtype: torch.dtype | None, of: Sequence[Tensor]) -> None:
+    if dtype is not None and not dtype.is_complex and any(tensor.is_complex() for tensor in of):
+        raise InvalidArgument(
+            f"a gradient is complex, and {str(dtype)[6:]} would drop its imaginary part",
+            field="gradient_dtype",
+            reason="DTYPE_NOT_COMPLEX",
+        )
 
 
 def _as(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -24,19 +24,23 @@ def select_parameters(
 ) -> dict[str, Tensor]:
     """The parameters that require gradients among those that `wrt` matches; None matches all.
 
-    `aliases`: more names, which only match when they are written out.
+    `aliases`: parameters under every name that they have. A tensor has one name in what a glob matches: its own where
+    that matches, otherwise its first alias that does.
     InvalidArgument at wrt[i]: NO_MATCH, or PARAMETER_FROZEN where a name, or all that a glob matches, is frozen.
     """
     if wrt is None:
         return {name: each for name, each in parameters.items() if each.requires_grad}
-    known = {**parameters, **{name: aliases[name] for name in wrt if name in aliases}}
+    known = {**parameters, **aliases}
+    chosen: set[str] = set()
     for index, pattern in enumerate(wrt):
         where = f"wrt[{index}]"
-        if not any(known[name].requires_grad for name in _matches(pattern, known, where)):
+        matches = _once_each(_matches(pattern, known, where), known)
+        if not any(known[name].requires_grad for name in matches):
             raise InvalidArgument(
                 f"{pattern[:200]!r} does not require a gradient", field=where, reason="PARAMETER_FROZEN"
             )
-    return {name: each for name, each in select(wrt, known, field="wrt").items() if each.requires_grad}
+        chosen.update(matches)
+    return {name: each for name, each in known.items() if name in chosen and each.requires_grad}
 
 
 def _matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
@@ -46,6 +50,14 @@ def _matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]
     if not matches:
         raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=where, reason="NO_MATCH")
     return matches
+
+
+def _once_each(names: Sequence[str], known: Mapping[str, Tensor]) -> list[str]:
+    """The names without those of tensors that stand there before under another name."""
+    first: dict[int, str] = {}
+    for name in names:
+        first.setdefault(id(known[name]), name)
+    return list(first.values())
 
 
 def check_gradients(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -58,18 +70,25 @@ def check_gradients(gradients: Mapping[str, Tensor], parameters: Mapping[str, Te
         if not parameter.requires_grad:
             raise InvalidArgument("the parameter does not require a gradient", field=field, reason="PARAMETER_FROZEN")
         if parameter in checked:
-            raise InvalidArgument("the parameter has a gradient already, under another name", field=field)
+            raise InvalidArgument(
+                "the parameter has a gradient already, under another name", field=field, reason="GRADIENT_GIVEN_TWICE"
+            )
         _check_like(gradient, parameter, field, same_type=True)
         checked[parameter] = gradient.to(parameter.device)
     return checked
 
 
 def load(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], *, partial: bool) -> None:
-    """Copy values by name, all or none. InvalidArgument at tensors["x"] for names or shapes that do not fit."""
+    """Copy values by name, all or none, converted to the types that are there.
+
+    InvalidArgument at tensors["x"] for names or shapes that do not fit, and for complex values where real ones are.
+    """
     for name, tensor in tensors.items():
         if name not in into:
             raise InvalidArgument("the model has no such tensor", field=f'tensors["{name}"]', reason="NO_MATCH")
-        _check_like(tensor, into[name], f'tensors["{name}"]', same_type=False)
+        # Of a complex number a copy into a real one would keep half.
+        halved = tensor.is_complex() and not into[name].is_complex()
+        _check_like(tensor, into[name], f'tensors["{name}"]', same_type=halved)
     missing = [name for name in into if name not in tensors]
     if missing and not partial:
         listed = ", ".join(repr(name) for name in missing[:5]) + (" ..." if len(missing) > 5 else "")
