@@ -23,6 +23,10 @@ def server_options(message_bytes: int) -> list[tuple[str, int]]:
         # Twice the setting: what is a little too large gets our error, which names the setting, and not only grpc's.
         ("grpc.max_receive_message_length", min(2 * message_bytes, LARGEST_MESSAGE)),
         ("grpc.max_send_message_length", LARGEST_MESSAGE),
+        # How far a client may send ahead of what is read. Left to measure the connection itself, grpc lets it grow to
+        # hundreds of MiB when this process is slow for a moment.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 4 << 20),
         # Clients ping to notice a frozen service; that is no abuse.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

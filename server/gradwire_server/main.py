@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
+from gradwire_server.freed_memory import return_freed_memory
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
 from gradwire_server.processes.service_folders import log_folder
 from gradwire_server.service import Service
@@ -26,6 +27,7 @@ def main() -> None:
     """Run the frontend until SIGTERM or SIGINT. Exit status 2: a setting is wrong; 1: it could not start or stop."""
     try:
         config = read_config(sys.argv[1:], "python -m gradwire_server.main")
+        return_freed_memory()
         _start_log(config)
         asyncio.run(run(config))
     except ConfigError as error:
