@@ -15,7 +15,7 @@ _GLOB = frozenset("*?[")
 
 def select(names: Sequence[str], known: Mapping[str, Tensor], *, field: str) -> dict[str, Tensor]:
     """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH where one has no match."""
-    chosen = {name for index, pattern in enumerate(names) for name in _matches(pattern, known, f"{field}[{index}]")}
+    chosen = {name for index, pattern in enumerate(names) for name in matches(pattern, known, f"{field}[{index}]")}
     return {name: tensor for name, tensor in known.items() if name in chosen}
 
 
@@ -32,14 +32,15 @@ def select_parameters(
     known = {**parameters, **{name: aliases[name] for name in wrt if name in aliases}}
     for index, pattern in enumerate(wrt):
         where = f"wrt[{index}]"
-        if not any(known[name].requires_grad for name in _matches(pattern, known, where)):
+        if not any(known[name].requires_grad for name in matches(pattern, known, where)):
             raise InvalidArgument(
                 f"{pattern[:200]!r} does not require a gradient", field=where, reason="PARAMETER_FROZEN"
             )
     return {name: each for name, each in select(wrt, known, field="wrt").items() if each.requires_grad}
 
 
-def _matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
+def matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
+    """The names that `pattern`, one of them or a glob, matches. InvalidArgument NO_MATCH at `where`: there is none."""
     if pattern in known:
         return [pattern]
     matches = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
