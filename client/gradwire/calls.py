@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gradwire.errors import InvalidArgument
-from gradwire.optim import check_not_negative
+from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
 from gradwire.user_values import normalize
@@ -138,6 +138,19 @@ class ModelCalls:
         request = pb.LoadStateDictRequest(name=self._name, partial=partial)
         self._set_tensors(request.tensors, tensors, "tensors")
         return self._command("LoadStateDict", request, _nothing)
+
+    def optimizer_state_dict(self) -> Call[dict[str, Any]]:
+        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+
+        def finish(reply: pb.GetOptimizerStateResponse) -> dict[str, Any]:
+            return receive(self._rpc, (codec.decode_optimizer_state(reply),))[0]
+
+        return Call("GetOptimizerState", request, finish)
+
+    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Call[None]:
+        request = pb.LoadOptimizerStateRequest(name=self._name)
+        codec.encode_value(send_apart(self._rpc, (from_nested(state_dict, "state"),))[0], request.state, "state")
+        return self._command("LoadOptimizerState", request, _nothing)
 
     def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
         request = pb.AddVariantRequest(name=self._name)

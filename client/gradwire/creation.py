@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ExportedModel, ModuleExporter
 from gradwire.model import Model
-from gradwire.optim import Optimizer, check_not_negative
+from gradwire.optim import Optimizer
+from gradwire.optim.checks import check_not_negative, check_positive
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire_proto import codec
@@ -38,6 +39,8 @@ def create_model(
     require_sharding: bool,
     on_nan: str,
     labels: Mapping[str, str] | None,
+    clip_grad_norm: float | None,
+    clip_grad_value: float | None,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -47,6 +50,9 @@ def create_model(
     _check_type(workers, int, "model.workers")
     _check_type(seed, int, "model.seed")
     check_not_negative(gpus_per_worker, field="model.gpus_per_worker", words="number of GPUs")
+    for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if bound is not None:
+            check_positive(bound, field=f"model.{name}", words=f"{name} value")
     for key, value in (labels or {}).items():
         _check_type(key, str, "model.labels")
         _check_type(value, str, f'model.labels["{key}"]')
@@ -65,6 +71,8 @@ def create_model(
         on_nan=on_nan,
         require_sharding=require_sharding,
         labels=labels or {},
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
     )
     request = _request(rpc, spec, exported, chosen_id)
     reply = _send(rpc, request)

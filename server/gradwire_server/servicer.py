@@ -141,9 +141,7 @@ class Servicer:
         codec.encode_named_tensors(tensors, response.tensors)
         return response
 
-    async def GetOptimizerState(
-        self, request: pb.GetOptimizerStateRequest, call: Call
-    ) -> pb.GetOptimizerStateResponse:
+    async def GetOptimizerState(self, request: pb.GetOptimizerStateRequest, call: Call) -> pb.GetOptimizerStateResponse:
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
         state, step = await self._model(request.name).optimizer_state(max_inline_bytes, call)
         response = pb.GetOptimizerStateResponse(step=step)

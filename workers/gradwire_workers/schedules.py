@@ -116,16 +116,14 @@ def _make(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, field: str) -> A
     parts = [_make(part, optimizer, f"{field}.schedulers[{index}]") for index, part in enumerate(spec.schedulers)]
     options = dict(spec.options)
     if "pct_start" in options:
-        options["pct_start"] = float(options["pct_start"])
+        options["pct_start"] = float(spec.options["pct_start"])  # pyright: ignore[reportArgumentType]
     make = getattr(lr_scheduler, spec.name)
     try:
         if spec.name == "ChainedScheduler":
             return make(parts, optimizer)
         return make(optimizer, parts, **options) if spec.name == "SequentialLR" else make(optimizer, **options)
     except (ValueError, TypeError, ArithmeticError) as error:  # options that are missing, or contradict each other
-        raise InvalidArgument(
-            f"{owner}: {error}", field=f"{field}.options", reason="OPTION_OUT_OF_RANGE"
-        ) from error
+        raise InvalidArgument(f"{owner}: {error}", field=f"{field}.options", reason="OPTION_OUT_OF_RANGE") from error
 
 
 def _check_parts(spec: ScheduleSpec, field: str) -> None:

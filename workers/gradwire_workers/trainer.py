@@ -249,7 +249,7 @@ class Trainer:
     def _groups(self) -> ProcessGroups | None:
         return self._replica.groups
 
-    def _aliases(self) -> dict[str, Tensor]:
+    def _aliases(self) -> dict[str, nn.Parameter]:
         """Parameters under every name that they have."""
         return {name: each for name, each in self._program.state_tensors().items() if isinstance(each, nn.Parameter)}
 

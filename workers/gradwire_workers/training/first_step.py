@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradwire_proto.errors import InvalidArgument
 
+
 @dataclass(frozen=True, kw_only=True)
 class TensorLike:
     """What a tensor is, but for its values."""

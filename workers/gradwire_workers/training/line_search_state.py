@@ -56,7 +56,9 @@ def _check_step(state: Mapping[str, Any], parameters: Sequence[nn.Parameter], hi
     for name in ("t", "H_diag", "prev_loss"):
         check(name, _is_scalar, "a number")
     for name in _HISTORY:
-        check(name, lambda value: isinstance(value, list) and len(value) <= history_size, "a list no longer than history")
+        check(
+            name, lambda value: isinstance(value, list) and len(value) <= history_size, "a list of at most history_size"
+        )
     for name in ("old_dirs", "old_stps"):
         check(name, lambda value: all(map(flat, value)), f"a list of {vector}")
     check("ro", lambda value: all(map(_is_scalar, value)), "a list of numbers")

@@ -70,7 +70,7 @@ class OptimizerState:
         state = self._checked_state(given["state"], options)
         counters = self._checked_schedule(given["schedule"])
         # From here on nothing can fail but for want of memory, and that only before anything is replaced.
-        copies = {self._parameters[name]: _copied(kept) for name, kept in state.items()}
+        copies: dict[Tensor, Any] = {self._parameters[name]: _copied(kept) for name, kept in state.items()}
         self._optimizer.state.clear()
         self._optimizer.state.update(copies)
         for group, new in zip(self._optimizer.param_groups, options, strict=True):

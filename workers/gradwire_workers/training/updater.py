@@ -109,13 +109,15 @@ class Updater:
         norms: list[float | None] = []
 
         def closure() -> Tensor:
+            # A backward pass over several ranks adds to the gradients that it finds.
+            self._drop_gradients()
             value, found = (loss, gradients) if not norms else evaluate()
             norms.append(self._hand_over(found))
             return torch.tensor(value, dtype=torch.float64)
 
         try:
             with self._put_back_on_error(), learning_rate(self._optimizer, lr) as used:
-                self._optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+                self._optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
         finally:
             self._drop_gradients()
         self._take(plan)
