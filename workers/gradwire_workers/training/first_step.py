@@ -56,7 +56,7 @@ def first_states(
             optimizer.step(lambda: torch.zeros(()))
         else:
             optimizer.step()
-    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+    except (ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError) as error:
         raise InvalidArgument(
             f"{owner} cannot update these parameters with these options: {error}", field=field, reason="OPTIMIZER_UNFIT"
         ) from error
