@@ -23,11 +23,12 @@ from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.gradient_reading import read_gradients
 from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.line_search import search
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
 from gradwire_workers.training.row_check import why_rows_depend
-from gradwire_workers.training.updater import Update, Updater
+from gradwire_workers.training.updater import Update, Updater, make_updater
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
         self._program = self._replica.program
         trainable = {name: each for name, each in self._program.parameters_by_name().items() if each.requires_grad}
         self._trainable = list(trainable.values())
-        self._updater = None if spec.optimizer is None else Updater(spec, trainable, self._aliases())
+        self._updater = make_updater(spec, trainable, self._aliases())
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
         self._held: list[Tensor | None] | None = None
@@ -109,10 +110,14 @@ class Trainer:
     def train_step(self, shard: Shard, *, command: int, lr: float | None = None) -> StepReport:
         """Forward, backward, sum over the ranks, update. Leaves held gradients alone."""
         clock = Clock(self._groups)
-        updater = self._checked_updater(lr, has_batch=True)
+        updater = self._checked_updater()
+        updater.check(lr, has_batch=True)
         self._replica.check_has_loss()
         if updater.searches:
-            return self._search(updater, shard, command, lr, clock)
+            shard = self._replica.localise(shard)
+            loss, update = search(updater, self._passes, self._agreement, shard, command=command, lr=lr)
+            clock.computed()
+            return self._updated(update, clock, loss=loss, rows=shard.count)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
             shard = self._replica.localise(shard)
             done = self._passes.summed(shard, command)
@@ -122,24 +127,6 @@ class Trainer:
         take(buffers)
         clock.computed(waited=done.waited)
         update = updater.apply(done.gradients, lr=lr, plan=plan)
-        return self._updated(update, clock, loss=loss, rows=shard.count)
-
-    def _search(self, updater: Updater, shard: Shard, command: int, lr: float | None, clock: Clock) -> StepReport:
-        """The same with an optimizer that evaluates the batch again, with other weights each time."""
-        mutated = self._program.mutated_buffers(shard.variant)
-        with Attempt(self._groups, [*mutated, *(each.detach() for each in self._trainable)]):
-            shard = self._replica.localise(shard)
-
-            def evaluate() -> tuple[float, Sequence[Tensor | None]]:
-                done = self._passes.summed(shard, command)
-                return self._agreement.reach(self._groups, done.value, done.gradients), done.gradients
-
-            loss, gradients = evaluate()
-            update = updater.search(gradients, loss, evaluate, lr=lr, plan=updater.plan(loss))
-            buffers = self._passes.shared_buffers(shard)
-            self._agreement.reach(self._groups)
-        take(buffers)
-        clock.computed()
         return self._updated(update, clock, loss=loss, rows=shard.count)
 
     def forward_backward(self, shard: Shard, *, command: int) -> StepReport:
@@ -155,13 +142,8 @@ class Trainer:
             loss = self._agreement.reach(self._groups, done.value, done.gradients)
         take(buffers)
         self._held = held
-        return StepReport(
-            loss=loss,
-            step=self.step,
-            rows=shard.count,
-            lr=None if self._updater is None else self._updater.lr,
-            seconds=clock.computed(),
-        )
+        lr = None if self._updater is None else self._updater.lr
+        return StepReport(loss=loss, step=self.step, rows=shard.count, lr=lr, seconds=clock.computed())
 
     def optimizer_step(self, gradients: Mapping[str, Tensor] | None = None, *, lr: float | None = None) -> StepReport:
         """Update with the held gradients, which stay held, or with these, by name, which every rank must get.
@@ -169,7 +151,8 @@ class Trainer:
         A parameter without a gradient is left alone.
         """
         clock = Clock(self._groups)
-        updater = self._checked_updater(lr, has_batch=False)
+        updater = self._checked_updater()
+        updater.check(lr, has_batch=False)
         if gradients is not None:
             given = tensor_names.check_gradients(gradients, self._program.state_tensors())
             chosen = [given.get(parameter) for parameter in self._trainable]
@@ -237,11 +220,11 @@ class Trainer:
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, and its schedule's, live. Every rank has the same."""
-        return self._having_optimizer().state()
+        return self._checked_updater().state()
 
     def load_optimizer_state(self, state: Any) -> None:
         """Replace the optimizer's state and its schedule's, or neither. Every rank must get the same."""
-        self._having_optimizer().load(state)
+        self._checked_updater().load(state)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -253,25 +236,16 @@ class Trainer:
         """Parameters under every name that they have."""
         return {name: each for name, each in self._program.state_tensors().items() if isinstance(each, nn.Parameter)}
 
-    def _having_optimizer(self) -> Updater:
+    def _checked_updater(self) -> Updater:
         if self._updater is None:
             raise FailedPrecondition("the model has no optimizer: give one to create_model", reason="NO_OPTIMIZER")
         return self._updater
 
-    def _checked_updater(self, lr: float | None, *, has_batch: bool) -> Updater:
-        updater = self._having_optimizer()
-        updater.check(lr, has_batch=has_batch)
-        return updater
-
     def _updated(self, update: Update, clock: Clock, *, loss: float | None, rows: int) -> StepReport:
         self.step += 1
+        seconds = clock.updated()
         return StepReport(
-            loss=loss,
-            step=self.step,
-            rows=rows,
-            lr=update.lr,
-            grad_norm=update.grad_norm,
-            seconds=clock.updated(),
+            loss=loss, step=self.step, rows=rows, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds
         )
 
 

@@ -102,7 +102,8 @@ class OptimizerState:
             # What a schedule keeps beside the options, such as initial_lr; the rest never changes.
             if isinstance(group[name], float) and Number()(options[name]) is not None:
                 raise _refusal(f"{field}.{name}", "a finite number", options[name])
-            if not isinstance(group[name], float) and options[name] != group[name]:
+            kept = group[name]
+            if not isinstance(kept, float) and (type(options[name]) is not type(kept) or options[name] != kept):
                 raise _refusal(f"{field}.{name}", repr(group[name]), options[name])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 

@@ -40,7 +40,7 @@ class OneOf:
 
     def __call__(self, value: Any) -> str | None:
         # 1 equals True, and is something else.
-        if any(value == each and type(value) is type(each) for each in self.values):
+        if any(type(value) is type(each) and value == each for each in self.values):
             return None
         return "one of " + ", ".join(repr(each) for each in self.values)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwire_proto.errors import FailedPrecondition, InternalError
-from gradwire_proto.values import ModelSpec
+from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
+from gradwire_proto.values import ModelSpec, OptimizerSpec
 from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer, optimizer_kind
 from gradwire_workers.schedules import make_schedule
 from gradwire_workers.training.clipping import Clipping
@@ -32,6 +32,21 @@ class Update:
     grad_norm: float | None
 
 
+def make_updater(
+    spec: ModelSpec, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, nn.Parameter]
+) -> Updater | None:
+    """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path."""
+    clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
+    clipping.check(parameters.values())
+    if spec.optimizer is not None:
+        return Updater(spec.optimizer, clipping, parameters, aliases)
+    if clipping:
+        name = "clip_grad_value" if spec.clip_grad_norm is None else "clip_grad_norm"
+        message = "gradients are clipped before an update, and the model has no optimizer"
+        raise InvalidArgument(message, field=f"model.{name}", reason="NO_OPTIMIZER")
+    return None
+
+
 class Updater:
     """The optimizer of `parameters`, by name, with its schedule. `aliases`: every name that a parameter has.
 
@@ -39,16 +54,17 @@ class Updater:
     """
 
     def __init__(
-        self, spec: ModelSpec, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, nn.Parameter]
+        self,
+        spec: OptimizerSpec,
+        clipping: Clipping,
+        parameters: Mapping[str, nn.Parameter],
+        aliases: Mapping[str, nn.Parameter],
     ) -> None:
-        assert spec.optimizer is not None
-        kind = optimizer_kind(spec.optimizer.name, field="model.optimizer.name")
+        kind = optimizer_kind(spec.name, field="model.optimizer.name")
         self._parameters = list(parameters.values())
-        self._optimizer = make_optimizer(spec.optimizer, parameters, aliases)
-        wanted = spec.optimizer.schedule
-        self._schedule = None if wanted is None else make_schedule(wanted, self._optimizer)
-        self._clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
-        self._clipping.check(self._parameters)
+        self._clipping = clipping
+        self._optimizer = make_optimizer(spec, parameters, aliases)
+        self._schedule = None if spec.schedule is None else make_schedule(spec.schedule, self._optimizer)
         self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters)
 
     @property
@@ -100,12 +116,14 @@ class Updater:
         return Update(used, norm)
 
     def search(
-        self, gradients: Gradients, loss: float, evaluate: Evaluate, *, lr: float | None, plan: Moment | None
+        self, gradients: Gradients, loss: float, evaluate: Evaluate, settle: Callable[[], None], *, lr: float | None
     ) -> Update:
         """Update with an optimizer that evaluates the batch again; the first time it has `gradients` and `loss`.
 
-        What `evaluate` raises comes out; then the caller must put back the parameters: all else is as it was.
+        `settle` is called at the end. What the two raise comes out; then the caller must put back the parameters: all
+        else is as it was.
         """
+        plan = self.plan(loss)
         norms: list[float | None] = []
 
         def closure() -> Tensor:
@@ -118,6 +136,7 @@ class Updater:
         try:
             with self._put_back_on_error(), learning_rate(self._optimizer, lr) as used:
                 self._optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                settle()
         finally:
             self._drop_gradients()
         self._take(plan)
