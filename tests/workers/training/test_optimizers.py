@@ -265,6 +265,8 @@ def test_lr_of_a_call_is_for_that_call_alone_and_the_schedule_goes_on(make_group
     group = make_group(module, nn.MSELoss(), batch(), ranks=1, optimizer=spec)
     used = [group.optimizer_step(gradients_of(module), lr=lr).lr for lr in (None, 0.7, None, 0.0, None)]
     assert used == [0.2, 0.7, 0.05, 0.0, 0.0125]
+    plain = make_group(module, nn.MSELoss(), batch(), ranks=1, sgd=MOMENTUM)
+    assert [plain.optimizer_step(gradients_of(module), lr=lr).lr for lr in (0.7, None)] == [0.7, 0.2]
 
 
 def test_schedule_without_a_further_step_refuses_the_update_and_nothing_changes(make_group):
@@ -274,11 +276,12 @@ def test_schedule_without_a_further_step_refuses_the_update_and_nothing_changes(
     for _ in range(4):
         group.train_step(*batch())
     before, state = group.state_dict(), group.call_all("optimizer_state")[0]
+    connections = group.processes.new_epoch()
     for update in (lambda: group.train_step(*batch()), lambda: group.optimizer_step(gradients_of(module))):
         with pytest.raises(FailedPrecondition, match="total steps is 4") as caught:
             update()
         assert caught.value.reason == "SCHEDULE_FAILED"
-        assert not any(group.call_all("needs_rejoin"))
+    assert group.processes.new_epoch() == connections + 1, "all ranks refuse alike: none has to join again"
     assert_same_bits(group.state_dict(), before)
     assert_same_bits(group.call_all("optimizer_state")[0], state)
 
