@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from gradwire.arguments import as_bool, as_mapping
 from gradwire.errors import InvalidArgument
 from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
-from gradwire.optim import check_not_negative
+from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
 from gradwire.user_values import normalize
@@ -150,6 +150,19 @@ class ModelCalls:
         request = pb.LoadStateDictRequest(name=self._name, partial=as_bool(partial, "partial"))
         self._set_tensors(request.tensors, _tensors(as_mapping(tensors, "state_dict"), "tensors"))
         return self._command("LoadStateDict", request, _nothing)
+
+    def optimizer_state_dict(self) -> Call[dict[str, Any]]:
+        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+
+        def finish(reply: pb.GetOptimizerStateResponse) -> dict[str, Any]:
+            return receive(self._rpc, (codec.decode_optimizer_state(reply),))[0]
+
+        return Call("GetOptimizerState", request, finish)
+
+    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Call[None]:
+        request = pb.LoadOptimizerStateRequest(name=self._name)
+        codec.encode_value(send_apart(self._rpc, (from_nested(state_dict, "state"),))[0], request.state, "state")
+        return self._command("LoadOptimizerState", request, _nothing)
 
     def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
         request = pb.AddVariantRequest(name=self._name)

@@ -90,6 +90,8 @@ class Client:
         require_sharding: bool = False,
         on_nan: str = "report",
         labels: Mapping[str, str] | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -107,6 +109,9 @@ class Client:
         require_sharding: refuse a model whose batches cannot be split over the ranks, instead of running it on one.
         on_nan: "report" or "refuse" a loss that is not finite; a refused step changes nothing.
         labels: free-form, at most 64, keys and values of at most 63 characters.
+        clip_grad_norm, clip_grad_value: before each update, scale the whole batch's gradients so that the norm of all
+            together is this at most, then cut each element to this size, as torch.nn.utils.clip_grad_norm_ and
+            clip_grad_value_ do; also gradients of the client's own. StepResult.grad_norm is the norm before.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -126,6 +131,8 @@ class Client:
             require_sharding=require_sharding,
             on_nan=on_nan,
             labels=labels,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
         )
         self._models.add(model)
         return model

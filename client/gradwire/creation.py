@@ -12,6 +12,7 @@ from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidAr
 from gradwire.export import ExportedModel, ModuleExporter
 from gradwire.model import Model
 from gradwire.optim import Optimizer
+from gradwire.optim.checks import check_positive
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire_proto import codec
@@ -39,6 +40,8 @@ def create_model(
     require_sharding: bool,
     on_nan: str,
     labels: Mapping[str, str] | None,
+    clip_grad_norm: float | None,
+    clip_grad_value: float | None,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -54,6 +57,9 @@ def create_model(
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": _labels(labels),
     }
+    for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if bound is not None:
+            check_positive(bound, field=f"model.{name}", words=f"{name} value")
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
     exporter = ModuleExporter(module, loss)
@@ -63,6 +69,8 @@ def create_model(
         loss=exported.loss,
         optimizer=None if optimizer is None else optimizer.spec(),
         **settings,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
     )
     request = _request(rpc, spec, exported, chosen_id)
     reply = _send(rpc, request)

@@ -72,7 +72,8 @@ class Model:
         """Forward, backward, all-reduce and update in one; returns loss, step and timing.
 
         Gradients that the service holds are neither used nor changed.
-        lr: the learning rate of this update, for all parameters; the optimizer's where left out.
+        lr: the learning rate of this update, for all parameters; the schedule's, or the optimizer's, where left out. It
+        does not touch the schedule, which takes its step all the same.
         """
         return self._run(self._calls.train_step(inputs, targets, lr))
 
@@ -154,6 +155,26 @@ class Model:
         partial: names that are left out keep their values; otherwise they are an error, as in torch.
         """
         self._run(self._calls.load_state_dict(state_dict, partial))
+
+    def optimizer_state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer and its schedule, by parameter name, with memory of its own.
+
+        Four keys: "optimizer" is the class name; "state" has for each parameter that was ever updated what torch.optim
+        keeps of it (`{"0.weight": {"step": ..., "exp_avg": ...}}`), LBFGS's one state under the first; "param_groups"
+        is a list of dicts, the names "params" and the group's options as they are now, learning rate included;
+        "schedule" has the class "name", its counters "state" and its "schedulers", or is None. A tied weight appears
+        once.
+        """
+        return self._run(self._calls.optimizer_state_dict())
+
+    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replace the state of the optimizer and its schedule, bit for bit: both, or neither.
+
+        state_dict: what `optimizer_state_dict` gave, of a model with the same parameters, optimizer, groups and kinds
+        of schedule. Options come from it, as in torch; a schedule's arguments stay the model's own. A parameter left
+        out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
+        """
+        self._run(self._calls.load_optimizer_state_dict(state_dict))
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""

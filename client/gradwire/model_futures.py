@@ -78,6 +78,12 @@ class ModelFutures:
     def load_state_dict(self, state_dict: Mapping[str, Any], *, partial: bool = False) -> Future[None]:
         return self._submit(lambda: self._calls.load_state_dict(state_dict, partial))
 
+    def optimizer_state_dict(self) -> Future[dict[str, Any]]:
+        return self._submit(self._calls.optimizer_state_dict)
+
+    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Future[None]:
+        return self._submit(lambda: self._calls.load_optimizer_state_dict(state_dict))
+
     def info(self) -> Future[ModelInfo]:
         return self._submit(self._calls.info)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from rich.table import Table
 
-from gradwire_proto.values import GraphLossSpec, LossSpec, ModelInfo, OutputLossSpec
+from gradwire_proto.values import GraphLossSpec, LossSpec, ModelInfo, OutputLossSpec, ScheduleSpec
 
 
 def summary(info: ModelInfo) -> dict[str, Any]:
@@ -21,6 +21,14 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "device": info.device,
         "num_parameters": info.num_parameters,
         "optimizer": info.optimizer and info.optimizer.name,
+        "optimizer_options": _options(info.optimizer.options) if info.optimizer else {},
+        "parameter_groups": [
+            {"pattern": group.pattern, **_options(group.options)}
+            for group in (info.optimizer.groups if info.optimizer else ())
+        ],
+        "schedule": _schedule(info.optimizer.schedule) if info.optimizer and info.optimizer.schedule else None,
+        "clip_grad_norm": info.clip_grad_norm,
+        "clip_grad_value": info.clip_grad_value,
         "loss": _loss_name(info.loss),
         "sharding": info.sharding and {"mode": info.sharding.mode, "reason": info.sharding.reason},
         "labels": dict(info.labels),
@@ -45,7 +53,7 @@ def model_table(info: ModelInfo) -> Table:
     """One row per property of a model; those that it lacks are left out."""
     table = Table("property", "value", box=None, show_header=False)
     for name, value in summary(info).items():
-        if value is None or value == {}:
+        if value is None or value in ({}, []):
             continue
         table.add_row(name, _text(name, value))
     return table
@@ -56,9 +64,23 @@ def _text(name: str, value: Any) -> str:
         return _time(value)
     if name == "sharding":
         return f"{value['mode']} ({value['reason']})" if value["reason"] else value["mode"]
+    if name == "schedule":
+        return value["name"] + "".join(f" {key}={item}" for key, item in value.items() if key != "name")
+    if isinstance(value, list):
+        return "; ".join(_text("", item) for item in value)
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     return f"{value:,}" if name == "num_parameters" else str(value)
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are None: torch chooses them."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _schedule(schedule: ScheduleSpec) -> dict[str, Any]:
+    parts = {"schedulers": [_schedule(part) for part in schedule.schedulers]} if schedule.schedulers else {}
+    return {"name": schedule.name, **_options(schedule.options), **parts}
 
 
 def _loss_name(loss: LossSpec | None) -> str | None:

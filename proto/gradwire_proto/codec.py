@@ -19,12 +19,11 @@ from gradwire_proto.encoding.model_codec import (
     decode_loss,
     decode_model_info,
     decode_model_spec,
-    decode_optimizer,
     encode_loss,
     encode_model_info,
     encode_model_spec,
-    encode_optimizer,
 )
+from gradwire_proto.encoding.optimizer_codec import decode_optimizer, decode_optimizer_state, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_graph_input,
     decode_program,
@@ -108,6 +107,7 @@ __all__ = [
     "decode_node",
     "decode_operators",
     "decode_optimizer",
+    "decode_optimizer_state",
     "decode_options",
     "decode_program",
     "decode_server_info",

@@ -308,16 +308,44 @@ LossSpec: TypeAlias = "TorchLossSpec | GraphLossSpec | OutputLossSpec"
 
 
 @dataclass(frozen=True, slots=True)
-class OptimizerSpec:
-    """An optimizer of torch.optim, by class name, with its keyword arguments."""
+class ParameterGroupSpec:
+    """The parameters that `pattern`, a name or a glob, matches, and the options in which they differ."""
+
+    pattern: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSpec:
+    """A schedule of torch.optim.lr_scheduler, by class name, with its keyword arguments.
+
+    `schedulers`: what a SequentialLR or ChainedScheduler is made of.
+    """
 
     name: str
     options: Mapping[str, Value] = field(default_factory=dict)
+    schedulers: tuple[ScheduleSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """An optimizer of torch.optim, by class name, with its keyword arguments.
+
+    `groups`: parameters that it treats apart; all others come first, as a group of their own.
+    """
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+    groups: tuple[ParameterGroupSpec, ...] = ()
+    schedule: ScheduleSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse"."""
+    """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse".
+
+    `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
+    """
 
     program: Program
     loss: LossSpec | None = None
@@ -329,6 +357,8 @@ class ModelSpec:
     on_nan: str = "report"
     require_sharding: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +394,8 @@ class ModelInfo:
     tensors: tuple[StateTensor, ...] = ()
     variants: tuple[Variant, ...] = ()
     rank_rows: tuple[int, ...] = ()
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,7 +438,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a training command answers. `loss` is the loss over the whole batch; None where none was computed."""
+    """What a training command answers. `loss` is the loss over the whole batch; None where none was computed.
+
+    `lr`: the first parameter group's, of the update, or of the next one where there was none. `grad_norm`: of all
+    gradients together, before they were clipped; None where the model does not clip.
+    """
 
     loss: float | None
     step: int

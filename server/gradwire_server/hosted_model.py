@@ -101,6 +101,14 @@ class HostedModel:
             lambda values, _: self._workers.load_state_dict(values["tensors"], partial=partial),
         )
 
+    async def load_optimizer_state(self, state: Value, call: Call) -> int:
+        """Replace the state of the optimizer and its schedule; returns the step."""
+        return await self._command(
+            call,
+            {"state": state},
+            lambda values, _: self._workers.load_optimizer_state(values["state"]),
+        )
+
     async def add_variant(
         self,
         variant: Variant,
@@ -190,6 +198,15 @@ class HostedModel:
         async def work(_: Any) -> tuple[NamedTensors, int]:
             tensors, step = await self._workers.state_dict(names)
             return await self._tensors.downloads.deliver(tensors, max_inline_bytes), step
+
+        return await self._read(call, None, work)
+
+    async def optimizer_state(self, max_inline_bytes: int | None, call: Call) -> tuple[Value, int]:
+        """(state of the optimizer and its schedule, step)."""
+
+        async def work(_: Any) -> tuple[Value, int]:
+            state, step = await self._workers.optimizer_state()
+            return await self._tensors.downloads.deliver(state, max_inline_bytes), step
 
         return await self._read(call, None, work)
 

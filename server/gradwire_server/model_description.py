@@ -38,6 +38,8 @@ class ModelDescription:
             on_nan=spec.on_nan,
             tensors=spec.program.tensors,
             variants=tuple(map(_without_graphs, spec.program.variants)),
+            clip_grad_norm=spec.clip_grad_norm,
+            clip_grad_value=spec.clip_grad_value,
         )
 
     @property

@@ -100,6 +100,13 @@ class Servicer:
         step = await self._model(request.name).load_state_dict(tensors, request.partial, call)
         return pb.LoadStateDictResponse(step=step)
 
+    async def LoadOptimizerState(
+        self, request: pb.LoadOptimizerStateRequest, call: Call
+    ) -> pb.LoadOptimizerStateResponse:
+        state = codec.decode_optimizer_state(request, self._limits)
+        step = await self._model(request.name).load_optimizer_state(state, call)
+        return pb.LoadOptimizerStateResponse(step=step)
+
     # --- reads ----------------------------------------------------------------------------------------------------
 
     async def ComputeGradients(self, request: pb.ComputeGradientsRequest, call: Call) -> pb.ComputeGradientsResponse:
@@ -131,6 +138,13 @@ class Servicer:
         tensors, step = await self._model(request.name).state_dict(names, max_inline_bytes, call)
         response = pb.GetStateDictResponse(step=step)
         codec.encode_named_tensors(tensors, response.tensors)
+        return response
+
+    async def GetOptimizerState(self, request: pb.GetOptimizerStateRequest, call: Call) -> pb.GetOptimizerStateResponse:
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        state, step = await self._model(request.name).optimizer_state(max_inline_bytes, call)
+        response = pb.GetOptimizerStateResponse(step=step)
+        codec.encode_value(state, response.state, "state")
         return response
 
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------

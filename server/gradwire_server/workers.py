@@ -54,6 +54,10 @@ class Workers(Protocol):
 
     async def load_state_dict(self, tensors: NamedTensors, *, partial: bool) -> int: ...
 
+    async def optimizer_state(self) -> tuple[Value, int]: ...
+
+    async def load_optimizer_state(self, state: Value) -> int: ...
+
     async def add_variant(
         self,
         variant: Variant,

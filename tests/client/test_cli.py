@@ -63,7 +63,12 @@ def test_models_can_be_listed_shown_and_deleted(client: gradwire.Client, service
     client.create_model(
         nn.Linear(3, 2),
         loss="mse_loss",
-        optimizer=optim.SGD(lr=0.1),
+        optimizer=optim.SGD(
+            lr=0.1,
+            groups=[optim.ParamGroup("bias", lr=0.25)],
+            schedule=optim.schedule.ChainedScheduler(schedulers=[optim.schedule.ExponentialLR(gamma=0.75)]),
+        ),
+        clip_grad_norm=1.5,
         example=(torch.randn(4, 3), torch.randn(4, 2)),
         model_id="linear-for-the-cli",
         labels={"team": "vision"},
@@ -79,7 +84,12 @@ def test_models_can_be_listed_shown_and_deleted(client: gradwire.Client, service
     shown = json.loads(models("show", "linear-for-the-cli", "--json").stdout)
     assert (shown["num_parameters"], shown["optimizer"], shown["loss"]) == (8, "SGD", "mse_loss")
     assert shown["labels"] == {"team": "vision"}
-    assert "vision" in models("show", "linear-for-the-cli").stdout
+    assert (shown["optimizer_options"]["lr"], shown["clip_grad_norm"]) == (0.1, 1.5)
+    assert shown["parameter_groups"] == [{"pattern": "bias", "lr": 0.25}]
+    assert shown["schedule"]["schedulers"][0]["gamma"] == 0.75
+    table = models("show", "linear-for-the-cli").stdout
+    for part in ("vision", "lr=0.25", "ChainedScheduler", "0.75", "1.5"):
+        assert part in table
 
     assert models("delete", "linear-for-the-cli").exit_code == 0
     gone = models("show", "linear-for-the-cli")

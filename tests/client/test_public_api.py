@@ -34,7 +34,7 @@ PARAMETERS = {
     "connect": "target *token *tls *timeout",
     "launch": "workers storage *timeout *start_timeout **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
-    " *require_sharding *on_nan *labels",
+    " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value",
     "Client.get_model": "model_id",
     "Client.list_models": "",
     "Client.grad": "fn argnums has_aux",
@@ -52,7 +52,11 @@ PARAMETERS = {
     "Model.load_state_dict": "state_dict *partial",
     "Model.info": "",
     "Model.delete": "",
-    "optim.SGD": "*lr *momentum *dampening *weight_decay *nesterov *maximize",
+    "Model.optimizer_state_dict": "",
+    "Model.load_optimizer_state_dict": "state_dict",
+    "optim.SGD": "*groups *schedule *lr *momentum *dampening *weight_decay *nesterov *maximize *foreach"
+    " *differentiable *fused",
+    "optim.ParamGroup": "pattern **options",
 }
 
 FIELDS = {

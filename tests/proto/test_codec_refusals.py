@@ -273,6 +273,63 @@ def test_field_that_a_newer_client_sends_is_found_in_any_item_of_a_list() -> Non
     )
 
 
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["clip_grad_norm", "clip_grad_value"])
+def test_bound_of_gradients_out_of_range_is_refused(name: str, bound: float) -> None:
+    error = refusal(lambda: codec.decode_model_spec(model_message(**{name: bound})))
+    assert (error.reason, error.field) == ("NUMBER_OUT_OF_RANGE", f"model.{name}")
+
+
+def schedule_of_schedules(levels: int) -> model_pb2.Schedule:
+    message = model_pb2.Schedule(name="ChainedScheduler")
+    inner = message
+    for _ in range(levels - 1):
+        inner = inner.schedulers.add(name="ChainedScheduler")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason", "field"),
+    [
+        (model_pb2.Optimizer(), "NAME_MISSING", "optimizer.name"),
+        (model_pb2.Optimizer(name="SGD", groups=[{}]), "NAME_MISSING", "optimizer.groups[0].pattern"),
+        (model_pb2.Optimizer(name="SGD", schedule={}), "NAME_MISSING", "optimizer.schedule.name"),
+        (
+            model_pb2.Optimizer(name="SGD", schedule={"name": "ChainedScheduler", "schedulers": [{}]}),
+            "NAME_MISSING",
+            "optimizer.schedule.schedulers[0].name",
+        ),
+        (
+            model_pb2.Optimizer(name="SGD", schedule=schedule_of_schedules(9)),
+            "NESTING_TOO_DEEP",
+            "optimizer.schedule" + 8 * ".schedulers[0]",
+        ),
+        (
+            model_pb2.Optimizer(name="SGD", groups=[{"pattern": "*", "options": {"entries": [{"key": "lr"}]}}]),
+            "FIELD_MISSING",
+            "optimizer.groups[0].options.lr",
+        ),
+    ],
+)
+def test_optimizer_that_is_not_whole_is_refused(optimizer: model_pb2.Optimizer, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_optimizer(optimizer))
+    assert (error.reason, error.field) == (reason, field)
+    codec.decode_optimizer(model_pb2.Optimizer(name="SGD", schedule=schedule_of_schedules(8)))
+
+
+def test_schedule_nested_too_deeply_is_refused_before_it_is_sent() -> None:
+    nested = values.ScheduleSpec("StepLR")
+    for _ in range(8):
+        nested = values.ScheduleSpec("ChainedScheduler", {}, (nested,))
+    error = refusal(lambda: codec.encode_optimizer(values.OptimizerSpec("SGD", schedule=nested)))
+    assert error.reason == "NESTING_TOO_DEEP"
+
+
+def test_state_of_an_optimizer_must_be_there() -> None:
+    error = refusal(lambda: codec.decode_optimizer_state(pb.LoadOptimizerStateRequest()))
+    assert (error.reason, error.field) == ("FIELD_MISSING", "state")
+
+
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_learning_rate_out_of_range_is_refused(rate: float) -> None:
     error = refusal(lambda: codec.decode_learning_rate(pb.TrainStepRequest(learning_rate=rate)))

@@ -165,7 +165,19 @@ LOSSES = st.one_of(
     st.builds(values.GraphLossSpec),
     st.builds(values.OutputLossSpec, COUNTS),
 )
-OPTIMIZERS = st.builds(values.OptimizerSpec, NAMES, OPTIONS)
+SCHEDULES = st.recursive(
+    st.builds(values.ScheduleSpec, NAMES, OPTIONS),
+    lambda parts: st.builds(values.ScheduleSpec, NAMES, OPTIONS, st.lists(parts, max_size=2).map(tuple)),
+    max_leaves=4,
+)
+OPTIMIZERS = st.builds(
+    values.OptimizerSpec,
+    NAMES,
+    OPTIONS,
+    st.lists(st.builds(values.ParameterGroupSpec, NAMES, OPTIONS), max_size=2).map(tuple),
+    st.none() | SCHEDULES,
+)
+CLIPS = st.none() | st.floats(1e-300, 1e300)
 LABELS = st.dictionaries(NAMES, TEXTS, max_size=1)  # One: a protobuf map has no order of its own.
 ROWS = st.lists(COUNTS, max_size=3).map(tuple)
 TIMINGS = st.builds(values.Timing, **dict.fromkeys(values.Timing.__dataclass_fields__, FLOATS))
@@ -185,6 +197,8 @@ MODEL_SPECS = st.builds(
     on_nan=st.sampled_from(["report", "refuse"]),
     require_sharding=st.booleans(),
     labels=LABELS,
+    clip_grad_norm=CLIPS,
+    clip_grad_value=CLIPS,
 )
 MODEL_INFOS = st.builds(
     values.ModelInfo,
@@ -207,6 +221,8 @@ MODEL_INFOS = st.builds(
         tuple
     ),
     rank_rows=ROWS,
+    clip_grad_norm=CLIPS,
+    clip_grad_value=CLIPS,
 )
 STEP_RESULTS = st.builds(
     values.StepResult,

@@ -155,6 +155,14 @@ class FakeWorkers:
         self.weights = TensorData("float32", (1, 2), read(tensors["w"]))
         return self.step
 
+    async def optimizer_state(self) -> tuple[Any, int]:
+        await self._call("optimizer_state")
+        return {"optimizer": "SGD", "state": {"w": {"momentum_buffer": self.weights}}, "schedule": None}, self.step
+
+    async def load_optimizer_state(self, state: Any) -> int:
+        await self._call("load_optimizer_state", read(state["state"]["w"]["momentum_buffer"]))
+        return self.step
+
     async def add_variant(self, variant: Variant, **parts: Any) -> None:
         await self._call("add_variant", variant.name)
 

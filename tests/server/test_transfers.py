@@ -55,6 +55,24 @@ async def test_large_state_dict_goes_up_and_comes_down(frontend: Any) -> None:
     assert frontend.cluster.groups["m"].weights.data == content and not frontend.files
 
 
+async def test_optimizer_state_goes_up_and_comes_down_by_handle_and_a_repeat_is_answered_once(
+    frontend: Any, fakes: Any
+) -> None:
+    workers = await frontend.create()
+    name = await frontend.upload(TensorData("float32", (1, 2), W))
+    request = pb.LoadOptimizerStateRequest(name="models/m", request_id=fakes.request_id())
+    uploaded = TensorData("float32", (1, 2), Handle(f"{name}/tensors/0"))
+    codec.encode_value({"state": {"w": {"momentum_buffer": uploaded}}}, request.state)
+    for _ in range(2):
+        assert (await frontend.stub.LoadOptimizerState(request)).step == 0
+    assert workers.calls == [("load_optimizer_state", W)] and not frontend.files
+    reply = await frontend.stub.GetOptimizerState(pb.GetOptimizerStateRequest(name="models/m", max_inline_bytes=1))
+    state = codec.decode_optimizer_state(reply)
+    handle = state["state"]["w"]["momentum_buffer"].data.name
+    assert await frontend.download(handle.partition("/tensors/")[0]) == fakes.read(workers.weights)
+    assert (state["optimizer"], state["schedule"]) == ("SGD", None)
+
+
 async def test_uploaded_tensor_is_used_by_one_request(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     name = await frontend.upload(TensorData("float32", (1, 2), W), TensorData("uint8", (1,), b"x"))

@@ -32,6 +32,7 @@ def step_result(answers: Answers, rows: int) -> StepResult:
         loss=first["loss"],
         step=first["step"],
         num_examples=rows,
+        grad_norm=first["grad_norm"],
         lr=first["lr"],
         timing=_timing(answers),
         rank_rows=_rank_rows(answers),

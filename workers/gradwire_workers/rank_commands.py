@@ -13,6 +13,7 @@ import torch
 
 from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
+from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import (
     GradientQuery,
@@ -67,6 +68,8 @@ class RankCommands:
             "forward": self._forward,
             "state_dict": self._state_dict,
             "load_state_dict": self._load_state_dict,
+            "optimizer_state": self._optimizer_state,
+            "load_optimizer_state": self._load_optimizer_state,
             "add_variant": self._add_variant,
             "compute_function": self._compute_function,
         }
@@ -185,6 +188,13 @@ class RankCommands:
 
     def _load_state_dict(self, fields: Fields) -> Fields:
         self._model.load_state_dict(incoming(fields["tensors"]), partial=fields["partial"])
+        return {"step": self._model.step}
+
+    def _optimizer_state(self, _: Fields) -> Fields:
+        return {"state": self._model.optimizer_state(), "step": self._model.step}
+
+    def _load_optimizer_state(self, fields: Fields) -> Fields:
+        self._model.load_optimizer_state(to_nested(fields["state"]))
         return {"step": self._model.step}
 
     def _add_variant(self, fields: Fields) -> Fields:

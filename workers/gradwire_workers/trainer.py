@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwire_proto.errors import FailedPrecondition, InternalError
+from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
-from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs.build import add_variant
 from gradwire_workers.shard import Shard
@@ -24,10 +23,12 @@ from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.gradient_reading import read_gradients
 from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.line_search import search
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
 from gradwire_workers.training.row_check import why_rows_depend
+from gradwire_workers.training.updater import Update, Updater, make_updater
 
 
 class Trainer:
@@ -52,8 +53,9 @@ class Trainer:
         self._limits = limits or Limits()
         self._replica = Replica(spec, state, rank, torch.device(device), self._limits)
         self._program = self._replica.program
-        self._trainable = [each for each in self._program.parameters_by_name().values() if each.requires_grad]
-        self._optimizer = None if spec.optimizer is None else make_optimizer(spec.optimizer, self._trainable)
+        trainable = {name: each for name, each in self._program.parameters_by_name().items() if each.requires_grad}
+        self._trainable = list(trainable.values())
+        self._updater = make_updater(spec, trainable, self._aliases())
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
         self._held: list[Tensor | None] | None = None
@@ -108,17 +110,24 @@ class Trainer:
     def train_step(self, shard: Shard, *, command: int, lr: float | None = None) -> StepReport:
         """Forward, backward, sum over the ranks, update. Leaves held gradients alone."""
         clock = Clock(self._groups)
-        self._check_can_update(lr)
+        updater = self._checked_updater()
+        updater.check(lr, has_batch=True)
         self._replica.check_has_loss()
+        if updater.searches:
+            shard = self._replica.localise(shard)
+            loss, update = search(updater, self._passes, self._agreement, shard, command=command, lr=lr)
+            clock.computed()
+            return self._updated(update, clock, loss=loss, rows=shard.count)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
             shard = self._replica.localise(shard)
             done = self._passes.summed(shard, command)
             buffers = self._passes.shared_buffers(shard)
             loss = self._agreement.reach(self._groups, done.value, done.gradients)
+            plan = updater.plan(loss)
         take(buffers)
         clock.computed(waited=done.waited)
-        lr = self._update(done.gradients, lr)
-        return StepReport(loss=loss, step=self.step, rows=shard.count, lr=lr, seconds=clock.updated())
+        update = updater.apply(done.gradients, lr=lr, plan=plan)
+        return self._updated(update, clock, loss=loss, rows=shard.count)
 
     def forward_backward(self, shard: Shard, *, command: int) -> StepReport:
         """Add the batch's gradients to those held, as loss.backward() does. They are summed over ranks when used."""
@@ -133,9 +142,8 @@ class Trainer:
             loss = self._agreement.reach(self._groups, done.value, done.gradients)
         take(buffers)
         self._held = held
-        return StepReport(
-            loss=loss, step=self.step, rows=shard.count, lr=self._learning_rate(), seconds=clock.computed()
-        )
+        lr = None if self._updater is None else self._updater.lr
+        return StepReport(loss=loss, step=self.step, rows=shard.count, lr=lr, seconds=clock.computed())
 
     def optimizer_step(self, gradients: Mapping[str, Tensor] | None = None, *, lr: float | None = None) -> StepReport:
         """Update with the held gradients, which stay held, or with these, by name, which every rank must get.
@@ -143,20 +151,23 @@ class Trainer:
         A parameter without a gradient is left alone.
         """
         clock = Clock(self._groups)
-        self._check_can_update(lr)
+        updater = self._checked_updater()
+        updater.check(lr, has_batch=False)
         if gradients is not None:
             given = tensor_names.check_gradients(gradients, self._program.state_tensors())
             chosen = [given.get(parameter) for parameter in self._trainable]
             self._agreement.reach(None, gradients=chosen)
+            plan = updater.plan()
         elif self._held is None:
             raise FailedPrecondition("no gradients are held: call forward_backward first", reason="NO_GRADIENTS")
         else:
             with Attempt(self._groups, ()):
                 chosen = self._held if self._groups is None else add_up(self._held, self._trainable, self._groups)
                 self._agreement.reach(self._groups, gradients=chosen)
+                plan = updater.plan()
         clock.computed()
-        lr = self._update(chosen, lr)
-        return StepReport(loss=None, step=self.step, rows=0, lr=lr, seconds=clock.updated())
+        update = updater.apply(chosen, lr=lr, plan=plan, keep=True)
+        return self._updated(update, clock, loss=None, rows=0)
 
     def zero_grad(self) -> None:
         """Drop the held gradients."""
@@ -207,42 +218,35 @@ class Trainer:
         """Replace parameters and buffers by name, all or none. Every rank must get the same."""
         tensor_names.load(tensors, self.state_dict(), partial=partial)
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter name, and its schedule's, live. Every rank has the same."""
+        return self._checked_updater().state()
+
+    def load_optimizer_state(self, state: Any) -> None:
+        """Replace the optimizer's state and its schedule's, or neither. Every rank must get the same."""
+        self._checked_updater().load(state)
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
     @property
     def _groups(self) -> ProcessGroups | None:
         return self._replica.groups
 
-    def _aliases(self) -> dict[str, Tensor]:
+    def _aliases(self) -> dict[str, nn.Parameter]:
         """Parameters under every name that they have."""
         return {name: each for name, each in self._program.state_tensors().items() if isinstance(each, nn.Parameter)}
 
-    def _check_can_update(self, lr: float | None) -> None:
-        if self._optimizer is None:
+    def _checked_updater(self) -> Updater:
+        if self._updater is None:
             raise FailedPrecondition("the model has no optimizer: give one to create_model", reason="NO_OPTIMIZER")
-        check_learning_rate(lr)
+        return self._updater
 
-    def _learning_rate(self) -> float | None:
-        return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
-
-    def _update(self, gradients: Sequence[Tensor | None], lr: float | None) -> float:
-        """Apply gradients that every rank has. Returns the learning rate used."""
-        assert self._optimizer is not None
-        for parameter, gradient in zip(self._trainable, gradients, strict=True):
-            parameter.grad = gradient
-        try:
-            with learning_rate(self._optimizer, lr) as used:
-                self._optimizer.step()
-        except Exception as error:
-            # The other ranks have updated, and this one in part.
-            raise InternalError(
-                f"the update failed halfway: {error}", reason="UPDATE_TORN", outcome="unknown"
-            ) from error
-        finally:
-            for parameter in self._trainable:
-                parameter.grad = None
+    def _updated(self, update: Update, clock: Clock, *, loss: float | None, rows: int) -> StepReport:
         self.step += 1
-        return used
+        seconds = clock.updated()
+        return StepReport(
+            loss=loss, step=self.step, rows=rows, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds
+        )
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -190,6 +190,16 @@ class WorkerGroup:
         answers = await self._ranks.call("load_state_dict", [fields] * self.workers)
         return answers.fields[0]["step"]
 
+    async def optimizer_state(self) -> tuple[Value, int]:
+        """(state of the optimizer and its schedule, updates applied). Every rank has the same."""
+        answers = await self._ranks.call("optimizer_state", [{}], changes=False)
+        return answers.fields[0]["state"], answers.fields[0]["step"]
+
+    async def load_optimizer_state(self, state: Value) -> int:
+        """Replaces the state of the optimizer and its schedule on every rank. Returns the updates applied so far."""
+        answers = await self._ranks.call("load_optimizer_state", [{"state": state}] * self.workers)
+        return answers.fields[0]["step"]
+
     async def add_variant(
         self,
         variant: Variant,

@@ -8,6 +8,7 @@ from math import floor
 from google.rpc import code_pb2, status_pb2
 
 from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, SHARDING_MODES
+from gradwire_proto.encoding.optimizer_codec import decode_clip, decode_optimizer, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_program,
     decode_state_tensors,
@@ -82,20 +83,6 @@ def decode_loss(message: pb.Loss, field: str = "loss", limits: Limits | None = N
     raise missing(field, "a loss")
 
 
-def encode_optimizer(value: OptimizerSpec, into: pb.Optimizer | None = None, field: str = "optimizer") -> pb.Optimizer:
-    """The message of an optimizer."""
-    message = pb.Optimizer() if into is None else into
-    message.name = value.name
-    encode_options(value.options, message.options, f"{field}.options")
-    return message
-
-
-def decode_optimizer(message: pb.Optimizer, field: str = "optimizer", limits: Limits | None = None) -> OptimizerSpec:
-    """The optimizer of a message. Whether it exists and takes its options is for the ranks' table."""
-    name = check_name(message.name, f"{field}.name")
-    return OptimizerSpec(name, decode_options(message.options, f"{field}.options", limits))
-
-
 def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str = "model") -> pb.Model:
     """The message that asks for a model."""
     message = pb.Model() if into is None else into
@@ -111,6 +98,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     message.on_nan = ON_NAN.number(value.on_nan, f"{field}.on_nan")  # pyright: ignore[reportAttributeAccessIssue]
     message.require_sharding = value.require_sharding
     message.labels.update(value.labels)
+    _encode_clips(value, message)
     return message
 
 
@@ -135,7 +123,16 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
         require_sharding=message.require_sharding,
         labels=_decode_labels(message.labels, f"{field}.labels"),
+        clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
+        clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
     )
+
+
+def _encode_clips(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
+    if value.clip_grad_norm is not None:
+        message.clip_grad_norm = value.clip_grad_norm
+    if value.clip_grad_value is not None:
+        message.clip_grad_value = value.clip_grad_value
 
 
 def _decode_optional_optimizer(message: pb.Model, field: str, limits: Limits | None) -> OptimizerSpec | None:
@@ -199,6 +196,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     for variant in value.variants:
         encode_variant(variant, message.variants.add())
     message.rank_rows.extend(value.rank_rows)
+    _encode_clips(value, message)
     return message
 
 
@@ -229,4 +227,6 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
             for index, item in enumerate(message.variants)
         ),
         rank_rows=tuple(message.rank_rows),
+        clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
+        clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
     )

@@ -259,6 +259,38 @@ class LoadStateDictResponse(_message.Message):
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
 
+class GetOptimizerStateRequest(_message.Message):
+    __slots__ = ("name", "max_inline_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    max_inline_bytes: int
+    def __init__(self, name: _Optional[str] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+
+class GetOptimizerStateResponse(_message.Message):
+    __slots__ = ("state", "step")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    state: _tensor_pb2.Value
+    step: int
+    def __init__(self, state: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class LoadOptimizerStateRequest(_message.Message):
+    __slots__ = ("name", "state", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: _tensor_pb2.Value
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class LoadOptimizerStateResponse(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
 class GetCommandRequest(_message.Message):
     __slots__ = ("name", "wait")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -105,6 +105,16 @@ class GradientServiceStub(object):
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictResponse.FromString,
                 _registered_method=True)
+        self.GetOptimizerState = channel.unary_unary(
+                '/gradwire.v1.GradientService/GetOptimizerState',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateResponse.FromString,
+                _registered_method=True)
+        self.LoadOptimizerState = channel.unary_unary(
+                '/gradwire.v1.GradientService/LoadOptimizerState',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.FromString,
+                _registered_method=True)
         self.GetCommand = channel.unary_unary(
                 '/gradwire.v1.GradientService/GetCommand',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCommandRequest.SerializeToString,
@@ -225,6 +235,20 @@ class GradientServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOptimizerState(self, request, context):
+        """Returns the optimizer's state by parameter name, and its schedule's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadOptimizerState(self, request, context):
+        """Replaces the optimizer's state and its schedule's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCommand(self, request, context):
         """Tells what became of a command whose answer was lost.
         """
@@ -320,6 +344,16 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.LoadStateDict,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictResponse.SerializeToString,
+            ),
+            'GetOptimizerState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOptimizerState,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateResponse.SerializeToString,
+            ),
+            'LoadOptimizerState': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadOptimizerState,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.SerializeToString,
             ),
             'GetCommand': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCommand,
@@ -697,6 +731,60 @@ class GradientService(object):
             '/gradwire.v1.GradientService/LoadStateDict',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadStateDictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOptimizerState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/GetOptimizerState',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.GetOptimizerStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadOptimizerState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/LoadOptimizerState',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

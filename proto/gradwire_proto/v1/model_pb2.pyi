@@ -65,12 +65,34 @@ COMMAND_STATE_APPLIED: CommandState
 COMMAND_STATE_NOT_APPLIED: CommandState
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "options")
+    __slots__ = ("name", "options", "groups", "schedule")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     name: str
     options: _tensor_pb2.ValueMapping
-    def __init__(self, name: _Optional[str] = ..., options: _Optional[_Union[_tensor_pb2.ValueMapping, _Mapping]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[ParameterGroup]
+    schedule: Schedule
+    def __init__(self, name: _Optional[str] = ..., options: _Optional[_Union[_tensor_pb2.ValueMapping, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class ParameterGroup(_message.Message):
+    __slots__ = ("pattern", "options")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    pattern: str
+    options: _tensor_pb2.ValueMapping
+    def __init__(self, pattern: _Optional[str] = ..., options: _Optional[_Union[_tensor_pb2.ValueMapping, _Mapping]] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("name", "options", "schedulers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    options: _tensor_pb2.ValueMapping
+    schedulers: _containers.RepeatedCompositeFieldContainer[Schedule]
+    def __init__(self, name: _Optional[str] = ..., options: _Optional[_Union[_tensor_pb2.ValueMapping, _Mapping]] = ..., schedulers: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ...) -> None: ...
 
 class Loss(_message.Message):
     __slots__ = ("torch", "graph", "output")
@@ -109,7 +131,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +150,8 @@ class Model(_message.Message):
     ON_NAN_FIELD_NUMBER: _ClassVar[int]
     REQUIRE_SHARDING_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GRAD_VALUE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SHARDING_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +172,8 @@ class Model(_message.Message):
     on_nan: OnNan
     require_sharding: bool
     labels: _containers.ScalarMap[str, str]
+    clip_grad_norm: float
+    clip_grad_value: float
     state: ModelState
     step: int
     sharding: Sharding
@@ -157,7 +183,7 @@ class Model(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[_program_pb2.StateTensor]
     variants: _containers.RepeatedCompositeFieldContainer[_program_pb2.Variant]
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")

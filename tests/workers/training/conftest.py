@@ -228,6 +228,7 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
         *,
         ranks: int = 2,
         sgd: dict | None = None,
+        optimizer: OptimizerSpec | None = None,
         loss_spec: LossSpec | None = None,
         processes: RankProcesses = rank_processes,
         **spec: Any,
@@ -239,7 +240,7 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
         model = ModelSpec(
             program=exported.program,
             loss=chosen,
-            optimizer=OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9} if sgd is None else sgd),
+            optimizer=optimizer or OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9} if sgd is None else sgd),
             workers=ranks,
             **spec,
         )

@@ -28,7 +28,7 @@ def parameter(*values: float) -> nn.Parameter:
 )
 def test_sgd_does_what_torch_does_with_the_same_options(options):
     ours, reference = parameter(1.0, -2.0), parameter(1.0, -2.0)
-    optimizers = make_optimizer(OptimizerSpec("SGD", options), [ours]), torch.optim.SGD([reference], **options)
+    optimizers = make_optimizer(OptimizerSpec("SGD", options), {"x": ours}), torch.optim.SGD([reference], **options)
     for _ in range(4):
         gradient = torch.randn(2, dtype=torch.float64)
         for each, optimizer in zip((ours, reference), optimizers, strict=True):
@@ -54,13 +54,13 @@ def test_sgd_does_what_torch_does_with_the_same_options(options):
 )
 def test_optimizer_that_torch_would_not_make_is_refused_by_field(name, options, reason, field):
     with pytest.raises(InvalidArgument) as caught:
-        make_optimizer(OptimizerSpec(name, options), [parameter(1.0)])
+        make_optimizer(OptimizerSpec(name, options), {"x": parameter(1.0)})
     assert (caught.value.reason, caught.value.field) == (reason, field)
 
 
 def test_bound_is_named_in_the_message():
     with pytest.raises(InvalidArgument, match=r"expected a finite number of at least 0, got -0\.1"):
-        make_optimizer(OptimizerSpec("SGD", {"lr": -0.1}), [parameter(1.0)])
+        make_optimizer(OptimizerSpec("SGD", {"lr": -0.1}), {"x": parameter(1.0)})
 
 
 def test_optimizer_without_anything_to_train_is_refused():
@@ -70,7 +70,7 @@ def test_optimizer_without_anything_to_train_is_refused():
 
 
 def test_learning_rate_returns_after_an_error():
-    optimizer = make_optimizer(OptimizerSpec("SGD", {"lr": 0.1}), [parameter(1.0)])
+    optimizer = make_optimizer(OptimizerSpec("SGD", {"lr": 0.1}), {"x": parameter(1.0)})
 
     def fail_with(lr: float) -> None:
         with learning_rate(optimizer, lr) as used:

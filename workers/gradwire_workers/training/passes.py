@@ -47,6 +47,10 @@ class Passes:
         """The variant that the shard is for."""
         return self._replica.program.variant(shard.variant)
 
+    def changed_by(self, shard: Shard) -> list[Tensor]:
+        """What passes and updates change: the variant's buffers, and the trainable parameters."""
+        return [*self._replica.program.mutated_buffers(shard.variant), *(each.detach() for each in self._trainable)]
+
     def forward(self, shard: Shard, command: int, seed: int | None) -> list[Any] | None:
         """The outputs, without gradients."""
         if shard.idle:

@@ -19,13 +19,17 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """A training command. `loss`: over the whole batch. `rows`: those that this rank computed."""
+    """A training command. `loss`: over the whole batch. `rows`: those that this rank computed.
+
+    `grad_norm`: of the whole batch's gradients, before they were clipped; None where they are not.
+    """
 
     loss: float | None
     step: int
     rows: int
     lr: float | None
     seconds: Seconds
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ _GLOB = frozenset("*?[")
 
 def select(names: Sequence[str], known: Mapping[str, Tensor], *, field: str) -> dict[str, Tensor]:
     """Those that the names or globs match, in the order of `known`. InvalidArgument NO_MATCH where one has no match."""
-    chosen = {name for index, pattern in enumerate(names) for name in _matches(pattern, known, f"{field}[{index}]")}
+    chosen = {name for index, pattern in enumerate(names) for name in matches(pattern, known, f"{field}[{index}]")}
     return {name: tensor for name, tensor in known.items() if name in chosen}
 
 
@@ -34,22 +34,23 @@ def select_parameters(
     chosen: set[str] = set()
     for index, pattern in enumerate(wrt):
         where = f"wrt[{index}]"
-        matches = _once_each(_matches(pattern, known, where), known)
-        if not any(known[name].requires_grad for name in matches):
+        found = _once_each(matches(pattern, known, where), known)
+        if not any(known[name].requires_grad for name in found):
             raise InvalidArgument(
                 f"{pattern[:200]!r} does not require a gradient", field=where, reason="PARAMETER_FROZEN"
             )
-        chosen.update(matches)
+        chosen.update(found)
     return {name: each for name, each in known.items() if name in chosen and each.requires_grad}
 
 
-def _matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
+def matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
+    """The names that `pattern`, one of them or a glob, matches. InvalidArgument NO_MATCH at `where`: there is none."""
     if pattern in known:
         return [pattern]
-    matches = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
-    if not matches:
+    found = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
+    if not found:
         raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=where, reason="NO_MATCH")
-    return matches
+    return found
 
 
 def _once_each(names: Sequence[str], known: Mapping[str, Tensor]) -> list[str]:

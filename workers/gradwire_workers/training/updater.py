@@ -1,0 +1,175 @@
+"""Updates of a rank's parameters from gradients that every rank has: clipping, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
+from gradwire_proto.values import ModelSpec, OptimizerSpec
+from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer, optimizer_kind
+from gradwire_workers.schedules import make_schedule
+from gradwire_workers.training.clipping import Clipping
+from gradwire_workers.training.optimizer_state import OptimizerState
+from gradwire_workers.training.schedule import Moment
+
+Gradients = Sequence[Tensor | None]
+Evaluate = Callable[[], tuple[float, Gradients]]
+"""Computes loss and gradients of the batch once more, with the parameters as they are now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an update used. `grad_norm`: before clipping; None where nothing is clipped."""
+
+    lr: float
+    grad_norm: float | None
+
+
+def make_updater(
+    spec: ModelSpec, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, nn.Parameter]
+) -> Updater | None:
+    """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path."""
+    clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
+    clipping.check(parameters.values())
+    if spec.optimizer is not None:
+        return Updater(spec.optimizer, clipping, parameters, aliases)
+    if clipping:
+        name = "clip_grad_value" if spec.clip_grad_norm is None else "clip_grad_norm"
+        message = "gradients are clipped before an update, and the model has no optimizer"
+        raise InvalidArgument(message, field=f"model.{name}", reason="NO_OPTIMIZER")
+    return None
+
+
+class Updater:
+    """The optimizer of `parameters`, by name, with its schedule. `aliases`: every name that a parameter has.
+
+    Gradients are given in the order of `parameters`; one without a gradient is left alone. All ranks do the same.
+    """
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        clipping: Clipping,
+        parameters: Mapping[str, nn.Parameter],
+        aliases: Mapping[str, nn.Parameter],
+    ) -> None:
+        kind = optimizer_kind(spec.name, field="model.optimizer.name")
+        self._parameters = list(parameters.values())
+        self._clipping = clipping
+        self._optimizer = make_optimizer(spec, parameters, aliases)
+        self._schedule = None if spec.schedule is None else make_schedule(spec.schedule, self._optimizer)
+        self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters)
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate in the next update."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def searches(self) -> bool:
+        """Whether an update evaluates the batch again."""
+        return isinstance(self._optimizer, torch.optim.LBFGS)
+
+    def check(self, lr: float | None, *, has_batch: bool) -> None:
+        """Refuse an update that would need a batch, for its loss, where there is none; or with a wrong `lr`."""
+        check_learning_rate(lr)
+        if has_batch:
+            return
+        if self.searches:
+            raise FailedPrecondition(
+                "LBFGS evaluates the loss several times in a step, which takes a batch: use train_step",
+                reason="OPTIMIZER_NEEDS_BATCH",
+            )
+        if self._schedule is not None and self._schedule.needs_loss:
+            raise FailedPrecondition(
+                "ReduceLROnPlateau takes its steps by the loss, and optimizer_step computes none: use train_step",
+                reason="SCHEDULE_NEEDS_LOSS",
+            )
+
+    def plan(self, loss: float | None = None) -> Moment | None:
+        """The learning rates after an update with this loss. Changes nothing. FailedPrecondition SCHEDULE_FAILED."""
+        return None if self._schedule is None else self._schedule.plan(loss)
+
+    def apply(self, gradients: Gradients, *, lr: float | None, plan: Moment | None, keep: bool = False) -> Update:
+        """Update with gradients that every rank has. `keep`: the gradients must stay as they are."""
+        if keep and self._clipping:
+            gradients = [None if each is None else each.clone() for each in gradients]
+        try:
+            norm = self._hand_over(gradients)
+            with learning_rate(self._optimizer, lr) as used:
+                self._optimizer.step()
+        except Exception as error:
+            # The other ranks have updated, and this one in part.
+            raise InternalError(
+                f"the update failed halfway: {error}", reason="UPDATE_TORN", outcome="unknown"
+            ) from error
+        finally:
+            self._drop_gradients()
+        self._take(plan)
+        return Update(used, norm)
+
+    def search(
+        self, gradients: Gradients, loss: float, evaluate: Evaluate, settle: Callable[[], None], *, lr: float | None
+    ) -> Update:
+        """Update with an optimizer that evaluates the batch again; the first time it has `gradients` and `loss`.
+
+        `settle` is called at the end. What the two raise comes out; then the caller must put back the parameters: all
+        else is as it was.
+        """
+        plan = self.plan(loss)
+        norms: list[float | None] = []
+
+        def closure() -> Tensor:
+            # A backward pass over several ranks adds to the gradients that it finds.
+            self._drop_gradients()
+            value, found = (loss, gradients) if not norms else evaluate()
+            norms.append(self._hand_over(found))
+            return torch.tensor(value, dtype=torch.float64)
+
+        try:
+            with self._put_back_on_error(), learning_rate(self._optimizer, lr) as used:
+                self._optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                settle()
+        finally:
+            self._drop_gradients()
+        self._take(plan)
+        return Update(used, norms[0])
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter name, and the schedule's. Tensors are live."""
+        return self._state.read()
+
+    def load(self, state: Any) -> None:
+        """Replace both, or neither. InvalidArgument OPTIMIZER_STATE_MISMATCH at the path of what does not fit."""
+        self._state.load(state)
+
+    def _hand_over(self, gradients: Gradients) -> float | None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return self._clipping.apply(self._parameters) if self._clipping else None
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _take(self, plan: Moment | None) -> None:
+        if plan is not None:
+            assert self._schedule is not None
+            self._schedule.take(plan)
+
+    @contextmanager
+    def _put_back_on_error(self) -> Iterator[None]:
+        kept = {parameter: deepcopy(state) for parameter, state in self._optimizer.state.items()}
+        try:
+            yield
+        except BaseException:
+            self._optimizer.state.clear()
+            self._optimizer.state.update(kept)
+            raise
