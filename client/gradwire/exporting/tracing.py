@@ -20,7 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradwire.exporting.module_guard import custom_functions_refused
+from gradwire.exporting.custom_functions import Capture, LeavesUnknown
+from gradwire.exporting.function_rules import needs_values
+from gradwire.exporting.function_trace import FunctionFailed
+from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire_proto.errors import ExportError, GradwireError
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -46,7 +49,8 @@ class Traced(nn.Module):
             for name, buffer in each._buffers.items()
             if buffer is not None
         ]
-        result = self._function(*tensors)
+        # A copy is no leaf of autograd, and may be changed in place. `_without_copies` takes it out again.
+        result = self._function(*(tensor.clone() if tensor.requires_grad else tensor for tensor in tensors))
         for path, buffers, name, old in before:
             new = buffers.get(name)
             if new is not old:
@@ -70,21 +74,58 @@ def _new_value(path: str, old: Tensor, new: Tensor | None) -> Tensor:
 
 
 def trace(
-    function: Callable[..., Sequence[Any]], module: nn.Module | None, tensors: Sequence[Tensor], rows: Sequence[bool]
+    function: Callable[..., Sequence[Any]],
+    module: nn.Module | None,
+    tensors: Sequence[Tensor],
+    rows: Sequence[bool],
+    differentiable: Sequence[bool],
+    restore: Callable[[], None],
 ) -> ExportedProgram:
     """The graph of `function`, which takes `tensors` and runs `module`.
 
-    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. Raises whatever torch.export does.
+    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. differentiable: whether it may need
+    a gradient. restore: puts the module back as it was, for another try. Raises whatever torch.export does.
     """
+    try:
+        return _export(function, module, tensors, rows, Capture(leaves_known=False))
+    except LeavesUnknown:
+        restore()
+    examples = [tensor.requires_grad_(needs) for tensor, needs in zip(tensors, differentiable, strict=True)]
+    return _export(function, module, examples, rows, Capture(leaves_known=True))
+
+
+def _export(
+    function: Callable[..., Sequence[Any]],
+    module: nn.Module | None,
+    tensors: Sequence[Tensor],
+    rows: Sequence[bool],
+    capture: Capture,
+) -> ExportedProgram:
     symbol = Dim("rows")
     shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (shapes,) if any(rows) else None
-    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off(), open_len():
+    with quiet(), capture.active(), torch.enable_grad(), ambient_autocast_off(), open_len():
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
+    if any(tensor.requires_grad for tensor in tensors):
+        _without_copies(exported)
+    capture.insert(exported.graph_module)
     _keep_old_values(exported, traced.assigned)
     return exported
+
+
+def _without_copies(exported: ExportedProgram) -> None:
+    """Let the graph read its inputs themselves, and not the copies that `Traced` makes of those that need gradients."""
+    graph = exported.graph_module.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            for copy in [user for user in node.users if user.target is torch.ops.aten.clone.default][:1]:
+                if len(node.users) == 1 and len(copy.args) == 1 and not copy.kwargs and node.meta["val"].requires_grad:
+                    copy.replace_all_uses_with(node)
+                    graph.erase_node(copy)
+    exported.graph_module.recompile()
 
 
 def _keep_old_values(exported: ExportedProgram, assigned: set[str]) -> None:
@@ -184,13 +225,6 @@ def open_len() -> Iterator[None]:
         builtins.len = plain
 
 
-@contextmanager
-def ambient_autocast_off() -> Iterator[None]:
-    """An autocast that happens to be on around the call is no part of the module."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
 def explain(error: Exception, subject: str) -> GradwireError:
     """The ExportError that says why `subject` could not be exported, and where in the user's code."""
     if isinstance(error, GradwireError):
@@ -203,7 +237,11 @@ def explain(error: Exception, subject: str) -> GradwireError:
             " cannot: give it a momentum, such as 0.1",
             reason="EXPORT_DATA_DEPENDENT",
         )
-    if "DataDependent" in name or "data-dependent" in str(error):
+    if isinstance(error, FunctionFailed):
+        return ExportError(
+            f"{subject} cannot be exported{place}: {_first_lines(error)}", reason="EXPORT_CUSTOM_FUNCTION"
+        )
+    if needs_values(error):
         return ExportError(
             f"{subject} needs a tensor's value in Python{place} (an `if`, float(), item() ...), which a graph cannot"
             " have: use torch.where, or keep that decision out of the forward",
