@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradwire_proto.errors import InvalidArgument
 
@@ -20,7 +19,7 @@ class ReplayedFunction(nn.Module):
     """The function: called with its inputs it returns the list of its results. See `values.CustomFunction`.
 
     Raises InvalidArgument where a graph gives what it must not, and GRADIENT_UNKNOWN for the gradient of an input
-    that the backward knows nothing of.
+    that the backward knows nothing of, and for second derivatives.
     """
 
     def __init__(
@@ -77,8 +76,13 @@ class _Replay(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise InvalidArgument(
+                "a custom function was exported with its first derivative alone, and is differentiated twice",
+                field="program",
+                reason="GRADIENT_UNKNOWN",
+            )
         function: ReplayedFunction = ctx.function
         needed = ctx.needs_input_grad[1:]
         for index, needs in enumerate(needed):
