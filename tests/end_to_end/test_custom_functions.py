@@ -1,4 +1,4 @@
-"""Functions that bring their own backward, through a real service: plain torch's numbers, however many ranks there are."""
+"""Functions that bring their own backward, through a real service: plain torch's numbers on one rank and on two."""
 
 from __future__ import annotations
 

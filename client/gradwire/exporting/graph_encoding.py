@@ -53,6 +53,13 @@ _ZEROED: dict[Any, Any] = {
     aten.new_empty.default: aten.new_zeros.default,
 }
 
+# What PyTorch calls inside for these: the same numbers, without their checks.
+_CHECKED: dict[Any, Any] = {
+    aten._unsafe_view.default: aten.view.default,
+    aten._unsafe_index.Tensor: aten.index.Tensor,
+    aten._unsafe_index_put.default: aten.index_put.default,
+}
+
 
 def clean(module: fx.GraphModule) -> None:
     """Edit an exported graph in place: what is left runs as before on any machine.
@@ -76,6 +83,7 @@ def _clean(node: fx.Node) -> None:
         node.target = _ZEROED[node.target]
         if node.target is not aten.zeros_like.default:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
+    node.target = _CHECKED.get(node.target, node.target)
     schema: Any = getattr(node.target, "_schema", None)
     taken = schema.arguments if schema else []
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("pin_memory", "generator")}

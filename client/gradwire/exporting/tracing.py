@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradwire.exporting.custom_functions import Capture, LeavesUnknown
 from gradwire.exporting.function_rules import needs_values
 from gradwire.exporting.function_trace import FunctionFailed
+from gradwire.exporting.traced_inputs import PREFIX, keep_old_values, without_copies
 from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire_proto.errors import ExportError, GradwireError
 
@@ -33,7 +33,7 @@ _HERE = str(Path(__file__).parent.parent)
 class Traced(nn.Module):
     """A module whose forward is `function` of flat tensors; it holds `module`, which that runs, so that names stay."""
 
-    PREFIX = "module."
+    PREFIX = PREFIX
 
     def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Traced(nn.Module):
             for name, buffer in each._buffers.items()
             if buffer is not None
         ]
-        # A copy is no leaf of autograd, and may be changed in place. `_without_copies` takes it out again.
+        # A copy is no leaf of autograd, and may be changed in place. `without_copies` takes it out again.
         result = self._function(*(tensor.clone() if tensor.requires_grad else tensor for tensor in tensors))
         for path, buffers, name, old in before:
             new = buffers.get(name)
@@ -109,67 +109,10 @@ def _export(
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
     if any(tensor.requires_grad for tensor in tensors):
-        _without_copies(exported)
+        without_copies(exported)
     capture.insert(exported.graph_module)
-    _keep_old_values(exported, traced.assigned)
+    keep_old_values(exported, traced.assigned)
     return exported
-
-
-def _without_copies(exported: ExportedProgram) -> None:
-    """Let the graph read its inputs themselves, and not the copies that `Traced` makes of those that need gradients."""
-    graph = exported.graph_module.graph
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
-        if spec.kind is InputKind.USER_INPUT:
-            for copy in [user for user in node.users if user.target is torch.ops.aten.clone.default][:1]:
-                if len(node.users) == 1 and len(copy.args) == 1 and not copy.kwargs and node.meta["val"].requires_grad:
-                    copy.replace_all_uses_with(node)
-                    graph.erase_node(copy)
-    exported.graph_module.recompile()
-
-
-def _keep_old_values(exported: ExportedProgram, assigned: set[str]) -> None:
-    """Let the graph read copies of the buffers that it assigns.
-
-    The user's own forward leaves the old tensor as it is, to be returned, or read again by the backward.
-    """
-    if not assigned:
-        return
-    graph = exported.graph_module.graph
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
-        if str(spec.target).removeprefix(Traced.PREFIX) in assigned and spec.kind is InputKind.BUFFER:
-            *_, latest, assignment = (None, *_versions(node))
-            # Under the other names that its module has nobody writes it.
-            if latest is None:
-                continue
-            with graph.inserting_after(inputs[-1]):
-                old = graph.call_function(torch.ops.aten.clone.default, (node,))
-            old.meta = dict(node.meta)
-            for reader in [each for each in node.users if each not in (old, assignment)]:
-                reader.replace_input_with(node, old)
-            for reader in list(assignment.users):
-                reader.replace_input_with(assignment, old if latest is node else latest)
-            assignment.args = (node, *assignment.args[1:])
-            if not old.users:
-                graph.erase_node(old)
-    exported.graph_module.recompile()
-
-
-def _versions(node: fx.Node) -> list[fx.Node]:
-    """A tensor and the nodes that change it in place, in order: each stands for it from there on."""
-    versions = [node]
-    while True:
-        later = [
-            each
-            for each in versions[-1].users
-            if isinstance(each.target, torch._ops.OpOverload)
-            and each.target._schema.name.endswith("_")
-            and each.args[0] is versions[-1]
-        ]
-        if not later:
-            return versions
-        versions.append(later[-1])
 
 
 @contextmanager
