@@ -332,7 +332,21 @@ class Half(Casts):
         return x @ weight
 
 
-@pytest.mark.parametrize("function", [Casts, Half])
+class WithoutAutocast(Function):
+    """Its backward runs where the loss's backward is called: outside the region."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient.float() @ weight.T * 3, x.float().T @ gradient.float()
+
+
+@pytest.mark.parametrize("function", [Casts, Half, WithoutAutocast])
 def test_a_function_in_an_autocast_region_keeps_the_types_that_it_had_there(round_trip, function, monkeypatch):
     def cast(module, h):
         with torch.autocast("cpu", dtype=torch.bfloat16):
