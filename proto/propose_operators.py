@@ -18,10 +18,11 @@ HEADER = """\
 # Made by proto/propose_operators.py, which documents what is left out and why. Read every added line before committing.
 """
 
-# Python's arithmetic on sizes, and the regions that hold a subgraph. Their functions are in operators.py.
+# Python's arithmetic on sizes, and what runs a graph of the message. Their functions are in operators.py.
 NOT_ATEN = [
     # The message of a failed assertion on sizes is all that it takes.
     "aten._assert_scalar.default",
+    "higher_order.custom_function",
     "higher_order.wrap_with_autocast",
     "higher_order.wrap_with_set_grad_enabled",
     *(f"math.{name}" for name in ("ceil", "floor", "trunc")),

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from gradwire.export import EXPORT_LOCK
 from gradwire.exporting import safety_net
-from gradwire.exporting.module_guard import custom_functions_refused
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import cuda_devices, random_state_kept
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
@@ -218,8 +217,7 @@ class _Export:
         return (value, *flat)
 
     def _eager(self, tensors: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
-        with custom_functions_refused():
-            return _value_first(list(self._flat(*tensors)))
+        return _value_first(list(self._flat(*tensors)))
 
     def _assemble(self, graph: TracedGraph, operators: dict[str, str], constants: Constants) -> ExportedFunction:
         places = range(len(self._tensors))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gradwire_proto.operators import REGIONS
-from gradwire_proto.values import Argument, Graph, Node, NodeRef, SubgraphRef
+from gradwire_proto.operators import CUSTOM_FUNCTION, REGIONS
+from gradwire_proto.values import Argument, CustomFunction, FunctionRef, Graph, Node, NodeRef, SubgraphRef
 
 # Operators whose schemas keep quiet about what they do.
 _RETURNS_ITS_INPUT = frozenset(
@@ -23,12 +23,22 @@ _RUNNING_STATISTICS = {  # operator: (the running tensors, the flag under which 
 
 
 def written_inputs(graph: Graph, operators: Mapping[str, str]) -> set[int]:
-    """Indices of the inputs of `graph` that running it may change, through views of them as well.
+    """Indices of the inputs of `graph` that running it and its backward may change, through views of them as well.
 
     `operators` holds the schema of each operator by name.
     """
     written, _ = _follow(graph, [{index} for index in range(len(graph.inputs))], operators)
     return written
+
+
+def written_backward(function: CustomFunction, operators: Mapping[str, str]) -> tuple[set[int], set[int]]:
+    """What a function's backward may change: (indices of its gradients, indices of the function's inputs)."""
+    _, outputs = _follow(function.forward, [{index} for index in range(len(function.forward.inputs))], operators)
+    gradients = len(function.differentiable_results)
+    written = written_inputs(function.backward, operators)
+    read = outputs[function.results :]
+    inputs = set().union(*(read[index - gradients] for index in written if index >= gradients))
+    return {index for index in written if index < gradients}, inputs
 
 
 Origins = set[int]
@@ -46,6 +56,10 @@ def _follow(graph: Graph, origins: Sequence[Origins], operators: Mapping[str, st
             written |= inner
             known[node.name] = set().union(*outputs) if outputs else set()
             continue
+        if node.operator == CUSTOM_FUNCTION:
+            inner, known[node.name] = _call(node, graph, known, operators)
+            written |= inner
+            continue
         for argument in _written_arguments(node, operators):
             written |= _origins_of(argument, known)
         shared = set()
@@ -53,6 +67,22 @@ def _follow(graph: Graph, origins: Sequence[Origins], operators: Mapping[str, st
             shared |= _origins_of(argument, known)
         known[node.name] = shared
     return written, [_origins_of(output, known) for output in graph.outputs]
+
+
+def _call(
+    node: Node, graph: Graph, known: Mapping[str, Origins], operators: Mapping[str, str]
+) -> tuple[set[int], Origins]:
+    """(inputs written by a function's forward or backward, what its results may share memory with)."""
+    (name, *arguments), origins = node.arguments, []
+    function = graph.functions[name.name] if isinstance(name, FunctionRef) else None
+    if function is None:
+        return set(), set()
+    origins = [_origins_of(argument, known) for argument in arguments]
+    written, outputs = _follow(function.forward, origins, operators)
+    results, read = outputs[: function.results], outputs[function.results :]
+    gradients: list[Origins] = [set() for _ in function.differentiable_results]
+    later, _ = _follow(function.backward, [*gradients, *read], operators)
+    return written | later, set().union(*results)
 
 
 def _region(node: Node, graph: Graph) -> tuple[Graph, tuple[Argument, ...]]:

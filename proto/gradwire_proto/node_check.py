@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.graph_writes import parse_schema
-from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, allowed_operators, has_schema
-from gradwire_proto.values import Argument, Graph, Limits, Node, NodeRef, SubgraphRef
+from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, allowed_operators, has_schema
+from gradwire_proto.values import Argument, CustomFunction, FunctionRef, Graph, Limits, Node, NodeRef, SubgraphRef
 
 MAX_SUBGRAPH_DEPTH = 8
 
 
 class GraphCheck:
-    """Checks graphs and counts their nodes, subgraphs included."""
+    """Checks graphs and counts their nodes, those of subgraphs and functions included."""
 
     def __init__(self, operators: Mapping[str, str], limits: Limits, count: int = 0) -> None:
         self._operators = operators
@@ -43,14 +43,22 @@ class GraphCheck:
             known.add(node.name)
         for index, output in enumerate(graph.outputs):
             _check_output(output, known, f"{field}.outputs[{index}]")
-        calls = Counter(subgraph for node in graph.nodes for subgraph in _subgraphs_of(node))
+        calls = Counter(
+            argument
+            for node in graph.nodes
+            for argument in node.arguments
+            if isinstance(argument, (SubgraphRef, FunctionRef))
+        )
         for name, subgraph in graph.subgraphs.items():
-            if calls[name] != 1:
-                # Else a few nodes could stand for as many as they like: subgraphs hold subgraphs.
-                raise malformed(
-                    f"{field}.subgraphs[{short(name)}]", f"expected one node that runs it, got {calls[name]}"
-                )
-            self.check(subgraph, f"{field}.subgraphs[{short(name)}]", depth + 1)
+            path = f"{field}.subgraphs[{short(name)}]"
+            _check_runs_once(calls[SubgraphRef(name)], path)
+            self.check(subgraph, path, depth + 1)
+        for name, function in graph.functions.items():
+            path = f"{field}.functions[{short(name)}]"
+            _check_runs_once(calls[FunctionRef(name)], path)
+            _check_function(function, path)
+            self.check(function.forward, f"{path}.forward", depth + 1)
+            self.check(function.backward, f"{path}.backward", depth + 1)
         return self._count
 
     def _check_node(self, node: Node, graph: Graph, known: set[str], field: str) -> None:
@@ -64,6 +72,9 @@ class GraphCheck:
             raise malformed(f"{field}.name", f"expected a name used once, got {short(node.name)}")
         if node.operator in REGIONS:
             _check_region(node, graph, known, field)
+            return
+        if node.operator == CUSTOM_FUNCTION:
+            _check_call(node, graph, known, field)
             return
         for index, argument in enumerate(node.arguments):
             _check_argument(argument, known, f"{field}.arguments[{index}]")
@@ -108,8 +119,51 @@ def _check_region(node: Node, graph: Graph, known: set[str], field: str) -> None
         _check_argument(argument, known, f"{field}.arguments[{index}]")
 
 
-def _subgraphs_of(node: Node) -> list[str]:
-    return [argument.name for argument in node.arguments if isinstance(argument, SubgraphRef)]
+def _check_call(node: Node, graph: Graph, known: set[str], field: str) -> None:
+    """A call of a custom function takes the function and its inputs, all by position."""
+    function = node.arguments[0] if node.arguments else None
+    if not isinstance(function, FunctionRef) or function.name not in graph.functions:
+        raise malformed(f"{field}.arguments[0]", "expected a function of this graph")
+    inputs = node.arguments[1:]
+    expected = len(graph.functions[function.name].forward.inputs)
+    if node.keyword_arguments or len(inputs) != expected:
+        raise malformed(f"{field}.arguments", f"the function takes {expected} inputs by position, got {len(inputs)}")
+    for index, argument in enumerate(inputs):
+        _check_argument(argument, known, f"{field}.arguments[{index + 1}]")
+
+
+def _check_function(function: CustomFunction, field: str) -> None:
+    """The backward takes what the forward gives, and gives what the function says that it does."""
+    outputs = len(function.forward.outputs)
+    if not 1 <= function.results <= outputs:
+        raise malformed(f"{field}.results", f"expected 1 to {outputs}, the outputs of forward, got {function.results}")
+    for index, output in enumerate(function.forward.outputs[: function.results]):
+        if not isinstance(output, NodeRef):
+            raise malformed(f"{field}.forward.outputs[{index}]", "a result is a tensor, which some node gives")
+    for index, output in enumerate(function.backward.outputs):
+        if output is not None and not isinstance(output, NodeRef):
+            raise malformed(f"{field}.backward.outputs[{index}]", "expected a tensor, which some node gives, or None")
+    _check_indices(function.differentiable_results, function.results, f"{field}.differentiable_results")
+    _check_indices(function.differentiable_inputs, len(function.forward.inputs), f"{field}.differentiable_inputs")
+    expected = len(function.differentiable_results) + outputs - function.results
+    if len(function.backward.inputs) != expected:
+        raise malformed(f"{field}.backward.inputs", f"expected {expected}, got {len(function.backward.inputs)}")
+    if len(function.backward.outputs) != len(function.differentiable_inputs):
+        raise malformed(
+            f"{field}.backward.outputs",
+            f"expected {len(function.differentiable_inputs)}, got {len(function.backward.outputs)}",
+        )
+
+
+def _check_indices(indices: tuple[int, ...], count: int, field: str) -> None:
+    if list(indices) != sorted(set(indices)) or any(not 0 <= index < count for index in indices):
+        raise malformed(field, f"expected rising indices from 0 to {count - 1}, got {list(indices)[:16]}")
+
+
+def _check_runs_once(calls: int, field: str) -> None:
+    # Else a few nodes could stand for as many as they like: subgraphs hold subgraphs.
+    if calls != 1:
+        raise malformed(field, f"expected one node that runs it, got {calls}")
 
 
 def _check_output(output: Argument, known: set[str], field: str) -> None:
@@ -125,6 +179,8 @@ def _check_argument(argument: Argument, known: set[str], field: str) -> None:
             raise malformed(field, f"{short(argument.name)} is no input or earlier node")
     elif isinstance(argument, SubgraphRef):
         raise malformed(field, "a subgraph cannot stand here")
+    elif isinstance(argument, FunctionRef):
+        raise malformed(field, "a function cannot stand here")
     elif isinstance(argument, complex):
         if not cmath.isfinite(argument):
             raise malformed(field, f"expected a finite complex number, got {argument}")

@@ -16,6 +16,10 @@ GRAD_REGION = "higher_order.wrap_with_set_grad_enabled"
 AUTOCAST_REGION = "higher_order.wrap_with_autocast"
 REGIONS = frozenset({GRAD_REGION, AUTOCAST_REGION})
 """The operators that run a subgraph."""
+CUSTOM_FUNCTION = "higher_order.custom_function"
+"""The operator that calls a function of the graph which brings its own backward."""
+RUN_GRAPHS = REGIONS | {CUSTOM_FUNCTION}
+"""The operators that are graphs themselves, and no function of PyTorch's or Python's."""
 
 
 @cache
@@ -33,7 +37,7 @@ def has_schema(name: str) -> bool:
 @cache
 def resolve(name: str) -> Callable[..., Any]:
     """The function that an allowed name stands for. Raises KeyError for a name that is not allowed."""
-    if name not in allowed_operators() or name in REGIONS:
+    if name not in allowed_operators() or name in RUN_GRAPHS:
         raise KeyError(name)
     return _python_functions()[name] if not has_schema(name) else _overload(name)
 
@@ -69,7 +73,9 @@ def _python_functions() -> dict[str, Callable[..., Any]]:
     import torch
 
     modules = {"operator": operator, "math": math, "torch": torch}
-    names = (name.partition(".")[::2] for name in allowed_operators() if not has_schema(name) and name not in REGIONS)
+    names = (
+        name.partition(".")[::2] for name in allowed_operators() if not has_schema(name) and name not in RUN_GRAPHS
+    )
     return {f"{module}.{function}": getattr(modules[module], function) for module, function in names}
 
 

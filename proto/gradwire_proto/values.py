@@ -124,6 +124,13 @@ class SubgraphRef:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionRef:
+    """A custom function of the graph that holds the node."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class DTypeRef:
     """An element type as an operator's argument: "float32"."""
 
@@ -149,7 +156,7 @@ class RankDevice:
     """Stands for the device of the rank that runs the graph."""
 
 
-Reference: TypeAlias = NodeRef | SubgraphRef | DTypeRef | LayoutRef | MemoryFormatRef | RankDevice
+Reference: TypeAlias = NodeRef | SubgraphRef | FunctionRef | DTypeRef | LayoutRef | MemoryFormatRef | RankDevice
 
 Argument: TypeAlias = "Reference | None | bool | int | float | complex | str | list[Argument]"
 
@@ -172,6 +179,22 @@ class Graph:
     nodes: tuple[Node, ...]
     outputs: tuple[Argument, ...]
     subgraphs: Mapping[str, Graph] = field(default_factory=dict)
+    functions: Mapping[str, CustomFunction] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomFunction:
+    """A function with its own backward.
+
+    forward: inputs -> results, then what backward reads. backward: gradients of `differentiable_results`, then what
+    forward gave behind its results -> gradients of `differentiable_inputs`, each a tensor or None. Indices rise.
+    """
+
+    forward: Graph
+    backward: Graph
+    results: int
+    differentiable_results: tuple[int, ...]
+    differentiable_inputs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

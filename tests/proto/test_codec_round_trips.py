@@ -63,6 +63,7 @@ ARGUMENTS = st.recursive(
         st.complex_numbers(),
         st.builds(values.NodeRef, NAMES),
         st.builds(values.SubgraphRef, NAMES),
+        st.builds(values.FunctionRef, NAMES),
         st.builds(values.DTypeRef, DTYPES),
         st.builds(values.LayoutRef, st.just("strided")),
         st.builds(
@@ -89,6 +90,19 @@ def graphs(depth: int = 1) -> st.SearchStrategy[values.Graph]:
         nodes=st.lists(NODES, max_size=3).map(tuple),
         outputs=st.lists(ARGUMENTS, max_size=2).map(tuple),
         subgraphs=st.dictionaries(NAMES, graphs(depth - 1), max_size=1) if depth else st.just({}),
+        functions=st.dictionaries(NAMES, functions(depth - 1), max_size=1) if depth else st.just({}),
+    )
+
+
+def functions(depth: int) -> st.SearchStrategy[values.CustomFunction]:
+    indices = st.lists(INT64, max_size=2).map(tuple)
+    return st.builds(
+        values.CustomFunction,
+        forward=graphs(depth),
+        backward=graphs(depth),
+        results=INT64,
+        differentiable_results=indices,
+        differentiable_inputs=indices,
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_proto.graph_writes import parse_schema, written_inputs
+from gradwire_proto.graph_writes import parse_schema, written_backward, written_inputs
 from gradwire_proto.operators import schema_of
-from gradwire_proto.values import Graph, Node, NodeRef, SubgraphRef
+from gradwire_proto.values import CustomFunction, FunctionRef, Graph, Node, NodeRef, SubgraphRef
 
 A, B = NodeRef("a"), NodeRef("b")
 
 
-def written(*nodes: Node, outputs=(), subgraphs=None) -> set[int]:
-    graph = Graph(inputs=("a", "b"), nodes=nodes, outputs=outputs, subgraphs=subgraphs or {})
-    inner = [n for g in graph.subgraphs.values() for n in g.nodes]
+def written(*nodes: Node, outputs=(), subgraphs=None, functions=None) -> set[int]:
+    graph = Graph(("a", "b"), nodes, outputs, subgraphs or {}, functions or {})
+    graphs = [each for f in graph.functions.values() for each in (f.forward, f.backward)]
+    inner = [n for g in (*graph.subgraphs.values(), *graphs) for n in g.nodes]
     return written_inputs(graph, {n.operator: schema_of(n.operator) for n in (*nodes, *inner) if "aten" in n.operator})
 
 
@@ -55,6 +56,45 @@ def test_writes_inside_regions_and_through_what_they_return_count():
     item = node("g", "operator.getitem", NodeRef("r"), 0)
     after = node("z", "aten.zero_.default", NodeRef("g"))
     assert written(call, item, after, subgraphs={"inner": inner}) == {0, 1}
+
+
+def function(*, forward: list[Node], backward: list[Node]) -> CustomFunction:
+    """Of two inputs, with `x` as its result, and `y` as what its backward reads."""
+    return CustomFunction(
+        forward=Graph(inputs=("x", "y"), nodes=tuple(forward), outputs=(NodeRef("x"), NodeRef("y"))),
+        backward=Graph(inputs=("g", "y"), nodes=tuple(backward), outputs=(NodeRef("g"),)),
+        results=1,
+        differentiable_results=(0,),
+        differentiable_inputs=(0,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "expected"),
+    [
+        ([], [], set()),
+        ([node("n", "aten.add_.Tensor", NodeRef("x"), 1)], [], {1}),
+        ([node("n", "aten.add_.Tensor", NodeRef("y"), 1)], [], {0}),
+        ([], [node("n", "aten.add_.Tensor", NodeRef("y"), 1)], {0}),
+        ([], [node("n", "aten.add_.Tensor", NodeRef("g"), 1)], set()),
+    ],
+)
+def test_writes_inside_a_functions_forward_and_backward_count(forward, backward, expected):
+    call = node("r", "higher_order.custom_function", FunctionRef("f"), B, A)
+    assert written(call, functions={"f": function(forward=forward, backward=backward)}) == expected
+
+
+def test_writes_through_a_functions_result_that_is_its_input_count():
+    call = node("r", "higher_order.custom_function", FunctionRef("f"), B, A)
+    item = node("g", "operator.getitem", NodeRef("r"), 0)
+    after = node("z", "aten.zero_.default", NodeRef("g"))
+    assert written(call, item, after, functions={"f": function(forward=[], backward=[])}) == {1}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("g", ({0}, set())), ("y", (set(), {1}))])
+def test_what_a_backward_writes_is_told_apart(name, expected):
+    found = function(forward=[], backward=[node("n", "aten.add_.Tensor", NodeRef(name), 1)])
+    assert written_backward(found, {"aten.add_.Tensor": schema_of("aten.add_.Tensor")}) == expected
 
 
 def test_a_schema_reads_with_all_its_kinds_of_parameters():

@@ -9,14 +9,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from gradwire.exporting.function_rules import refuse_writes_in_backward, refused
 from gradwire.user_values import dtype_name
 from gradwire_proto.errors import ExportError
+from gradwire_proto.function_replay import ReplayedFunction, call_function
 from gradwire_proto.graph_writes import parse_schema
-from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, allowed_operators, has_schema, name_of, schema_of
+from gradwire_proto.operators import (
+    AUTOCAST_REGION,
+    CUSTOM_FUNCTION,
+    allowed_operators,
+    has_schema,
+    name_of,
+    schema_of,
+)
 from gradwire_proto.values import (
     ITEM_SIZE,
     Argument,
+    CustomFunction,
     DTypeRef,
+    FunctionRef,
     Graph,
     LayoutRef,
     MemoryFormatRef,
@@ -42,6 +53,13 @@ _ZEROED: dict[Any, Any] = {
     aten.new_empty.default: aten.new_zeros.default,
 }
 
+# What PyTorch calls inside for these: the same numbers, without their checks.
+_CHECKED: dict[Any, Any] = {
+    aten._unsafe_view.default: aten.view.default,
+    aten._unsafe_index.Tensor: aten.index.Tensor,
+    aten._unsafe_index_put.default: aten.index_put.default,
+}
+
 
 def clean(module: fx.GraphModule) -> None:
     """Edit an exported graph in place: what is left runs as before on any machine.
@@ -65,6 +83,7 @@ def _clean(node: fx.Node) -> None:
         node.target = _ZEROED[node.target]
         if node.target is not aten.zeros_like.default:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
+    node.target = _CHECKED.get(node.target, node.target)
     schema: Any = getattr(node.target, "_schema", None)
     taken = schema.arguments if schema else []
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("pin_memory", "generator")}
@@ -91,6 +110,7 @@ class _Encoder:
         self._module = module
         self._operators = operators
         self._subgraphs: dict[str, Graph] = {}
+        self._functions: dict[str, CustomFunction] = {}
         self._nodes: list[Node] = []
 
     def encode(self) -> Graph:
@@ -106,16 +126,35 @@ class _Encoder:
             elif node.op == "get_attr":
                 self._subgraph(node)
         encoded = tuple(self._argument(item, None) for item in outputs)
-        return Graph(tuple(inputs), tuple(self._nodes), encoded, self._subgraphs)
+        return Graph(tuple(inputs), tuple(self._nodes), encoded, self._subgraphs, self._functions)
 
     def _subgraph(self, node: fx.Node) -> None:
         attribute = getattr(self._module, str(node.target))
+        if isinstance(attribute, ReplayedFunction):
+            self._functions[node.name] = self._function(attribute)
+            return
         if not isinstance(attribute, fx.GraphModule):
             raise ExportError(f"the graph reads {node.target!r}, which is no part of it{_place(node)}")
         self._subgraphs[node.name] = encode(attribute, self._operators)
 
+    def _function(self, function: ReplayedFunction) -> CustomFunction:
+        origin, forward, backward = function.origin, function.forward_graph, function.backward_graph
+        assert isinstance(forward, fx.GraphModule) and isinstance(backward, fx.GraphModule)
+        try:
+            encoded = CustomFunction(
+                forward=encode(forward, self._operators),
+                backward=encode(backward, self._operators),
+                results=function.results,
+                differentiable_results=function.differentiable_results,
+                differentiable_inputs=function.differentiable_inputs,
+            )
+        except ExportError as error:
+            raise refused(origin, f"cannot be sent: {error.message}", reason=error.reason) from error
+        refuse_writes_in_backward(origin, encoded, self._operators)
+        return encoded
+
     def _node(self, node: fx.Node) -> Node:
-        name = name_of(node.target)
+        name = CUSTOM_FUNCTION if node.target is call_function else name_of(node.target)
         if name not in allowed_operators():
             raise ExportError(
                 f"operator {name} is not one that the service runs{_place(node)}", reason="OPERATOR_NOT_ALLOWED"
@@ -123,7 +162,7 @@ class _Encoder:
         arguments = [self._argument(item, node) for item in node.args]
         if name == AUTOCAST_REGION:
             arguments[0] = RankDevice()
-        if name not in REGIONS and has_schema(name):
+        if has_schema(name):
             self._operators[name] = schema_of(name)
             arguments, keywords = self._without_machine(name, arguments, node)
         else:
@@ -142,7 +181,9 @@ class _Encoder:
 
     def _argument(self, value: Any, node: fx.Node | None) -> Argument:
         if isinstance(value, fx.Node):
-            return SubgraphRef(value.name) if value.op == "get_attr" else NodeRef(value.name)
+            if value.op != "get_attr":
+                return NodeRef(value.name)
+            return FunctionRef(value.name) if value.name in self._functions else SubgraphRef(value.name)
         if isinstance(value, (list, tuple)):
             return [self._argument(item, node) for item in value]
         if isinstance(value, torch.device):

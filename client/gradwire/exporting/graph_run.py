@@ -24,6 +24,11 @@ class GraphRun:
     loss_graph: TracedGraph | None
     tensor_leaves: list[int]
 
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions with a backward of their own are in the graph, or in the loss's."""
+        return any(graph.has_functions for graph in (self.graph, self.loss_graph) if graph is not None)
+
     def with_example(self, example: Example) -> GraphRun:
         """The same graphs on another example."""
         return replace(self, example=example)

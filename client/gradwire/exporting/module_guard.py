@@ -5,11 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import function as function_internals
 from torch.nn.modules import module as module_internals
 
 from gradwire_proto.errors import ExportError
@@ -49,41 +47,6 @@ def refuse_hooks(module: nn.Module) -> None:
             )
     if module_internals._global_backward_hooks or module_internals._global_backward_pre_hooks:
         raise ExportError("a global backward hook is registered, which would not run there", reason="EXPORT_HOOK")
-
-
-@contextmanager
-def custom_functions_refused() -> Iterator[None]:
-    """Inside, calling a torch.autograd.Function of the user's in this thread raises ExportError.
-
-    Export would differentiate its forward, and so lose its backward.
-    """
-    thread = threading.get_ident()
-
-    def apply(cls: type, *arguments: Any, **keywords: Any) -> Any:
-        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            raise ExportError(
-                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function; custom backward functions are not"
-                " supported yet: write the forward with torch operators, or compute this part on the client",
-                reason="EXPORT_CUSTOM_FUNCTION",
-            )
-        return super(function_internals._SingleLevelFunction, cls).apply(*arguments, **keywords)  # type: ignore[misc]
-
-    internals: Any = function_internals
-    original = internals.custom_function_call
-
-    def custom_function_call(cls: type, *arguments: Any, **keywords: Any) -> Any:
-        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            apply(cls)
-        return original(cls, *arguments, **keywords)
-
-    # Every way of calling one ends in these two, `f = Function.apply` kept from before included.
-    internals._SingleLevelFunction.apply = classmethod(apply)
-    internals.custom_function_call = custom_function_call
-    try:
-        yield
-    finally:
-        del internals._SingleLevelFunction.apply
-        internals.custom_function_call = original
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradwire.exporting.random_state import cuda_devices, python_random_refused, seed
-from gradwire.exporting.tracing import ambient_autocast_off, quiet, quote
+from gradwire.exporting.tracing import quiet, quote
+from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire_proto.errors import ExportError, GradwireError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -181,7 +182,8 @@ def _by(ours: Tensor | None, theirs: Tensor | None) -> str:
 def _mismatch(what: str, field: str | None = None) -> ExportError:
     return ExportError(
         f"the exported graph does not compute what the module does: {what}. Hooks on tensors or on saved tensors,"
-        " torch.func and custom gradients inside a forward cannot be exported",
+        " torch.func inside a forward, and functions whose backward asks which other inputs need gradients cannot be"
+        " exported",
         field=field,
         reason="EXPORT_MISMATCH",
     )

@@ -15,6 +15,7 @@ from gradwire.exporting.graph_encoding import clean, encode
 from gradwire.exporting.tracing import Traced, trace
 from gradwire.user_values import dtype_name
 from gradwire_proto.errors import ExportError
+from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.graph_writes import written_inputs
 from gradwire_proto.values import Graph, GraphInput, StateTensor
 
@@ -66,6 +67,11 @@ class TracedGraph:
     bound: tuple[Tensor | None, ...]
     written: tuple[str, ...]
 
+    @property
+    def has_functions(self) -> bool:
+        """Whether functions with a backward of their own are among its operators."""
+        return any(isinstance(each, ReplayedFunction) for each in self.module.modules())
+
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         """Run it here, on the leaves that it takes, in the order in which they were traced."""
         remaining = iter(leaves)
@@ -94,15 +100,21 @@ def trace_graph(
     operators: dict[str, str],
     subject: str,
     trained: Mapping[str, Tensor] | None = None,
+    restore: Callable[[], None] = lambda: None,
 ) -> TracedGraph:
     """Export `function` of tensors, which runs `module`.
 
     leaves: for each tensor what it is bound to, an example of it, and whether its dimension 0 may vary.
     state: the module's tensors by name; tensors that are not in it become constants.
-    subject: what errors call the function. trained: tensors by name that must not become constants.
+    subject: what errors call the function. trained: tensors by name that must not become constants. restore: puts the
+    module back as it was, where it has to be run once more.
     """
     examples = [tensor.detach().clone() for _, tensor, _ in leaves]
-    exported = trace(function, module, examples, [has_rows for _, _, has_rows in leaves])
+    differentiable = [
+        binding.kind != "target" and (tensor.is_floating_point() or tensor.is_complex())
+        for binding, tensor, _ in leaves
+    ]
+    exported = trace(function, module, examples, [has_rows for _, _, has_rows in leaves], differentiable, restore)
     _refuse_torch_func(exported.graph_module, subject)
     clean(exported.graph_module)
     bindings, bound = _bind(exported, [binding for binding, _, _ in leaves], state, constants)

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradwire.exporting.module_guard import custom_functions_refused
+from gradwire.exporting.custom_functions import Capture, LeavesUnknown
+from gradwire.exporting.function_rules import needs_values
+from gradwire.exporting.function_trace import FunctionFailed
+from gradwire.exporting.traced_inputs import PREFIX, keep_old_values, without_copies
+from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire_proto.errors import ExportError, GradwireError
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -30,7 +33,7 @@ _HERE = str(Path(__file__).parent.parent)
 class Traced(nn.Module):
     """A module whose forward is `function` of flat tensors; it holds `module`, which that runs, so that names stay."""
 
-    PREFIX = "module."
+    PREFIX = PREFIX
 
     def __init__(self, function: Callable[..., Any], module: nn.Module | None) -> None:
         super().__init__()
@@ -46,7 +49,8 @@ class Traced(nn.Module):
             for name, buffer in each._buffers.items()
             if buffer is not None
         ]
-        result = self._function(*tensors)
+        # A copy is no leaf of autograd, and may be changed in place. `without_copies` takes it out again.
+        result = self._function(*(tensor.clone() if tensor.requires_grad else tensor for tensor in tensors))
         for path, buffers, name, old in before:
             new = buffers.get(name)
             if new is not old:
@@ -70,65 +74,45 @@ def _new_value(path: str, old: Tensor, new: Tensor | None) -> Tensor:
 
 
 def trace(
-    function: Callable[..., Sequence[Any]], module: nn.Module | None, tensors: Sequence[Tensor], rows: Sequence[bool]
+    function: Callable[..., Sequence[Any]],
+    module: nn.Module | None,
+    tensors: Sequence[Tensor],
+    rows: Sequence[bool],
+    differentiable: Sequence[bool],
+    restore: Callable[[], None],
 ) -> ExportedProgram:
     """The graph of `function`, which takes `tensors` and runs `module`.
 
-    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. Raises whatever torch.export does.
+    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. differentiable: whether it may need
+    a gradient. restore: puts the module back as it was, for another try. Raises whatever torch.export does.
     """
+    try:
+        return _export(function, module, tensors, rows, Capture(leaves_known=False))
+    except LeavesUnknown:
+        restore()
+    examples = [tensor.requires_grad_(needs) for tensor, needs in zip(tensors, differentiable, strict=True)]
+    return _export(function, module, examples, rows, Capture(leaves_known=True))
+
+
+def _export(
+    function: Callable[..., Sequence[Any]],
+    module: nn.Module | None,
+    tensors: Sequence[Tensor],
+    rows: Sequence[bool],
+    capture: Capture,
+) -> ExportedProgram:
     symbol = Dim("rows")
     shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (shapes,) if any(rows) else None
-    with quiet(), custom_functions_refused(), torch.enable_grad(), ambient_autocast_off(), open_len():
+    with quiet(), capture.active(), torch.enable_grad(), ambient_autocast_off(), open_len():
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
-    _keep_old_values(exported, traced.assigned)
+    if any(tensor.requires_grad for tensor in tensors):
+        without_copies(exported)
+    capture.insert(exported.graph_module)
+    keep_old_values(exported, traced.assigned)
     return exported
-
-
-def _keep_old_values(exported: ExportedProgram, assigned: set[str]) -> None:
-    """Let the graph read copies of the buffers that it assigns.
-
-    The user's own forward leaves the old tensor as it is, to be returned, or read again by the backward.
-    """
-    if not assigned:
-        return
-    graph = exported.graph_module.graph
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, spec in zip(inputs, exported.graph_signature.input_specs, strict=True):
-        if str(spec.target).removeprefix(Traced.PREFIX) in assigned and spec.kind is InputKind.BUFFER:
-            *_, latest, assignment = (None, *_versions(node))
-            # Under the other names that its module has nobody writes it.
-            if latest is None:
-                continue
-            with graph.inserting_after(inputs[-1]):
-                old = graph.call_function(torch.ops.aten.clone.default, (node,))
-            old.meta = dict(node.meta)
-            for reader in [each for each in node.users if each not in (old, assignment)]:
-                reader.replace_input_with(node, old)
-            for reader in list(assignment.users):
-                reader.replace_input_with(assignment, old if latest is node else latest)
-            assignment.args = (node, *assignment.args[1:])
-            if not old.users:
-                graph.erase_node(old)
-    exported.graph_module.recompile()
-
-
-def _versions(node: fx.Node) -> list[fx.Node]:
-    """A tensor and the nodes that change it in place, in order: each stands for it from there on."""
-    versions = [node]
-    while True:
-        later = [
-            each
-            for each in versions[-1].users
-            if isinstance(each.target, torch._ops.OpOverload)
-            and each.target._schema.name.endswith("_")
-            and each.args[0] is versions[-1]
-        ]
-        if not later:
-            return versions
-        versions.append(later[-1])
 
 
 @contextmanager
@@ -184,13 +168,6 @@ def open_len() -> Iterator[None]:
         builtins.len = plain
 
 
-@contextmanager
-def ambient_autocast_off() -> Iterator[None]:
-    """An autocast that happens to be on around the call is no part of the module."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
 def explain(error: Exception, subject: str) -> GradwireError:
     """The ExportError that says why `subject` could not be exported, and where in the user's code."""
     if isinstance(error, GradwireError):
@@ -203,7 +180,11 @@ def explain(error: Exception, subject: str) -> GradwireError:
             " cannot: give it a momentum, such as 0.1",
             reason="EXPORT_DATA_DEPENDENT",
         )
-    if "DataDependent" in name or "data-dependent" in str(error):
+    if isinstance(error, FunctionFailed):
+        return ExportError(
+            f"{subject} cannot be exported{place}: {_first_lines(error)}", reason="EXPORT_CUSTOM_FUNCTION"
+        )
+    if needs_values(error):
         return ExportError(
             f"{subject} needs a tensor's value in Python{place} (an `if`, float(), item() ...), which a graph cannot"
             " have: use torch.where, or keep that decision out of the forward",

@@ -14,13 +14,13 @@ from gradwire.exporting import python_state, safety_net
 from gradwire.exporting.example import Example
 from gradwire.exporting.graph_run import GraphRun, as_scalar
 from gradwire.exporting.loss_mapping import Loss
-from gradwire.exporting.module_guard import custom_functions_refused
 from gradwire.exporting.module_snapshot import Snapshot, rewound
 from gradwire.exporting.module_state import ModuleState, buffer_values
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
-from gradwire.exporting.tracing import ambient_autocast_off, explain, quiet
+from gradwire.exporting.tracing import explain, quiet
+from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire.user_values import call_with
 from gradwire_proto.errors import ExportError, GradwireError
 from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
@@ -141,6 +141,7 @@ class VariantExport:
                 constants=constants,
                 operators=operators,
                 subject="the forward",
+                restore=self.snapshot.restore,
             )
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
@@ -153,16 +154,11 @@ class VariantExport:
         check = GraphRun(
             loss=self.loss, example=example, graph=graph, loss_graph=loss_graph, tensor_leaves=tensor_leaves
         )
-        with self._rewound(changing):
-            raw = safety_net.run(
-                check.forward,
-                example.inputs,
-                self.state.trainable,
-                subject="the exported graph",
-                differentiate_leaves=differentiate,
-                buffers=self._buffers,
-            )
-        safety_net.compare(eager, raw, before)
+        safety_net.compare(eager, self._run_graph(check, changing, differentiate_leaves=differentiate), before)
+        if check.has_functions and differentiate:
+            # A function may ask which of its inputs need gradients: in training the leaves do not.
+            without, _ = self._run_watched(example, trees, changing, differentiate_leaves=False)
+            safety_net.compare(without, self._run_graph(check, changing, differentiate_leaves=False), before)
         smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
         return Finished(
             variant=Variant(
@@ -206,6 +202,18 @@ class VariantExport:
         # Some operators do not differentiate every input, such as targets among them.
         return *self._run_watched(example, trees, changing, differentiate_leaves=False), False
 
+    def _run_graph(self, check: GraphRun, changing: list[Tensor], *, differentiate_leaves: bool) -> safety_net.Run:
+        """What the exported graph gives."""
+        with self._rewound(changing):
+            return safety_net.run(
+                check.forward,
+                check.example.inputs,
+                self.state.trainable,
+                subject="the exported graph",
+                differentiate_leaves=differentiate_leaves,
+                buffers=self._buffers,
+            )
+
     def _run_watched(
         self, example: Example, trees: list[OutputTree], changing: list[Tensor], *, differentiate_leaves: bool
     ) -> tuple[safety_net.Run, frozenset[str]]:
@@ -237,14 +245,13 @@ class VariantExport:
 
     def _eager(self, example: Example, trees: list[OutputTree]) -> safety_net.Forward:
         def forward(leaves: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
-            with custom_functions_refused():
-                output = call_with(self.module, example.input_structure, list(leaves))
-                tree, flat = OutputTree.of(output)
-                trees.append(tree)
-                if self.loss is None:
-                    return flat, None
-                targets = unflatten(example.target_structure, example.targets)
-                return flat, as_scalar(self.loss.function(output, targets))
+            output = call_with(self.module, example.input_structure, list(leaves))
+            tree, flat = OutputTree.of(output)
+            trees.append(tree)
+            if self.loss is None:
+                return flat, None
+            targets = unflatten(example.target_structure, example.targets)
+            return flat, as_scalar(self.loss.function(output, targets))
 
         return forward
 
@@ -288,6 +295,7 @@ class VariantExport:
                 operators=operators,
                 subject="the loss",
                 trained=self._trained(graph),
+                restore=self.snapshot.restore,
             )
         except GradwireError:
             raise
@@ -307,6 +315,8 @@ class VariantExport:
     def _one_row_agrees(self, example: Example, check: GraphRun, changing: list[Tensor]) -> bool:
         """Whether the graph serves a batch of one row: torch.export takes for granted that there are more."""
         first = example.first_row()
+        if check.has_functions and not self._one_row_has_the_same_gradients(first, check, changing):
+            return False
         with torch.no_grad(), quiet(), ambient_autocast_off():
             results = []
             for forward in (self._eager(first, []), check.with_example(first).forward):
@@ -321,6 +331,24 @@ class VariantExport:
                     except Exception:
                         return False
         return safety_net.agree(*results)
+
+    def _one_row_has_the_same_gradients(self, first: Example, check: GraphRun, changing: list[Tensor]) -> bool:
+        """Whether functions with a backward of their own serve one row: torch made that of the others."""
+        check = check.with_example(first)
+        try:
+            with self._rewound(changing):
+                eager = safety_net.run(
+                    self._eager(first, []),
+                    first.inputs,
+                    self.state.trainable,
+                    subject="the module",
+                    differentiate_leaves=False,
+                )
+            safety_net.compare(eager, self._run_graph(check, changing, differentiate_leaves=False))
+        except GradwireError as error:
+            # Neither may serve it; that is for the forward to say.
+            return "Expected more than 1 value per channel" in str(error)
+        return True
 
 
 def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:

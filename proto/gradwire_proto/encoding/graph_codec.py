@@ -11,7 +11,9 @@ from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.v1 import program_pb2 as pb
 from gradwire_proto.values import (
     Argument,
+    CustomFunction,
     DTypeRef,
+    FunctionRef,
     Graph,
     LayoutRef,
     MemoryFormatRef,
@@ -25,7 +27,7 @@ MAX_LIST_DEPTH = 8
 """Levels of lists in an argument. No operator's schema has more than two."""
 
 MAX_GRAPH_DEPTH = 8
-"""Levels of subgraphs."""
+"""Levels of subgraphs and of the graphs of custom functions."""
 
 
 def encode_argument(value: Argument, into: pb.Argument | None = None, field: str = "argument") -> pb.Argument:
@@ -64,6 +66,8 @@ def _encode_argument(value: Any, message: pb.Argument, field: str, depth: int) -
         message.layout = LAYOUTS.number(value.name, field)  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(value, SubgraphRef):
         message.subgraph = value.name
+    elif isinstance(value, FunctionRef):
+        message.function = value.name
     elif isinstance(value, complex):
         message.complex.real, message.complex.imaginary = value.real, value.imag
     else:
@@ -99,6 +103,8 @@ def _decode_argument(message: pb.Argument, field: str, depth: int) -> Any:
         return LayoutRef(LAYOUTS.word(message.layout, field))
     if kind == "subgraph":
         return SubgraphRef(message.subgraph)
+    if kind == "function":
+        return FunctionRef(message.function)
     if kind == "complex":
         return complex(message.complex.real, message.complex.imaginary)
     raise missing(field, "an argument")
@@ -132,7 +138,7 @@ def decode_node(message: pb.Node, field: str = "node") -> Node:
 
 
 def encode_graph(value: Graph, into: pb.Graph | None = None, field: str = "graph") -> pb.Graph:
-    """The message of a graph and its subgraphs."""
+    """The message of a graph, with its subgraphs and functions."""
     message = pb.Graph() if into is None else into
     _encode_graph(value, message, field, 0)
     return message
@@ -150,10 +156,17 @@ def _encode_graph(value: Graph, message: pb.Graph, field: str, depth: int) -> No
     for name, subgraph in value.subgraphs.items():
         child = message.subgraphs.add(name=name)
         _encode_graph(subgraph, child.graph, entry(f"{field}.subgraphs", name), depth + 1)
+    for name, function in value.functions.items():
+        path, function_message = entry(f"{field}.functions", name), message.functions.add(name=name)
+        _encode_graph(function.forward, function_message.forward, f"{path}.forward", depth + 1)
+        _encode_graph(function.backward, function_message.backward, f"{path}.backward", depth + 1)
+        function_message.results = function.results
+        function_message.differentiable_results.extend(function.differentiable_results)
+        function_message.differentiable_inputs.extend(function.differentiable_inputs)
 
 
 def decode_graph(message: pb.Graph, field: str = "graph") -> Graph:
-    """The graph of a message and its subgraphs."""
+    """The graph of a message, with its subgraphs and functions."""
     return _decode_graph(message, field, 0)
 
 
@@ -166,6 +179,12 @@ def _decode_graph(message: pb.Graph, field: str, depth: int) -> Graph:
         if item.name in subgraphs:
             raise duplicate(path)
         subgraphs[item.name] = _decode_graph(item.graph, path, depth + 1)
+    functions: dict[str, CustomFunction] = {}
+    for item in message.functions:
+        path = entry(f"{field}.functions", item.name)
+        if item.name in functions:
+            raise duplicate(path)
+        functions[item.name] = _decode_function(item, path, depth + 1)
     return Graph(
         inputs=tuple(message.inputs),
         nodes=tuple(decode_node(node, f"{field}.nodes[{index}]") for index, node in enumerate(message.nodes)),
@@ -173,6 +192,20 @@ def _decode_graph(message: pb.Graph, field: str, depth: int) -> Graph:
             _decode_argument(output, f"{field}.outputs[{index}]", 0) for index, output in enumerate(message.outputs)
         ),
         subgraphs=subgraphs,
+        functions=functions,
+    )
+
+
+def _decode_function(message: pb.CustomFunction, field: str, depth: int) -> CustomFunction:
+    for name in ("forward", "backward"):
+        if not message.HasField(name):  # pyright: ignore[reportArgumentType]
+            raise missing(f"{field}.{name}", "a graph")
+    return CustomFunction(
+        forward=_decode_graph(message.forward, f"{field}.forward", depth),
+        backward=_decode_graph(message.backward, f"{field}.backward", depth),
+        results=message.results,
+        differentiable_results=tuple(message.differentiable_results),
+        differentiable_inputs=tuple(message.differentiable_inputs),
     )
 
 

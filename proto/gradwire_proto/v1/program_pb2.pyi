@@ -193,16 +193,18 @@ class StructureEntry(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Structure, _Mapping]] = ...) -> None: ...
 
 class Graph(_message.Message):
-    __slots__ = ("inputs", "nodes", "outputs", "subgraphs")
+    __slots__ = ("inputs", "nodes", "outputs", "subgraphs", "functions")
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     SUBGRAPHS_FIELD_NUMBER: _ClassVar[int]
+    FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
     inputs: _containers.RepeatedScalarFieldContainer[str]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     outputs: _containers.RepeatedCompositeFieldContainer[Argument]
     subgraphs: _containers.RepeatedCompositeFieldContainer[Subgraph]
-    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., subgraphs: _Optional[_Iterable[_Union[Subgraph, _Mapping]]] = ...) -> None: ...
+    functions: _containers.RepeatedCompositeFieldContainer[CustomFunction]
+    def __init__(self, inputs: _Optional[_Iterable[str]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., subgraphs: _Optional[_Iterable[_Union[Subgraph, _Mapping]]] = ..., functions: _Optional[_Iterable[_Union[CustomFunction, _Mapping]]] = ...) -> None: ...
 
 class Subgraph(_message.Message):
     __slots__ = ("name", "graph")
@@ -211,6 +213,22 @@ class Subgraph(_message.Message):
     name: str
     graph: Graph
     def __init__(self, name: _Optional[str] = ..., graph: _Optional[_Union[Graph, _Mapping]] = ...) -> None: ...
+
+class CustomFunction(_message.Message):
+    __slots__ = ("name", "forward", "backward", "results", "differentiable_results", "differentiable_inputs")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENTIABLE_RESULTS_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENTIABLE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    forward: Graph
+    backward: Graph
+    results: int
+    differentiable_results: _containers.RepeatedScalarFieldContainer[int]
+    differentiable_inputs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., forward: _Optional[_Union[Graph, _Mapping]] = ..., backward: _Optional[_Union[Graph, _Mapping]] = ..., results: _Optional[int] = ..., differentiable_results: _Optional[_Iterable[int]] = ..., differentiable_inputs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("name", "operator", "arguments", "keyword_arguments")
@@ -233,7 +251,7 @@ class NamedArgument(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[_Union[Argument, _Mapping]] = ...) -> None: ...
 
 class Argument(_message.Message):
-    __slots__ = ("none", "node", "integer", "number", "boolean", "text", "complex", "dtype", "layout", "memory_format", "device", "list", "subgraph")
+    __slots__ = ("none", "node", "integer", "number", "boolean", "text", "complex", "dtype", "layout", "memory_format", "device", "list", "subgraph", "function")
     NONE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +265,7 @@ class Argument(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LIST_FIELD_NUMBER: _ClassVar[int]
     SUBGRAPH_FIELD_NUMBER: _ClassVar[int]
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
     none: _struct_pb2.NullValue
     node: str
     integer: int
@@ -260,7 +279,8 @@ class Argument(_message.Message):
     device: RankDevice
     list: ArgumentSequence
     subgraph: str
-    def __init__(self, none: _Optional[_Union[_struct_pb2.NullValue, str]] = ..., node: _Optional[str] = ..., integer: _Optional[int] = ..., number: _Optional[float] = ..., boolean: bool = ..., text: _Optional[str] = ..., complex: _Optional[_Union[ComplexNumber, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., memory_format: _Optional[_Union[MemoryFormat, str]] = ..., device: _Optional[_Union[RankDevice, _Mapping]] = ..., list: _Optional[_Union[ArgumentSequence, _Mapping]] = ..., subgraph: _Optional[str] = ...) -> None: ...
+    function: str
+    def __init__(self, none: _Optional[_Union[_struct_pb2.NullValue, str]] = ..., node: _Optional[str] = ..., integer: _Optional[int] = ..., number: _Optional[float] = ..., boolean: bool = ..., text: _Optional[str] = ..., complex: _Optional[_Union[ComplexNumber, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., memory_format: _Optional[_Union[MemoryFormat, str]] = ..., device: _Optional[_Union[RankDevice, _Mapping]] = ..., list: _Optional[_Union[ArgumentSequence, _Mapping]] = ..., subgraph: _Optional[str] = ..., function: _Optional[str] = ...) -> None: ...
 
 class ArgumentSequence(_message.Message):
     __slots__ = ("items",)

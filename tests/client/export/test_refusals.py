@@ -26,39 +26,6 @@ class Applies(nn.Module):
         return self.function(self, self.linear(x))
 
 
-class Fivefold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 5
-
-
-class WithContext(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 5
-
-
-kept_apply = Fivefold.apply
-
-
-def on_input_only(module, h):
-    return Fivefold.apply(torch.ones(4)) + h
-
-
 def with_tensor_hook(module, h):
     h.register_hook(lambda gradient: gradient * 2)
     return h * 1
@@ -73,34 +40,6 @@ def refusal(module: nn.Module, *, loss=None, inputs=None, targets=None) -> Expor
     with pytest.raises(ExportError) as caught:
         ModuleExporter(module, loss).export_model(torch.randn(3, 4) if inputs is None else inputs, targets)
     return caught.value
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda module, h: Fivefold.apply(h),
-        lambda module, h: kept_apply(h),
-        lambda module, h: WithContext.apply(h),
-        lambda module, h: torch.vmap(WithContext.apply)(h),
-        on_input_only,
-    ],
-)
-def test_a_custom_autograd_function_is_refused_by_name_however_it_is_called(function):
-    error = refusal(Applies(function))
-    assert error.reason == "EXPORT_CUSTOM_FUNCTION"
-    assert "Fivefold" in str(error) or "WithContext" in str(error)
-
-
-def test_a_custom_autograd_function_in_the_loss_is_refused():
-    error = refusal(nn.Linear(4, 4), loss=lambda o, t: Fivefold.apply(o).mean(), targets=torch.randn(3, 4))
-    assert error.reason == "EXPORT_CUSTOM_FUNCTION"
-
-
-def test_custom_autograd_functions_work_as_before_after_an_export():
-    refusal(Applies(lambda module, h: Fivefold.apply(h)))
-    x = torch.tensor([3.0], requires_grad=True)
-    (gradient,) = torch.autograd.grad(kept_apply(x), x)
-    assert gradient.item() == 5
 
 
 @pytest.mark.parametrize("function", [with_tensor_hook, with_saved_tensor_hooks])

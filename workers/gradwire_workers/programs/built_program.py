@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.graph_writes import written_inputs
 from gradwire_proto.values import GraphInput, Limits, Program, StateTensor, Variant
 from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
@@ -69,6 +70,10 @@ class BuiltProgram(nn.Module):
     def is_random(self, variant_name: str) -> bool:
         """Whether running the variant draws random numbers."""
         return self._run(variant_name).is_random
+
+    def has_functions(self, variant_name: str) -> bool:
+        """Whether the variant calls functions that bring their own backward."""
+        return any(isinstance(each, ReplayedFunction) for each in self._run(variant_name).module.modules())
 
     def has_batch_norm(self, variant_name: str) -> bool:
         """Whether the variant normalises with the batch's own statistics."""

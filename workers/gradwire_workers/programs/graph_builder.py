@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, has_schema, resolve
+from gradwire_proto.function_replay import ReplayedFunction, call_function
+from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
 from gradwire_proto.values import (
     Argument,
+    CustomFunction,
     DTypeRef,
+    FunctionRef,
     Graph,
     LayoutRef,
     MemoryFormatRef,
@@ -41,6 +44,16 @@ def build_graph(graph: Graph, device: torch.device) -> fx.GraphModule:
     return _Builder(graph, device).build()
 
 
+def _build_function(function: CustomFunction, device: torch.device) -> ReplayedFunction:
+    return ReplayedFunction(
+        build_graph(function.forward, device),
+        build_graph(function.backward, device),
+        results=function.results,
+        differentiable_results=function.differentiable_results,
+        differentiable_inputs=function.differentiable_inputs,
+    )
+
+
 class _Builder:
     def __init__(self, graph: Graph, device: torch.device) -> None:
         self._source = graph
@@ -48,12 +61,16 @@ class _Builder:
         self._graph = fx.Graph()
         self._nodes: dict[str, fx.Node] = {}
         self._subgraphs: dict[str, str] = {}
+        self._functions: dict[str, str] = {}
 
     def build(self) -> fx.GraphModule:
         root: dict[str, Any] = {}
         for index, (name, subgraph) in enumerate(self._source.subgraphs.items()):
             self._subgraphs[name] = f"subgraph_{index}"
             root[f"subgraph_{index}"] = build_graph(subgraph, self._device)
+        for index, (name, function) in enumerate(self._source.functions.items()):
+            self._functions[name] = f"function_{index}"
+            root[f"function_{index}"] = _build_function(function, self._device)
         # Names of our own: the client's never become Python identifiers.
         for index, name in enumerate(self._source.inputs):
             self._nodes[name] = self._graph.placeholder(f"input_{index}")
@@ -67,6 +84,8 @@ class _Builder:
         keywords = {key: self._argument(item) for key, item in node.keyword_arguments.items()}
         if node.operator in REGIONS:
             target = run_with_autocast if node.operator == AUTOCAST_REGION else run_with_grad_mode
+        elif node.operator == CUSTOM_FUNCTION:
+            target = call_function
         elif has_schema(node.operator):
             target = checked(node.operator) or resolve(node.operator)
         else:
@@ -84,6 +103,8 @@ class _Builder:
                 return self._nodes[argument.name]
             case SubgraphRef():
                 return self._graph.get_attr(self._subgraphs[argument.name])
+            case FunctionRef():
+                return self._graph.get_attr(self._functions[argument.name])
             case list():
                 return [self._argument(item) for item in argument]
             case RankDevice():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.graph_writes import parse_schema
 
 # Parameters that decide whether an operator is random, and the value that makes it deterministic.
@@ -37,6 +38,8 @@ def without_randomness(module: fx.GraphModule) -> fx.GraphModule:
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):
             setattr(copy, name, without_randomness(child))
+        elif isinstance(child, ReplayedFunction):
+            setattr(copy, name, child.with_graphs(without_randomness))
     for node in list(copy.graph.nodes):
         if _draws(node):
             _switch_off(node)

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
-from gradwire_proto.operators import AUTOCAST_REGION, REGIONS, has_schema, resolve
+from gradwire_proto.function_replay import ReplayedFunction
+from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
 
 _META = torch.device("meta")
 
@@ -80,6 +81,8 @@ class _MeasuredRun(fx.Interpreter):
         try:
             if operator in REGIONS:
                 return self._region(operator, args)
+            if operator == CUSTOM_FUNCTION:
+                return self._function(*args)
             if _holds_unknown((args, kwargs)):
                 self._check_named_sizes(operator, args, kwargs)
                 return UNKNOWN
@@ -100,8 +103,19 @@ class _MeasuredRun(fx.Interpreter):
     def _region(self, operator: str, arguments: tuple[Any, ...]) -> Any:
         self._has_cast = self._has_cast or operator == AUTOCAST_REGION
         position = next(index for index, each in enumerate(arguments) if isinstance(each, fx.GraphModule))
-        inner = _MeasuredRun(arguments[position], self._tensor_bytes, self._field, has_cast=self._has_cast)
-        outputs = inner.run(*arguments[position + 1 :])
+        return self._inner(arguments[position], arguments[position + 1 :])
+
+    def _function(self, function: ReplayedFunction, *inputs: Any) -> list[Any]:
+        """A custom function's results. Its backward is measured as well, for gradients as large as they are."""
+        outputs = list(self._inner(function.forward_graph, inputs))
+        results, read = outputs[: function.results], outputs[function.results :]
+        gradients = [results[index] for index in function.differentiable_results]
+        self._inner(function.backward_graph, (*gradients, *read))
+        return results
+
+    def _inner(self, module: Any, inputs: Sequence[Any]) -> Any:
+        inner = _MeasuredRun(module, self._tensor_bytes, self._field, has_cast=self._has_cast)
+        outputs = inner.run(*inputs)
         self._has_cast = inner._has_cast
         return outputs
 
