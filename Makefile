@@ -7,11 +7,12 @@ PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format stubs bench
+.PHONY: help demo test conformance lint format stubs bench
 
 help:
 	@echo "make demo    train a small network on handwritten digits through an embedded service"
 	@echo "make test    all tests, and a check that no process is left behind"
+	@echo "make conformance  everything that PyTorch's own tests try, through the service and by plain torch: half an hour"
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
@@ -23,6 +24,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(ARGS); status=$$?; \
 	$(BIN)/python tests/leftovers.py $(RUN) && exit $$status
+
+conformance: $(INSTALLED)
+	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m conformance $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .

@@ -37,9 +37,14 @@ class Example:
             return self
         return self._with([self._twice(x) for x in self.inputs], [self._twice(x) for x in self.targets], 2)
 
-    def first_row(self) -> Example:
-        """The example's first row."""
-        return self._with([self._first(x) for x in self.inputs], [self._first(x) for x in self.targets], 1)
+    def with_rows(self, count: int) -> Example:
+        """So many of the example's rows, the first ones; again from the first where it has fewer."""
+        chosen = torch.arange(count) % (self.rows or 1)
+        inputs, targets = (
+            [x[chosen.to(x.device)] if self.has_rows(x) else x for x in leaves]
+            for leaves in (self.inputs, self.targets)
+        )
+        return self._with(inputs, targets, count)
 
     def other_inputs(self) -> list[Any]:
         """Inputs that a module which takes the example should take as well: rows in reverse, floating point halved."""
@@ -59,9 +64,6 @@ class Example:
 
     def _twice(self, leaf: Any) -> Any:
         return torch.cat((leaf, leaf)) if self.has_rows(leaf) else leaf
-
-    def _first(self, leaf: Any) -> Any:
-        return leaf[:1] if self.has_rows(leaf) else leaf
 
     def _with(self, inputs: list[Any], targets: list[Any], rows: int | None) -> Example:
         return Example(

@@ -16,6 +16,7 @@ from gradwire.exporting.graph_run import GraphRun, as_scalar
 from gradwire.exporting.loss_mapping import Loss
 from gradwire.exporting.module_snapshot import Snapshot, rewound
 from gradwire.exporting.module_state import ModuleState, buffer_values
+from gradwire.exporting.other_rows import OtherRows
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
@@ -159,7 +160,14 @@ class VariantExport:
             # A function may ask which of its inputs need gradients: in training the leaves do not.
             without, _ = self._run_watched(example, trees, changing, differentiate_leaves=False)
             safety_net.compare(without, self._run_graph(check, changing, differentiate_leaves=False), before)
-        smallest = 1 if example.rows is None or self._one_row_agrees(example, check, changing) else 2
+        others = OtherRows(
+            eager=lambda other: self._eager(other, []),
+            check=check,
+            trainable=self.state.trainable,
+            buffers=self._buffers,
+            devices=self.snapshot.devices,
+            rewound=lambda: self._rewound(changing),
+        )
         return Finished(
             variant=Variant(
                 name=self.name,
@@ -169,7 +177,7 @@ class VariantExport:
                 input_structure=example.input_structure,
                 input_leaves=example.input_specs(),
                 output_structure=tree.structure,
-                symbols=() if example.rows is None else (Symbol(ROWS, min=smallest),),
+                symbols=() if example.rows is None else (Symbol(ROWS, min=others.smallest(example)),),
                 loss_graph=loss_graph.graph if loss_graph else None,
                 loss_graph_inputs=loss_graph.bindings if loss_graph else (),
                 target_structure=example.target_structure,
@@ -311,44 +319,6 @@ class VariantExport:
     def _trained(self, graph: TracedGraph) -> Mapping[str, Tensor]:
         """The tensors that change in training: to close over one would fix its value."""
         return {**self.state.trainable, **{name: self.state.by_name[name] for name in graph.written}}
-
-    def _one_row_agrees(self, example: Example, check: GraphRun, changing: list[Tensor]) -> bool:
-        """Whether the graph serves a batch of one row: torch.export takes for granted that there are more."""
-        first = example.first_row()
-        if check.has_functions and not self._one_row_has_the_same_gradients(first, check, changing):
-            return False
-        with torch.no_grad(), quiet(), ambient_autocast_off():
-            results = []
-            for forward in (self._eager(first, []), check.with_example(first).forward):
-                seed(self.snapshot.devices)
-                with self._rewound(changing):
-                    try:
-                        outputs, loss = forward([x.clone() if isinstance(x, Tensor) else x for x in first.inputs])
-                        results.append([*outputs, loss, *self._buffers().values()])
-                    except ValueError as error:
-                        # The graph's batch norm has the same check, on the whole batch.
-                        return "Expected more than 1 value per channel" in str(error)
-                    except Exception:
-                        return False
-        return safety_net.agree(*results)
-
-    def _one_row_has_the_same_gradients(self, first: Example, check: GraphRun, changing: list[Tensor]) -> bool:
-        """Whether functions with a backward of their own serve one row: torch made that of the others."""
-        check = check.with_example(first)
-        try:
-            with self._rewound(changing):
-                eager = safety_net.run(
-                    self._eager(first, []),
-                    first.inputs,
-                    self.state.trainable,
-                    subject="the module",
-                    differentiate_leaves=False,
-                )
-            safety_net.compare(eager, self._run_graph(check, changing, differentiate_leaves=False))
-        except GradwireError as error:
-            # Neither may serve it; that is for the forward to say.
-            return "Expected more than 1 value per channel" in str(error)
-        return True
 
 
 def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:

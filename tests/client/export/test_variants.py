@@ -152,3 +152,17 @@ def test_a_loss_may_do_without_targets():
         torch.randn(3, 4)
     )
     assert exported.program.variants[0].loss_graph is not None
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_are_fixed_where_a_batch_of_fewer_does_not_fit_itself(rows):
+    # Each row against each: the target's second dimension is rows too, and nothing says so.
+    variant = train_variant(
+        lambda m, x: (m.linear(x) @ x.T).softmax(1),
+        torch.randn(rows, 4),
+        targets=torch.rand(rows, rows),
+        loss=lambda output, target: (output - target).abs().mean(),
+    )
+    assert variant.symbols == ()
+    assert variant.input_leaves == (TensorSpec("float32", (rows, 4)),)
+    assert variant.target_leaves == (TensorSpec("float32", (rows, rows)),)

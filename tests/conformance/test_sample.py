@@ -1,0 +1,36 @@
+"""A sample of `make conformance`: the whole takes half an hour."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conformance import losses, module_database, transformer_families
+from conformance.case import Case, check
+from conformance.plain_export import can_export
+
+
+def sample() -> Iterator[Case]:
+    yield from itertools.islice(module_database.cases(torch.float64), 5, None, 67)
+    yield from itertools.islice(losses.cases(torch.float64), 3, None, 13)
+    yield from (each for each in transformer_families.cases(torch.float64) if each.name == "Qwen3ForCausalLM")
+
+
+@pytest.mark.parametrize("case", sample(), ids=lambda case: case.name)
+def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(client, case: Case):
+    outcome = check(client, case, ranks=2)
+    if outcome.verdict == "refused":
+        assert not can_export(case), outcome.detail
+    else:
+        assert outcome.verdict == "passed", outcome.detail
+
+
+def test_a_case_that_differs_is_seen(client):
+    case = next(iter(losses.cases(torch.float64)))
+    # The reference is the module in this process; the service gets another one.
+    other = torch.nn.Linear(4, 5).double()
+    outcome = check(client, case, ranks=1, given=other)
+    assert outcome.verdict == "wrong"
+    assert "gradient of weight" in outcome.detail
