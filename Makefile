@@ -3,6 +3,8 @@ PYTHON    ?= python3
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
+# How many test files run at once.
+JOBS      ?= 2
 # What the tests run, beside what they start: the marker by which processes that outlive them are found.
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 
@@ -22,7 +24,7 @@ demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
 
 test: $(INSTALLED)
-	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(ARGS); status=$$?; \
+	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10 $(ARGS); status=$$?; \
 	$(BIN)/python tests/leftovers.py $(RUN) && exit $$status
 
 conformance: $(INSTALLED)
