@@ -25,6 +25,9 @@ APPLIED, NOT_APPLIED, RUNNING = (
     model_pb2.COMMAND_STATE_RUNNING,
 )
 
+# What a busy machine may add to a timeout of a second: still no hang.
+SLACK = 0.7
+
 
 def train_step(rpc: Rpc, **options):
     request = pb.TrainStepRequest(name="models/m", request_id=new_request_id())
@@ -86,7 +89,7 @@ def test_server_that_accepts_and_says_nothing_is_unavailable_within_the_timeout(
         start = time.monotonic()
         with pytest.raises(errors.Unavailable) as caught:
             rpc.call("GetServerInfo", pb.GetServerInfoRequest())
-        assert time.monotonic() - start < 1.3
+        assert time.monotonic() - start < 1.0 + SLACK
         assert caught.value.retryable
         rpc.close()
 
@@ -96,7 +99,7 @@ def test_slow_read_is_deadline_exceeded_within_the_timeout(scripted, rpc):
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded, match="within 1 s"):
         rpc.call("GetModel", pb.GetModelRequest(name="models/m"), timeout=1.0)
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 1.0 + SLACK
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_deadline_of_a_command_says_what_became_of_it(scripted, rpc, state, outc
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded) as caught:
         train_step(rpc, timeout=1.0)
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 1.0 + SLACK
     assert caught.value.outcome == outcome
     asked = scripted.requests("GetCommand")[0].name
     assert asked == f"models/m/commands/{caught.value.request_id}"
@@ -160,7 +163,7 @@ def test_server_that_stops_answering_in_a_command_is_unavailable_and_unknown(fre
         start = time.monotonic()
         with pytest.raises(errors.Unavailable) as caught:
             train_step(rpc)
-        assert time.monotonic() - start < 1.3
+        assert time.monotonic() - start < 1.0 + SLACK
         assert caught.value.outcome == "unknown"
     finally:
         os.kill(free_server.pid, signal.SIGCONT)

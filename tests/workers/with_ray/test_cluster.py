@@ -66,11 +66,12 @@ async def test_twenty_models_in_a_row_leave_everything_as_it_was(
     assert cluster.capacity.free_workers == 4
 
 
-async def test_what_exceeds_the_capacity_is_refused_at_once(cluster, start):
+async def test_what_exceeds_the_capacity_is_refused_at_once(cluster, start, specify):
     await start(nn.Linear(10, 3), nn.MSELoss(), X, Y, workers=2)
+    spec, tensors, example = specify(nn.Linear(10, 3), nn.MSELoss(), X, Y, workers=3)
     started = time.perf_counter()
     with pytest.raises(ResourceExhausted, match="asks for 3 workers; 2 of the service's 4 are free") as caught:
-        await start(nn.Linear(10, 3), nn.MSELoss(), X, Y, workers=3)
+        await cluster.start_group(spec, tensors, example, model_id="m")
     assert caught.value.field == "model.workers"
     assert time.perf_counter() - started < 1.0
 
