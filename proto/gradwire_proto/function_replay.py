@@ -70,9 +70,8 @@ class _Replay(torch.autograd.Function):
         ctx.function = function
         ctx.numbers = [None if isinstance(each, Tensor) else each for each in read]
         ctx.save_for_backward(*(each if isinstance(each, Tensor) else None for each in read))
-        ctx.mark_non_differentiable(
-            *(result for index, result in enumerate(results) if index not in function.differentiable_results)
-        )
+        differentiable = set(function.differentiable_results)
+        ctx.mark_non_differentiable(*(each for index, each in enumerate(results) if index not in differentiable))
         return tuple(results)
 
     @staticmethod
@@ -84,9 +83,9 @@ class _Replay(torch.autograd.Function):
                 reason="GRADIENT_UNKNOWN",
             )
         function: ReplayedFunction = ctx.function
-        needed = ctx.needs_input_grad[1:]
+        needed, known = ctx.needs_input_grad[1:], set(function.differentiable_inputs)
         for index, needs in enumerate(needed):
-            if needs and index not in function.differentiable_inputs:
+            if needs and index not in known:
                 raise InvalidArgument(
                     f"a custom function was exported without a gradient of its input {index}, which is asked for now",
                     field="program",

@@ -9,6 +9,7 @@ from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.operators import schema_of
 from gradwire_proto.values import (
     CustomFunction,
+    DTypeRef,
     FunctionRef,
     Graph,
     GraphInput,
@@ -171,3 +172,18 @@ def test_a_batch_norm_in_a_message_talks_to_the_other_ranks_inside_a_function_to
     built.replace_batch_norm(batch_norm)
     built("v", torch.randn(5, 4))
     assert len(seen) == 1
+
+
+def test_a_backward_that_reads_more_rows_of_log_softmax_than_there_are_is_refused():
+    def differentiate() -> None:
+        built = build(
+            backward=(
+                node("v", "aten.unsqueeze.default", NodeRef("s0"), 0),
+                node("l", "aten._log_softmax_backward_data.default", G, NodeRef("v"), 1, DTypeRef("float32")),
+            ),
+            gradients=(NodeRef("l"), None),
+        )
+        built("v", torch.randn(400, 4, requires_grad=True))[0].sum().backward()
+
+    with pytest.raises(InvalidArgument, match="must have one shape"):
+        differentiate()

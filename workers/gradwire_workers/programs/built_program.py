@@ -72,8 +72,8 @@ class BuiltProgram(nn.Module):
         return self._run(variant_name).is_random
 
     def has_functions(self, variant_name: str) -> bool:
-        """Whether the variant calls functions that bring their own backward."""
-        return any(isinstance(each, ReplayedFunction) for each in self._run(variant_name).module.modules())
+        """Whether the variant, or its loss, calls functions that bring their own backward."""
+        return self._run(variant_name).has_functions
 
     def has_batch_norm(self, variant_name: str) -> bool:
         """Whether the variant normalises with the batch's own statistics."""
@@ -183,6 +183,7 @@ class BuiltProgram(nn.Module):
             written=tuple(dict.fromkeys(str(name) for name in names)),
             is_random=is_random(module),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
+            has_functions=any(map(_has_functions, (module, loss_module))),
             sizes=SizeGuard(variant, module, loss_module, self._tensors, self._limits.tensor_bytes),
         )
         run.sizes.check_smallest()
@@ -203,6 +204,7 @@ class _Run:
     written: tuple[str, ...]
     is_random: bool
     has_batch_norm: bool
+    has_functions: bool
     sizes: SizeGuard
 
     def outputs(self, leaves: Sequence[Any]) -> list[Any]:
@@ -213,6 +215,10 @@ class _Run:
             # The batch's memory is not the graph's to change; some of it cannot even be written.
             inputs[position] = leaves[leaf].clone()
         return list(self.module.forward(*inputs))
+
+
+def _has_functions(module: fx.GraphModule | None) -> bool:
+    return module is not None and any(isinstance(each, ReplayedFunction) for each in module.modules())
 
 
 class _LossRun:

@@ -99,6 +99,12 @@ def _check_layer_norm_backward(given: dict[str, Any]) -> None:
         raise _wrong_shapes(f"native_layer_norm_backward: expected weight and bias of shape {list(shape)}")
 
 
+def _check_log_softmax_backward(given: dict[str, Any]) -> None:
+    """On the CPU it reads as many rows of `output` as `grad_output` has."""
+    if given["grad_output"].shape != given["output"].shape:
+        raise _wrong_shapes("_log_softmax_backward_data: grad_output and output must have one shape")
+
+
 def _check_random_pooling(given: dict[str, Any]) -> None:
     samples = given["random_samples"]
     if not bool(((samples >= 0) & (samples < 1)).all()):
@@ -114,6 +120,7 @@ def _wrong_shapes(message: str) -> InvalidArgument:
 _DIVISIONS = frozenset({"div", "div_", "divide", "divide_"})
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     **dict.fromkeys(("embedding_bag", "_embedding_bag"), _check_bags),
+    "_log_softmax_backward_data": _check_log_softmax_backward,
     "native_layer_norm_backward": _check_layer_norm_backward,
     **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), _check_random_pooling),
 }

@@ -51,6 +51,24 @@ class SummingModule:
         return self._groups.start_all_reduce(bucket.buffer())
 
 
+def apart(gradients: Sequence[Tensor | None], like: Sequence[Tensor], *, copy: bool) -> list[Tensor | None]:
+    """The gradients, each in memory of its own and laid out as what it belongs to, as `backward()` leaves them.
+
+    Whoever changes one in place, as clipping does, must not change others. copy: what they are made of is not known: a
+    custom function may hand out what it has saved, a parameter or the batch itself.
+    """
+    seen: set[int] = set()
+    found: list[Tensor | None] = []
+    for gradient, tensor in zip(gradients, like, strict=True):
+        if gradient is not None:
+            memory = gradient.untyped_storage().data_ptr()
+            if copy or memory in seen or gradient.stride() != tensor.stride():
+                gradient = torch.empty_like(tensor, requires_grad=False).copy_(gradient)
+            seen.add(memory)
+        found.append(gradient)
+    return found
+
+
 def add_up(gradients: Sequence[Tensor | None], like: Sequence[Tensor], groups: ProcessGroups) -> list[Tensor | None]:
     """The sum of all ranks' gradients, as new tensors; None where no rank has one.
 

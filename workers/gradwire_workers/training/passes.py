@@ -13,7 +13,7 @@ from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
-from gradwire_workers.training.gradients import SummingModule, add_up, broadcast
+from gradwire_workers.training.gradients import SummingModule, add_up, apart, broadcast
 from gradwire_workers.training.replica import Replica
 
 
@@ -83,6 +83,7 @@ class Passes:
         if loss.differentiable.requires_grad and wanted:
             cotangent = _cotangent(shard, loss.differentiable)
             gradients = torch.autograd.grad(loss.differentiable, wanted, cotangent, allow_unused=True)
+            gradients = apart(gradients, wanted, copy=self._replica.program.has_functions(shard.variant))
         return Pass(value=loss.value, gradients=list(gradients), outputs=self._results(shard, outputs))
 
     def summed(self, shard: Shard, command: int) -> Pass:
