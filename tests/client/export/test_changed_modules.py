@@ -119,11 +119,14 @@ def test_a_batch_that_a_deep_module_refuses_is_refused_without_an_export():
         layers += [nn.Conv2d(3 if index == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 10))
     exporter = ModuleExporter(module, "cross_entropy")
+    start = time.thread_time()
     exporter.export_model(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)))
+    exported = time.thread_time() - start
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     start = time.thread_time()
     with pytest.raises(ExportError) as caught:
         exporter.export_variant(torch.randn(4, 3, 9, 9), torch.randint(10, (4,)), training=True, name="another")
-    assert time.thread_time() - start < 0.5
+    # A collection of this process's garbage may fall in between, and takes most of a second.
+    assert time.thread_time() - start < exported / 2
     assert caught.value.reason == "EXAMPLE_FAILED" and "shapes cannot be multiplied" in str(caught.value)
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
