@@ -10,6 +10,7 @@ import sys
 import time
 
 import psutil
+from processes import ENDED
 
 PATIENCE = 10.0
 
@@ -19,7 +20,7 @@ def processes_of(marker: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("GRADWIRE_TEST_RUN") == marker and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("GRADWIRE_TEST_RUN") == marker and process.status() not in ENDED:
                 found.append(process)
         except psutil.Error:
             continue

@@ -11,12 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import alive
 
 import gradwire
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def eventually(condition: Callable[[], object], within: float) -> None:
@@ -66,7 +63,7 @@ def test_a_client_killed_with_sigkill_takes_its_service_with_it_within_ten_secon
             assert all(folder.exists() for folder in folders)
         finally:
             client.kill()
-        eventually(lambda: not alive(tree) and not any(folder.exists() for folder in folders), within=10)
+        eventually(lambda: not any(map(alive, tree)) and not any(folder.exists() for folder in folders), within=10)
 
 
 def test_closing_the_client_ends_the_service_and_keeps_only_the_logs_in_the_storage_that_was_named(
@@ -79,7 +76,7 @@ def test_closing_the_client_ends_the_service_and_keeps_only_the_logs_in_the_stor
         tree = [guard, *guard.children(recursive=True)]
         folders = folders_of(tree)
         assert client.server_info().workers == 1
-    assert not alive(tree)
+    assert not any(map(alive, tree))
     assert not any(folder.exists() for folder in folders)
     assert [path.name for path in storage.iterdir()] == ["logs"]
     assert "stopping: SIGTERM" in (storage / "logs" / "frontend.log").read_text()

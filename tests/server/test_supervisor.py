@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import alive
 
 STAND_IN = Path(__file__).with_name("stand_in_frontend.py")
 
@@ -74,13 +75,6 @@ class Service:
     def assert_nothing_is_left(self, within: float = 10.0) -> None:
         eventually(lambda: not [process for process in self.tree.values() if alive(process)], within)
         eventually(lambda: not any(folder.exists() for folder in self.folders), within)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def command(process: psutil.Process) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import alive
 
 from gradwire_workers.pool.handover import Handover
 
@@ -106,7 +107,7 @@ def eventually(condition: Callable[[], bool], within: float = 5.0) -> bool:
 
 
 def gone(pid: int, within: float) -> bool:
-    return eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", within)
+    return eventually(lambda: not alive(pid), within)
 
 
 def test_a_worker_is_what_it_was_started_as_and_has_torch_already(run, tmp_path: Path) -> None:

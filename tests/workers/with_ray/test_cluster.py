@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from processes import alive
 from torch import nn
 
 from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
@@ -31,7 +32,7 @@ def rank_ids(group) -> list[int]:
 async def gone(pid: int) -> bool:
     """Whether the process ends, within a moment. One that its parent has not yet looked after is gone too."""
     deadline = time.monotonic() + 3
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while alive(pid):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(0.05)
@@ -153,7 +154,7 @@ async def test_ranks_end_with_their_frontend_or_when_the_next_one_starts(cluster
     first.communicate()
     second, rank = await frontend("serve")
     assert await gone(orphan), "a frontend that starts kills what an earlier one left"
-    assert psutil.pid_exists(rank)
+    assert alive(rank)
     second.kill()
     second.communicate()
     assert await gone(rank), "a rank leaves when its frontend is gone"

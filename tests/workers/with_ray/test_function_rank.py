@@ -7,9 +7,9 @@ import os
 import signal
 from dataclasses import replace
 
-import psutil
 import pytest
 import torch
+from processes import alive
 
 from gradwire.functions import export_function
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
@@ -105,8 +105,7 @@ async def test_a_function_that_is_given_up_ends_with_its_rank_and_holds_nobody_u
     finally:
         os.kill(first.process_id, signal.SIGCONT)
     await first.kill()
-    # Its parent, Ray, may not have looked after it yet.
-    assert not psutil.pid_exists(first.process_id) or psutil.Process(first.process_id).status() == psutil.STATUS_ZOMBIE
+    assert not alive(first.process_id)
 
 
 async def test_wrong_inputs_of_a_known_function_are_refused(cluster):
