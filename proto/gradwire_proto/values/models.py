@@ -1,0 +1,134 @@
+"""What a client asks for, and the model that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gradwire_proto.values.programs import Program, StateTensor, Variant
+from gradwire_proto.values.tensors import NamedTensors, Value
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLossSpec:
+    """A loss of torch.nn.functional, by name, with its keyword arguments."""
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLossSpec:
+    """Each training variant carries its loss_graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLossSpec:
+    """The program returns the loss itself, in this leaf of its outputs."""
+
+    output_leaf: int
+
+
+LossSpec: TypeAlias = "TorchLossSpec | GraphLossSpec | OutputLossSpec"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroupSpec:
+    """The parameters that `pattern`, a name or a glob, matches, and the options in which they differ."""
+
+    pattern: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSpec:
+    """A schedule of torch.optim.lr_scheduler, by class name, with its keyword arguments.
+
+    `schedulers`: what a SequentialLR or ChainedScheduler is made of.
+    """
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+    schedulers: tuple[ScheduleSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """An optimizer of torch.optim, by class name, with its keyword arguments.
+
+    `groups`: parameters that it treats apart; all others come first, as a group of their own.
+    """
+
+    name: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+    groups: tuple[ParameterGroupSpec, ...] = ()
+    schedule: ScheduleSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse".
+
+    `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
+    """
+
+    program: Program
+    loss: LossSpec | None = None
+    optimizer: OptimizerSpec | None = None
+    workers: int = 1
+    device: str = "auto"
+    gpus_per_worker: float = 0.0
+    seed: int = 0
+    on_nan: str = "report"
+    require_sharding: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How batches are spread over the ranks. `mode`: "rows" or "whole"; `reason`: why, in words."""
+
+    mode: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model as the service describes it. `state`: "creating", "ready", "failed" or "deleting".
+
+    `last_error` is the error that failed the model or the last one that a command met. `rank_rows` are the rows that
+    each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
+    """
+
+    id: str
+    state: str
+    step: int
+    workers: int
+    sharding: Sharding | None
+    num_parameters: int
+    optimizer: OptimizerSpec | None
+    loss: LossSpec | None
+    labels: Mapping[str, str]
+    created_at: float
+    last_error: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    on_nan: str = "report"
+    tensors: tuple[StateTensor, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    rank_rows: tuple[int, ...] = ()
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionSpec:
+    """A function of tensors, without state. `program` None: the service knows the digest already."""
+
+    digest: str
+    program: Program | None
+    tensors: NamedTensors
+    output_leaf: int = 0

@@ -1,0 +1,110 @@
+"""Commands, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientQuery:
+    """What compute_gradients should return. `wrt`: names or globs, None for all that require gradients."""
+
+    wrt: tuple[str, ...] | None = None
+    input_gradients: bool = False
+    outputs: bool = False
+    training: bool = True
+    seed: int | None = None
+    gradient_dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where the time of a call went, in seconds. See the message of the same name for each part."""
+
+    queue: float = 0.0
+    transfer: float = 0.0
+    compute: float = 0.0
+    all_reduce: float = 0.0
+    optimizer: float = 0.0
+    recovery: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a training command answers. `loss` is the loss over the whole batch; None where none was computed.
+
+    `lr`: the first parameter group's, of the update, or of the next one where there was none. `grad_norm`: of all
+    gradients together, before they were clipped; None where the model does not clip.
+    """
+
+    loss: float | None
+    step: int
+    num_examples: int = 0
+    grad_norm: float | None = None
+    lr: float | None = None
+    timing: Timing = Timing()
+    rank_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientResult:
+    """What compute_gradients answers: `gradients` by name, `input_gradients` nested as the inputs, `outputs`."""
+
+    loss: float
+    step: int
+    num_examples: int
+    gradients: Mapping[str, Any]
+    input_gradients: Any = None
+    outputs: Any = None
+    timing: Timing = Timing()
+    rank_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardResult:
+    """What forward answers."""
+
+    outputs: Any
+    step: int
+    timing: Timing = Timing()
+    rank_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandInfo:
+    """What became of a command. `state`: "running", "applied" or "not_applied"."""
+
+    name: str
+    state: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the service takes at most. Each is a setting of the server, and an error that names it."""
+
+    message_bytes: int = 64 << 20
+    tensor_bytes: int = 16 << 30
+    graph_nodes: int = 100_000
+    model_bytes: int = 64 << 30
+    models: int = 256
+    requests_in_flight: int = 1024
+    requests_per_model: int = 256
+    held_bytes: int = 16 << 30
+    variants: int = 64
+    held_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """Versions, capacity and limits of a service."""
+
+    version: str
+    torch_version: str
+    workers: int
+    free_workers: int
+    gpus: float
+    limits: Limits
