@@ -14,18 +14,20 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from conformance import losses, module_database, transformer_families
+from conformance import losses, module_database, optimizers, transformer_families
 from conformance.case import Case, Outcome, check
 from conformance.plain_export import can_export
 
 import gradwire
 
-GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
-    "modules": module_database.cases,
-    "losses": losses.cases,
-    "transformers": transformer_families.cases,
+GROUPS: dict[str, tuple[Callable[[torch.dtype], Iterator[Any]], Callable[[gradwire.Client, Any, int], Outcome]]] = {
+    "modules": (module_database.cases, check),
+    "losses": (losses.cases, check),
+    "optimizers": (optimizers.cases, optimizers.check),
+    "transformers": (transformer_families.cases, check),
 }
 
 
@@ -43,12 +45,12 @@ def main() -> int:
     begin = time.monotonic()
     with gradwire.launch(workers=max(options.ranks)) as client:
         for name in options.groups:
+            cases_of, checked = GROUPS[name]
             for dtype in options.dtypes:
                 for ranks in options.ranks:
                     row = f"{name}, {dtype}, {ranks} rank{'s' if ranks > 1 else ''}"
-                    cases = GROUPS[name](getattr(torch, dtype))
-                    for case in itertools.islice(cases, 0, None, options.every):
-                        table[row, _column(check(client, case, ranks))] += 1
+                    for case in itertools.islice(cases_of(getattr(torch, dtype)), 0, None, options.every):
+                        table[row, _column(checked(client, case, ranks))] += 1
     _print_table(table)
     print(f"{time.monotonic() - begin:.0f} s")
     return 1 if any(column in ("wrong", "refused") for _, column in table) else 0
@@ -59,7 +61,8 @@ def _column(outcome: Outcome) -> str:
     if outcome.verdict == "passed":
         return f"passed{', ' + outcome.sharding if outcome.sharding else ''}"
     column = outcome.verdict
-    if column == "refused" and (outcome.detail.startswith("by torch") or not can_export(outcome.case)):
+    is_program = isinstance(outcome.case, Case)
+    if column == "refused" and is_program and (outcome.detail.startswith("by torch") or not can_export(outcome.case)):
         column = "refused, as by torch"
     print(f"{column}: {outcome.case.name}: {outcome.detail[:300]}", flush=True)
     return column

@@ -38,7 +38,7 @@ class Case:
 class Outcome:
     """verdict: "passed", "refused" or "wrong". detail: why. sharding: "rows" or "whole", on several ranks."""
 
-    case: Case
+    case: Any
     verdict: str
     detail: str = ""
     sharding: str = ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from conformance import losses, module_database, transformer_families
+from conformance import losses, module_database, optimizers, transformer_families
 from conformance.case import Case, check
 from conformance.plain_export import can_export
 
@@ -25,6 +26,20 @@ def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(
         assert not can_export(case), outcome.detail
     else:
         assert outcome.verdict == "passed", outcome.detail
+
+
+@pytest.mark.parametrize(
+    "case", itertools.islice(optimizers.cases(torch.float64), 0, None, 6), ids=lambda case: case.name
+)
+def test_updates_are_torchs_before_and_after_a_move_to_a_new_model(client, case: optimizers.OptimizerCase):
+    outcome = optimizers.check(client, case, ranks=2)
+    assert outcome.verdict == "passed", outcome.detail
+
+
+def test_an_update_that_differs_is_seen(client):
+    case = next(each for each in optimizers.cases(torch.float64) if each.name.startswith("StepLR"))
+    outcome = optimizers.check(client, dataclasses.replace(case, scheduler=None), ranks=1)
+    assert outcome.verdict == "wrong"
 
 
 def test_a_case_that_differs_is_seen(client):
