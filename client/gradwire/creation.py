@@ -16,6 +16,7 @@ from gradwire.optim.checks import check_positive
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire_proto import codec
+from gradwire_proto.autocast import check_precision
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.tensors import from_nested, from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -42,6 +43,7 @@ def create_model(
     labels: Mapping[str, str] | None,
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
+    precision: str,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -56,13 +58,14 @@ def create_model(
         "on_nan": as_text(on_nan, "model.on_nan"),
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": _labels(labels),
+        "precision": check_precision(as_text(precision, "model.precision"), "model.precision"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
         if bound is not None:
             check_positive(bound, field=f"model.{name}", words=f"{name} value")
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
-    exporter = ModuleExporter(module, loss)
+    exporter = ModuleExporter(module, loss, settings["precision"])
     exported = exporter.export_model(inputs, targets)
     spec = ModelSpec(
         program=exported.program,

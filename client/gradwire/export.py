@@ -61,17 +61,19 @@ class ExportedModel:
 class ModuleExporter:
     """Exports one module with one loss, for the batches that it will see.
 
-    loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. Errors: InvalidArgument for a
+    loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. precision: "fp32", "bf16" or
+    "fp16": under whose autocast the graphs are traced and checked, and must run. Errors: InvalidArgument for a
     loss that is none; later ExportError, with `reason` and, where there is one, the parameter in `field`.
     """
 
-    def __init__(self, module: nn.Module, loss: Any = None) -> None:
+    def __init__(self, module: nn.Module, loss: Any = None, precision: str = "fp32") -> None:
         if not isinstance(module, nn.Module):
             raise InvalidArgument(
                 f"expected an nn.Module, got a {type(module).__qualname__}", field="module", reason="MODULE_INVALID"
             )
         self._module = module
         self._loss = as_loss(loss)
+        self._precision = precision
         self._constants: dict[str, Tensor] = {}
         self._takes_targets = True
         self._signatures: list[tuple[nn.Module, Signature]] = []
@@ -162,6 +164,7 @@ class ModuleExporter:
                 name=name,
                 constants=self._constants,
                 snapshot=Snapshot(module=self._module, loss=self._loss_module),
+                precision=self._precision,
             )
             if doubtful:
                 export.run_module(example)

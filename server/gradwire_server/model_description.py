@@ -40,6 +40,7 @@ class ModelDescription:
             variants=tuple(map(_without_graphs, spec.program.variants)),
             clip_grad_norm=spec.clip_grad_norm,
             clip_grad_value=spec.clip_grad_value,
+            precision=spec.precision,
         )
 
     @property

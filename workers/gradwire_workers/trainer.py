@@ -24,6 +24,7 @@ from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.gradient_reading import read_gradients
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.line_search import search
+from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
@@ -55,7 +56,8 @@ class Trainer:
         self._program = self._replica.program
         trainable = {name: each for name, each in self._program.parameters_by_name().items() if each.requires_grad}
         self._trainable = list(trainable.values())
-        self._updater = make_updater(spec, trainable, self._aliases())
+        self._loss_scale = LossScale() if spec.precision == "fp16" else None
+        self._updater = make_updater(spec, trainable, self._aliases(), self._loss_scale)
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
         self._held: list[Tensor | None] | None = None
@@ -119,10 +121,10 @@ class Trainer:
             clock.computed()
             return self._updated(update, clock, loss=loss, rows=shard.count)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             done = self._passes.summed(shard, command)
             buffers = self._passes.shared_buffers(shard)
-            loss = self._agreement.reach(self._groups, done.value, done.gradients)
+            loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))
             plan = updater.plan(loss)
         take(buffers)
         clock.computed(waited=done.waited)
@@ -134,16 +136,22 @@ class Trainer:
         clock = Clock(self._groups)
         self._replica.check_has_loss()
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             done = self._passes.local(shard, self._trainable, command, to_learn=True)
             before = self._held or [None] * len(self._trainable)
             held = [_sum(old, new) for old, new in zip(before, done.gradients, strict=True)]
             buffers = self._passes.shared_buffers(shard)
-            loss = self._agreement.reach(self._groups, done.value, done.gradients)
+            loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))
         take(buffers)
         self._held = held
-        lr = None if self._updater is None else self._updater.lr
-        return StepReport(loss=loss, step=self.step, rows=shard.count, lr=lr, seconds=clock.computed())
+        return StepReport(
+            loss=loss,
+            step=self.step,
+            rows=shard.count,
+            lr=None if self._updater is None else self._updater.lr,
+            seconds=clock.computed(),
+            loss_scale=self._reported_scale,
+        )
 
     def optimizer_step(self, gradients: Mapping[str, Tensor] | None = None, *, lr: float | None = None) -> StepReport:
         """Update with the held gradients, which stay held, or with these, by name, which every rank must get.
@@ -163,10 +171,10 @@ class Trainer:
         else:
             with Attempt(self._groups, ()):
                 chosen = self._held if self._groups is None else add_up(self._held, self._trainable, self._groups)
-                self._agreement.reach(self._groups, gradients=chosen)
+                self._agreement.reach(self._groups, gradients=self._judged(chosen))
                 plan = updater.plan()
         clock.computed()
-        update = updater.apply(chosen, lr=lr, plan=plan, keep=True)
+        update = updater.apply(chosen, lr=lr, plan=plan, keep=True, given=gradients is not None)
         return self._updated(update, clock, loss=None, rows=0)
 
     def zero_grad(self) -> None:
@@ -181,7 +189,7 @@ class Trainer:
         self._replica.check_has_loss()
         parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name(), self._aliases())
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             read = read_gradients(self._passes, shard, query, parameters, command)
             # Read only: it is for the caller to judge a loss that is not finite.
             loss = Agreement(refuses_nan=False).reach(self._groups, read.value)
@@ -242,11 +250,31 @@ class Trainer:
         return self._updater
 
     def _updated(self, update: Update, clock: Clock, *, loss: float | None, rows: int) -> StepReport:
-        self.step += 1
+        self.step += not update.skipped
         seconds = clock.updated()
         return StepReport(
-            loss=loss, step=self.step, rows=rows, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds
+            loss=loss,
+            step=self.step,
+            rows=rows,
+            lr=update.lr,
+            grad_norm=update.grad_norm,
+            seconds=seconds,
+            skipped=update.skipped,
+            loss_scale=self._reported_scale,
         )
+
+    def _localised(self, shard: Shard) -> Shard:
+        """The shard on this rank's device, for a backward that starts with the loss scale of now."""
+        self._replica.scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        return self._replica.localise(shard)
+
+    def _judged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Those that must be finite where the model refuses others: none where a loss scale is still to be found."""
+        return gradients if self._loss_scale is None else ()
+
+    @property
+    def _reported_scale(self) -> float | None:
+        return None if self._loss_scale is None or self._updater is None else self._loss_scale.value
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

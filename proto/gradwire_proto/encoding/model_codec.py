@@ -7,7 +7,7 @@ from math import floor
 
 from google.rpc import code_pb2, status_pb2
 
-from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, SHARDING_MODES
+from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, PRECISIONS, SHARDING_MODES
 from gradwire_proto.encoding.optimizer_codec import decode_clip, decode_optimizer, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_program,
@@ -99,6 +99,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     message.require_sharding = value.require_sharding
     message.labels.update(value.labels)
     _encode_clips(value, message)
+    message.precision = PRECISIONS.number(value.precision, f"{field}.precision")  # pyright: ignore[reportAttributeAccessIssue]
     return message
 
 
@@ -125,6 +126,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         labels=_decode_labels(message.labels, f"{field}.labels"),
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
+        precision=PRECISIONS.word(message.precision, f"{field}.precision"),
     )
 
 
@@ -197,6 +199,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
         encode_variant(variant, message.variants.add())
     message.rank_rows.extend(value.rank_rows)
     _encode_clips(value, message)
+    message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
     return message
 
 
@@ -229,4 +232,5 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         rank_rows=tuple(message.rank_rows),
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
+        precision=PRECISIONS.word(message.precision, f"{field}.precision"),
     )

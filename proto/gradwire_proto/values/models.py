@@ -71,6 +71,7 @@ class ModelSpec:
     """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse".
 
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
+    `precision`: "fp32", "bf16" or "fp16", what forward and loss compute in.
     """
 
     program: Program
@@ -85,6 +86,7 @@ class ModelSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class ModelInfo:
     rank_rows: tuple[int, ...] = ()
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,9 @@ from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgu
 from gradwire_proto.values import ModelSpec, OptimizerSpec
 from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer, optimizer_kind
 from gradwire_workers.schedules import make_schedule
+from gradwire_workers.training.agreement import are_finite
 from gradwire_workers.training.clipping import Clipping
+from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.optimizer_state import OptimizerState
 from gradwire_workers.training.schedule import Moment
 
@@ -26,20 +28,30 @@ Evaluate = Callable[[], tuple[float, Gradients]]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update used. `grad_norm`: before clipping; None where nothing is clipped."""
+    """What an update used. `grad_norm`: before clipping; None where nothing is clipped.
+
+    skipped: gradients had overflowed, so that nothing changed but the loss scale.
+    """
 
     lr: float
     grad_norm: float | None
+    skipped: bool = False
 
 
 def make_updater(
-    spec: ModelSpec, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, nn.Parameter]
+    spec: ModelSpec,
+    parameters: Mapping[str, nn.Parameter],
+    aliases: Mapping[str, nn.Parameter],
+    loss_scale: LossScale | None = None,
 ) -> Updater | None:
-    """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path."""
+    """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path.
+
+    loss_scale: by which the loss is scaled; the updater keeps it current.
+    """
     clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
     clipping.check(parameters.values())
     if spec.optimizer is not None:
-        return Updater(spec.optimizer, clipping, parameters, aliases)
+        return Updater(spec.optimizer, clipping, parameters, aliases, loss_scale)
     if clipping:
         name = "clip_grad_value" if spec.clip_grad_norm is None else "clip_grad_norm"
         message = "gradients are clipped before an update, and the model has no optimizer"
@@ -59,13 +71,17 @@ class Updater:
         clipping: Clipping,
         parameters: Mapping[str, nn.Parameter],
         aliases: Mapping[str, nn.Parameter],
+        loss_scale: LossScale | None = None,
     ) -> None:
         kind = optimizer_kind(spec.name, field="model.optimizer.name")
         self._parameters = list(parameters.values())
         self._clipping = clipping
         self._optimizer = make_optimizer(spec, parameters, aliases)
         self._schedule = None if spec.schedule is None else make_schedule(spec.schedule, self._optimizer)
-        self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters)
+        self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters, loss_scale)
+        self._loss_scale = loss_scale
+        if loss_scale is not None:
+            _check_scalable(self.searches, parameters)
 
     @property
     def lr(self) -> float:
@@ -97,14 +113,22 @@ class Updater:
         """The learning rates after an update with this loss. Changes nothing. FailedPrecondition SCHEDULE_FAILED."""
         return None if self._schedule is None else self._schedule.plan(loss)
 
-    def apply(self, gradients: Gradients, *, lr: float | None, plan: Moment | None, keep: bool = False) -> Update:
-        """Update with gradients that every rank has. `keep`: the gradients must stay as they are."""
+    def apply(
+        self, gradients: Gradients, *, lr: float | None, plan: Moment | None, keep: bool = False, given: bool = False
+    ) -> Update:
+        """Update with gradients that every rank has; where their loss was scaled and they overflowed, skip that.
+
+        keep: the gradients must stay as they are. given: they are the client's, of no loss that was scaled.
+        """
+        scale = None if given else self._loss_scale
+        overflowed = scale is not None and not are_finite(gradients)
         if keep and self._clipping:
             gradients = [None if each is None else each.clone() for each in gradients]
         try:
             norm = self._hand_over(gradients)
             with learning_rate(self._optimizer, lr) as used:
-                self._optimizer.step()
+                if not overflowed:
+                    self._optimizer.step()
         except Exception as error:
             # The other ranks have updated, and this one in part.
             raise InternalError(
@@ -112,8 +136,11 @@ class Updater:
             ) from error
         finally:
             self._drop_gradients()
-        self._take(plan)
-        return Update(used, norm)
+        if scale is not None:
+            scale.update(overflowed=overflowed)
+        if not overflowed:
+            self._take(plan)
+        return Update(used, norm, overflowed)
 
     def search(
         self, gradients: Gradients, loss: float, evaluate: Evaluate, settle: Callable[[], None], *, lr: float | None
@@ -173,3 +200,15 @@ class Updater:
             self._optimizer.state.clear()
             self._optimizer.state.update(kept)
             raise
+
+
+def _check_scalable(searches: bool, parameters: Mapping[str, nn.Parameter]) -> None:
+    """What torch.amp.GradScaler refuses when it comes to a step is refused before there is a model."""
+    half = next((name for name, each in parameters.items() if each.dtype is torch.float16), None)
+    if searches:
+        message = "LBFGS evaluates its loss within a step, where no scale can be found for it, as in torch"
+    elif half is not None:
+        message = f"{half!r} is float16 itself, and its gradients cannot be unscaled, as in torch"
+    else:
+        return
+    raise InvalidArgument(f"{message}; expected fp32 or bf16", field="model.precision", reason="OPTIMIZER_UNFIT")
