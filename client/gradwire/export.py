@@ -6,7 +6,7 @@ The module is never changed: flags, buffers, attributes and random state are put
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from gradwire.exporting.module_state import ModuleState, describe_state
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.read_values import ReadValues
 from gradwire.exporting.variant_export import Finished, VariantExport
-from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.errors import ExportError, InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 
 # torch.export is not made for threads, and the guards change torch itself for a moment.
@@ -78,6 +78,7 @@ class ModuleExporter:
         self._takes_targets = True
         self._signatures: list[tuple[nn.Module, Signature]] = []
         self._read_values: list[ReadValues] = []
+        self._may_train: frozenset[str] = frozenset()
 
     def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
         """The program for an example batch; see `ExportedModel`.
@@ -104,6 +105,7 @@ class ModuleExporter:
                 evaluation, _ = self._finish(example, state, training=False, name="eval")
             self._constants |= evaluation.constants
             left = train.left | evaluation.left
+            self._may_train = train.may_train & evaluation.may_train
             self._signatures = [(module, Signature(module, left)) for module in self._modules()]
             values.settle(left)
             self._read_values = [values]
@@ -124,7 +126,19 @@ class ModuleExporter:
             finished, _ = self._finish(example, self._state(), training=training, name=name, doubtful=True)
             for values in self._read_values:
                 values.settle()
+            self._check_may_train(finished)
             return _exported(finished)
+
+    def _check_may_train(self, finished: Finished) -> None:
+        """What the model was told that it may unfreeze must have its gradient in every variant."""
+        missing = sorted(self._may_train - finished.may_train)
+        if missing:
+            raise ExportError(
+                f"the graph for this batch does not give the gradient of the frozen {missing[0]!r}, and others do:"
+                " create the model with it unfrozen, and freeze it by an update",
+                field=missing[0],
+                reason="EXPORT_MISMATCH",
+            )
 
     def _example(self, inputs: Any, targets: Any) -> Example:
         # Without a loss nobody looks at targets.
@@ -188,7 +202,7 @@ class ModuleExporter:
         return ExportedModel(
             program=Program(
                 torch_version=torch.__version__,
-                tensors=(*state.tensors, *train.constant_specs, *evaluation.constant_specs),
+                tensors=(*self._described(state), *train.constant_specs, *evaluation.constant_specs),
                 variants=(train.variant, evaluation.variant),
                 operators={**train.operators, **evaluation.operators},
             ),
@@ -197,6 +211,10 @@ class ModuleExporter:
             variants=tuple(replace(each, tensors=(), values={}) for each in exported),
             example=train.example.batch,
         )
+
+    def _described(self, state: ModuleState) -> Iterator[StateTensor]:
+        for each in state.tensors:
+            yield replace(each, may_train=(each.alias_of or each.name) in self._may_train)
 
     def _loss_spec(self, train: Finished) -> LossSpec | None:
         if self._loss is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue
 from gradwire.model_futures import ModelFutures
+from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
@@ -175,6 +176,32 @@ class Model:
         out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
         """
         self._run(self._calls.load_optimizer_state_dict(state_dict))
+
+    def update(
+        self,
+        *,
+        lr: float | None = None,
+        optimizer: Optimizer | None = None,
+        trainable: Mapping[str, bool] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> ModelInfo:
+        """Change settings between two updates: all that are named, or on an error none. Returns the model's new info.
+
+        trainable: {name or glob of parameters: whether they are trained}, such as {"encoder.*": False}; a later entry
+            goes over an earlier one. What is frozen has no gradient, a held one included, and no update moves or decays
+            it; the optimizer keeps its state of it for when it is unfrozen. LBFGS alone begins anew. One that required
+            no gradient when the model was made can be unfrozen where the exported graphs give its true gradient.
+        optimizer: in place of the model's, its schedule too: both begin anew, as a new torch.optim optimizer does. To
+            change an option and keep the state, edit and load `optimizer_state_dict`.
+        lr: of all parameter groups, as setting group["lr"] of torch's optimizer. So a schedule goes on as torch's does:
+            one that multiplies the rate (StepLR, ExponentialLR, ...) goes on from `lr`; one that computes it
+            (OneCycleLR, CyclicLR, CosineAnnealingWarmRestarts) sets its own with its next step.
+        labels: in place of all labels.
+
+        Raises InvalidArgument: NO_MATCH with names that are near, PARAMETER_FROZEN for one that cannot be unfrozen,
+        NOTHING_TO_TRAIN, those of optimizers; FailedPrecondition (NO_OPTIMIZER) for an `lr` without an optimizer.
+        """
+        return self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""

@@ -7,13 +7,15 @@ process on the whole batch; a command that fails on one rank changes nothing on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
+from gradwire_proto.values import GradientQuery, Limits, ModelSpec, OptimizerSpec, StateTensor, Variant
+from gradwire_workers.optimizers import check_learning_rate
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs.build import add_variant
 from gradwire_workers.shard import Shard
@@ -29,7 +31,8 @@ from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
 from gradwire_workers.training.row_check import why_rows_depend
-from gradwire_workers.training.updater import Update, Updater, make_updater
+from gradwire_workers.training.trainable import set_trained, trained_parameters
+from gradwire_workers.training.updater import Update, Updater, make_updater, updater_after
 
 
 class Trainer:
@@ -54,7 +57,8 @@ class Trainer:
         self._limits = limits or Limits()
         self._replica = Replica(spec, state, rank, torch.device(device), self._limits)
         self._program = self._replica.program
-        trainable = {name: each for name, each in self._program.parameters_by_name().items() if each.requires_grad}
+        self._spec = spec
+        trainable = trained_parameters(self._program)
         self._trainable = list(trainable.values())
         self._loss_scale = LossScale() if spec.precision == "fp16" else None
         self._updater = make_updater(spec, trainable, self._aliases(), self._loss_scale)
@@ -106,6 +110,38 @@ class Trainer:
         assert self._groups is not None, "a single rank splits nothing"
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
             return why_rows_depend(self._replica, variant_name, inputs)
+
+    def update(
+        self,
+        *,
+        trainable: Sequence[tuple[str, bool]] = (),
+        optimizer: OptimizerSpec | None = None,
+        lr: float | None = None,
+    ) -> list[str]:
+        """Change settings, all or none; every rank must get the same. Returns the names of the trained parameters.
+
+        What is frozen loses the gradient that is held of it, and keeps its optimizer's state until it is unfrozen.
+        """
+        check_learning_rate(lr)
+        trained = trained_parameters(self._program, trainable)
+        spec = self._spec if optimizer is None else replace(self._spec, optimizer=optimizer)
+        updater = updater_after(
+            self._updater, spec, trained, self._aliases(), self._loss_scale, anew=optimizer is not None
+        )
+        if lr is not None and updater is None:
+            self._checked_updater()
+        # From here on nothing fails.
+        held = dict(zip(self._trainable, self._held or (), strict=False))
+        set_trained(self._program.parameters_by_name(), trained)
+        self._spec, self._updater, self._trainable = spec, updater, list(trained.values())
+        if updater is not None:
+            updater.update_only(trained)
+            if lr is not None:
+                updater.set_learning_rate(lr)
+        self._held = None if self._held is None else [held.get(parameter) for parameter in self._trainable]
+        self._passes.drop()
+        self._passes = Passes(self._replica, self._trainable)
+        return list(trained)
 
     # --- training -------------------------------------------------------------------------------------------------
 

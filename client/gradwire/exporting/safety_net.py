@@ -101,6 +101,18 @@ def compare(eager: Run, graph: Run, before: Mapping[str, Tensor] | None = None) 
             raise _mismatch(f"buffer {name!r} is another one after the forward", field=name)
 
 
+def same_gradients(eager: Run, graph: Run) -> frozenset[str]:
+    """The names of what has the same gradient in both runs; none where these differ in an output or in the loss."""
+    half = _HALF.get(eager.precision, 0.0)
+    if not all(
+        _same(ours, theirs, _SMALL, half)
+        for ours, theirs in zip([eager.loss, *eager.outputs], [graph.loss, *graph.outputs], strict=True)
+    ):
+        return frozenset()
+    floor = _SMALL * _norm([g for g in eager.gradients.values() if g is not None])
+    return frozenset(name for name, ours in eager.gradients.items() if _same(ours, graph.gradients[name], floor, half))
+
+
 def _source(leaf: Any, differentiable: bool) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf

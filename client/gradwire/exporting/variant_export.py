@@ -15,7 +15,7 @@ from gradwire.exporting.example import Example
 from gradwire.exporting.graph_run import GraphRun, as_scalar
 from gradwire.exporting.loss_mapping import Loss
 from gradwire.exporting.module_snapshot import Snapshot, rewound
-from gradwire.exporting.module_state import ModuleState, buffer_values
+from gradwire.exporting.module_state import ModuleState, buffer_values, thawed
 from gradwire.exporting.other_rows import OtherRows
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
@@ -33,7 +33,8 @@ class Finished:
 
     loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
     changing: the module's tensors that a forward changes. devices: the CUDA devices that it uses.
-    left: the attributes that a forward changes, on which nothing depends.
+    left: the attributes that a forward changes, on which nothing depends. may_train: the frozen parameters whose
+    gradient the graph gives all the same.
     """
 
     variant: Variant
@@ -48,6 +49,7 @@ class Finished:
     devices: frozenset[int]
     left: frozenset[str]
     precision: str
+    may_train: frozenset[str]
 
     def agrees_with(self, module: nn.Module) -> bool:
         """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
@@ -200,7 +202,36 @@ class VariantExport:
             devices=self.snapshot.devices,
             left=left,
             precision=self.precision,
+            may_train=self._may_train(check, changing),
         )
+
+    def _may_train(self, check: GraphRun, changing: list[Tensor]) -> frozenset[str]:
+        """The frozen parameters whose gradient is the graph's too, once they are unfrozen.
+
+        A graph need not give it: a function that brings its own backward is traced for what needed gradients then.
+        """
+        frozen = self.state.frozen
+        if not frozen:
+            return frozenset()
+        runs = []
+        try:
+            with thawed(frozen):
+                for forward in (self._eager(check.example, []), check.forward):
+                    with self._rewound(changing):
+                        runs.append(
+                            safety_net.run(
+                                forward,
+                                check.example.inputs,
+                                {**self.state.trainable, **frozen},
+                                subject="the module with its frozen parameters unfrozen",
+                                differentiate_leaves=False,
+                                precision=self.precision,
+                            )
+                        )
+        except GradwireError:
+            # It cannot even be run so; as it is, it can.
+            return frozenset()
+        return safety_net.same_gradients(*runs) & frozen.keys()
 
     def _buffers(self) -> Mapping[str, Tensor]:
         return buffer_values(self.module)

@@ -123,7 +123,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         seed=message.seed,
         on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
         require_sharding=message.require_sharding,
-        labels=_decode_labels(message.labels, f"{field}.labels"),
+        labels=decode_labels(message.labels, f"{field}.labels"),
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
@@ -152,7 +152,7 @@ def _decode_gpus(gpus: float, device: str, field: str) -> float:
     return gpus
 
 
-def _decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
+def decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
     """The labels of a message: at most 64, keys and values of at most 63 characters."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(

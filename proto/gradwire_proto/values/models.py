@@ -89,6 +89,25 @@ class ModelSpec:
     precision: str = "fp32"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUpdate:
+    """Settings of a model to be changed between two updates; what is None stays as it is.
+
+    `trainable`: (a name or glob, whether what it matches is trained), a later one over an earlier one. `optimizer`: in
+    place of the model's, begun anew. `lr`: of all parameter groups. `labels`: in place of all.
+    """
+
+    trainable: tuple[tuple[str, bool], ...] = ()
+    optimizer: OptimizerSpec | None = None
+    lr: float | None = None
+    labels: Mapping[str, str] | None = None
+
+    @property
+    def concerns_ranks(self) -> bool:
+        """Whether there is more in it than labels."""
+        return bool(self.trainable) or self.optimizer is not None or self.lr is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Sharding:
     """How batches are spread over the ranks. `mode`: "rows" or "whole"; `reason`: why, in words."""

@@ -6,7 +6,8 @@ what whatever the numbers are, but not what depends on how many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.trainable import differentiable_parameters, set_trained, trained_parameters
 
 _REASONS = (
     None,
@@ -53,7 +55,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     if smallest_share(rows, groups.size) < least_rows(variant):
         return _REASONS[_TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
-    with replica.program.without_randomness():
+    with replica.program.without_randomness(), _all_trained(replica):
         for change in (_repeated, _random):
             leaves = [
                 change(leaf, rows) if has_rows(spec) else leaf
@@ -70,6 +72,18 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
             found[0] = _where_rows_reach(replica, variant, inputs)
             groups.all_reduce(found, largest=True)
     return _REASONS[int(found.item())]
+
+
+@contextmanager
+def _all_trained(replica: Replica) -> Iterator[None]:
+    """Inside, parameters that are frozen now require gradients too: they may be unfrozen."""
+    parameters = replica.program.parameters_by_name()
+    trained = trained_parameters(replica.program)
+    set_trained(parameters, differentiable_parameters(replica.program))
+    try:
+        yield
+    finally:
+        set_trained(parameters, trained)
 
 
 @dataclass(frozen=True, kw_only=True)

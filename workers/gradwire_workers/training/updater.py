@@ -43,20 +43,58 @@ def make_updater(
     parameters: Mapping[str, nn.Parameter],
     aliases: Mapping[str, nn.Parameter],
     loss_scale: LossScale | None = None,
+    *,
+    field: str = "model.optimizer",
 ) -> Updater | None:
     """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path.
 
-    loss_scale: by which the loss is scaled; the updater keeps it current.
+    loss_scale: by which the loss is scaled; the updater keeps it current. field: where the optimizer comes from.
     """
     clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
     clipping.check(parameters.values())
     if spec.optimizer is not None:
-        return Updater(spec.optimizer, clipping, parameters, aliases, loss_scale)
+        return Updater(spec.optimizer, clipping, parameters, aliases, loss_scale, field=field)
     if clipping:
         name = "clip_grad_value" if spec.clip_grad_norm is None else "clip_grad_norm"
         message = "gradients are clipped before an update, and the model has no optimizer"
         raise InvalidArgument(message, field=f"model.{name}", reason="NO_OPTIMIZER")
     return None
+
+
+def updater_after(
+    updater: Updater | None,
+    spec: ModelSpec,
+    trained: Mapping[str, nn.Parameter],
+    aliases: Mapping[str, nn.Parameter],
+    loss_scale: LossScale | None,
+    *,
+    anew: bool,
+) -> Updater | None:
+    """The updater of a model once `trained` are the parameters that are trained; `updater` is as it was.
+
+    anew: it gets the optimizer of `spec` from its beginning. Otherwise it goes on, but for LBFGS, whose state is one
+    for all parameters and begins anew with them.
+    """
+    if not anew and updater is None:
+        return None
+    if not trained and not anew:
+        raise InvalidArgument("no parameter would be left to train", field="trainable", reason="NOTHING_TO_TRAIN")
+    if anew or updater is None:
+        return make_updater(spec, trained, aliases, loss_scale, field="optimizer")
+    if updater.searches:
+        if updater.updates_exactly(trained):
+            return updater
+        made = make_updater(spec, trained, aliases, loss_scale)
+        assert made is not None
+        made.set_learning_rate(updater.lr)
+        return made
+    if trained.keys() <= updater.held.keys():
+        return updater
+    held = {**updater.held, **trained}
+    made = make_updater(spec, {name: held[name] for name in aliases if name in held}, aliases, loss_scale)
+    assert made is not None
+    made.go_on_from(updater)
+    return made
 
 
 class Updater:
@@ -72,12 +110,18 @@ class Updater:
         parameters: Mapping[str, nn.Parameter],
         aliases: Mapping[str, nn.Parameter],
         loss_scale: LossScale | None = None,
+        *,
+        field: str = "model.optimizer",
     ) -> None:
-        kind = optimizer_kind(spec.name, field="model.optimizer.name")
+        kind = optimizer_kind(spec.name, field=f"{field}.name")
+        self.held = dict(parameters)
+        """What the optimizer holds, by name: those that it updates, and what was frozen since."""
         self._parameters = list(parameters.values())
         self._clipping = clipping
-        self._optimizer = make_optimizer(spec, parameters, aliases)
-        self._schedule = None if spec.schedule is None else make_schedule(spec.schedule, self._optimizer)
+        self._optimizer = make_optimizer(spec, parameters, aliases, field=field)
+        self._schedule = None
+        if spec.schedule is not None:
+            self._schedule = make_schedule(spec.schedule, self._optimizer, field=f"{field}.schedule")
         self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters, loss_scale)
         self._loss_scale = loss_scale
         if loss_scale is not None:
@@ -92,6 +136,40 @@ class Updater:
     def searches(self) -> bool:
         """Whether an update evaluates the batch again."""
         return isinstance(self._optimizer, torch.optim.LBFGS)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Give all parameter groups this learning rate. The schedule's next step works on it as torch's would."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def update_only(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Update these of the parameters held, given in this order, and leave the others and their state alone."""
+        self._parameters = list(parameters.values())
+
+    def updates_exactly(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether these are what is updated now."""
+        return {id(each) for each in self._parameters} == {id(each) for each in parameters.values()}
+
+    def go_on_from(self, other: Updater) -> None:
+        """Take over state, options and schedule of one with fewer parameters, for those that both hold.
+
+        InvalidArgument SCHEDULE_UNFIT where parameters make a group that is not in the other's schedule.
+        """
+        old, new = other._optimizer.param_groups, self._optimizer.param_groups
+        if self._schedule is not None and len(new) != len(old):
+            raise InvalidArgument(
+                "the schedule has no learning rate for the parameters that no group of the optimizer matches: give the"
+                " optimizer anew, too",
+                field="trainable",
+                reason="SCHEDULE_UNFIT",
+            )
+        if self._schedule is not None and other._schedule is not None:
+            for scheduler, counters in self._schedule.load(other._schedule.state(), field="schedule"):
+                scheduler.__dict__.update(counters)
+        for group in old:
+            heir = next(each for each in new if any(group["params"][0] is member for member in each["params"]))
+            heir.update({name: value for name, value in group.items() if name != "params"})
+        self._optimizer.state.update(other._optimizer.state)
 
     def check(self, lr: float | None, *, has_batch: bool) -> None:
         """Refuse an update that would need a batch, for its loss, where there is none; or with a wrong `lr`."""
