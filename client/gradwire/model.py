@@ -72,6 +72,8 @@ class Model:
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update in one; returns loss, step and timing.
 
+        At precision "fp16", a step whose gradients overflow makes no update (`skipped`) and halves the loss scale.
+
         Gradients that the service holds are neither used nor changed.
         lr: the learning rate of this update, for all parameters; the schedule's, or the optimizer's, where left out. It
         does not touch the schedule, which takes its step all the same.
@@ -111,6 +113,9 @@ class Model:
         DROPOUT and other random operators draw anew in every call that is given no `seed`, whatever the model's own
         seed is: steps of compute_gradients and optimizer_step see fresh masks, as those of train_step do. Two calls
         with the same seed, and as many workers, draw the same.
+
+        At precision "fp16" the loss is scaled, and the gradients come unscaled; where they overflow, smaller scales are
+        tried.
 
         wrt: names or globs of parameters; None for all that require gradients, () for none. A tied parameter may be
             named by any of its names.
@@ -164,7 +169,7 @@ class Model:
         keeps of it (`{"0.weight": {"step": ..., "exp_avg": ...}}`), LBFGS's one state under the first; "param_groups"
         is a list of dicts, the names "params" and the group's options as they are now, learning rate included;
         "schedule" has the class "name", its counters "state" and its "schedulers", or is None. A tied weight appears
-        once.
+        once. At precision "fp16" there is a fifth, "scaler": what torch.amp.GradScaler.state_dict gives.
         """
         return self._run(self._calls.optimizer_state_dict())
 

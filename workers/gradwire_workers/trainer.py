@@ -32,7 +32,8 @@ from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
 from gradwire_workers.training.row_check import why_rows_depend
 from gradwire_workers.training.trainable import set_trained, trained_parameters
-from gradwire_workers.training.updater import Update, Updater, make_updater, updater_after
+from gradwire_workers.training.updater import Update, Updater
+from gradwire_workers.training.updater_making import make_updater, updater_after
 
 
 class Trainer:
