@@ -16,6 +16,7 @@ from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, g
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.updates import model_update
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
@@ -163,6 +164,24 @@ class ModelCalls:
         request = pb.LoadOptimizerStateRequest(name=self._name)
         codec.encode_value(send_apart(self._rpc, (from_nested(state_dict, "state"),))[0], request.state, "state")
         return self._command("LoadOptimizerState", request, _nothing)
+
+    def update(
+        self,
+        *,
+        lr: float | None,
+        optimizer: Any,
+        trainable: Mapping[str, bool] | None,
+        labels: Mapping[str, str] | None,
+    ) -> Call[ModelInfo]:
+        update = model_update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels)
+        request = codec.encode_model_update(update, pb.UpdateModelRequest(name=self._name))
+
+        def finish(reply: Any) -> ModelInfo:
+            info = codec.decode_model_info(reply)
+            self._tensors = info.tensors
+            return info
+
+        return self._command("UpdateModel", request, finish)
 
     def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
         request = pb.AddVariantRequest(name=self._name)

@@ -92,6 +92,7 @@ class Client:
         labels: Mapping[str, str] | None = None,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        precision: str = "fp32",
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -112,6 +113,11 @@ class Client:
         clip_grad_norm, clip_grad_value: before each update, scale the whole batch's gradients so that the norm of all
             together is this at most, then cut each element to this size, as torch.nn.utils.clip_grad_norm_ and
             clip_grad_value_ do; also gradients of the client's own. StepResult.grad_norm is the norm before.
+        precision: "fp32", "bf16" or "fp16": forward and loss run under torch.autocast of that type, on the service as
+            they would here; parameters, gradients and optimizer state keep their types, and float64 stays float64.
+            With "fp16" the loss is scaled by the rule of torch.amp.GradScaler: a step whose gradients overflowed is
+            skipped (StepResult.skipped, with step counter and schedule where they were) and the scale halved, whatever
+            on_nan says. Gradients come back unscaled, and are clipped unscaled; the client's own are taken as they are.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -133,6 +139,7 @@ class Client:
             labels=labels,
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
+            precision=precision,
         )
         self._models.add(model)
         return model

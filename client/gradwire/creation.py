@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from gradwire.arguments import as_bool, as_int, as_mapping, as_number, as_text
+from gradwire.arguments import as_bool, as_int, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ExportedModel, ModuleExporter
 from gradwire.model import Model
@@ -15,7 +15,9 @@ from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
+from gradwire.updates import as_labels, as_optimizer
 from gradwire_proto import codec
+from gradwire_proto.autocast import check_precision
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.tensors import from_nested, from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -42,12 +44,11 @@ def create_model(
     labels: Mapping[str, str] | None,
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
+    precision: str,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        message = f"expected a spec such as gradwire.optim.SGD(lr=0.1), got {type(optimizer).__qualname__}"
-        raise InvalidArgument(message, field="optimizer", reason="OPTIMIZER_UNKNOWN")
+    optimizer_spec = as_optimizer(optimizer)
     settings: dict[str, Any] = {
         "workers": as_int(workers, "model.workers"),
         "device": as_text(device, "model.device"),
@@ -55,19 +56,20 @@ def create_model(
         "seed": as_int(seed, "model.seed"),
         "on_nan": as_text(on_nan, "model.on_nan"),
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
-        "labels": _labels(labels),
+        "labels": {} if labels is None else as_labels(labels, "model.labels"),
+        "precision": check_precision(as_text(precision, "model.precision"), "model.precision"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
         if bound is not None:
             check_positive(bound, field=f"model.{name}", words=f"{name} value")
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
-    exporter = ModuleExporter(module, loss)
+    exporter = ModuleExporter(module, loss, settings["precision"])
     exported = exporter.export_model(inputs, targets)
     spec = ModelSpec(
         program=exported.program,
         loss=exported.loss,
-        optimizer=None if optimizer is None else optimizer.spec(),
+        optimizer=optimizer_spec,
         **settings,
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
@@ -75,12 +77,6 @@ def create_model(
     request = _request(rpc, spec, exported, chosen_id)
     reply = _send(rpc, request)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
-
-
-def _labels(labels: Any) -> Mapping[str, str]:
-    if labels is None:
-        return {}
-    return {key: as_text(value, f'model.labels["{key}"]') for key, value in as_mapping(labels, "model.labels").items()}
 
 
 def _inputs_and_targets(example: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ The module is never changed: flags, buffers, attributes and random state are put
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from gradwire.exporting.module_state import ModuleState, describe_state
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.read_values import ReadValues
 from gradwire.exporting.variant_export import Finished, VariantExport
-from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.errors import ExportError, InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 
 # torch.export is not made for threads, and the guards change torch itself for a moment.
@@ -61,21 +61,24 @@ class ExportedModel:
 class ModuleExporter:
     """Exports one module with one loss, for the batches that it will see.
 
-    loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. Errors: InvalidArgument for a
+    loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. precision: "fp32", "bf16" or
+    "fp16": under whose autocast the graphs are traced and checked, and must run. Errors: InvalidArgument for a
     loss that is none; later ExportError, with `reason` and, where there is one, the parameter in `field`.
     """
 
-    def __init__(self, module: nn.Module, loss: Any = None) -> None:
+    def __init__(self, module: nn.Module, loss: Any = None, precision: str = "fp32") -> None:
         if not isinstance(module, nn.Module):
             raise InvalidArgument(
                 f"expected an nn.Module, got a {type(module).__qualname__}", field="module", reason="MODULE_INVALID"
             )
         self._module = module
         self._loss = as_loss(loss)
+        self._precision = precision
         self._constants: dict[str, Tensor] = {}
         self._takes_targets = True
         self._signatures: list[tuple[nn.Module, Signature]] = []
         self._read_values: list[ReadValues] = []
+        self._may_train: frozenset[str] = frozenset()
 
     def export_model(self, inputs: Any, targets: Any = None) -> ExportedModel:
         """The program for an example batch; see `ExportedModel`.
@@ -102,6 +105,7 @@ class ModuleExporter:
                 evaluation, _ = self._finish(example, state, training=False, name="eval")
             self._constants |= evaluation.constants
             left = train.left | evaluation.left
+            self._may_train = train.may_train & evaluation.may_train
             self._signatures = [(module, Signature(module, left)) for module in self._modules()]
             values.settle(left)
             self._read_values = [values]
@@ -122,7 +126,19 @@ class ModuleExporter:
             finished, _ = self._finish(example, self._state(), training=training, name=name, doubtful=True)
             for values in self._read_values:
                 values.settle()
+            self._check_may_train(finished)
             return _exported(finished)
+
+    def _check_may_train(self, finished: Finished) -> None:
+        """What the model was told that it may unfreeze must have its gradient in every variant."""
+        missing = sorted(self._may_train - finished.may_train)
+        if missing:
+            raise ExportError(
+                f"the graph for this batch does not give the gradient of the frozen {missing[0]!r}, and others do:"
+                " create the model with it unfrozen, and freeze it by an update",
+                field=missing[0],
+                reason="EXPORT_MISMATCH",
+            )
 
     def _example(self, inputs: Any, targets: Any) -> Example:
         # Without a loss nobody looks at targets.
@@ -162,6 +178,7 @@ class ModuleExporter:
                 name=name,
                 constants=self._constants,
                 snapshot=Snapshot(module=self._module, loss=self._loss_module),
+                precision=self._precision,
             )
             if doubtful:
                 export.run_module(example)
@@ -185,7 +202,7 @@ class ModuleExporter:
         return ExportedModel(
             program=Program(
                 torch_version=torch.__version__,
-                tensors=(*state.tensors, *train.constant_specs, *evaluation.constant_specs),
+                tensors=(*self._described(state), *train.constant_specs, *evaluation.constant_specs),
                 variants=(train.variant, evaluation.variant),
                 operators={**train.operators, **evaluation.operators},
             ),
@@ -194,6 +211,10 @@ class ModuleExporter:
             variants=tuple(replace(each, tensors=(), values={}) for each in exported),
             example=train.example.batch,
         )
+
+    def _described(self, state: ModuleState) -> Iterator[StateTensor]:
+        for each in state.tensors:
+            yield replace(each, may_train=(each.alias_of or each.name) in self._may_train)
 
     def _loss_spec(self, train: Finished) -> LossSpec | None:
         if self._loss is None:

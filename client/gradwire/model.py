@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue
 from gradwire.model_futures import ModelFutures
+from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
@@ -71,6 +72,8 @@ class Model:
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update in one; returns loss, step and timing.
 
+        At precision "fp16", a step whose gradients overflow makes no update (`skipped`) and halves the loss scale.
+
         Gradients that the service holds are neither used nor changed.
         lr: the learning rate of this update, for all parameters; the schedule's, or the optimizer's, where left out. It
         does not touch the schedule, which takes its step all the same.
@@ -110,6 +113,9 @@ class Model:
         DROPOUT and other random operators draw anew in every call that is given no `seed`, whatever the model's own
         seed is: steps of compute_gradients and optimizer_step see fresh masks, as those of train_step do. Two calls
         with the same seed, and as many workers, draw the same.
+
+        At precision "fp16" the loss is scaled, and the gradients come unscaled; where they overflow, smaller scales are
+        tried.
 
         wrt: names or globs of parameters; None for all that require gradients, () for none. A tied parameter may be
             named by any of its names.
@@ -163,7 +169,7 @@ class Model:
         keeps of it (`{"0.weight": {"step": ..., "exp_avg": ...}}`), LBFGS's one state under the first; "param_groups"
         is a list of dicts, the names "params" and the group's options as they are now, learning rate included;
         "schedule" has the class "name", its counters "state" and its "schedulers", or is None. A tied weight appears
-        once.
+        once. At precision "fp16" there is a fifth, "scaler": what torch.amp.GradScaler.state_dict gives.
         """
         return self._run(self._calls.optimizer_state_dict())
 
@@ -175,6 +181,32 @@ class Model:
         out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
         """
         self._run(self._calls.load_optimizer_state_dict(state_dict))
+
+    def update(
+        self,
+        *,
+        lr: float | None = None,
+        optimizer: Optimizer | None = None,
+        trainable: Mapping[str, bool] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> ModelInfo:
+        """Change settings between two updates: all that are named, or on an error none. Returns the model's new info.
+
+        trainable: {name or glob of parameters: whether they are trained}, such as {"encoder.*": False}; a later entry
+            goes over an earlier one. What is frozen has no gradient, a held one included, and no update moves or decays
+            it; the optimizer keeps its state of it for when it is unfrozen. LBFGS alone begins anew. One that required
+            no gradient when the model was made can be unfrozen where the exported graphs give its true gradient.
+        optimizer: in place of the model's, its schedule too: both begin anew, as a new torch.optim optimizer does. To
+            change an option and keep the state, edit and load `optimizer_state_dict`.
+        lr: of all parameter groups, as setting group["lr"] of torch's optimizer. So a schedule goes on as torch's does:
+            one that multiplies the rate (StepLR, ExponentialLR, ...) goes on from `lr`; one that computes it
+            (OneCycleLR, CyclicLR, CosineAnnealingWarmRestarts) sets its own with its next step.
+        labels: in place of all labels.
+
+        Raises InvalidArgument: NO_MATCH with names that are near, PARAMETER_FROZEN for one that cannot be unfrozen,
+        NOTHING_TO_TRAIN, those of optimizers; FailedPrecondition (NO_OPTIMIZER) for an `lr` without an optimizer.
+        """
+        return self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue, Future
+from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
 from gradwire_proto.values import GradientResult, ModelInfo, StepResult
 
@@ -83,6 +84,16 @@ class ModelFutures:
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Future[None]:
         return self._submit(lambda: self._calls.load_optimizer_state_dict(state_dict))
+
+    def update(
+        self,
+        *,
+        lr: float | None = None,
+        optimizer: Optimizer | None = None,
+        trainable: Mapping[str, bool] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Future[ModelInfo]:
+        return self._submit(lambda: self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
 
     def info(self) -> Future[ModelInfo]:
         return self._submit(self._calls.info)

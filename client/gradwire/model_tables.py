@@ -29,6 +29,7 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "schedule": _schedule(info.optimizer.schedule) if info.optimizer and info.optimizer.schedule else None,
         "clip_grad_norm": info.clip_grad_norm,
         "clip_grad_value": info.clip_grad_value,
+        "precision": info.precision,
         "loss": _loss_name(info.loss),
         "sharding": info.sharding and {"mode": info.sharding.mode, "reason": info.sharding.reason},
         "labels": dict(info.labels),

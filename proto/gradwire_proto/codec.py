@@ -84,6 +84,7 @@ from gradwire_proto.encoding.tensor_codec import (
     encode_tensor,
     encode_value,
 )
+from gradwire_proto.encoding.update_codec import decode_model_update, encode_model_update
 
 __all__ = [
     "MAX_DEPTH",
@@ -103,6 +104,7 @@ __all__ = [
     "decode_max_inline_bytes",
     "decode_model_info",
     "decode_model_spec",
+    "decode_model_update",
     "decode_named_tensors",
     "decode_node",
     "decode_operators",
@@ -135,6 +137,7 @@ __all__ = [
     "encode_loss",
     "encode_model_info",
     "encode_model_spec",
+    "encode_model_update",
     "encode_named_tensors",
     "encode_node",
     "encode_operators",

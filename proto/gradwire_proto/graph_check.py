@@ -69,7 +69,7 @@ def check_tensors(tensors: Iterable[StateTensor], *, limits: Limits | None = Non
             total += prod(tensor.shape) * ITEM_SIZE[tensor.dtype]
             continue
         target = by_name.get(tensor.alias_of)
-        same = ("role", "dtype", "shape", "requires_grad")
+        same = ("role", "dtype", "shape", "requires_grad", "may_train")
         if target is None or target.alias_of is not None or any(getattr(target, k) != getattr(tensor, k) for k in same):
             raise malformed(
                 f"{field}[{index}].alias_of", f"{short(tensor.alias_of)} is no tensor of its own with the same type"

@@ -15,6 +15,8 @@ from gradwire_proto.values import (
     GradientQuery,
     GradientResult,
     Limits,
+    ModelInfo,
+    ModelUpdate,
     NamedTensors,
     StateTensor,
     StepResult,
@@ -108,6 +110,16 @@ class HostedModel:
             {"state": state},
             lambda values, _: self._workers.load_optimizer_state(values["state"]),
         )
+
+    async def update(self, update: ModelUpdate, call: Call) -> ModelInfo:
+        """Change settings, all of them or none; returns the model as it is after that."""
+
+        async def work(_: Any, __: int) -> ModelInfo:
+            trained = await self._workers.update(update) if update.concerns_ranks else None
+            self.description.updated(update, trained)
+            return self.description.info
+
+        return await self._command(call, None, work)
 
     async def add_variant(
         self,

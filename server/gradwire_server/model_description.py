@@ -10,7 +10,7 @@ from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.names import model_name
-from gradwire_proto.values import ModelInfo, ModelSpec, Sharding, StateTensor, Variant
+from gradwire_proto.values import ModelInfo, ModelSpec, ModelUpdate, OptimizerSpec, Sharding, StateTensor, Variant
 
 
 class ModelDescription:
@@ -40,6 +40,7 @@ class ModelDescription:
             variants=tuple(map(_without_graphs, spec.program.variants)),
             clip_grad_norm=spec.clip_grad_norm,
             clip_grad_value=spec.clip_grad_value,
+            precision=spec.precision,
         )
 
     @property
@@ -77,6 +78,19 @@ class ModelDescription:
         state = "failed" if self.has_failed and self._info.state == "ready" else self._info.state
         self._info = replace(self._info, state=state, last_error=str(error))
 
+    def updated(self, update: ModelUpdate, trained: Sequence[str] | None) -> None:
+        """Settings were changed. `trained`: names of the parameters that are trained now, None where none changed."""
+        info = self._info
+        optimizer = update.optimizer or info.optimizer
+        if optimizer is not None and update.lr is not None:
+            optimizer = _with_learning_rate(optimizer, update.lr)
+        tensors = info.tensors
+        if trained is not None:
+            names = frozenset(trained)
+            tensors = tuple(replace(each, requires_grad=(each.alias_of or each.name) in names) for each in tensors)
+        labels = info.labels if update.labels is None else update.labels
+        self._info = replace(info, optimizer=optimizer, tensors=tensors, labels=labels)
+
     def add_variant(self, variant: Variant, tensors: Sequence[StateTensor], operators: Mapping[str, str]) -> None:
         """The program has another variant, further constants, and names further operators."""
         self.operators.update(operators)
@@ -105,6 +119,14 @@ class ModelDescription:
 def deleted(name: str) -> FailedPrecondition:
     """The error of requests that come, or wait, while the model is deleted."""
     return FailedPrecondition(f"{name} is being deleted; nothing was applied", reason="MODEL_DELETED")
+
+
+def _with_learning_rate(optimizer: OptimizerSpec, lr: float) -> OptimizerSpec:
+    groups = (
+        replace(group, options={**group.options, "lr": lr}) if "lr" in group.options else group
+        for group in optimizer.groups
+    )
+    return replace(optimizer, options={**optimizer.options, "lr": lr}, groups=tuple(groups))
 
 
 def _count_parameters(tensors: Sequence[StateTensor]) -> int:

@@ -59,6 +59,10 @@ class Servicer:
         await self._models.delete(parse_model_name(request.name))
         return Empty()
 
+    async def UpdateModel(self, request: pb.UpdateModelRequest, call: Call) -> model_pb2.Model:
+        update = codec.decode_model_update(request, self._limits)
+        return codec.encode_model_info(await self._model(request.name).update(update, call))
+
     async def AddVariant(self, request: pb.AddVariantRequest, call: Call) -> model_pb2.Model:
         model = self._model(request.name)
         variant = await asyncio.to_thread(codec.decode_variant, request.variant)

@@ -13,6 +13,7 @@ from gradwire_proto.values import (
     GradientQuery,
     GradientResult,
     ModelSpec,
+    ModelUpdate,
     NamedTensors,
     Sharding,
     StateTensor,
@@ -57,6 +58,8 @@ class Workers(Protocol):
     async def optimizer_state(self) -> tuple[Value, int]: ...
 
     async def load_optimizer_state(self, state: Value) -> int: ...
+
+    async def update(self, update: ModelUpdate) -> tuple[str, ...]: ...
 
     async def add_variant(
         self,

@@ -34,7 +34,8 @@ PARAMETERS = {
     "connect": "target *token *tls *timeout",
     "launch": "workers storage *timeout *start_timeout **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
-    " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value",
+    " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
+    " *precision",
     "Client.get_model": "model_id",
     "Client.list_models": "",
     "Client.grad": "fn argnums has_aux",
@@ -50,6 +51,7 @@ PARAMETERS = {
     "Model.__call__": "inputs",
     "Model.state_dict": "",
     "Model.load_state_dict": "state_dict *partial",
+    "Model.update": "*lr *optimizer *trainable *labels",
     "Model.info": "",
     "Model.delete": "",
     "Model.optimizer_state_dict": "",
@@ -60,7 +62,7 @@ PARAMETERS = {
 }
 
 FIELDS = {
-    "StepResult": {"loss", "step", "num_examples", "grad_norm", "lr", "timing", "rank_rows"},
+    "StepResult": {"loss", "step", "num_examples", "grad_norm", "lr", "timing", "rank_rows", "skipped", "loss_scale"},
     "Timing": {"queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total"},
     "Sharding": {"mode", "reason"},
 }

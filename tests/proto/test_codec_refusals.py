@@ -224,6 +224,7 @@ def model_message(**fields: object) -> model_pb2.Model:
         ({"workers": -2}, "INTEGER_OUT_OF_RANGE", "model.workers"),
         ({"device": 9}, "ENUM_VALUE_UNKNOWN", "model.device"),
         ({"on_nan": 9}, "ENUM_VALUE_UNKNOWN", "model.on_nan"),
+        ({"precision": 9}, "ENUM_VALUE_UNKNOWN", "model.precision"),
         ({"gpus_per_worker": -1.0}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": float("nan")}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": 1.0, "device": model_pb2.DEVICE_CPU}, "GPUS_ON_CPU", "model.gpus_per_worker"),
@@ -328,6 +329,24 @@ def test_schedule_nested_too_deeply_is_refused_before_it_is_sent() -> None:
 def test_state_of_an_optimizer_must_be_there() -> None:
     error = refusal(lambda: codec.decode_optimizer_state(pb.LoadOptimizerStateRequest()))
     assert (error.reason, error.field) == ("FIELD_MISSING", "state")
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.UpdateModelRequest(name="models/m"), "NOTHING_TO_UPDATE", None),
+        (pb.UpdateModelRequest(learning_rate=-1.0), "NUMBER_OUT_OF_RANGE", "learning_rate"),
+        (pb.UpdateModelRequest(learning_rate=float("nan")), "NUMBER_OUT_OF_RANGE", "learning_rate"),
+        (pb.UpdateModelRequest(optimizer={}), "NAME_MISSING", "optimizer.name"),
+        (pb.UpdateModelRequest(trainable=[{"trainable": True}]), "NAME_MISSING", "trainable[0].pattern"),
+        (pb.UpdateModelRequest(trainable=[{"pattern": "*"}] * 1025), "TOO_MANY_PATTERNS", "trainable"),
+        (pb.UpdateModelRequest(labels={"labels": {"": "x"}}), "LABEL_TOO_LONG", 'labels.labels[""]'),
+        (pb.UpdateModelRequest(labels={"labels": {str(n): "" for n in range(65)}}), "TOO_MANY_LABELS", "labels.labels"),
+    ],
+)
+def test_update_out_of_bounds_is_refused(request_: pb.UpdateModelRequest, reason: str, field: str | None) -> None:
+    error = refusal(lambda: codec.decode_model_update(request_))
+    assert (error.reason, error.field) == (reason, field)
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])

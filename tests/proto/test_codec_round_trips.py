@@ -161,6 +161,7 @@ def state_tensors(draw: st.DrawFn, role: str | None = None) -> values.StateTenso
         shape=draw(SHAPES),
         requires_grad=can_require and draw(st.booleans()),
         alias_of=draw(st.none() | NAMES),
+        may_train=can_require and draw(st.booleans()),
     )
 
 
@@ -199,6 +200,14 @@ LIMITS = st.builds(
     values.Limits,
     **{name: FLOATS if name == "held_seconds" else COUNTS for name in values.Limits.__dataclass_fields__},
 )
+PRECISIONS = st.sampled_from(["fp32", "bf16", "fp16"])
+MODEL_UPDATES = st.builds(
+    values.ModelUpdate,
+    trainable=st.lists(st.tuples(NAMES, st.booleans()), max_size=3).map(tuple),
+    optimizer=st.none() | OPTIMIZERS,
+    lr=st.none() | st.floats(0, 10),
+    labels=st.none() | LABELS,
+).filter(lambda update: update != values.ModelUpdate())
 MODEL_SPECS = st.builds(
     values.ModelSpec,
     program=programs(),
@@ -213,6 +222,7 @@ MODEL_SPECS = st.builds(
     labels=LABELS,
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
+    precision=PRECISIONS,
 )
 MODEL_INFOS = st.builds(
     values.ModelInfo,
@@ -237,6 +247,7 @@ MODEL_INFOS = st.builds(
     rank_rows=ROWS,
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
+    precision=PRECISIONS,
 )
 STEP_RESULTS = st.builds(
     values.StepResult,
@@ -247,6 +258,8 @@ STEP_RESULTS = st.builds(
     lr=st.none() | FLOATS,
     timing=TIMINGS,
     rank_rows=ROWS,
+    skipped=st.booleans(),
+    loss_scale=st.none() | FLOATS,
 )
 GRADIENT_RESULTS = st.builds(
     values.GradientResult,
@@ -308,7 +321,7 @@ PAIRS = {
     "limits": LIMITS,
     "server_info": SERVER_INFOS,
 }
-SPECIAL = {"model_info", "named_tensors", "operators", "gradient_query"}
+SPECIAL = {"model_update", "model_info", "named_tensors", "operators", "gradient_query"}
 
 
 def through_the_wire(message: Message) -> Message:
@@ -368,6 +381,13 @@ def test_operators_keep_their_schemas(value: dict[str, str]) -> None:
 def test_gradient_query_tells_all_gradients_from_none(value: values.GradientQuery) -> None:
     request = codec.encode_gradient_query(value, pb.ComputeGradientsRequest())
     assert codec.decode_gradient_query(through_the_wire(request)) == value
+
+
+@EXAMPLES
+@given(value=MODEL_UPDATES)
+def test_model_update_tells_what_is_left_out_from_what_is_empty(value: values.ModelUpdate) -> None:
+    request = codec.encode_model_update(value, pb.UpdateModelRequest())
+    assert repr(codec.decode_model_update(through_the_wire(request))) == repr(value)
 
 
 def test_filling_a_field_in_place_gives_the_same_message() -> None:

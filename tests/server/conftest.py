@@ -28,6 +28,7 @@ from gradwire_proto.values import (
     GraphInput,
     LeafRef,
     ModelSpec,
+    ModelUpdate,
     Node,
     NodeRef,
     OptimizerSpec,
@@ -162,6 +163,10 @@ class FakeWorkers:
     async def load_optimizer_state(self, state: Any) -> int:
         await self._call("load_optimizer_state", read(state["state"]["w"]["momentum_buffer"]))
         return self.step
+
+    async def update(self, update: ModelUpdate) -> tuple[str, ...]:
+        await self._call("update", update)
+        return tuple(pattern for pattern, trainable in update.trainable if trainable)
 
     async def add_variant(self, variant: Variant, **parts: Any) -> None:
         await self._call("add_variant", variant.name)

@@ -16,7 +16,7 @@ from gradwire_proto.values import ModelSpec, OptimizerSpec, ParameterGroupSpec, 
 from gradwire_workers.optimizers import make_optimizer, optimizer_kind
 from gradwire_workers.schedules import make_schedule
 from gradwire_workers.training.first_step import TensorLike, first_states
-from gradwire_workers.training.updater import make_updater
+from gradwire_workers.training.updater_making import make_updater
 
 OPTIMIZERS = [
     *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon"),

@@ -36,6 +36,8 @@ def step_result(answers: Answers, rows: int) -> StepResult:
         lr=first["lr"],
         timing=_timing(answers),
         rank_rows=_rank_rows(answers),
+        skipped=first["skipped"],
+        loss_scale=first["loss_scale"],
     )
 
 

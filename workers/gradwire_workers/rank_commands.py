@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradwire_proto.codec import decode_model_spec, decode_program, decode_variant
+from gradwire_proto.codec import decode_model_spec, decode_optimizer, decode_program, decode_variant
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
 from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
@@ -70,6 +70,7 @@ class RankCommands:
             "load_state_dict": self._load_state_dict,
             "optimizer_state": self._optimizer_state,
             "load_optimizer_state": self._load_optimizer_state,
+            "update": self._update,
             "add_variant": self._add_variant,
             "compute_function": self._compute_function,
         }
@@ -196,6 +197,15 @@ class RankCommands:
     def _load_optimizer_state(self, fields: Fields) -> Fields:
         self._model.load_optimizer_state(to_nested(fields["state"]))
         return {"step": self._model.step}
+
+    def _update(self, fields: Fields) -> Fields:
+        optimizer = fields["optimizer"]
+        trained = self._model.update(
+            trainable=[(pattern, trainable) for pattern, trainable in fields["trainable"]],
+            optimizer=None if optimizer is None else decode_optimizer(model_pb2.Optimizer.FromString(bytes(optimizer))),
+            lr=fields["lr"],
+        )
+        return {"trained": trained}
 
     def _add_variant(self, fields: Fields) -> Fields:
         self._model.add_variant(

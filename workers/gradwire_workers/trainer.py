@@ -7,13 +7,15 @@ process on the whole batch; a command that fails on one rank changes nothing on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
+from gradwire_proto.values import GradientQuery, Limits, ModelSpec, OptimizerSpec, StateTensor, Variant
+from gradwire_workers.optimizers import check_learning_rate
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs.build import add_variant
 from gradwire_workers.shard import Shard
@@ -24,11 +26,14 @@ from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.gradient_reading import read_gradients
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.line_search import search
+from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
 from gradwire_workers.training.row_check import why_rows_depend
-from gradwire_workers.training.updater import Update, Updater, make_updater
+from gradwire_workers.training.trainable import set_trained, trained_parameters
+from gradwire_workers.training.updater import Update, Updater
+from gradwire_workers.training.updater_making import make_updater, updater_after
 
 
 class Trainer:
@@ -53,9 +58,11 @@ class Trainer:
         self._limits = limits or Limits()
         self._replica = Replica(spec, state, rank, torch.device(device), self._limits)
         self._program = self._replica.program
-        trainable = {name: each for name, each in self._program.parameters_by_name().items() if each.requires_grad}
+        self._spec = spec
+        trainable = trained_parameters(self._program)
         self._trainable = list(trainable.values())
-        self._updater = make_updater(spec, trainable, self._aliases())
+        self._loss_scale = LossScale() if spec.precision == "fp16" else None
+        self._updater = make_updater(spec, trainable, self._aliases(), self._loss_scale)
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
         self._held: list[Tensor | None] | None = None
@@ -105,6 +112,38 @@ class Trainer:
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
             return why_rows_depend(self._replica, variant_name, inputs)
 
+    def update(
+        self,
+        *,
+        trainable: Sequence[tuple[str, bool]] = (),
+        optimizer: OptimizerSpec | None = None,
+        lr: float | None = None,
+    ) -> list[str]:
+        """Change settings, all or none; every rank must get the same. Returns the names of the trained parameters.
+
+        What is frozen loses the gradient that is held of it, and keeps its optimizer's state until it is unfrozen.
+        """
+        check_learning_rate(lr)
+        trained = trained_parameters(self._program, trainable)
+        spec = self._spec if optimizer is None else replace(self._spec, optimizer=optimizer)
+        updater = updater_after(
+            self._updater, spec, trained, self._aliases(), self._loss_scale, anew=optimizer is not None
+        )
+        if lr is not None and updater is None:
+            self._checked_updater()
+        # From here on nothing fails.
+        held = dict(zip(self._trainable, self._held or (), strict=False))
+        set_trained(self._program.parameters_by_name(), trained)
+        self._spec, self._updater, self._trainable = spec, updater, list(trained.values())
+        if updater is not None:
+            updater.update_only(trained)
+            if lr is not None:
+                updater.set_learning_rate(lr)
+        self._held = None if self._held is None else [held.get(parameter) for parameter in self._trainable]
+        self._passes.drop()
+        self._passes = Passes(self._replica, self._trainable)
+        return list(trained)
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def train_step(self, shard: Shard, *, command: int, lr: float | None = None) -> StepReport:
@@ -119,10 +158,10 @@ class Trainer:
             clock.computed()
             return self._updated(update, clock, loss=loss, rows=shard.count)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             done = self._passes.summed(shard, command)
             buffers = self._passes.shared_buffers(shard)
-            loss = self._agreement.reach(self._groups, done.value, done.gradients)
+            loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))
             plan = updater.plan(loss)
         take(buffers)
         clock.computed(waited=done.waited)
@@ -134,16 +173,22 @@ class Trainer:
         clock = Clock(self._groups)
         self._replica.check_has_loss()
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             done = self._passes.local(shard, self._trainable, command, to_learn=True)
             before = self._held or [None] * len(self._trainable)
             held = [_sum(old, new) for old, new in zip(before, done.gradients, strict=True)]
             buffers = self._passes.shared_buffers(shard)
-            loss = self._agreement.reach(self._groups, done.value, done.gradients)
+            loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))
         take(buffers)
         self._held = held
-        lr = None if self._updater is None else self._updater.lr
-        return StepReport(loss=loss, step=self.step, rows=shard.count, lr=lr, seconds=clock.computed())
+        return StepReport(
+            loss=loss,
+            step=self.step,
+            rows=shard.count,
+            lr=None if self._updater is None else self._updater.lr,
+            seconds=clock.computed(),
+            loss_scale=self._reported_scale,
+        )
 
     def optimizer_step(self, gradients: Mapping[str, Tensor] | None = None, *, lr: float | None = None) -> StepReport:
         """Update with the held gradients, which stay held, or with these, by name, which every rank must get.
@@ -163,10 +208,10 @@ class Trainer:
         else:
             with Attempt(self._groups, ()):
                 chosen = self._held if self._groups is None else add_up(self._held, self._trainable, self._groups)
-                self._agreement.reach(self._groups, gradients=chosen)
+                self._agreement.reach(self._groups, gradients=self._judged(chosen))
                 plan = updater.plan()
         clock.computed()
-        update = updater.apply(chosen, lr=lr, plan=plan, keep=True)
+        update = updater.apply(chosen, lr=lr, plan=plan, keep=True, given=gradients is not None)
         return self._updated(update, clock, loss=None, rows=0)
 
     def zero_grad(self) -> None:
@@ -181,7 +226,7 @@ class Trainer:
         self._replica.check_has_loss()
         parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name(), self._aliases())
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
-            shard = self._replica.localise(shard)
+            shard = self._localised(shard)
             read = read_gradients(self._passes, shard, query, parameters, command)
             # Read only: it is for the caller to judge a loss that is not finite.
             loss = Agreement(refuses_nan=False).reach(self._groups, read.value)
@@ -242,11 +287,31 @@ class Trainer:
         return self._updater
 
     def _updated(self, update: Update, clock: Clock, *, loss: float | None, rows: int) -> StepReport:
-        self.step += 1
+        self.step += not update.skipped
         seconds = clock.updated()
         return StepReport(
-            loss=loss, step=self.step, rows=rows, lr=update.lr, grad_norm=update.grad_norm, seconds=seconds
+            loss=loss,
+            step=self.step,
+            rows=rows,
+            lr=update.lr,
+            grad_norm=update.grad_norm,
+            seconds=seconds,
+            skipped=update.skipped,
+            loss_scale=self._reported_scale,
         )
+
+    def _localised(self, shard: Shard) -> Shard:
+        """The shard on this rank's device, for a backward that starts with the loss scale of now."""
+        self._replica.scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        return self._replica.localise(shard)
+
+    def _judged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Those that must be finite where the model refuses others: none where a loss scale is still to be found."""
+        return gradients if self._loss_scale is None else ()
+
+    @property
+    def _reported_scale(self) -> float | None:
+        return None if self._loss_scale is None or self._updater is None else self._loss_scale.value
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

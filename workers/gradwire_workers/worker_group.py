@@ -13,13 +13,14 @@ from dataclasses import asdict
 from typing import Any
 
 from gradwire_proto.batch_check import check_batch, flatten, select_variant
-from gradwire_proto.codec import encode_variant
+from gradwire_proto.codec import encode_optimizer, encode_variant
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, RankLost
 from gradwire_proto.values import (
     Batch,
     ForwardResult,
     GradientQuery,
     GradientResult,
+    ModelUpdate,
     NamedTensors,
     Sharding,
     StateTensor,
@@ -199,6 +200,13 @@ class WorkerGroup:
         """Replaces the state of the optimizer and its schedule on every rank. Returns the updates applied so far."""
         answers = await self._ranks.call("load_optimizer_state", [{"state": state}] * self.workers)
         return answers.fields[0]["step"]
+
+    async def update(self, update: ModelUpdate) -> tuple[str, ...]:
+        """Changes settings on every rank. Returns the names of the parameters that are trained from here on."""
+        optimizer = None if update.optimizer is None else encode_optimizer(update.optimizer).SerializeToString()
+        fields = {"trainable": list(update.trainable), "optimizer": optimizer, "lr": update.lr}
+        answers = await self._ranks.call("update", [fields] * self.workers)
+        return tuple(answers.fields[0]["trained"])
 
     async def add_variant(
         self,

@@ -24,7 +24,7 @@ from gradwire.exporting.function_rules import (
     refuse_results,
     refused,
 )
-from gradwire.exporting.tracing_modes import ambient_autocast_off
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import GradwireError
 
 aten = torch.ops.aten
@@ -137,7 +137,7 @@ class _Joint:
             gradients.append(torch.empty(head.shape, dtype=head.dtype, device=head.device))
             self.gradient_nodes.append(list(graph.nodes)[-1].name)
         leaves = [inputs[index] for index in self.differentiable_inputs]
-        with ambient_autocast_off():
+        with autocast("fp32"):
             found = torch.autograd.grad(heads, leaves, gradients, allow_unused=True)
         return [*self.results, *found]
 

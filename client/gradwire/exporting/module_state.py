@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,6 +30,29 @@ class ModuleState:
     def trainable(self) -> dict[str, Tensor]:
         """The live parameters that require gradients, without aliases."""
         return {each.name: self.by_name[each.name] for each in self.tensors if each.requires_grad and not each.alias_of}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The live parameters that require no gradients, and could: without aliases."""
+        return {
+            each.name: self.by_name[each.name]
+            for each in self.tensors
+            if each.role == "parameter"
+            and not (each.requires_grad or each.alias_of)
+            and (self.by_name[each.name].is_floating_point() or self.by_name[each.name].is_complex())
+        }
+
+
+@contextmanager
+def thawed(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, these frozen parameters require gradients."""
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
 
 
 def describe_state(module: nn.Module) -> ModuleState:

@@ -14,7 +14,7 @@ from gradwire.exporting.example import Example
 from gradwire.exporting.graph_run import GraphRun
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.tracing import quiet
-from gradwire.exporting.tracing_modes import ambient_autocast_off
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import GradwireError
 
 _TOO_FEW = "Expected more than 1 value per channel"
@@ -37,6 +37,7 @@ class OtherRows:
     trainable: dict[str, Tensor]
     buffers: Callable[[], Mapping[str, Tensor]]
     devices: frozenset[int]
+    precision: str
     rewound: Callable[[], AbstractContextManager[None]]
 
     def smallest(self, example: Example) -> int:
@@ -55,7 +56,7 @@ class OtherRows:
         if check.has_functions and not self._gradients_agree(example, check):
             return False
         results = []
-        with torch.no_grad(), quiet(), ambient_autocast_off():
+        with torch.no_grad(), quiet(), autocast(self.precision):
             for forward in (self.eager(example), check.forward):
                 seed(self.devices)
                 with self.rewound():
@@ -77,7 +78,12 @@ class OtherRows:
                 with self.rewound():
                     runs.append(
                         safety_net.run(
-                            forward, example.inputs, self.trainable, subject=subject, differentiate_leaves=False
+                            forward,
+                            example.inputs,
+                            self.trainable,
+                            subject=subject,
+                            differentiate_leaves=False,
+                            precision=self.precision,
                         )
                     )
             safety_net.compare(*runs)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from gradwire.exporting.random_state import cuda_devices, python_random_refused, seed
 from gradwire.exporting.tracing import quiet, quote
-from gradwire.exporting.tracing_modes import ambient_autocast_off
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _SMALL = 1e-3
+
+_HALF = {"bf16": _TOLERANCE[torch.bfloat16], "fp16": _TOLERANCE[torch.float16]}
 
 Forward = Callable[[Sequence[Any]], tuple[list[Any], Tensor | None]]
 """Input leaves -> (flat outputs, loss)."""
@@ -27,12 +29,15 @@ Forward = Callable[[Sequence[Any]], tuple[list[Any], Tensor | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run gave: outputs, loss, gradients by the name of what they belong to, and the buffers after it."""
+    """What one run gave: outputs, loss, gradients by the name of what they belong to, and the buffers after it.
+
+    precision: at which it was computed."""
 
     outputs: list[Any]
     loss: Tensor | None
     gradients: dict[str, Tensor | None]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    precision: str = "fp32"
 
 
 def run(
@@ -44,24 +49,26 @@ def run(
     differentiate: bool = True,
     differentiate_leaves: bool = True,
     buffers: Callable[[], Mapping[str, Tensor]] = dict,
+    precision: str = "fp32",
 ) -> Run:
     """Run forward and backward from seed 0. What the user's code raises becomes ExportError EXAMPLE_FAILED.
 
     differentiate: False for the forward alone. differentiate_leaves: whether to give the leaves gradients as well.
-    buffers: gives the values of the buffers, and is asked after the run.
+    buffers: gives the values of the buffers, and is asked after the run. precision: the forward's.
     """
     seed(cuda_devices((*leaves, *parameters.values())))
     try:
-        with quiet(), torch.set_grad_enabled(differentiate), ambient_autocast_off(), python_random_refused(subject):
+        with quiet(), torch.set_grad_enabled(differentiate), autocast("fp32"), python_random_refused(subject):
             sources = [_source(leaf, differentiate_leaves) for leaf in leaves]
             # A copy that is no leaf of autograd: the module may change its inputs in place.
-            outputs, loss = forward([_copy(source) for source in sources])
+            with autocast(precision):
+                outputs, loss = forward([_copy(source) for source in sources])
             watched = dict(parameters)
             watched |= {f"inputs, leaf {i}": s for i, s in enumerate(sources) if _has_gradient(s)}
             gradients = _gradients(outputs, loss, watched)
             # Copies: an output may be a buffer itself, which is about to be put back.
             outputs = [output.detach().clone() if isinstance(output, Tensor) else output for output in outputs]
-            return Run(outputs=outputs, loss=loss, gradients=gradients, buffers=buffers())
+            return Run(outputs=outputs, loss=loss, gradients=gradients, buffers=buffers(), precision=precision)
     except GradwireError:
         raise
     except Exception as error:
@@ -75,22 +82,35 @@ def compare(eager: Run, graph: Run, before: Mapping[str, Tensor] | None = None) 
 
     before: the buffers from which both runs started.
     """
+    half = _HALF.get(eager.precision, 0.0)
     if len(eager.outputs) != len(graph.outputs):
         raise _mismatch(f"it returns {len(graph.outputs)} values instead of {len(eager.outputs)}")
     for index, (ours, theirs) in enumerate(zip(eager.outputs, graph.outputs, strict=True)):
-        if not _same(ours, theirs, _SMALL):
+        if not _same(ours, theirs, _SMALL, half):
             raise _mismatch(f"output {index} differs")
-    if not _same(eager.loss, graph.loss, _SMALL):
+    if not _same(eager.loss, graph.loss, _SMALL, half):
         raise _mismatch(
             "the loss differs. A loss sees the outputs and targets alone, not what a forward keeps in attributes"
         )
     everything = _norm([g for g in eager.gradients.values() if g is not None])
     for name, ours in eager.gradients.items():
-        if not _same(ours, graph.gradients[name], _SMALL * everything):
+        if not _same(ours, graph.gradients[name], _SMALL * everything, half):
             raise _mismatch(f"the gradient of {name} differs{_by(ours, graph.gradients[name])}", field=name)
     for name, ours in eager.buffers.items():
-        if not _same_move((before or {}).get(name), ours, graph.buffers.get(name)):
+        if not _same_move((before or {}).get(name), ours, graph.buffers.get(name), half):
             raise _mismatch(f"buffer {name!r} is another one after the forward", field=name)
+
+
+def same_gradients(eager: Run, graph: Run) -> frozenset[str]:
+    """The names of what has the same gradient in both runs; none where these differ in an output or in the loss."""
+    half = _HALF.get(eager.precision, 0.0)
+    if not all(
+        _same(ours, theirs, _SMALL, half)
+        for ours, theirs in zip([eager.loss, *eager.outputs], [graph.loss, *graph.outputs], strict=True)
+    ):
+        return frozenset()
+    floor = _SMALL * _norm([g for g in eager.gradients.values() if g is not None])
+    return frozenset(name for name, ours in eager.gradients.items() if _same(ours, graph.gradients[name], floor, half))
 
 
 def _source(leaf: Any, differentiable: bool) -> Any:
@@ -134,7 +154,7 @@ def _gradients(outputs: list[Any], loss: Tensor | None, watched: dict[str, Tenso
     return dict(zip(watched, gradients, strict=True))
 
 
-def _same(ours: Any, theirs: Any, floor: float) -> bool:
+def _same(ours: Any, theirs: Any, floor: float, half: float = 0.0) -> bool:
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         if type(ours) is not type(theirs):
             return False
@@ -151,12 +171,12 @@ def _same(ours: Any, theirs: Any, floor: float) -> bool:
     if not torch.equal(finite, torch.isfinite(theirs)):
         return False
     difference = _norm([(ours - theirs)[finite]])
-    return difference <= _TOLERANCE.get(ours.dtype, 1e-4) * max(_norm([ours[finite]]), floor)
+    return difference <= max(_TOLERANCE.get(ours.dtype, 1e-4), half) * max(_norm([ours[finite]]), floor)
 
 
-def _same_move(before: Tensor | None, ours: Tensor, theirs: Tensor | None) -> bool:
+def _same_move(before: Tensor | None, ours: Tensor, theirs: Tensor | None, half: float) -> bool:
     """Whether two runs moved a buffer alike: a move may be small beside the buffer, such as that of slow averages."""
-    if not _same(ours, theirs, _SMALL):
+    if not _same(ours, theirs, _SMALL, half):
         return False
     if before is None or theirs is None or not (ours.is_floating_point() or ours.is_complex()):
         return True
@@ -164,7 +184,7 @@ def _same_move(before: Tensor | None, ours: Tensor, theirs: Tensor | None) -> bo
     rounding = 8 * torch.finfo(ours.dtype).eps * _norm([ours[finite]])
     move = _norm([(ours - before)[finite]]) if before.shape == ours.shape else 0.0
     difference = _norm([(ours - theirs)[finite]])
-    return difference <= max(_TOLERANCE.get(ours.dtype, 1e-4) * move, rounding)
+    return difference <= max(max(_TOLERANCE.get(ours.dtype, 1e-4), half) * move, rounding)
 
 
 def _norm(tensors: list[Tensor]) -> float:

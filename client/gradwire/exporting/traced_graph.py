@@ -101,20 +101,23 @@ def trace_graph(
     subject: str,
     trained: Mapping[str, Tensor] | None = None,
     restore: Callable[[], None] = lambda: None,
+    precision: str = "fp32",
 ) -> TracedGraph:
     """Export `function` of tensors, which runs `module`.
 
     leaves: for each tensor what it is bound to, an example of it, and whether its dimension 0 may vary.
     state: the module's tensors by name; tensors that are not in it become constants.
     subject: what errors call the function. trained: tensors by name that must not become constants. restore: puts the
-    module back as it was, where it has to be run once more.
+    module back as it was, where it has to be run once more. precision: at which it will run.
     """
     examples = [tensor.detach().clone() for _, tensor, _ in leaves]
     differentiable = [
         binding.kind != "target" and (tensor.is_floating_point() or tensor.is_complex())
         for binding, tensor, _ in leaves
     ]
-    exported = trace(function, module, examples, [has_rows for _, _, has_rows in leaves], differentiable, restore)
+    exported = trace(
+        function, module, examples, [has_rows for _, _, has_rows in leaves], differentiable, restore, precision
+    )
     _refuse_torch_func(exported.graph_module, subject)
     clean(exported.graph_module)
     bindings, bound = _bind(exported, [binding for binding, _, _ in leaves], state, constants)

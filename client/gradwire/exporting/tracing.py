@@ -23,7 +23,7 @@ from gradwire.exporting.custom_functions import Capture, LeavesUnknown
 from gradwire.exporting.function_rules import needs_values
 from gradwire.exporting.function_trace import FunctionFailed
 from gradwire.exporting.traced_inputs import PREFIX, keep_old_values, without_copies
-from gradwire.exporting.tracing_modes import ambient_autocast_off
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -80,18 +80,20 @@ def trace(
     rows: Sequence[bool],
     differentiable: Sequence[bool],
     restore: Callable[[], None],
+    precision: str,
 ) -> ExportedProgram:
     """The graph of `function`, which takes `tensors` and runs `module`.
 
     rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. differentiable: whether it may need
-    a gradient. restore: puts the module back as it was, for another try. Raises whatever torch.export does.
+    a gradient. restore: puts the module back as it was, for another try. precision: under whose autocast it runs, so
+    that the code reads the types that it will see. Raises whatever torch.export does.
     """
     try:
-        return _export(function, module, tensors, rows, Capture(leaves_known=False))
+        return _export(function, module, tensors, rows, Capture(leaves_known=False), precision)
     except LeavesUnknown:
         restore()
     examples = [tensor.requires_grad_(needs) for tensor, needs in zip(tensors, differentiable, strict=True)]
-    return _export(function, module, examples, rows, Capture(leaves_known=True))
+    return _export(function, module, examples, rows, Capture(leaves_known=True), precision)
 
 
 def _export(
@@ -100,12 +102,13 @@ def _export(
     tensors: Sequence[Tensor],
     rows: Sequence[bool],
     capture: Capture,
+    precision: str,
 ) -> ExportedProgram:
     symbol = Dim("rows")
     shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (shapes,) if any(rows) else None
-    with quiet(), capture.active(), torch.enable_grad(), ambient_autocast_off(), open_len():
+    with quiet(), capture.active(), torch.enable_grad(), autocast(precision), open_len():
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
     if any(tensor.requires_grad for tensor in tensors):

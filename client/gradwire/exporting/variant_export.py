@@ -15,14 +15,14 @@ from gradwire.exporting.example import Example
 from gradwire.exporting.graph_run import GraphRun, as_scalar
 from gradwire.exporting.loss_mapping import Loss
 from gradwire.exporting.module_snapshot import Snapshot, rewound
-from gradwire.exporting.module_state import ModuleState, buffer_values
+from gradwire.exporting.module_state import ModuleState, buffer_values, thawed
 from gradwire.exporting.other_rows import OtherRows
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.exporting.tracing import explain, quiet
-from gradwire.exporting.tracing_modes import ambient_autocast_off
 from gradwire.user_values import call_with
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
 from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
 
@@ -33,7 +33,8 @@ class Finished:
 
     loss_leaf: the output that is the loss, where the module returns it. outputs: what the module gave on the example.
     changing: the module's tensors that a forward changes. devices: the CUDA devices that it uses.
-    left: the attributes that a forward changes, on which nothing depends.
+    left: the attributes that a forward changes, on which nothing depends. may_train: the frozen parameters whose
+    gradient the graph gives all the same.
     """
 
     variant: Variant
@@ -47,11 +48,13 @@ class Finished:
     changing: tuple[Tensor, ...]
     devices: frozenset[int]
     left: frozenset[str]
+    precision: str
+    may_train: frozenset[str]
 
     def agrees_with(self, module: nn.Module) -> bool:
         """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
         seed(self.devices)
-        with torch.no_grad(), quiet(), ambient_autocast_off(), rewound(self.changing):
+        with torch.no_grad(), quiet(), autocast(self.precision), rewound(self.changing):
             inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.example.inputs]
             tree, outputs = OutputTree.of(call_with(module, self.example.input_structure, inputs))
         return tree.structure == self.output_tree.structure and safety_net.agree(self.outputs, outputs)
@@ -62,7 +65,7 @@ class VariantExport:
     """Exports the module in the mode in which it is. The caller preserves it.
 
     loss: None where there is none, or the batch brings no targets for it. constants: those that the program has.
-    snapshot: the module and the loss, as they are before each run.
+    snapshot: the module and the loss, as they are before each run. precision: at which the variant will run.
     """
 
     module: nn.Module
@@ -72,6 +75,7 @@ class VariantExport:
     name: str
     constants: Mapping[str, Tensor]
     snapshot: Snapshot
+    precision: str
 
     def finish(self, example: Example) -> Finished:
         """The variant, with the rows left open where the module lets them vary."""
@@ -105,7 +109,9 @@ class VariantExport:
         """Raise EXAMPLE_FAILED if the module itself fails on the example."""
         with self._rewound(self.state.by_name.values()):
             forward = self._eager(example, [])
-            safety_net.run(forward, example.inputs, {}, subject="the module", differentiate=False)
+            safety_net.run(
+                forward, example.inputs, {}, subject="the module", differentiate=False, precision=self.precision
+            )
 
     @contextmanager
     def _rewound(self, tensors: Iterable[Tensor]) -> Iterator[None]:
@@ -143,6 +149,7 @@ class VariantExport:
                 operators=operators,
                 subject="the forward",
                 restore=self.snapshot.restore,
+                precision=self.precision,
             )
         tree = trees[-1]
         changing = [self.state.by_name[name] for name in graph.written]
@@ -166,6 +173,7 @@ class VariantExport:
             trainable=self.state.trainable,
             buffers=self._buffers,
             devices=self.snapshot.devices,
+            precision=self.precision,
             rewound=lambda: self._rewound(changing),
         )
         return Finished(
@@ -193,7 +201,37 @@ class VariantExport:
             changing=tuple(changing),
             devices=self.snapshot.devices,
             left=left,
+            precision=self.precision,
+            may_train=self._may_train(check, changing),
         )
+
+    def _may_train(self, check: GraphRun, changing: list[Tensor]) -> frozenset[str]:
+        """The frozen parameters whose gradient is the graph's too, once they are unfrozen.
+
+        A graph need not give it: a function that brings its own backward is traced for what needed gradients then.
+        """
+        frozen = self.state.frozen
+        if not frozen:
+            return frozenset()
+        runs = []
+        try:
+            with thawed(frozen):
+                for forward in (self._eager(check.example, []), check.forward):
+                    with self._rewound(changing):
+                        runs.append(
+                            safety_net.run(
+                                forward,
+                                check.example.inputs,
+                                {**self.state.trainable, **frozen},
+                                subject="the module with its frozen parameters unfrozen",
+                                differentiate_leaves=False,
+                                precision=self.precision,
+                            )
+                        )
+        except GradwireError:
+            # It cannot even be run so; as it is, it can.
+            return frozenset()
+        return safety_net.same_gradients(*runs) & frozen.keys()
 
     def _buffers(self) -> Mapping[str, Tensor]:
         return buffer_values(self.module)
@@ -220,6 +258,7 @@ class VariantExport:
                 subject="the exported graph",
                 differentiate_leaves=differentiate_leaves,
                 buffers=self._buffers,
+                precision=self.precision,
             )
 
     def _run_watched(
@@ -236,6 +275,7 @@ class VariantExport:
                     subject="the module",
                     differentiate_leaves=differentiate_leaves,
                     buffers=self._buffers,
+                    precision=self.precision,
                 )
 
         with self._rewound(()):
@@ -304,6 +344,7 @@ class VariantExport:
                 subject="the loss",
                 trained=self._trained(graph),
                 restore=self.snapshot.restore,
+                precision=self.precision,
             )
         except GradwireError:
             raise

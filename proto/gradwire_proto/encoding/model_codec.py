@@ -7,7 +7,7 @@ from math import floor
 
 from google.rpc import code_pb2, status_pb2
 
-from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, SHARDING_MODES
+from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, PRECISIONS, SHARDING_MODES
 from gradwire_proto.encoding.optimizer_codec import decode_clip, decode_optimizer, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_program,
@@ -99,6 +99,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     message.require_sharding = value.require_sharding
     message.labels.update(value.labels)
     _encode_clips(value, message)
+    message.precision = PRECISIONS.number(value.precision, f"{field}.precision")  # pyright: ignore[reportAttributeAccessIssue]
     return message
 
 
@@ -122,9 +123,10 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         seed=message.seed,
         on_nan=ON_NAN.word(message.on_nan, f"{field}.on_nan"),
         require_sharding=message.require_sharding,
-        labels=_decode_labels(message.labels, f"{field}.labels"),
+        labels=decode_labels(message.labels, f"{field}.labels"),
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
+        precision=PRECISIONS.word(message.precision, f"{field}.precision"),
     )
 
 
@@ -150,7 +152,7 @@ def _decode_gpus(gpus: float, device: str, field: str) -> float:
     return gpus
 
 
-def _decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
+def decode_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, str]:
     """The labels of a message: at most 64, keys and values of at most 63 characters."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(
@@ -197,6 +199,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
         encode_variant(variant, message.variants.add())
     message.rank_rows.extend(value.rank_rows)
     _encode_clips(value, message)
+    message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
     return message
 
 
@@ -229,4 +232,5 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         rank_rows=tuple(message.rank_rows),
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
+        precision=PRECISIONS.word(message.precision, f"{field}.precision"),
     )

@@ -62,6 +62,7 @@ def encode_state_tensor(value: StateTensor, into: pb.StateTensor | None = None) 
     message.shape.extend(value.shape)
     message.requires_grad = value.requires_grad
     message.alias_of = value.alias_of or ""
+    message.may_train = value.may_train
     return message
 
 
@@ -69,12 +70,14 @@ def decode_state_tensor(message: pb.StateTensor, field: str = "tensor", limits: 
     """The description of a tensor of a program. Only parameters of floating-point or complex type require gradients."""
     dtype, shape = decode_tensor_type(message.dtype, message.shape, field, limits)
     role = TENSOR_ROLES.word(message.role, f"{field}.role")
-    if message.requires_grad and not (role == "parameter" and dtype.startswith(("float", "bfloat", "complex"))):
-        raise InvalidArgument(
-            f"only parameters of floating-point or complex type require gradients, not a {role} of {dtype}",
-            field=f"{field}.requires_grad",
-            reason="GRADIENT_NOT_POSSIBLE",
-        )
+    differentiable = role == "parameter" and dtype.startswith(("float", "bfloat", "complex"))
+    for name in ("requires_grad", "may_train"):
+        if getattr(message, name) and not differentiable:
+            raise InvalidArgument(
+                f"only parameters of floating-point or complex type require gradients, not a {role} of {dtype}",
+                field=f"{field}.{name}",
+                reason="GRADIENT_NOT_POSSIBLE",
+            )
     return StateTensor(
         name=check_name(message.name, f"{field}.name"),
         role=role,
@@ -82,6 +85,7 @@ def decode_state_tensor(message: pb.StateTensor, field: str = "tensor", limits: 
         shape=shape,
         requires_grad=message.requires_grad,
         alias_of=message.alias_of or None,
+        may_train=message.may_train,
     )
 
 

@@ -41,6 +41,9 @@ def encode_step_result(value: StepResult, into: pb.StepResult | None = None) -> 
         message.learning_rate = value.lr
     encode_timing(value.timing, message.timing)
     message.rank_rows.extend(value.rank_rows)
+    message.skipped = value.skipped
+    if value.loss_scale is not None:
+        message.loss_scale = value.loss_scale
     return message
 
 
@@ -54,6 +57,8 @@ def decode_step_result(message: pb.StepResult) -> StepResult:
         lr=message.learning_rate if message.HasField("learning_rate") else None,
         timing=decode_timing(message.timing),
         rank_rows=tuple(message.rank_rows),
+        skipped=message.skipped,
+        loss_scale=message.loss_scale if message.HasField("loss_scale") else None,
     )
 
 

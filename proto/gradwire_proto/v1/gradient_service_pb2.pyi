@@ -259,6 +259,43 @@ class LoadStateDictResponse(_message.Message):
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
 
+class UpdateModelRequest(_message.Message):
+    __slots__ = ("name", "trainable", "optimizer", "learning_rate", "labels", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    trainable: _containers.RepeatedCompositeFieldContainer[Trainable]
+    optimizer: _model_pb2.Optimizer
+    learning_rate: float
+    labels: Labels
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., trainable: _Optional[_Iterable[_Union[Trainable, _Mapping]]] = ..., optimizer: _Optional[_Union[_model_pb2.Optimizer, _Mapping]] = ..., learning_rate: _Optional[float] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Trainable(_message.Message):
+    __slots__ = ("pattern", "trainable")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_FIELD_NUMBER: _ClassVar[int]
+    pattern: str
+    trainable: bool
+    def __init__(self, pattern: _Optional[str] = ..., trainable: bool = ...) -> None: ...
+
+class Labels(_message.Message):
+    __slots__ = ("labels",)
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class GetOptimizerStateRequest(_message.Message):
     __slots__ = ("name", "max_inline_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]

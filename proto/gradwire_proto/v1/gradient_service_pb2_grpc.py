@@ -115,6 +115,11 @@ class GradientServiceStub(object):
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.FromString,
                 _registered_method=True)
+        self.UpdateModel = channel.unary_unary(
+                '/gradwire.v1.GradientService/UpdateModel',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.UpdateModelRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_model__pb2.Model.FromString,
+                _registered_method=True)
         self.GetCommand = channel.unary_unary(
                 '/gradwire.v1.GradientService/GetCommand',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCommandRequest.SerializeToString,
@@ -249,6 +254,13 @@ class GradientServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateModel(self, request, context):
+        """Changes settings of a model between two updates: all that the request names, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCommand(self, request, context):
         """Tells what became of a command whose answer was lost.
         """
@@ -354,6 +366,11 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.LoadOptimizerState,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.SerializeToString,
+            ),
+            'UpdateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateModel,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.UpdateModelRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_model__pb2.Model.SerializeToString,
             ),
             'GetCommand': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCommand,
@@ -785,6 +802,33 @@ class GradientService(object):
             '/gradwire.v1.GradientService/LoadOptimizerState',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.LoadOptimizerStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/UpdateModel',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.UpdateModelRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_model__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

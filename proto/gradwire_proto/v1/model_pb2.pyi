@@ -33,6 +33,13 @@ class OnNan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ON_NAN_REPORT: _ClassVar[OnNan]
     ON_NAN_REFUSE: _ClassVar[OnNan]
 
+class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRECISION_UNSPECIFIED: _ClassVar[Precision]
+    PRECISION_FP32: _ClassVar[Precision]
+    PRECISION_BF16: _ClassVar[Precision]
+    PRECISION_FP16: _ClassVar[Precision]
+
 class Device(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DEVICE_UNSPECIFIED: _ClassVar[Device]
@@ -56,6 +63,10 @@ SHARDING_MODE_WHOLE: ShardingMode
 ON_NAN_UNSPECIFIED: OnNan
 ON_NAN_REPORT: OnNan
 ON_NAN_REFUSE: OnNan
+PRECISION_UNSPECIFIED: Precision
+PRECISION_FP32: Precision
+PRECISION_BF16: Precision
+PRECISION_FP16: Precision
 DEVICE_UNSPECIFIED: Device
 DEVICE_CPU: Device
 DEVICE_CUDA: Device
@@ -131,7 +142,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "precision", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +163,7 @@ class Model(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_VALUE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SHARDING_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +186,7 @@ class Model(_message.Message):
     labels: _containers.ScalarMap[str, str]
     clip_grad_norm: float
     clip_grad_value: float
+    precision: Precision
     state: ModelState
     step: int
     sharding: Sharding
@@ -183,7 +196,7 @@ class Model(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[_program_pb2.StateTensor]
     variants: _containers.RepeatedCompositeFieldContainer[_program_pb2.Variant]
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")
@@ -204,7 +217,7 @@ class Timing(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., transfer: _Optional[float] = ..., compute: _Optional[float] = ..., all_reduce: _Optional[float] = ..., optimizer: _Optional[float] = ..., recovery: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("loss", "step", "num_examples", "grad_norm", "learning_rate", "timing", "rank_rows")
+    __slots__ = ("loss", "step", "num_examples", "grad_norm", "learning_rate", "timing", "rank_rows", "skipped", "loss_scale")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +225,8 @@ class StepResult(_message.Message):
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     loss: float
     step: int
     num_examples: int
@@ -219,7 +234,9 @@ class StepResult(_message.Message):
     learning_rate: float
     timing: Timing
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    skipped: bool
+    loss_scale: float
+    def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., skipped: bool = ..., loss_scale: _Optional[float] = ...) -> None: ...
 
 class Command(_message.Message):
     __slots__ = ("name", "state", "error")

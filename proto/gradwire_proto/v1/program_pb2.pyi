@@ -61,20 +61,22 @@ class GraphProgram(_message.Message):
     def __init__(self, torch_version: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[Variant, _Mapping]]] = ..., operators: _Optional[_Iterable[_Union[OperatorSchema, _Mapping]]] = ...) -> None: ...
 
 class StateTensor(_message.Message):
-    __slots__ = ("name", "role", "dtype", "shape", "requires_grad", "alias_of")
+    __slots__ = ("name", "role", "dtype", "shape", "requires_grad", "alias_of", "may_train")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     REQUIRES_GRAD_FIELD_NUMBER: _ClassVar[int]
     ALIAS_OF_FIELD_NUMBER: _ClassVar[int]
+    MAY_TRAIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: TensorRole
     dtype: _tensor_pb2.DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     requires_grad: bool
     alias_of: str
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[TensorRole, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., requires_grad: bool = ..., alias_of: _Optional[str] = ...) -> None: ...
+    may_train: bool
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[TensorRole, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., requires_grad: bool = ..., alias_of: _Optional[str] = ..., may_train: bool = ...) -> None: ...
 
 class OperatorSchema(_message.Message):
     __slots__ = ("operator", "schema")

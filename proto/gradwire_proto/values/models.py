@@ -71,6 +71,7 @@ class ModelSpec:
     """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse".
 
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
+    `precision`: "fp32", "bf16" or "fp16", what forward and loss compute in.
     """
 
     program: Program
@@ -85,6 +86,26 @@ class ModelSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUpdate:
+    """Settings of a model to be changed between two updates; what is None stays as it is.
+
+    `trainable`: (a name or glob, whether what it matches is trained), a later one over an earlier one. `optimizer`: in
+    place of the model's, begun anew. `lr`: of all parameter groups. `labels`: in place of all.
+    """
+
+    trainable: tuple[tuple[str, bool], ...] = ()
+    optimizer: OptimizerSpec | None = None
+    lr: float | None = None
+    labels: Mapping[str, str] | None = None
+
+    @property
+    def concerns_ranks(self) -> bool:
+        """Whether there is more in it than labels."""
+        return bool(self.trainable) or self.optimizer is not None or self.lr is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +143,7 @@ class ModelInfo:
     rank_rows: tuple[int, ...] = ()
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

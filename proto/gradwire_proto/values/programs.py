@@ -185,7 +185,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateTensor:
-    """One tensor of a program. `role`: "parameter", "buffer", "temporary_buffer" or "constant"."""
+    """One tensor of a program. `role`: "parameter", "buffer", "temporary_buffer" or "constant".
+
+    `may_train`: the graphs give the gradient of a parameter that requires none for now, so that it can be unfrozen.
+    """
 
     name: str
     role: str
@@ -193,6 +196,7 @@ class StateTensor:
     shape: tuple[int, ...]
     requires_grad: bool = False
     alias_of: str | None = None
+    may_train: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,9 @@ class StepResult:
     """What a training command answers. `loss` is the loss over the whole batch; None where none was computed.
 
     `lr`: the first parameter group's, of the update, or of the next one where there was none. `grad_norm`: of all
-    gradients together, before they were clipped; None where the model does not clip.
+    gradients together, before they were clipped; None where the model does not clip. `skipped`: gradients
+    overflowed, so that no update was made; only at precision "fp16". `loss_scale`: what the loss is scaled by from here
+    on, as torch.amp.GradScaler does; None at other precisions, and where there is no optimizer.
     """
 
     loss: float | None
@@ -47,6 +49,8 @@ class StepResult:
     lr: float | None = None
     timing: Timing = Timing()
     rank_rows: tuple[int, ...] = ()
+    skipped: bool = False
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

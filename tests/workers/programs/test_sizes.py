@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.errors import ResourceExhausted
@@ -124,3 +124,27 @@ def test_small_graphs_that_depend_on_data_still_run():
     built = build_program(graph, {}, limits=LIMITS)
     x = torch.randn(5, 4)
     assert torch.equal(built("v", x)[0], x)
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_sizes_are_known_behind_an_operator_whose_types_autocast_makes_one(rows: int) -> None:
+    class Mixed(nn.Module):
+        """The second layer takes bfloat16, and has float32 weights: without autocast, that is refused."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.last(self.first(x).to(torch.bfloat16))
+            return (h[:, :, None] * h[:, None, :]).sum((1, 2))
+
+    exported = ModuleExporter(Mixed(), None, "bf16").export_model(torch.randn(3, 4))
+    state = {name: tensor.clone() for name, tensor in exported.tensors.items()}
+    program = build_program(exported.program, state, limits=Limits(tensor_bytes=100_000), casts=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        if rows == 3:
+            program("train", torch.randn(rows, 4))
+            return
+        with pytest.raises(ResourceExhausted, match="tensor_bytes"):
+            program("train", torch.randn(rows, 4))

@@ -233,7 +233,7 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
         processes: RankProcesses = rank_processes,
         **spec: Any,
     ) -> Group:
-        exported = ModuleExporter(module, loss).export_model(*example)
+        exported = ModuleExporter(module, loss, spec.get("precision", "fp32")).export_model(*example)
         chosen = loss_spec or exported.loss
         if isinstance(chosen, TorchLossSpec):
             chosen = TorchLossSpec(chosen.name, {name: _sent(value) for name, value in chosen.options.items()})

@@ -166,3 +166,19 @@ class Pooled(nn.Module):
 def test_rows_that_do_not_reach_each_other_are_split(make_group, module, example):
     group = make_group(module, nn.MSELoss(), (example, torch.zeros(3, 3)))
     assert group.whole == {"train": None, "eval": None}
+
+
+def test_gradients_of_parameters_that_may_be_unfrozen_are_tried_too(make_group):
+    class MeanInGradient(nn.Module):
+        """Its outputs are rows of their own; only the gradient of the frozen weight knows the batch's mean."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.weight = nn.Linear(4, 3), nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.detach()[:, :3].mean(0) * self.weight
+            return self.layer(x) + (mean - mean.detach())
+
+    group = make_group(MeanInGradient(), nn.MSELoss(), batch())
+    assert "gradients" in (group.whole["train"] or "")

@@ -21,11 +21,12 @@ def build_program(
     *,
     limits: Limits | None = None,
     field: str = "program",
+    casts: bool = False,
 ) -> BuiltProgram:
     """Build a program that a client sent.
 
     state: every tensor that is not an alias, by name, of the type and shape that the program says. On `device` already
-    it is used as it is: the memory must be writable and nobody else's.
+    it is used as it is: the memory must be writable and nobody else's. casts: whether it will run under autocast.
     Raises InvalidArgument (OPERATOR_NOT_ALLOWED, SCHEMA_MISMATCH, GRAPH_MALFORMED, TENSOR_MISSING ...) or
     ResourceExhausted, with the field's path.
     """
@@ -33,7 +34,7 @@ def build_program(
     check_program(program, limits=limits, field=field)
     check_schemas(program.operators, f"{field}.operators")
     check_state(program.tensors, state, "tensors")
-    return BuiltProgram(program, state, torch.device(device), limits)
+    return BuiltProgram(program, state, torch.device(device), limits, casts=casts)
 
 
 def add_variant(

@@ -27,10 +27,19 @@ class BuiltProgram(nn.Module):
     place), on the device they were built for. Registered as a module's parameters and buffers under names of its own.
     """
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor], device: torch.device, limits: Limits) -> None:
+    def __init__(
+        self,
+        program: Program,
+        state: Mapping[str, Tensor],
+        device: torch.device,
+        limits: Limits,
+        *,
+        casts: bool = False,
+    ) -> None:
         super().__init__()
         self._device = device
         self._limits = limits
+        self._casts = casts
         self._program = replace(program, tensors=(), variants=(), operators={})
         self._tensors: dict[str, Tensor] = {}
         self._runs: dict[str, _Run] = {}
@@ -184,7 +193,7 @@ class BuiltProgram(nn.Module):
             is_random=is_random(module),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
             has_functions=any(map(_has_functions, (module, loss_module))),
-            sizes=SizeGuard(variant, module, loss_module, self._tensors, self._limits.tensor_bytes),
+            sizes=SizeGuard(variant, module, loss_module, self._tensors, self._limits.tensor_bytes, casts=self._casts),
         )
         run.sizes.check_smallest()
         self._runs[variant.name] = run

@@ -27,14 +27,17 @@ _SIZED = frozenset(
 )
 
 
-def check_sizes(module: fx.GraphModule, inputs: Sequence[Any], tensor_bytes: int, field: str) -> list[Any]:
+def check_sizes(
+    module: fx.GraphModule, inputs: Sequence[Any], tensor_bytes: int, field: str, *, casts: bool = False
+) -> list[Any]:
     """Raise ResourceExhausted TENSOR_TOO_LARGE if a node's result has more than `tensor_bytes` bytes.
 
     inputs: what the graph takes, tensors on the meta device, or UNKNOWN. Returns the graph's outputs, likewise: a
     result that depends on data is UNKNOWN, and of what is made from it only the sizes are checked that the graph names.
+    casts: whether the graph runs under autocast.
     """
     with torch.no_grad():
-        return list(_MeasuredRun(module, tensor_bytes, field).run(*inputs))
+        return list(_MeasuredRun(module, tensor_bytes, field, has_cast=casts).run(*inputs))
 
 
 class SizesChecked:
@@ -87,7 +90,14 @@ class _MeasuredRun(fx.Interpreter):
                 self._check_named_sizes(operator, args, kwargs)
                 return UNKNOWN
             # Not the node's own function: checks of values need values, and batch norm's may talk to other ranks.
-            return (resolve(operator) if has_schema(operator) else target)(*args, **kwargs)
+            run = resolve(operator) if has_schema(operator) else target
+            try:
+                return run(*args, **kwargs)
+            except (RuntimeError, TypeError):
+                if not self._has_cast:
+                    raise
+                # Perhaps for types that autocast makes one: the widest of them is as large as it gets.
+                return run(*_widened(args), **_widened(kwargs))
         except (InvalidArgument, ResourceExhausted):
             raise
         except Exception as error:
@@ -139,6 +149,14 @@ class _MeasuredRun(fx.Interpreter):
                 field=self._field,
                 reason="TENSOR_TOO_LARGE",
             )
+
+
+def _widened(arguments: Any) -> Any:
+    def widen(value: Any) -> Any:
+        is_narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if is_narrow else value
+
+    return map_aggregate(arguments, widen)
 
 
 def _to_meta(value: Any) -> Any:

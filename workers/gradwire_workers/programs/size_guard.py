@@ -19,7 +19,7 @@ _LEAST = 2
 
 
 class SizeGuard:
-    """The sizes of one variant's graph, and of its loss graph, if it has one.
+    """The sizes of one variant's graph, and of its loss graph, if it has one. `casts`: they run under autocast.
 
     Every method raises ResourceExhausted TENSOR_TOO_LARGE, and InvalidArgument where an operator refuses the sizes.
     """
@@ -31,12 +31,15 @@ class SizeGuard:
         loss: fx.GraphModule | None,
         tensors: Mapping[str, Tensor],
         tensor_bytes: int,
+        *,
+        casts: bool = False,
     ) -> None:
         self._variant = variant
         self._module = module
         self._loss = loss
         self._tensors = tensors
         self._tensor_bytes = tensor_bytes
+        self._casts = casts
         self._places = _places(variant.input_leaves)
         self._checked = SizesChecked()
         self._loss_checked = SizesChecked()
@@ -75,7 +78,7 @@ class SizeGuard:
     def _check(self, sizes: Mapping[str, int]) -> None:
         inputs = [_of_spec(leaf, sizes) for leaf in self._variant.input_leaves]
         given = self._bind(self._variant.graph_inputs, {"input": inputs})
-        outputs = check_sizes(self._module, given, self._tensor_bytes, self._field)
+        outputs = check_sizes(self._module, given, self._tensor_bytes, self._field, casts=self._casts)
         if self._loss is not None:
             smallest = {symbol.name: max(symbol.min, _LEAST) for symbol in self._symbols}
             self._check_loss(outputs, [_of_spec(leaf, {**smallest, **sizes}) for leaf in self._variant.target_leaves])
@@ -85,7 +88,7 @@ class SizeGuard:
         if self._loss is None:
             return
         given = self._bind(self._variant.loss_graph_inputs, {"output": outputs, "target": targets})
-        check_sizes(self._loss, given, self._tensor_bytes, self._field)
+        check_sizes(self._loss, given, self._tensor_bytes, self._field, casts=self._casts)
         if not any(each is UNKNOWN for each in outputs):
             self._loss_checked.add(_all_sizes((*outputs, *targets)))
 

@@ -61,7 +61,9 @@ class SyncBatchNorm:
     ) -> Tensor:
         """aten.batch_norm. Raises InvalidArgument where all ranks together have one value per channel."""
         if self._row_by_row and training:
-            mean, variance = input.new_zeros(input.size(1)), input.new_ones(input.size(1))
+            # Statistics of half precision are kept in float32, as weights are.
+            zeros = _precise(input.new_zeros(input.size(1)))
+            mean, variance = zeros, zeros + 1
             return torch.batch_norm(input, weight, bias, mean, variance, False, momentum, eps, cudnn_enabled)
         if self._groups is None or not training:
             return checked_batch_norm(

@@ -30,7 +30,7 @@ class Agreement:
         Raises InvalidArgument: LOSS_NOT_FINITE at the batch, or GRADIENT_NOT_FINITE where any rank's gradients are not,
         at the batch too, or where there is none at the gradients.
         """
-        gradients_refused = self._refuses_nan and not all(_is_finite(each) for each in gradients if each is not None)
+        gradients_refused = self._refuses_nan and not are_finite(gradients)
         total = 0.0 if value is None else float(value)
         if groups is not None:
             settled = groups.all_reduce(torch.tensor([total, gradients_refused], dtype=torch.float64))
@@ -44,6 +44,11 @@ class Agreement:
                 reason="GRADIENT_NOT_FINITE",
             )
         return total
+
+
+def are_finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether no gradient holds infinities or numbers that are none."""
+    return all(_is_finite(each) for each in gradients if each is not None)
 
 
 def _is_finite(gradient: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
 from gradwire_workers.losses import NamedLoss, RowSum
@@ -20,9 +21,9 @@ from gradwire_workers.sharding import has_rows, row_range
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLoss:
-    """A rank's part of the loss. The gradients of all ranks' `differentiable`, added up, are the whole batch's.
+    """A rank's part of the loss. The gradients of all ranks' `differentiable`, added up, are the whole batch's, scaled.
 
-    value: what this rank adds to the loss. Detached.
+    value: what this rank adds to the loss, not scaled. Detached.
     """
 
     differentiable: Tensor
@@ -30,7 +31,10 @@ class LocalLoss:
 
 
 class BatchLoss:
-    """A model's loss, whichever kind it is, on whole batches and on shards."""
+    """A model's loss, whichever kind it is, on whole batches and on shards.
+
+    `scale`: what gradients are to be multiplied by, from the loss backwards, as torch.amp.GradScaler.scale does.
+    """
 
     def __init__(self, spec: LossSpec, program: BuiltProgram, device: torch.device) -> None:
         self._program = program
@@ -43,22 +47,22 @@ class BatchLoss:
             case OutputLossSpec():
                 self._kind = _ByOutput(spec.output_leaf)
 
-    def of_whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> LocalLoss:
+    def of_whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any], scale: float = 1.0) -> LocalLoss:
         """The loss of a batch that this rank has in full."""
         loss = _scalar(self._kind.whole(variant, outputs, targets))
-        return LocalLoss(differentiable=loss, value=loss.detach())
+        return LocalLoss(differentiable=_scaled(loss, scale), value=loss.detach())
 
     def of_shard(
-        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups
+        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float = 1.0
     ) -> LocalLoss:
         """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
         part = self._kind.over_rows(shard.variant, outputs, targets)
         if part is not None:
-            return _of_row_sum(part, shard, groups)
-        return self._of_gathered(shard, outputs, targets, groups)
+            return _of_row_sum(part, shard, groups, scale)
+        return self._of_gathered(shard, outputs, targets, groups, scale)
 
     def _of_gathered(
-        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups
+        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float
     ) -> LocalLoss:
         """Every rank computes the whole loss from everybody's outputs, and takes the gradient of its own rows."""
         specs = self._program.variant(shard.variant).target_leaves
@@ -80,16 +84,33 @@ class BatchLoss:
         mine = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
         theirs = [leaf for leaf in everything if isinstance(leaf, Tensor) and leaf.requires_grad]
         own = [each for each in self._program.parameters() if each.requires_grad]
-        gradients = torch.autograd.grad(loss, [*theirs, *own], allow_unused=True)
-        terms = []
-        for leaf, gradient in zip(mine, gradients[: len(mine)], strict=True):
-            if gradient is not None:
-                terms.append(_linear(leaf, gradient[shard.start : shard.stop] if shard.count else None))
-        for parameter, gradient in zip(own, gradients[len(mine) :], strict=True):
-            if gradient is not None:
-                # The loss's own parameters: every rank has their whole gradient, one counts.
-                terms.append(_linear(parameter, gradient if groups.rank == 0 else None))
-        return LocalLoss(differentiable=torch.stack(terms).sum(), value=value)
+        # A backward, and what stands for its result, are no part of what autocast is for.
+        with autocast("fp32"):
+            gradients = torch.autograd.grad(_scaled(loss, scale), [*theirs, *own], allow_unused=True)
+            return LocalLoss(differentiable=_stand_in(mine, own, gradients, shard, groups), value=value)
+
+
+def _stand_in(
+    mine: Sequence[Tensor],
+    own: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    shard: Shard,
+    groups: ProcessGroups,
+) -> Tensor:
+    """A scalar that has the gradients of the whole batch with respect to `mine`, this rank's outputs, and `own`."""
+    terms = []
+    for leaf, gradient in zip(mine, gradients[: len(mine)], strict=True):
+        if gradient is not None:
+            terms.append(_linear(leaf, gradient[shard.start : shard.stop] if shard.count else None))
+    for parameter, gradient in zip(own, gradients[len(mine) :], strict=True):
+        if gradient is not None:
+            # The loss's own parameters: every rank has their whole gradient, one counts.
+            terms.append(_linear(parameter, gradient if groups.rank == 0 else None))
+    return torch.stack(terms).sum()
+
+
+def _scaled(loss: Tensor, scale: float) -> Tensor:
+    return loss if scale == 1.0 else loss * torch.tensor(scale, dtype=torch.float32, device=loss.device)
 
 
 def gather_rows(leaf: Tensor, shard: Shard, groups: ProcessGroups) -> Tensor:
@@ -103,7 +124,7 @@ def gather_rows(leaf: Tensor, shard: Shard, groups: ProcessGroups) -> Tensor:
     return torch.cat([everyone[rank, : stop - start] for rank, (start, stop) in enumerate(ranges)])
 
 
-def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups) -> LocalLoss:
+def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups, scale: float) -> LocalLoss:
     total = part.total
     if isinstance(part.weight, float):
         # The same for every row, so that each rank knows it for all.
@@ -112,7 +133,7 @@ def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups) -> LocalLoss:
         weight = part.weight.to(torch.promote_types(total.dtype, torch.float32), copy=True)
         total = total / groups.all_reduce(weight if shard.count else weight.zero_()).to(total.dtype)
     value = total.detach() if shard.count else torch.zeros_like(total, requires_grad=False)
-    return LocalLoss(differentiable=total, value=value)
+    return LocalLoss(differentiable=_scaled(total, scale), value=value)
 
 
 def _linear(leaf: Tensor, gradient: Tensor | None) -> Tensor:

@@ -18,20 +18,21 @@ A bias before batch norm is: its gradient is zero, and in float32 up to 1e-6 of 
 """
 
 
-def are_close(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> bool:
-    """Whether each (found, expected) is the same, to rounding."""
+def are_close(pairs: Sequence[tuple[Tensor | None, Tensor | None]], computed_in: torch.dtype | None = None) -> bool:
+    """Whether each (found, expected) is the same, to rounding. `computed_in`: a type that some of it passed through."""
+    least = 0.0 if computed_in is None else _TOLERANCE[computed_in]
     numbers = [expected for _, expected in pairs if expected is not None and has_rounding(expected)]
-    return all(_is_close(found, expected, _NEGLIGIBLE * _norm(numbers)) for found, expected in pairs)
+    return all(_is_close(found, expected, _NEGLIGIBLE * _norm(numbers), least) for found, expected in pairs)
 
 
-def _is_close(found: Tensor | None, expected: Tensor | None, scale: float) -> bool:
+def _is_close(found: Tensor | None, expected: Tensor | None, scale: float, least: float) -> bool:
     if found is None or expected is None:
         return found is expected
     if found.shape != expected.shape or not has_rounding(expected):
         return torch.equal(found, expected)
     if not torch.equal(found.isfinite(), expected.isfinite()):
         return False
-    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS)
+    tolerance = max(least, _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS))
     return _norm([_finite(found) - _finite(expected)]) <= tolerance * max(_norm([expected]), scale)
 
 

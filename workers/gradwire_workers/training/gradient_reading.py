@@ -14,8 +14,13 @@ from gradwire_proto.tensors import torch_dtype
 from gradwire_proto.values import GradientQuery, Leaf
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows
+from gradwire_workers.training.agreement import are_finite
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.passes import Passes, own_rows
+from gradwire_workers.training.snapshots import Snapshot
+
+_BACKOFF = 16.0
+"""What the loss scale is divided by for another try: four steps lead from torch's first scale to none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,31 @@ def read_gradients(
 ) -> GradientReading:
     """Loss, gradients with respect to `parameters` and inputs, and outputs, as the query asks.
 
+    Where the loss is scaled and gradients overflow, smaller scales are tried: nobody else would learn from it.
     InvalidArgument (DTYPE_NOT_COMPLEX) where a complex gradient is asked for in a real type.
     """
+    if passes.scale <= 1.0:
+        return _read(passes, shard, query, parameters, command)
+    buffers = Snapshot(passes.buffers(shard))
+    while True:
+        found = _read(passes, shard, query, parameters, command)
+        if passes.scale <= 1.0 or not _some_overflowed(found, passes):
+            return found
+        buffers.restore()
+        passes.scale = max(passes.scale / _BACKOFF, 1.0)
+
+
+def _some_overflowed(found: GradientReading, passes: Passes) -> bool:
+    mine = not are_finite([*found.gradients.values(), *(found.input_gradients or ())])
+    if passes.groups is None:
+        return mine
+    flag = torch.tensor([mine], dtype=torch.uint8)
+    return passes.groups.all_reduce(flag, largest=True).item() > 0
+
+
+def _read(
+    passes: Passes, shard: Shard, query: GradientQuery, parameters: Mapping[str, Tensor], command: int
+) -> GradientReading:
     leaves = [_differentiable(leaf) for leaf in shard.inputs] if query.input_gradients else list(shard.inputs)
     inputs = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)

@@ -3,7 +3,8 @@
     {"optimizer": "Adam",
      "state": {"0.weight": {"step": tensor, "exp_avg": tensor, ...}, ...},
      "param_groups": [{"params": ["0.weight", ...], "lr": 0.001, ...}],
-     "schedule": {"name": "StepLR", "state": {"last_epoch": 3, ...}, "schedulers": []}}
+     "schedule": {"name": "StepLR", "state": {"last_epoch": 3, ...}, "schedulers": []},
+     "scaler": {"scale": 65536.0, ...}}    where losses are scaled
 
 The options are those of the group as they are now. torch's own load_state_dict is not used: it converts what an
 optimizer keeps in another type than its parameter's, and then a run that goes on differs from one that never stopped.
@@ -21,6 +22,7 @@ from gradwire_proto.errors import InvalidArgument
 from gradwire_workers.optimizers import OptimizerKind
 from gradwire_workers.training.first_step import TensorLike, first_states
 from gradwire_workers.training.line_search_state import check_line_search_state
+from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.option_check import Number, check_options
 from gradwire_workers.training.schedule import Schedule
 
@@ -36,10 +38,12 @@ class OptimizerState:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule | None,
         parameters: Mapping[str, nn.Parameter],
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._kind = kind
         self._optimizer = optimizer
         self._schedule = schedule
+        self._loss_scale = loss_scale
         self._parameters = parameters
         self._names = {parameter: name for name, parameter in parameters.items()}
         # Some optimizers make their state when they are made, and do without never.
@@ -56,6 +60,7 @@ class OptimizerState:
                 for group in self._optimizer.param_groups
             ],
             "schedule": None if self._schedule is None else self._schedule.state(),
+            **({} if self._loss_scale is None else {"scaler": self._loss_scale.state()}),
         }
 
     def load(self, given: Any) -> None:
@@ -63,12 +68,14 @@ class OptimizerState:
 
         Raises InvalidArgument OPTIMIZER_STATE_MISMATCH, and those of options, at the path of what does not fit.
         """
-        _check_keys(given, _FIELDS, "state")
+        scale = self._loss_scale
+        _check_keys(given, _FIELDS if scale is None else (*_FIELDS, "scaler"), "state")
         if given["optimizer"] != self._kind.name:
             raise _refusal("state.optimizer", f"{self._kind.name!r}, as the model has", given["optimizer"])
         options = self._checked_groups(given["param_groups"])
         state = self._checked_state(given["state"], options)
         counters = self._checked_schedule(given["schedule"])
+        scaler = None if scale is None else scale.checked(given["scaler"], "state.scaler")
         # From here on nothing can fail but for want of memory, and that only before anything is replaced.
         copies: dict[Tensor, Any] = {self._parameters[name]: _copied(kept) for name, kept in state.items()}
         self._optimizer.state.clear()
@@ -77,6 +84,8 @@ class OptimizerState:
             group.update(new)
         for scheduler, values in counters:
             scheduler.__dict__.update(values)
+        if scale is not None and scaler is not None:
+            scale.take(scaler)
 
     # --- groups ---------------------------------------------------------------------------------------------------
 

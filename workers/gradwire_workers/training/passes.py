@@ -31,7 +31,7 @@ class Pass:
 
 
 class Passes:
-    """Passes of one replica, together with those of the other ranks."""
+    """Passes of one replica, together with those of the other ranks. Gradients come out unscaled."""
 
     def __init__(self, replica: Replica, trainable: Sequence[nn.Parameter]) -> None:
         self._replica = replica
@@ -47,9 +47,22 @@ class Passes:
         """The variant that the shard is for."""
         return self._replica.program.variant(shard.variant)
 
+    @property
+    def scale(self) -> float:
+        """What the next pass scales its loss by: its gradients come out unscaled, unless they overflow."""
+        return self._replica.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._replica.scale = scale
+
+    def buffers(self, shard: Shard) -> list[Tensor]:
+        """The buffers that a pass changes."""
+        return self._replica.program.mutated_buffers(shard.variant)
+
     def changed_by(self, shard: Shard) -> list[Tensor]:
         """What passes and updates change: the variant's buffers, and the trainable parameters."""
-        return [*self._replica.program.mutated_buffers(shard.variant), *(each.detach() for each in self._trainable)]
+        return [*self.buffers(shard), *(each.detach() for each in self._trainable)]
 
     def forward(self, shard: Shard, command: int, seed: int | None) -> list[Any] | None:
         """The outputs, without gradients."""
@@ -75,8 +88,7 @@ class Passes:
         if shard.idle:
             return Pass(gradients=[None] * len(wanted))
         self._replica.seed(shard, command, seed)
-        outputs = self._replica.outputs(shard)
-        loss = self._replica.loss(shard, outputs)
+        outputs, loss = self._replica.outputs_and_loss(shard)
         if to_learn:
             _check_learns(loss.differentiable)
         gradients: Sequence[Tensor | None] = [None] * len(wanted)
@@ -84,6 +96,7 @@ class Passes:
             cotangent = _cotangent(shard, loss.differentiable)
             gradients = torch.autograd.grad(loss.differentiable, wanted, cotangent, allow_unused=True)
             gradients = apart(gradients, wanted, copy=self._replica.program.has_functions(shard.variant))
+            _unscale(gradients, self._replica.scale)
         return Pass(value=loss.value, gradients=list(gradients), outputs=self._results(shard, outputs))
 
     def summed(self, shard: Shard, command: int) -> Pass:
@@ -105,7 +118,9 @@ class Passes:
             _check_learns(loss)
             waited = self._summing.backward(loss, _cotangent(shard, loss))
             value = self._replica.take_value()
-            return Pass(value=value, gradients=[each.grad for each in self._trainable], waited=waited)
+            gradients = [each.grad for each in self._trainable]
+            _unscale(gradients, self._replica.scale)
+            return Pass(value=value, gradients=gradients, waited=waited)
         except BaseException:
             self.drop()
             raise
@@ -159,6 +174,17 @@ def _check_learns(loss: Tensor) -> None:
         raise FailedPrecondition(
             "the loss depends on no parameter that requires a gradient", reason="LOSS_WITHOUT_GRADIENT"
         )
+
+
+def _unscale(gradients: Sequence[Tensor | None], scale: float) -> None:
+    """Divide out, in place, what the loss was scaled by."""
+    if scale == 1.0:
+        return
+    # In the types in which torch.amp.GradScaler computes it.
+    inverse = torch.tensor(scale, dtype=torch.float64).reciprocal().to(torch.float32).item()
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(inverse)
 
 
 def _cotangent(shard: Shard, loss: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Limits, ModelSpec
 from gradwire_workers.process_group import ProcessGroups
@@ -28,8 +29,16 @@ class Replica(nn.Module):
     ) -> None:
         super().__init__()
         self.program: BuiltProgram = build_program(
-            spec.program, state, device, limits=limits, field="model.program.graphs"
+            spec.program,
+            state,
+            device,
+            limits=limits,
+            field="model.program.graphs",
+            casts=spec.precision != "fp32",
         )
+        self.precision = spec.precision
+        self.scale = 1.0
+        """What gradients are to be multiplied by in the next backward."""
         self._loss = None if spec.loss is None else BatchLoss(spec.loss, self.program, device)
         self._sync_batch_norm = SyncBatchNorm()
         self._seed = spec.seed
@@ -57,7 +66,7 @@ class Replica(nn.Module):
 
     def forward(self, shard: Shard) -> Tensor:
         """The rank's part of the loss, to call backward on: DDP must see nothing that the loss does not depend on."""
-        loss = self.loss(shard, self.outputs(shard))
+        _, loss = self.outputs_and_loss(shard)
         self._value = loss.value
         return loss.differentiable
 
@@ -67,20 +76,26 @@ class Replica(nn.Module):
 
     def outputs(self, shard: Shard) -> list[Any]:
         """The flat outputs of the shard's variant for its rows. In a split batch, every rank at the same time."""
-        with self._over_ranks(shard):
+        with self._precise(), self._over_ranks(shard):
             return self.program(shard.variant, *shard.inputs)
 
-    def loss(self, shard: Shard, outputs: Sequence[Any]) -> LocalLoss:
-        """The rank's part of the loss. In a split batch, every rank at the same time."""
+    def outputs_and_loss(self, shard: Shard) -> tuple[list[Any], LocalLoss]:
+        """The outputs, and the rank's part of the loss. In a split batch, every rank at the same time."""
         assert self._loss is not None, "checked before"
         groups = self._groups_of(shard)
-        if groups is None:
-            return self._loss.of_whole(shard.variant, outputs, shard.targets)
-        return self._loss.of_shard(shard, outputs, shard.targets, groups)
+        # One region, as in a training loop: what autocast has cast of a weight serves forward and loss alike.
+        with self._precise():
+            outputs = self.outputs(shard)
+            if groups is None:
+                return outputs, self._loss.of_whole(shard.variant, outputs, shard.targets, self.scale)
+            return outputs, self._loss.of_shard(shard, outputs, shard.targets, groups, self.scale)
 
     def row_by_row(self) -> AbstractContextManager[None]:
         """Inside, batch norm normalises with fixed statistics: no row reaches another through it."""
         return self._sync_batch_norm.row_by_row()
+
+    def _precise(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision == "fp32" else autocast(self.precision)
 
     def _groups_of(self, shard: Shard) -> ProcessGroups | None:
         return None if shard.whole else self.groups

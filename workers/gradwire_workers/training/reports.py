@@ -21,7 +21,8 @@ class Seconds:
 class StepReport:
     """A training command. `loss`: over the whole batch. `rows`: those that this rank computed.
 
-    `grad_norm`: of the whole batch's gradients, before they were clipped; None where they are not.
+    `grad_norm`: of the whole batch's gradients, before they were clipped; None where they are not. `skipped`: they had
+    overflowed. `loss_scale`: that of the next loss; None where losses are not scaled.
     """
 
     loss: float | None
@@ -30,6 +31,8 @@ class StepReport:
     lr: float | None
     seconds: Seconds
     grad_norm: float | None = None
+    skipped: bool = False
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

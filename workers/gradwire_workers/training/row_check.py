@@ -6,13 +6,15 @@ what whatever the numbers are, but not what depends on how many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradwire_proto.autocast import AUTOCAST_TYPES
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import ROWS, Variant
 from gradwire_workers.process_group import ProcessGroups
@@ -23,6 +25,7 @@ from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.trainable import differentiable_parameters, set_trained, trained_parameters
 
 _REASONS = (
     None,
@@ -52,7 +55,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     if smallest_share(rows, groups.size) < least_rows(variant):
         return _REASONS[_TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
-    with replica.program.without_randomness():
+    with replica.program.without_randomness(), _all_trained(replica):
         for change in (_repeated, _random):
             leaves = [
                 change(leaf, rows) if has_rows(spec) else leaf
@@ -69,6 +72,18 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
             found[0] = _where_rows_reach(replica, variant, inputs)
             groups.all_reduce(found, largest=True)
     return _REASONS[int(found.item())]
+
+
+@contextmanager
+def _all_trained(replica: Replica) -> Iterator[None]:
+    """Inside, parameters that are frozen now require gradients too: they may be unfrozen."""
+    parameters = replica.program.parameters_by_name()
+    trained = trained_parameters(replica.program)
+    set_trained(parameters, differentiable_parameters(replica.program))
+    try:
+        yield
+    finally:
+        set_trained(parameters, trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +104,10 @@ def _scales(replica: Replica, variant: Variant) -> tuple[float, ...]:
     The backward of a custom function need not be linear (it may clip): then the gradients of parts add up to those of
     the whole where they are small, and not where they are large; and what counts nothing may still have a gradient.
     """
-    return (1.0, 1e-6, 1e-3, 1e3, 1e6, 0.0) if replica.program.has_functions(variant.name) else (1.0,)
+    if not replica.program.has_functions(variant.name):
+        return (1.0,)
+    # What is larger or smaller than these is infinite or zero in float16.
+    return (1.0, 1e-2, 1e2, 0.0) if replica.precision == "fp16" else (1.0, 1e-6, 1e-3, 1e3, 1e6, 0.0)
 
 
 def _difference(
@@ -120,15 +138,16 @@ def _difference(
         if index not in shared and part.count:
             reference = expected.inputs[index]
             pairs.append((found.inputs[index], None if reference is None else reference[mine]))
+    computed_in = AUTOCAST_TYPES.get(replica.precision)
     outputs = zip(found.outputs, (reference[mine] for reference in expected.outputs), strict=True)
-    if part.count and not are_close(list(outputs)):
+    if part.count and not are_close(list(outputs), computed_in):
         return _OUTPUTS
     if part.count and not all(map(_same, found.others, expected.others)):
         return _OTHER_OUTPUTS
     # What counts nothing must have no gradient: a rank without rows computes one row that does not count.
-    if not are_close(pairs) or (scale == 0 and any(_is_nonzero(reference) for _, reference in pairs)):
+    if not are_close(pairs, computed_in) or (scale == 0 and any(_is_nonzero(reference) for _, reference in pairs)):
         return _GRADIENTS
-    if not are_close(list(zip(found.buffers, expected.buffers, strict=True))):
+    if not are_close(list(zip(found.buffers, expected.buffers, strict=True)), computed_in):
         return _BUFFERS
     return 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +51,16 @@ def matches(pattern: str, known: Mapping[str, Tensor], where: str) -> list[str]:
         return [pattern]
     found = [name for name in known if fnmatchcase(name, pattern)] if _GLOB & set(pattern) else []
     if not found:
-        raise InvalidArgument(f"{pattern[:200]!r} matches no name", field=where, reason="NO_MATCH")
+        raise InvalidArgument(
+            f"{pattern[:200]!r} matches no name{_near(pattern, known)}", field=where, reason="NO_MATCH"
+        )
     return found
+
+
+def _near(pattern: str, known: Mapping[str, Tensor]) -> str:
+    """What may have been meant, in words. Not looked for among more names than that takes a moment."""
+    near = get_close_matches(pattern[:200], [name for name in islice(known, 2000) if len(name) <= 200], n=3)
+    return f"; near it: {', '.join(map(repr, near))}" if near else ""
 
 
 def _once_each(names: Sequence[str], known: Mapping[str, Tensor]) -> list[str]:

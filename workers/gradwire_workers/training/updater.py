@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
-from gradwire_proto.values import ModelSpec, OptimizerSpec
+from gradwire_proto.values import OptimizerSpec
 from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer, optimizer_kind
 from gradwire_workers.schedules import make_schedule
+from gradwire_workers.training.agreement import are_finite
 from gradwire_workers.training.clipping import Clipping
+from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.optimizer_state import OptimizerState
 from gradwire_workers.training.schedule import Moment
 
@@ -26,25 +28,14 @@ Evaluate = Callable[[], tuple[float, Gradients]]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an update used. `grad_norm`: before clipping; None where nothing is clipped."""
+    """What an update used. `grad_norm`: before clipping; None where nothing is clipped.
+
+    skipped: gradients had overflowed, so that nothing changed but the loss scale.
+    """
 
     lr: float
     grad_norm: float | None
-
-
-def make_updater(
-    spec: ModelSpec, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, nn.Parameter]
-) -> Updater | None:
-    """The updater of a model; None where it has no optimizer. InvalidArgument for what could not be done, by path."""
-    clipping = Clipping(norm=spec.clip_grad_norm, value=spec.clip_grad_value)
-    clipping.check(parameters.values())
-    if spec.optimizer is not None:
-        return Updater(spec.optimizer, clipping, parameters, aliases)
-    if clipping:
-        name = "clip_grad_value" if spec.clip_grad_norm is None else "clip_grad_norm"
-        message = "gradients are clipped before an update, and the model has no optimizer"
-        raise InvalidArgument(message, field=f"model.{name}", reason="NO_OPTIMIZER")
-    return None
+    skipped: bool = False
 
 
 class Updater:
@@ -59,13 +50,21 @@ class Updater:
         clipping: Clipping,
         parameters: Mapping[str, nn.Parameter],
         aliases: Mapping[str, nn.Parameter],
+        loss_scale: LossScale | None = None,
+        *,
+        field: str = "model.optimizer",
     ) -> None:
-        kind = optimizer_kind(spec.name, field="model.optimizer.name")
+        kind = optimizer_kind(spec.name, field=f"{field}.name")
+        self.held = dict(parameters)
+        """What the optimizer holds, by name: those that it updates, and what was frozen since."""
         self._parameters = list(parameters.values())
         self._clipping = clipping
-        self._optimizer = make_optimizer(spec, parameters, aliases)
-        self._schedule = None if spec.schedule is None else make_schedule(spec.schedule, self._optimizer)
-        self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters)
+        self._optimizer = make_optimizer(spec, parameters, aliases, field=field)
+        self._schedule = None
+        if spec.schedule is not None:
+            self._schedule = make_schedule(spec.schedule, self._optimizer, field=f"{field}.schedule")
+        self._state = OptimizerState(kind, self._optimizer, self._schedule, parameters, loss_scale)
+        self._loss_scale = loss_scale
 
     @property
     def lr(self) -> float:
@@ -76,6 +75,40 @@ class Updater:
     def searches(self) -> bool:
         """Whether an update evaluates the batch again."""
         return isinstance(self._optimizer, torch.optim.LBFGS)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Give all parameter groups this learning rate. The schedule's next step works on it as torch's would."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def update_only(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Update these of the parameters held, given in this order, and leave the others and their state alone."""
+        self._parameters = list(parameters.values())
+
+    def updates_exactly(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether these are what is updated now."""
+        return {id(each) for each in self._parameters} == {id(each) for each in parameters.values()}
+
+    def go_on_from(self, other: Updater) -> None:
+        """Take over state, options and schedule of one with fewer parameters, for those that both hold.
+
+        InvalidArgument SCHEDULE_UNFIT where parameters make a group that is not in the other's schedule.
+        """
+        old, new = other._optimizer.param_groups, self._optimizer.param_groups
+        if self._schedule is not None and len(new) != len(old):
+            raise InvalidArgument(
+                "the schedule has no learning rate for the parameters that no group of the optimizer matches: give the"
+                " optimizer anew, too",
+                field="trainable",
+                reason="SCHEDULE_UNFIT",
+            )
+        if self._schedule is not None and other._schedule is not None:
+            for scheduler, counters in self._schedule.load(other._schedule.state(), field="schedule"):
+                scheduler.__dict__.update(counters)
+        for group in old:
+            heir = next(each for each in new if any(group["params"][0] is member for member in each["params"]))
+            heir.update({name: value for name, value in group.items() if name != "params"})
+        self._optimizer.state.update(other._optimizer.state)
 
     def check(self, lr: float | None, *, has_batch: bool) -> None:
         """Refuse an update that would need a batch, for its loss, where there is none; or with a wrong `lr`."""
@@ -97,14 +130,22 @@ class Updater:
         """The learning rates after an update with this loss. Changes nothing. FailedPrecondition SCHEDULE_FAILED."""
         return None if self._schedule is None else self._schedule.plan(loss)
 
-    def apply(self, gradients: Gradients, *, lr: float | None, plan: Moment | None, keep: bool = False) -> Update:
-        """Update with gradients that every rank has. `keep`: the gradients must stay as they are."""
+    def apply(
+        self, gradients: Gradients, *, lr: float | None, plan: Moment | None, keep: bool = False, given: bool = False
+    ) -> Update:
+        """Update with gradients that every rank has; where their loss was scaled and they overflowed, skip that.
+
+        keep: the gradients must stay as they are. given: they are the client's, of no loss that was scaled.
+        """
+        scale = None if given else self._loss_scale
+        overflowed = scale is not None and not are_finite(gradients)
         if keep and self._clipping:
             gradients = [None if each is None else each.clone() for each in gradients]
         try:
             norm = self._hand_over(gradients)
             with learning_rate(self._optimizer, lr) as used:
-                self._optimizer.step()
+                if not overflowed:
+                    self._optimizer.step()
         except Exception as error:
             # The other ranks have updated, and this one in part.
             raise InternalError(
@@ -112,8 +153,11 @@ class Updater:
             ) from error
         finally:
             self._drop_gradients()
-        self._take(plan)
-        return Update(used, norm)
+        if scale is not None:
+            scale.update(overflowed=overflowed)
+        if not overflowed:
+            self._take(plan)
+        return Update(used, norm, overflowed)
 
     def search(
         self, gradients: Gradients, loss: float, evaluate: Evaluate, settle: Callable[[], None], *, lr: float | None
