@@ -49,13 +49,13 @@ LEFT_OUT = {
         r"backward|retain_grad|retains_grad|requires_grad_|grad|initial_seed|manual_seed|seed|output_nr|is_leaf"
         r"|set_grad_enabled|get_gradients|is_grad_enabled|warn|infinitely_differentiable.*|.*_jvp"
     ),
-    "trusts the indices that it is given (a saved pooling index, a pivot, a label of ctc_loss)": (
+    "trusts the indices that it is given (a saved pooling index, a pivot)": (
         r"max_unpool.*|segment_reduce|.*pool.*_with_indices_backward|adaptive_max_pool.*_backward"
         r"|fractional_max_pool.*_backward|embedding_backward|embedding_sparse_backward|to_here|histogramdd"
         r"|.*_backward_reduce|unfold_backward|masked_scatter_backward|index_select_backward|gather_backward"
         r"|value_selecting_reduction_backward|cummaxmin_backward|sparse_mask.*|slow_conv.*|thnn_conv2d|conv_depthwise3d"
         r"|.*_interface.*|ctc_loss_backward|lu_unpack|ormqr|orgqr|.*_?lu_solve|linalg_ldl_solve|linalg_householder_product"
-        r"|max_pool2d_backward|ctc_loss|nll_loss2?d?_backward"
+        r"|max_pool2d_backward|nll_loss2?d?_backward"
         r"|multilabel_margin_loss_backward|multi_margin_loss_backward|norm_except_dim_backward"
     ),
     "trusts shapes that it is given, and reads or writes beyond a tensor that is smaller": (

@@ -13,22 +13,26 @@ from typing import Any
 
 import torch
 
-from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.operators import resolve
+from gradwire_proto.values import Limits
 
 
-def checked(name: str) -> Callable[..., Any] | None:
-    """The overload of an allowed name behind its check; None for one that needs none."""
+def checked(name: str, tensor_bytes: int = Limits().tensor_bytes) -> Callable[..., Any] | None:
+    """The overload of an allowed name behind its check; None for one that needs none.
+
+    tensor_bytes: how large a tensor may be that it makes for itself.
+    """
     _, operator, overload = name.split(".")
     if operator in _DIVISIONS:
         # Division without a rounding mode is of floating point.
-        return _behind(_check_division, name) if "mode" in overload else None
+        return _behind(_check_division, name, tensor_bytes) if "mode" in overload else None
     check = _CHECKS.get(operator)
-    return None if check is None else _behind(check, name)
+    return None if check is None else _behind(check, name, tensor_bytes)
 
 
 @cache
-def _behind(check: Callable[..., None], name: str) -> Callable[..., Any]:
+def _behind(check: Callable[..., int | None], name: str, tensor_bytes: int) -> Callable[..., Any]:
     operator = resolve(name)
     signature = inspect.Signature(
         [
@@ -44,7 +48,13 @@ def _behind(check: Callable[..., None], name: str) -> Callable[..., Any]:
     def run_checked(*arguments: Any, **keywords: Any) -> Any:
         given = signature.bind(*arguments, **keywords)
         given.apply_defaults()
-        check(given.arguments)
+        needed = check(given.arguments) or 0
+        if needed > tensor_bytes:
+            raise ResourceExhausted(
+                f"{name} needs a tensor of {needed} bytes for itself; the limit `tensor_bytes` is {tensor_bytes}",
+                field="batch",
+                reason="TENSOR_TOO_LARGE",
+            )
         return operator(*arguments, **keywords)
 
     return run_checked
@@ -113,12 +123,57 @@ def _check_random_pooling(given: dict[str, Any]) -> None:
         )
 
 
+def _check_assertion(given: dict[str, Any]) -> None:
+    """On CUDA, torch's own ends the process, later. A tensor that is no single truth value fails in torch."""
+    holds = given["self"]
+    if holds.numel() == 1 and not bool(holds):
+        raise InvalidArgument(
+            f"the program refuses the batch: {str(given.get('assert_msg') or 'an assertion failed')[:300]}",
+            field="batch",
+            reason="ASSERTION_FAILED",
+        )
+
+
+def _check_ctc(given: dict[str, Any]) -> int:
+    """Labels are read as columns of log_probs. torch checks the lengths, on which its own memory depends.
+
+    Gives the bytes of that.
+    """
+    log_probs, targets = given["log_probs"], given["targets"]
+    input_lengths, lengths = (torch.as_tensor(given[f"{name}_lengths"]).reshape(-1) for name in ("input", "target"))
+    batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
+    if log_probs.dim() not in (2, 3) or log_probs.numel() == 0 or targets.dim() not in (1, 2):
+        raise _wrong_shapes("ctc_loss takes log_probs of two or three dimensions, and targets of one or two")
+    if input_lengths.numel() != batch or lengths.numel() != batch:
+        raise _wrong_shapes(f"ctc_loss takes one input length and one target length for each of {batch} rows")
+    for name, each, most in (("input", input_lengths, log_probs.shape[0]), ("target", lengths, targets.numel())):
+        if each.is_floating_point() or each.is_complex() or not 0 <= int(each.min()) <= int(each.max()) <= most:
+            raise InvalidArgument(
+                f"ctc_loss: expected whole {name}_lengths in [0, {most}]", field="batch", reason="INDEX_OUT_OF_RANGE"
+            )
+    if targets.dim() == 2:
+        places = torch.arange(targets.shape[1], device=targets.device)
+        if targets.shape[0] != batch or int(lengths.max()) > targets.shape[1]:
+            raise _wrong_shapes(f"ctc_loss takes {batch} rows of targets, at least as long as the target_lengths")
+        targets = targets[places < lengths.to(targets.device)[:, None]]
+    elif int(lengths.sum()) != targets.numel():
+        raise _wrong_shapes(f"ctc_loss: target_lengths add up to {int(lengths.sum())}, not {targets.numel()} targets")
+    classes = log_probs.shape[-1]
+    if targets.numel() and not bool(((targets >= 0) & (targets < classes)).all()):
+        raise InvalidArgument(
+            f"ctc_loss: expected targets in [0, {classes})", field="batch.targets", reason="INDEX_OUT_OF_RANGE"
+        )
+    return batch * log_probs.shape[0] * (2 * int(lengths.max()) + 1) * log_probs.element_size()
+
+
 def _wrong_shapes(message: str) -> InvalidArgument:
     return InvalidArgument(message, field="batch", reason="PROGRAM_FAILED")
 
 
 _DIVISIONS = frozenset({"div", "div_", "divide", "divide_"})
-_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+_CHECKS: dict[str, Callable[[dict[str, Any]], int | None]] = {
+    "_assert_async": _check_assertion,
+    "ctc_loss": _check_ctc,
     **dict.fromkeys(("embedding_bag", "_embedding_bag"), _check_bags),
     "_log_softmax_backward_data": _check_log_softmax_backward,
     "native_layer_norm_backward": _check_layer_norm_backward,
