@@ -27,6 +27,7 @@ from gradwire_workers.programs import batch_norm
 from gradwire_workers.programs.arithmetic import bounded
 from gradwire_workers.programs.checked_operators import checked
 from gradwire_workers.programs.regions import run_with_autocast, run_with_grad_mode
+from gradwire_workers.programs.size_check import BackwardSizes
 
 _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -47,13 +48,15 @@ def build_graph(graph: Graph, device: torch.device, tensor_bytes: int = Limits()
 
 
 def _build_function(function: CustomFunction, device: torch.device, tensor_bytes: int) -> ReplayedFunction:
-    return ReplayedFunction(
+    made = ReplayedFunction(
         build_graph(function.forward, device, tensor_bytes),
         build_graph(function.backward, device, tensor_bytes),
         results=function.results,
         differentiable_results=function.differentiable_results,
         differentiable_inputs=function.differentiable_inputs,
     )
+    made.before_backward = BackwardSizes(tensor_bytes)
+    return made
 
 
 class _Builder:
