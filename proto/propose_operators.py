@@ -46,25 +46,22 @@ LEFT_OUT = {
         r".*cudnn.*|.*miopen.*|.*mps.*|.*cuda.*|.*xla.*|.*vulkan.*|.*overrideable|.*cufft.*|batch_norm_.*|cpu"
     ),
     "steps of autograd and of random state that a graph does not do itself": (
-        r"backward|retain_grad|retains_grad|requires_grad_|grad|initial_seed|manual_seed|seed|output_nr|is_leaf"
+        r"backward|dist_backward|retain_grad|retains_grad|requires_grad_|grad|initial_seed|manual_seed|seed|output_nr|is_leaf"
         r"|set_grad_enabled|get_gradients|is_grad_enabled|warn|infinitely_differentiable.*|.*_jvp"
     ),
-    "trusts the indices that it is given (a saved pooling index, a pivot, a label of ctc_loss)": (
-        r"max_unpool.*|segment_reduce|.*pool.*_with_indices_backward|adaptive_max_pool.*_backward"
+    "trusts the indices that it is given (a saved pooling index, a pivot)": (
+        r"max_unpool.*|segment_reduce|adaptive_max_pool.*_backward"
         r"|fractional_max_pool.*_backward|embedding_backward|embedding_sparse_backward|to_here|histogramdd"
-        r"|.*_backward_reduce|unfold_backward|masked_scatter_backward|index_select_backward|gather_backward"
+        r"|.*_backward_reduce|masked_scatter_backward|index_select_backward|gather_backward"
         r"|value_selecting_reduction_backward|cummaxmin_backward|sparse_mask.*|slow_conv.*|thnn_conv2d|conv_depthwise3d"
         r"|.*_interface.*|ctc_loss_backward|lu_unpack|ormqr|orgqr|.*_?lu_solve|linalg_ldl_solve|linalg_householder_product"
-        r"|max_pool2d_backward|ctc_loss|nll_loss2?d?_backward"
-        r"|multilabel_margin_loss_backward|multi_margin_loss_backward|norm_except_dim_backward"
+        r"|max_pool2d_backward|multilabel_margin_loss_backward|multi_margin_loss_backward|norm_except_dim_backward"
     ),
     "trusts shapes that it is given, and reads or writes beyond a tensor that is smaller": (
-        r"native_batch_norm.*|_native_batch_norm_legit|(reflection|replication)_pad[123]d_backward"
+        r"native_batch_norm.*|_native_batch_norm_legit"
         r"|_adaptive_avg_pool[23]d_backward|grid_sampler_[23]d_backward|slice_inverse"
     ),
-    "trusts dimensions or indices in a way that only its caller in PyTorch keeps in bounds": (
-        r"_fft_(c2c|c2r|r2c)|embedding_dense_backward"
-    ),
+    "trusts dimensions or indices in a way that only its caller in PyTorch keeps in bounds": (r"_fft_(c2c|c2r|r2c)"),
     "a result that is not a tensor or a number": (
         r"equal|is_.*|allclose|result_type|can_cast|promote_types|get_device|device"
     ),
@@ -75,14 +72,14 @@ LEFT_OUT = {
 }
 
 # Operators that trust values of their tensors, but that models need, are listed: ranks check what they are given first
-# (gradwire_workers/programs/checked_operators.py).
+# (gradwire_workers/programs/checked_operators.py, checked_backwards.py).
 
 # Operators with a leading underscore are PyTorch's inner ones, left out but for these, which exports contain.
 KEPT_PRIVATE = re.compile(
-    r"_adaptive_avg_pool[23]d|_assert_async|_cast_(Double|Float|Half|Int|Long)|_cdist_forward|_conj(_physical)?"
+    r"_adaptive_avg_pool[23]d|_assert_async|_cast_(Double|Float|Half|Int|Long)|_cdist_(forward|backward)|_conj(_physical)?"
     r"|_convolution(_mode)?|_dim_arange|_embedding_bag|_functional_assert_scalar|_fused_rms_norm"
     r"|_linalg_(det|eigh|slogdet|solve_ex|svd)|_local_scalar_dense|_(log_)?softmax(_backward_data)?|_logcumsumexp"
-    r"|_neg_view|_pad_(circular|enum)|_prelu_kernel|_safe_softmax|_shape_as_tensor|_stack"
+    r"|_neg_view|_pad_(circular|enum)|_prelu_kernel(_backward)?|_safe_softmax|_shape_as_tensor|_stack"
     r"|_scaled_dot_product_attention_math|_standard_gamma|_sample_dirichlet|_to_copy|_trilinear|_unique2|_weight_norm"
     r"|_upsample_(bicubic|bilinear)2d_aa|_upsample_nearest_exact[123]d|__i?(and|or|xor|lshift|rshift)__"
 )

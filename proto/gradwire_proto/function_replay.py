@@ -39,19 +39,27 @@ class ReplayedFunction(nn.Module):
         self.differentiable_inputs = tuple(differentiable_inputs)
         # Whoever makes it from a class may say which, for messages.
         self.origin: type = ReplayedFunction
+        # Is called with the backward graph and what it takes, before it runs.
+        self.before_backward: Callable[[nn.Module, Sequence[Any]], None] = _nothing
 
     def forward(self, *inputs: Any) -> list[Tensor]:
         return list(_Replay.apply(self, *inputs))  # type: ignore[arg-type]
 
     def with_graphs(self, change: Callable[[Any], nn.Module]) -> ReplayedFunction:
         """The same function over graphs that are changed."""
-        return ReplayedFunction(
+        made = ReplayedFunction(
             change(self.forward_graph),
             change(self.backward_graph),
             results=self.results,
             differentiable_results=self.differentiable_results,
             differentiable_inputs=self.differentiable_inputs,
         )
+        made.before_backward = self.before_backward
+        return made
+
+
+def _nothing(graph: nn.Module, inputs: Sequence[Any]) -> None:
+    pass
 
 
 def call_function(function: ReplayedFunction, *inputs: Any) -> list[Tensor]:
@@ -96,6 +104,7 @@ class _Replay(torch.autograd.Function):
         with _autocast_off():
             # Contiguous, as they were when the graph was made: it may view them in another shape.
             given = [gradients[index].contiguous() for index in function.differentiable_results]
+            function.before_backward(function.backward_graph, (*given, *read))
             found = dict(zip(function.differentiable_inputs, function.backward_graph(*given, *read), strict=True))
         if not all(gradient is None or isinstance(gradient, Tensor) for gradient in found.values()):
             raise _malformed("a custom function's backward gives a gradient that is no tensor")

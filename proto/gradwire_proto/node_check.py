@@ -15,7 +15,10 @@ MAX_SUBGRAPH_DEPTH = 8
 
 
 class GraphCheck:
-    """Checks graphs and counts their nodes, those of subgraphs and functions included."""
+    """Checks graphs and counts their nodes, those of subgraphs and functions included.
+
+    What a graph inside another takes and gives counts as well: it costs as much, and a function's may be any number.
+    """
 
     def __init__(self, operators: Mapping[str, str], limits: Limits, count: int = 0) -> None:
         self._operators = operators
@@ -23,10 +26,10 @@ class GraphCheck:
         self._count = count
 
     def check(self, graph: Graph, field: str, depth: int = 0) -> int:
-        """Check a graph; the number of nodes seen so far."""
+        """Check a graph; what was counted so far."""
         if depth > MAX_SUBGRAPH_DEPTH:
             raise malformed(field, f"subgraphs nested deeper than {MAX_SUBGRAPH_DEPTH}")
-        self._count += len(graph.nodes)
+        self._count += len(graph.nodes) + (len(graph.inputs) + len(graph.outputs) if depth else 0)
         if self._count > self._limits.graph_nodes:
             raise ResourceExhausted(
                 f"more than {self._limits.graph_nodes} nodes; the limit is `graph_nodes`",

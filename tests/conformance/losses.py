@@ -35,6 +35,18 @@ class Words(nn.Module):
         return self.layer(x).transpose(1, 2)
 
 
+class Head(nn.Module):
+    """A loss with weights of its own is a part of its module."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.loss = loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.body(x), labels)
+
+
 class Spoken(nn.Module):
     """[words, rows, classes] of log-probabilities, the layout of CTCLoss."""
 
@@ -49,10 +61,11 @@ class Spoken(nn.Module):
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """Each on seven rows: on two ranks, shards differ in length."""
     for name, module, loss, inputs, targets in _all(dtype):
-        yield Case(group="losses", name=name, module=module.to(dtype), inputs=(inputs,), loss=loss, targets=targets)
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        yield Case(group="losses", name=name, module=module.to(dtype), inputs=given, loss=loss, targets=targets)
 
 
-def _all(dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, Any, Tensor, Any]]:
+def _all(dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, Any, Any, Any]]:
     torch.manual_seed(1)
     x = torch.randn(ROWS, 4, dtype=dtype)
     words = torch.randn(ROWS, 6, 4, dtype=dtype)
@@ -140,6 +153,10 @@ def _all(dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, Any, Tensor, Any]
         for arguments in ({}, {"full": True}):
             name, loss = named(nn.GaussianNLLLoss, **arguments)
             yield name, Two(CLASSES, 2, nn.Softplus()), _gaussian(loss), x, real
+        chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+        for arguments in ({}, {"bias": True, "weight": weight, "ignore_index": 1, "options": chunks}):
+            name, loss = named(nn.LinearCrossEntropyLoss, in_features=3, num_classes=CLASSES, **arguments)
+            yield name, Head(loss), lambda output, target: output, (x, labels.clamp(0)), None
         for arguments in ({}, {"blank": 2, "zero_infinity": True}):
             name, loss = named(nn.CTCLoss, **arguments)
             lengths = (torch.tensor([6, 6, 5, 6, 4, 6, 6]), torch.tensor([2, 1, 2, 2, 1, 2, 2]))

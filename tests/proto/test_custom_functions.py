@@ -53,10 +53,10 @@ def nested(depth: int) -> Graph:
     return found
 
 
-def test_a_sound_function_passes_and_its_nodes_count():
-    assert check(graph()) == 3
+def test_a_sound_function_passes_and_its_nodes_inputs_and_outputs_count():
+    assert check(graph()) == 3 + 4 + 4
     with pytest.raises(ResourceExhausted, match="graph_nodes"):
-        check(graph(), Limits(graph_nodes=2))
+        check(graph(), Limits(graph_nodes=10))
 
 
 @pytest.mark.parametrize(

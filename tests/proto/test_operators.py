@@ -14,8 +14,8 @@ from gradwire_proto.operators import RUN_GRAPHS, allowed_operators, has_schema, 
 HARMFUL = re.compile(
     r"aten\.(from_file|set_|set_data|resize.*|_resize.*|.*resize_as.*|empty.*|new_empty.*|as_strided.*|record_stream|.*pin_memory"
     r"|.*cudnn.*|.*miopen.*|.*mkldnn.*|.*_unsafe.*|unsafe_.*|.*sparse.*|.*nested.*|.*quantize.*|data|data_ptr|.*storage.*|save"
-    r"|.*native_batch_norm.*|.*_pad[123]d_backward|.*adaptive_avg_pool.*_backward|grid_sampler.*_backward|_fft_.*"
-    r"|max_unpool.*|ctc_loss|.*lu_solve|segment_reduce|.*_with_indices_backward|embedding_dense_backward|requires_grad_|retain_grad|backward)\..*"
+    r"|.*native_batch_norm.*|.*adaptive_avg_pool.*_backward|grid_sampler.*_backward|_fft_.*"
+    r"|max_unpool.*|_ctc_loss.*|.*lu_solve|segment_reduce|dist_backward|requires_grad_|retain_grad|backward)\..*"
 )
 
 NEEDED = [

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from gradwire.exporting.custom_functions import Capture, LeavesUnknown
 from gradwire.exporting.function_rules import needs_values
 from gradwire.exporting.function_trace import FunctionFailed
+from gradwire.exporting.loss_functions import TraceableLosses
 from gradwire.exporting.traced_inputs import PREFIX, keep_old_values, without_copies
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
@@ -108,12 +109,13 @@ def _export(
     shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (shapes,) if any(rows) else None
-    with quiet(), capture.active(), torch.enable_grad(), autocast(precision), open_len():
+    with quiet(), capture.active(), torch.enable_grad(), autocast(precision), open_len(), TraceableLosses():
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
     if any(tensor.requires_grad for tensor in tensors):
         without_copies(exported)
     capture.insert(exported.graph_module)
+    TraceableLosses.insert(exported.graph_module)
     keep_old_values(exported, traced.assigned)
     return exported
 

@@ -109,6 +109,22 @@ def test_sizes_inside_both_graphs_are_bounded_for_every_batch(side):
         built("v", torch.ones(1000, 4))
 
 
+def test_a_backward_is_measured_when_the_sizes_that_it_takes_are_known():
+    found = node("i", "aten.nonzero.default", X), node("f", "aten.to.dtype", NodeRef("i"), DTypeRef("float32"))
+    square = node("t", "aten.t.default", G), node("m", "aten.mm.default", G, NodeRef("t"))
+    built = build(
+        forward=found,
+        result="f",
+        backward=square,
+        gradients=(None, None),
+        limits=Limits(tensor_bytes=1 << 20),
+    )
+    for rows in (20, 40, 30):
+        built("v", torch.ones(rows, 4))[0].sum().backward()
+    with pytest.raises(ResourceExhausted, match="tensor_bytes"):
+        built("v", torch.ones(400, 4))[0].sum().backward()
+
+
 @pytest.mark.parametrize(
     "parts", [{"forward": (node("m", "aten.mm.default", X, W),)}, {"backward": (node("m", "aten.mm.default", G, G),)}]
 )

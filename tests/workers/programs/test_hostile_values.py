@@ -37,6 +37,8 @@ HOSTILE = [
     ("embedding_bag.default", "ones(4, 3), tensor([1, 2]), tensor([0, 10**9])"),
     ("embedding_bag.padding_idx", "ones(4, 3), tensor([1, 10**9]), tensor([0, 1]), False, 2, False, None, False, 0"),
     ("_embedding_bag.default", "ones(4, 3), tensor([1, 2, 3]), tensor([0, 2, 1])"),
+    ("ctc_loss.Tensor", "randn(9, 2, 5), tensor([[10**12], [-(10**9)]]), tensor([9, 9]), tensor([1, 1])"),
+    ("ctc_loss.IntList", "randn(9, 2, 5), tensor([1, 10**12]), [9, 9], [1, 1]"),
     ("div.Tensor_mode", "tensor([-(2**63)] * 9), tensor([-1] * 9), rounding_mode='trunc'"),
     ("div_.Scalar_mode", "tensor([-(2**31)], dtype=torch.int32), -1, rounding_mode='trunc'"),
     ("divide.Tensor_mode", "tensor([-(2**63)]), tensor([[-1], [1]]), rounding_mode='trunc'"),

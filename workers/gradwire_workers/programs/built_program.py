@@ -173,14 +173,14 @@ class BuiltProgram(nn.Module):
     def _add(self, variant: Variant) -> None:
         graph = variant.graph
         assert graph is not None, "graph_check lets no variant through without its graph"
-        module = build_graph(graph, self._device)
+        module = build_graph(graph, self._device, self._limits.tensor_bytes)
         if self._batch_norm is not None:
             replace_batch_norms(module, self._batch_norm)
         written = sorted(written_inputs(graph, self._program.operators))
         names = [variant.graph_inputs[index].key for index in written if variant.graph_inputs[index].kind == "tensor"]
         loss = loss_module = None
         if variant.loss_graph is not None:
-            loss_module = build_graph(variant.loss_graph, self._device)
+            loss_module = build_graph(variant.loss_graph, self._device, self._limits.tensor_bytes)
             loss = _LossRun(loss_module, variant.loss_graph_inputs, self._tensors)
         run = _Run(
             variant=variant,

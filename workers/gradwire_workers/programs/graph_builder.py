@@ -16,6 +16,7 @@ from gradwire_proto.values import (
     FunctionRef,
     Graph,
     LayoutRef,
+    Limits,
     MemoryFormatRef,
     Node,
     NodeRef,
@@ -26,6 +27,7 @@ from gradwire_workers.programs import batch_norm
 from gradwire_workers.programs.arithmetic import bounded
 from gradwire_workers.programs.checked_operators import checked
 from gradwire_workers.programs.regions import run_with_autocast, run_with_grad_mode
+from gradwire_workers.programs.size_check import BackwardSizes
 
 _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -36,28 +38,32 @@ _MEMORY_FORMATS = {
 _LAYOUTS = {"strided": torch.strided}
 
 
-def build_graph(graph: Graph, device: torch.device) -> fx.GraphModule:
+def build_graph(graph: Graph, device: torch.device, tensor_bytes: int = Limits().tensor_bytes) -> fx.GraphModule:
     """A module that runs a checked graph on `device`; called with the graph's inputs, it returns a tuple of outputs.
 
+    tensor_bytes: how large a tensor may be that an operator makes for itself.
     Each call node's `meta["operator"]` is the operator's name in the allowlist.
     """
-    return _Builder(graph, device).build()
+    return _Builder(graph, device, tensor_bytes).build()
 
 
-def _build_function(function: CustomFunction, device: torch.device) -> ReplayedFunction:
-    return ReplayedFunction(
-        build_graph(function.forward, device),
-        build_graph(function.backward, device),
+def _build_function(function: CustomFunction, device: torch.device, tensor_bytes: int) -> ReplayedFunction:
+    made = ReplayedFunction(
+        build_graph(function.forward, device, tensor_bytes),
+        build_graph(function.backward, device, tensor_bytes),
         results=function.results,
         differentiable_results=function.differentiable_results,
         differentiable_inputs=function.differentiable_inputs,
     )
+    made.before_backward = BackwardSizes(tensor_bytes)
+    return made
 
 
 class _Builder:
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device, tensor_bytes: int) -> None:
         self._source = graph
         self._device = device
+        self._tensor_bytes = tensor_bytes
         self._graph = fx.Graph()
         self._nodes: dict[str, fx.Node] = {}
         self._subgraphs: dict[str, str] = {}
@@ -67,10 +73,10 @@ class _Builder:
         root: dict[str, Any] = {}
         for index, (name, subgraph) in enumerate(self._source.subgraphs.items()):
             self._subgraphs[name] = f"subgraph_{index}"
-            root[f"subgraph_{index}"] = build_graph(subgraph, self._device)
+            root[f"subgraph_{index}"] = build_graph(subgraph, self._device, self._tensor_bytes)
         for index, (name, function) in enumerate(self._source.functions.items()):
             self._functions[name] = f"function_{index}"
-            root[f"function_{index}"] = _build_function(function, self._device)
+            root[f"function_{index}"] = _build_function(function, self._device, self._tensor_bytes)
         # Names of our own: the client's never become Python identifiers.
         for index, name in enumerate(self._source.inputs):
             self._nodes[name] = self._graph.placeholder(f"input_{index}")
@@ -87,7 +93,7 @@ class _Builder:
         elif node.operator == CUSTOM_FUNCTION:
             target = call_function
         elif has_schema(node.operator):
-            target = checked(node.operator) or resolve(node.operator)
+            target = checked(node.operator, self._tensor_bytes) or resolve(node.operator)
         else:
             target = bounded(node.operator)
         if node.operator == "aten.batch_norm.default":

@@ -60,6 +60,26 @@ class SizesChecked:
         self._known = [sizes, *self._known[: self._MOST - 1]]
 
 
+class BackwardSizes:
+    """Measures the backward of a custom function for what it takes, each time that this is larger than before.
+
+    Ahead of time its sizes are not always known: those of a function's results may depend on data.
+    """
+
+    def __init__(self, tensor_bytes: int) -> None:
+        self._tensor_bytes = tensor_bytes
+        self._checked = SizesChecked()
+
+    def __call__(self, graph: Any, inputs: Sequence[Any]) -> None:
+        sizes = tuple([size for each in inputs if isinstance(each, Tensor) for size in each.shape])
+        numbers = any(isinstance(each, (int, float)) for each in inputs)
+        # Numbers that it takes may be sizes.
+        if numbers or not self._checked.cover(sizes):
+            on_meta = [torch.empty_like(x, device=_META) if isinstance(x, Tensor) else x for x in inputs]
+            check_sizes(graph, on_meta, self._tensor_bytes, "the backward of a custom function")
+            self._checked.add(sizes)
+
+
 class _MeasuredRun(fx.Interpreter):
     """Runs a graph on meta tensors and looks at every result."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradwire_proto.autocast import AUTOCAST_TYPES
-from gradwire_proto.errors import GradwireError
+from gradwire_proto.errors import GradwireError, InvalidArgument
 from gradwire_proto.values import ROWS, Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
@@ -23,6 +23,7 @@ from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_
 from gradwire_workers.training.closeness import are_close, has_rounding
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.row_examples import Change, changed, random_like, repeated, rows_to_try, shuffled
 from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.trainable import differentiable_parameters, set_trained, trained_parameters
@@ -35,8 +36,9 @@ _REASONS = (
     "what training changes in the buffers depends on how the batch is split",
     "an output that is no tensor depends on how the batch is split",
     "the batches that the program takes are too small to be split",
+    "the program asserts what some batches of the example's rows do not meet",
 )
-_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL = 1, 2, 3, 4, 5, 6
+_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL, _ASSERTED = 1, 2, 3, 4, 5, 6, 7
 
 
 def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) -> str | None:
@@ -51,25 +53,27 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     variant = replica.program.variant(variant_name)
     # Uneven parts of several rows: what depends on the number of rows must not be hidden.
     least = max(least_rows(variant), 2)
-    rows = _rows_to_try(variant, least * groups.size + 1)
+    rows = rows_to_try(variant, least * groups.size + 1)
     if smallest_share(rows, groups.size) < least_rows(variant):
         return _REASONS[_TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
     with replica.program.without_randomness(), _all_trained(replica):
-        for change in (_repeated, _random):
-            leaves = [
-                change(leaf, rows) if has_rows(spec) else leaf
-                for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
-            ]
+        changes = [repeated, random_like]
+        for change in changes:
+            leaves = changed(change, variant, inputs, rows)
             for scale in _scales(replica, variant):
                 found[0] = _difference(replica, groups, variant, leaves, rows, scale)
                 groups.all_reduce(found, largest=True)
                 if found.item():
                     break
+            if found.item() == _ASSERTED and change is not repeated:
+                if change is random_like:
+                    changes.append(shuffled)
+                found.zero_()
             if found.item():
                 break
         else:
-            found[0] = _where_rows_reach(replica, variant, inputs)
+            found[0] = _where_rows_reach(replica, variant, inputs, changes[-1])
             groups.all_reduce(found, largest=True)
     return _REASONS[int(found.item())]
 
@@ -123,7 +127,12 @@ def _difference(
     def weights(index: int, output: Tensor) -> Tensor:
         return _weights_of_rows(index, output) * scale
 
-    expected = _run(replica, whole, weights)
+    try:
+        expected = _run(replica, whole, weights)
+    except InvalidArgument as error:
+        if error.reason != "ASSERTION_FAILED":
+            raise
+        return _ASSERTED  # all ranks see that, too
     if any(output.dim() == 0 or output.shape[0] != rows for output in expected.outputs):
         return _SHAPE  # all ranks see that, so none goes on to the collectives
     counts = 1.0 if part.count else 0.0
@@ -152,7 +161,7 @@ def _difference(
     return 0
 
 
-def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any]) -> int:
+def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any], change: Change) -> int:
     """Index of the reason for which the first or the last of some rows reaches others; 0 where neither does."""
     symbol = next(symbol for symbol in variant.symbols if symbol.name == ROWS)
     sizes = {size for leaf in inputs if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
@@ -160,12 +169,15 @@ def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any])
     rows = rows_to_mark(max(symbol.min, 2), symbol.max, sizes)
     if rows is None:
         return 0
-    leaves = [
-        _random(leaf, rows) if has_rows(spec) else leaf for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
-    ]
+    leaves = changed(change, variant, inputs, rows)
     shard = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
     with replica.row_by_row():
-        clean = _run(replica, shard, _weights_of_rows)
+        try:
+            clean = _run(replica, shard, _weights_of_rows)
+        except InvalidArgument as error:
+            if error.reason != "ASSERTION_FAILED":
+                raise
+            return 0
         for row in (0, rows - 1):
             try:
                 if reason := _where_row_reaches(replica, shard, variant, MarkedRow(row=row, rows=rows), clean):
@@ -244,29 +256,6 @@ def _trainable(replica: Replica) -> list[Tensor]:
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _rows_to_try(variant: Variant, rows: int) -> int:
-    for symbol in variant.symbols:
-        if symbol.name == ROWS:
-            rows = max(rows, symbol.min)
-            return rows if symbol.max is None else min(rows, symbol.max)
-    return rows
-
-
-def _repeated(leaf: Tensor, rows: int) -> Tensor:
-    return leaf[torch.arange(rows, device=leaf.device) % leaf.shape[0]]
-
-
-def _random(leaf: Tensor, rows: int) -> Tensor:
-    """Random rows like the leaf's. Whole numbers stay ones that the leaf has in that place: they may be indices."""
-    generator = torch.Generator().manual_seed(leaf.dim())
-    if has_rounding(leaf):
-        spread = leaf.std() if leaf.numel() > 1 else torch.ones(())
-        noise = torch.randn((rows, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
-        return leaf.mean() + (spread.nan_to_num() + 0.1) * noise.to(leaf.device, leaf.dtype)
-    choice = torch.randint(leaf.shape[0], (rows, *leaf.shape[1:]), generator=generator)
-    return leaf.gather(0, choice.to(leaf.device))
 
 
 def _weights_of_rows(index: int, output: Tensor) -> Tensor:
