@@ -19,6 +19,7 @@ from gradwire_proto.values.models import (
 )
 from gradwire_proto.values.programs import (
     ROWS,
+    ArchitectureSpec,
     Argument,
     ConstantSpec,
     CustomFunction,
@@ -67,6 +68,7 @@ from gradwire_proto.values.tensors import (
 )
 
 __all__ = [
+    "ArchitectureSpec",
     "Argument",
     "Batch",
     "Bytes",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from gradwire_proto.values.programs import Program, StateTensor, Variant
+from gradwire_proto.values.programs import ArchitectureSpec, Program, StateTensor, Variant
 from gradwire_proto.values.tensors import NamedTensors, Value
 
 
@@ -73,7 +73,7 @@ class ModelSpec:
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
     """
 
-    program: Program
+    program: Program | ArchitectureSpec
     loss: LossSpec | None = None
     optimizer: OptimizerSpec | None = None
     workers: int = 1
@@ -101,6 +101,7 @@ class ModelInfo:
 
     `last_error` is the error that failed the model or the last one that a command met. `rank_rows` are the rows that
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
+    `architecture`: the name of the module that the ranks built; None for a model of graphs.
     """
 
     id: str
@@ -122,6 +123,7 @@ class ModelInfo:
     rank_rows: tuple[int, ...] = ()
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    architecture: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

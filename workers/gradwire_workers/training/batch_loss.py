@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.losses import NamedLoss, RowSum
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
@@ -32,13 +33,14 @@ class LocalLoss:
 class BatchLoss:
     """A model's loss, whichever kind it is, on whole batches and on shards."""
 
-    def __init__(self, spec: LossSpec, program: BuiltProgram, device: torch.device) -> None:
+    def __init__(self, spec: LossSpec, program: BuiltProgram | ArchitectureProgram, device: torch.device) -> None:
         self._program = program
         self._kind: _Kind
         match spec:
             case TorchLossSpec():
                 self._kind = _ByName(NamedLoss(spec, device))
             case GraphLossSpec():
+                assert isinstance(program, BuiltProgram), "the frontend refuses graphs of architectures"
                 self._kind = _ByGraph(program)
             case OutputLossSpec():
                 self._kind = _ByOutput(spec.output_leaf)
