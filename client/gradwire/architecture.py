@@ -11,7 +11,7 @@ from gradwire_proto.values import ArchitectureSpec
 
 
 class Architecture:
-    """A class of torch.nn or of transformers with its keyword arguments, for `Client.create_model` in place of a module.
+    """A class of torch.nn or of transformers with its keyword arguments: what `Client.create_model` takes for a module.
 
         Architecture("torch.nn.Sequential", layers=[
             Architecture("torch.nn.Linear", in_features=4, out_features=8),
@@ -20,7 +20,7 @@ class Architecture:
         ])
         Architecture("transformers.GPT2LMHeadModel", n_layer=2, n_embd=64, n_head=4)
 
-    config: the class's own keyword arguments, or those of a transformers model's config class, whose `use_cache` is off.
+    config: the class's own keyword arguments, or those of a transformers model's config class (`use_cache` is off).
     Arguments that are modules are Architectures, or dicts {"name": ..., "config": {...}}; "torch.nn.Sequential" takes
     `layers`, a list of them or a dict of them by name. The service has an allowlist of classes, and refuses what is
     unknown, `device`, `dtype`, paths and code among it.
