@@ -279,7 +279,7 @@ def test_a_batch_that_would_make_too_large_a_tensor_is_refused_before_it_is_made
         ({"input_ids": ids(2) + 31}, "batch.inputs", "INDEX_OUT_OF_RANGE"),
         ({"input_ids": ids(0)}, "batch.inputs", "BATCH_EMPTY"),
         ({"input_ids": ids(2), "use_cache": True}, "batch.inputs", "OUTPUT_UNSUPPORTED"),
-        ({"input_ids": ids(2), "past_key_values": "a"}, "batch.inputs", "STRUCTURE_MISMATCH"),
+        ({"input_ids": ids(2), "cache": "a"}, "batch.inputs", "STRUCTURE_MISMATCH"),
         (torch.randn(2, 7), "batch", "PROGRAM_FAILED"),
     ],
 )

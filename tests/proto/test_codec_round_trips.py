@@ -199,9 +199,15 @@ LIMITS = st.builds(
     values.Limits,
     **{name: FLOATS if name == "held_seconds" else COUNTS for name in values.Limits.__dataclass_fields__},
 )
+ARCHITECTURES = st.builds(
+    values.ArchitectureSpec,
+    name=NAMES,
+    config=st.dictionaries(NAMES, nested(CONSTANTS), max_size=3),
+    weights=st.none() | st.sampled_from(["gpt2", "team/gpt2-1.0_b"]),
+)
 MODEL_SPECS = st.builds(
     values.ModelSpec,
-    program=programs(),
+    program=programs() | ARCHITECTURES,
     loss=st.none() | LOSSES,
     optimizer=st.none() | OPTIMIZERS,
     workers=st.integers(1, 2**31 - 1),
@@ -237,6 +243,7 @@ MODEL_INFOS = st.builds(
     rank_rows=ROWS,
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
+    architecture=st.none() | NAMES,
 )
 STEP_RESULTS = st.builds(
     values.StepResult,

@@ -14,8 +14,8 @@ from gradwire_proto.errors import ResourceExhausted
 from gradwire_proto.values import ITEM_SIZE, Limits
 from gradwire_workers.architectures.module_tensors import describe_tensors
 
-MAX_OPERATIONS = 200_000
-"""Each parameter takes a few to be made: a deep model of thousands of layers has some ten thousand."""
+MAX_OPERATIONS = 20_000
+"""Each parameter takes one or two to be made: GPT-2 of 48 layers takes 970."""
 
 
 def check_size(make: Callable[[], nn.Module], limits: Limits, field: str) -> None:

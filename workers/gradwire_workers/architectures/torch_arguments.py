@@ -18,8 +18,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 """The words that arguments of these names take."""
 _MAX_INTEGER = 2**31 - 1
-MAX_COUNT = 4096
-"""The most layers: each is made in turn."""
+_MAX_LAYERS = 1024
 _MAX_ITEMS = 16
 
 
@@ -45,8 +44,8 @@ def check_argument(parameter: inspect.Parameter, value: Any, field: str) -> None
         _check_number(value, field)
         if parameter.annotation is int and not isinstance(value, int):
             raise wrong_value(field, "an int", value)
-        if name.endswith("_layers") and not 1 <= value <= MAX_COUNT:
-            raise wrong_value(field, f"from 1 to {MAX_COUNT} layers", value)
+        if name.endswith("_layers") and not 1 <= value <= _MAX_LAYERS:
+            raise wrong_value(field, f"from 1 to {_MAX_LAYERS} layers", value)
 
 
 def _check_number(value: Any, field: str) -> None:

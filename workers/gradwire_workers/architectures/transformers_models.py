@@ -39,7 +39,7 @@ _CONFIG_OF = {f"transformers.{model}": config for config, models in _CONFIGS.ite
 _COMMON = frozenset({"problem_type", "output_hidden_states", "chunk_size_feed_forward"})
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_MAX_INTEGER, MAX_COUNT, _MAX_ITEMS = 2**24, 2**16, 4096
+_MAX_INTEGER, _MAX_COUNT, _MAX_LAYERS, _MAX_ITEMS = 2**24, 2**16, 1024, 4096
 
 
 def names() -> tuple[str, ...]:
@@ -107,11 +107,13 @@ def _check(key: str, value: Any, field: str, depth: int) -> None:
         if not math.isfinite(value):
             raise wrong_value(field, "a finite number", value)
     elif isinstance(value, int) and not isinstance(value, bool):
-        most = MAX_COUNT if _counts(key) else _MAX_INTEGER
+        most = _most(key)
         if abs(value) > most:
             raise wrong_value(field, f"an int of at most {most}", value)
 
 
-def _counts(key: str) -> bool:
-    """Whether so many things are made one by one."""
-    return key.startswith(("num_", "n_layer", "n_head")) or "layers" in key
+def _most(key: str) -> int:
+    """The bound of an int: of what is made one by one it is lower."""
+    if "layer" in key:
+        return _MAX_LAYERS
+    return _MAX_COUNT if key.startswith(("num_", "n_")) else _MAX_INTEGER
