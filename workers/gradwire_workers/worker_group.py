@@ -125,7 +125,9 @@ class WorkerGroup:
         inputs = [self._example_inputs(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
         for variant, inputs_of in zip(self._variants, inputs, strict=True):
-            reason = await self._why_whole(variant, inputs_of)
+            # An architecture's rows are guessed from sizes, which may be the same by chance: whole is always right.
+            check = self._why_whole if self.opening is None else self._why_whole_or_failed
+            reason = await check(variant, inputs_of)
             self._whole[variant.name] = reason is not None
             if reason is None or variant is not decisive:
                 continue
@@ -251,15 +253,18 @@ class WorkerGroup:
         self._variants.append(variant)
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._whole[variant.name] = True
-        try:
-            reason = await self._why_whole(variant, inputs)
-        except GradwireError as error:
-            if self.rank_lost is not None:
-                raise
-            reason = f"the example could not be computed: {error}"
+        reason = await self._why_whole_or_failed(variant, inputs)
         if reason is not None:
             logger.info("batches of the variant %s are not split: %s", variant.name, reason)
         self._whole[variant.name] = reason is not None
+
+    async def _why_whole_or_failed(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
+        try:
+            return await self._why_whole(variant, inputs)
+        except GradwireError as error:
+            if self.rank_lost is not None:
+                raise
+            return f"the example could not be computed: {error}"
 
     async def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
         _, shards, rows = await self._choose(batch, training=training, targets=True)

@@ -23,7 +23,7 @@ _NAMES = (
     *("LogSigmoid", "LogSoftmax", "Mish", "ReLU", "ReLU6", "RReLU", "Sigmoid", "SiLU", "Softmax", "Softmax2d"),
     *("Softmin", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink", "Threshold"),
     *("Dropout", "AlphaDropout", "FeatureAlphaDropout", *(f"Dropout{each}" for each in _DIMENSIONS)),
-    *("LayerNorm", "GroupNorm", "RMSNorm", "LocalResponseNorm", "CrossMapLRN2d", "CosineSimilarity"),
+    *("LayerNorm", "GroupNorm", "RMSNorm", "LocalResponseNorm", "CosineSimilarity"),
     *("PairwiseDistance", "ChannelShuffle", "PixelShuffle", "PixelUnshuffle", "Fold", "Unfold"),
     *("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"),
     *("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "MultiheadAttention"),

@@ -54,7 +54,9 @@ class BatchLoss:
         self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups
     ) -> LocalLoss:
         """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
-        part = self._kind.over_rows(shard.variant, outputs, targets)
+        specs = self._program.variant(shard.variant).target_leaves
+        # Targets that are not split fit a shard by chance, if they do.
+        part = self._kind.over_rows(shard.variant, outputs, targets) if all(map(has_rows, specs)) else None
         if part is not None:
             return _of_row_sum(part, shard, groups)
         return self._of_gathered(shard, outputs, targets, groups)
