@@ -19,6 +19,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from gradwire import errors, optim
+from gradwire.architecture import Architecture
 from gradwire.embedded_service import launch
 from gradwire.tls import TLS
 from gradwire_proto.values import GradientResult, Limits, ModelInfo, ServerInfo, Sharding, StepResult, Timing
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TLS",
+    "Architecture",
     "Client",
     "Future",
     "GradientResult",

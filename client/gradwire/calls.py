@@ -212,7 +212,7 @@ class ModelCalls:
         given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
         return given, Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
 
-    def _set_batch(self, request: Any, given: Batch, batch: Batch, *, training: bool) -> Variant:
+    def _set_batch(self, request: Any, given: Batch, batch: Batch, *, training: bool) -> Variant | None:
         variant = self._variants.choose(batch, given, training=training, targets=True)
         codec.encode_batch(Batch(*send_apart(self._rpc, (batch.inputs, batch.targets))), request.batch)
         return variant

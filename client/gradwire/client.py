@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
+from gradwire.architecture import Architecture
 from gradwire.arguments import as_bool, as_function
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
@@ -77,7 +78,7 @@ class Client:
 
     def create_model(
         self,
-        module: nn.Module,
+        module: nn.Module | Architecture,
         *,
         example: Any,
         loss: LossFunction | str | None = None,
@@ -97,6 +98,9 @@ class Client:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
         The module itself is never changed, and does not follow the model: pull weights with `state_dict`.
+        Or have the service build a `gradwire.Architecture`, which needs no module and sends no weights: its `loss` is
+        one that the service knows by name, or None; its outputs come as tuples, lists and dicts; the example's inputs,
+        as all its batches later, may be of any shape that it takes.
 
         example: (inputs, targets) used to export the module and its loss, not trained on; (inputs,) or (inputs, None)
             where there are no targets. A list is taken as a tuple is, so that a batch of a DataLoader will do. Two rows

@@ -7,21 +7,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from gradwire.architecture import Architecture
 from gradwire.arguments import as_bool, as_int, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
-from gradwire.export import ExportedModel, ModuleExporter
+from gradwire.export import ModuleExporter
+from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import send_apart
 from gradwire.updates import as_labels, as_optimizer
+from gradwire.user_values import normalize
 from gradwire_proto import codec
 from gradwire_proto.autocast import check_precision
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.tensors import from_nested, from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Batch, ModelSpec
+from gradwire_proto.values import Batch, LossSpec, ModelSpec, OutputLossSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 def create_model(
     rpc: Rpc,
-    module: nn.Module,
+    module: nn.Module | Architecture,
     *,
     example: Any,
     loss: Any,
@@ -64,18 +67,18 @@ def create_model(
             check_positive(bound, field=f"model.{name}", words=f"{name} value")
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
+    settings |= {"optimizer": optimizer_spec, "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
+    if isinstance(module, Architecture):
+        spec = ModelSpec(program=module.spec(), loss=_loss_by_name(loss, targets), **settings)
+        batch = Batch(normalize(inputs, "example.inputs"), normalize(targets, "example.targets"))
+        # Always with the example: a batch that the module does not take is refused at once.
+        return Model(rpc, codec.decode_model_info(_send(rpc, _request(rpc, spec, {}, batch, chosen_id))))
     exporter = ModuleExporter(module, loss, settings["precision"])
     exported = exporter.export_model(inputs, targets)
-    spec = ModelSpec(
-        program=exported.program,
-        loss=exported.loss,
-        optimizer=optimizer_spec,
-        **settings,
-        clip_grad_norm=clip_grad_norm,
-        clip_grad_value=clip_grad_value,
-    )
-    request = _request(rpc, spec, exported, chosen_id)
-    reply = _send(rpc, request)
+    spec = ModelSpec(program=exported.program, loss=exported.loss, **settings)
+    # One rank has nothing to split, so that nothing needs to be checked.
+    batch = exported.example if spec.workers > 1 else None
+    reply = _send(rpc, _request(rpc, spec, exported.tensors, batch, chosen_id))
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 
 
@@ -89,16 +92,34 @@ def _inputs_and_targets(example: Any) -> tuple[Any, Any]:
     return (example[0], example[1]) if len(example) == 2 else (example[0], None)
 
 
-def _request(rpc: Rpc, spec: ModelSpec, exported: ExportedModel, model_id: str) -> pb.CreateModelRequest:
+def _loss_by_name(loss: Any, targets: Any) -> LossSpec:
+    """The loss of an architecture: one that the service knows by name. None: the module's first output."""
+    known = as_loss(loss)
+    if known is None:
+        return OutputLossSpec(0)
+    if known.spec is None:
+        raise InvalidArgument(
+            "an architecture is not at hand to export the loss with: give a loss of torch.nn that the service knows by"
+            f" name ({', '.join(sorted(LOSSES_BY_NAME))}), or None where the model returns it",
+            field="loss",
+            reason="LOSS_NOT_BY_NAME",
+        )
+    if targets is None:
+        raise InvalidArgument("the loss needs targets: (inputs, targets)", field="example", reason="EXAMPLE_INVALID")
+    return known.spec
+
+
+def _request(
+    rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str
+) -> pb.CreateModelRequest:
     request = pb.CreateModelRequest(model_id=model_id, request_id=new_request_id())
     codec.encode_model_spec(spec, request.model)
-    tensors = {name: from_torch(tensor, f'tensors["{name}"]') for name, tensor in exported.tensors.items()}
-    # One rank has nothing to split, so that nothing needs to be checked.
-    example = exported.example if spec.workers > 1 else Batch(None)
-    inputs, targets = from_nested(example.inputs, "example.inputs"), from_nested(example.targets, "example.targets")
+    tensors = {name: from_torch(tensor, f'tensors["{name}"]') for name, tensor in values.items()}
+    batch = example or Batch(None)
+    inputs, targets = from_nested(batch.inputs, "example.inputs"), from_nested(batch.targets, "example.targets")
     tensors, inputs, targets = send_apart(rpc, (tensors, inputs, targets))
     codec.encode_named_tensors(tensors, request.tensors)
-    if spec.workers > 1:
+    if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
     return request
 

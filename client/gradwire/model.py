@@ -52,6 +52,7 @@ class Model:
             add=self._add_variant,
             exporter=exporter,
             exported=exported,
+            made_there=info.architecture is not None,
         )
         self._calls = ModelCalls(rpc, info, variants)
         self._futures = ModelFutures(rpc, self._calls, self._queue)

@@ -19,6 +19,7 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "step": info.step,
         "workers": info.workers,
         "device": info.device,
+        "architecture": info.architecture,
         "num_parameters": info.num_parameters,
         "optimizer": info.optimizer and info.optimizer.name,
         "optimizer_options": _options(info.optimizer.options) if info.optimizer else {},

@@ -34,7 +34,8 @@ class Variants:
     """The variants of one model.
 
     exporter: makes more of them; None where the module is in another process. add: brings one to the service, given the
-    batch that asked for it. refresh: the variants that the service has now.
+    batch that asked for it. refresh: the variants that the service has now. made_there: the service makes them itself,
+    for every batch (an architecture).
     """
 
     def __init__(
@@ -45,21 +46,27 @@ class Variants:
         add: Callable[[ExportedVariant, Batch], None],
         exporter: ModuleExporter | None = None,
         exported: Iterable[ExportedVariant] = (),
+        made_there: bool = False,
     ) -> None:
         self._known = tuple(known)
         self._refresh = refresh
         self._add = add
         self._exporter = exporter
         self._rebuild = {item.variant.name: item.output_tree.rebuild for item in exported}
+        self._made_there = made_there
         self._growing = threading.Lock()
 
-    def choose(self, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant:
+    def choose(self, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant | None:
         """The variant that fits `batch` (TensorData leaves), made from `given` (the user's own tensors) if need be.
+
+        None where the service makes it.
 
         Raises InvalidArgument where the batch fits none and the module itself refuses it too: the error names the field
         and what it should be. Raises ExportError where the module takes the batch but cannot be exported with it, and
         FailedPrecondition MODULE_CHANGED where that would need the module as it was when the model was created.
         """
+        if self._made_there:
+            return None
         try:
             return select_variant(self._known, batch, training=training, targets=targets)[0]
         except GradwireError as misfit:
@@ -67,9 +74,9 @@ class Variants:
                 raise
             return self._grow(misfit, batch, given, training=training, targets=targets)
 
-    def rebuild(self, variant: Variant, outputs: Any) -> Any:
+    def rebuild(self, variant: Variant | None, outputs: Any) -> Any:
         """Outputs of `variant` as the module returns them; tuples, lists and dicts where the module is not at hand."""
-        rebuild = self._rebuild.get(variant.name)
+        rebuild = None if variant is None else self._rebuild.get(variant.name)
         return outputs if rebuild is None else rebuild(outputs)
 
     def _grow(self, misfit: GradwireError, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant:

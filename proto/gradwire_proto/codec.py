@@ -26,6 +26,7 @@ from gradwire_proto.encoding.model_codec import (
 from gradwire_proto.encoding.optimizer_codec import decode_optimizer, decode_optimizer_state, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_graph_input,
+    decode_graphs,
     decode_program,
     decode_state_tensor,
     decode_state_tensors,
@@ -97,6 +98,7 @@ __all__ = [
     "decode_gradient_result",
     "decode_graph",
     "decode_graph_input",
+    "decode_graphs",
     "decode_leaf",
     "decode_learning_rate",
     "decode_limits",

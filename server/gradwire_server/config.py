@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, ValidationError
+from pydantic import AfterValidator, ByteSize, DirectoryPath, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -38,6 +38,7 @@ def _checked_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_checked_address)]
+Folder = Annotated[DirectoryPath, AfterValidator(Path.resolve)]
 
 
 class ServerConfig(BaseSettings):
@@ -60,6 +61,10 @@ class ServerConfig(BaseSettings):
     runtime_dir: Path | None = Field(None, description="private folder for sockets; none: a temporary one")
     shared_memory_dir: Path | None = Field(
         None, description="private folder in shared memory for large tensors; none: a temporary one in /dev/shm"
+    )
+    weights_folder: Folder | None = Field(
+        None,
+        description="folder of safetensors from which architectures may take their first weights; none: they may not",
     )
     drain_seconds: float = Field(30.0, ge=0, le=86400, description="how long a stopping service waits for requests")
     delete_seconds: float = Field(

@@ -62,6 +62,8 @@ class HostedModel:
         capacity = max(stored_replies, limits.requests_per_model)
         self._commands: RequestLog[Job[Any]] = RequestLog(capacity, limits.message_bytes)
         self.description = description
+        if description.info.architecture is not None:
+            description.built(workers.tensors, workers.variants)
         description.ready(workers.sharding, workers.device)
         workers.on_lost = description.met
 

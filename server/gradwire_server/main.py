@@ -109,6 +109,7 @@ def _cluster_config(config: ServerConfig, runtime: Path, memory: Path) -> Cluste
         spare_ranks=config.spare_ranks,
         threads_per_rank=config.threads_per_rank,
         limits=config.limits,
+        weights_folder=None if config.weights_folder is None else str(config.weights_folder),
     )
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.names import model_name
-from gradwire_proto.values import ModelInfo, ModelSpec, ModelUpdate, OptimizerSpec, Sharding, StateTensor, Variant
+from gradwire_proto.values import (
+    ArchitectureSpec,
+    ModelInfo,
+    ModelSpec,
+    ModelUpdate,
+    OptimizerSpec,
+    Sharding,
+    StateTensor,
+    Variant,
+)
 
 
 class ModelDescription:
@@ -21,14 +30,15 @@ class ModelDescription:
 
     def __init__(self, model_id: str, spec: ModelSpec) -> None:
         self.has_failed = False
-        self.operators = dict(spec.program.operators)
+        graphs = None if isinstance(spec.program, ArchitectureSpec) else spec.program
+        self.operators = dict(graphs.operators) if graphs else {}
         self._info = ModelInfo(
             id=model_id,
             state="creating",
             step=0,
             workers=spec.workers,
             sharding=None,
-            num_parameters=_count_parameters(spec.program.tensors),
+            num_parameters=_count_parameters(graphs.tensors) if graphs else 0,
             optimizer=spec.optimizer,
             loss=spec.loss,
             labels=spec.labels,
@@ -36,11 +46,12 @@ class ModelDescription:
             device=spec.device,
             seed=spec.seed,
             on_nan=spec.on_nan,
-            tensors=spec.program.tensors,
-            variants=tuple(map(_without_graphs, spec.program.variants)),
+            tensors=graphs.tensors if graphs else (),
+            variants=tuple(map(_without_graphs, graphs.variants)) if graphs else (),
             clip_grad_norm=spec.clip_grad_norm,
             clip_grad_value=spec.clip_grad_value,
             precision=spec.precision,
+            architecture=spec.program.name if isinstance(spec.program, ArchitectureSpec) else None,
         )
 
     @property
@@ -61,6 +72,15 @@ class ModelDescription:
     def ready(self, sharding: Sharding, device: str) -> None:
         """The ranks have the model."""
         self._info = replace(self._info, state="ready", sharding=sharding, device=device)
+
+    def built(self, tensors: Sequence[StateTensor], variants: Sequence[Variant]) -> None:
+        """The ranks have built the module that the client named, which has these."""
+        self._info = replace(
+            self._info,
+            tensors=tuple(tensors),
+            variants=tuple(variants),
+            num_parameters=_count_parameters(tensors),
+        )
 
     def deleting(self) -> None:
         """The model is on its way out, whatever it was."""

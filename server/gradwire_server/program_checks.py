@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gradwire_proto.errors import AlreadyExists, InvalidArgument, ResourceExhausted
+from gradwire_proto.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
 from gradwire_proto.graph_check import check_program, check_tensors, check_variant
 from gradwire_proto.values import (
+    ArchitectureSpec,
     FunctionSpec,
+    GraphLossSpec,
     Handle,
     Limits,
     LossSpec,
@@ -26,10 +28,24 @@ from gradwire_proto.values import (
 
 def check_model(spec: ModelSpec, values: NamedTensors, limits: Limits) -> None:
     """Check what CreateModel brings."""
-    check_program(spec.program, limits=limits, field="model.program.graphs")
-    check_values(spec.program.tensors, values, "tensors")
+    if isinstance(spec.program, ArchitectureSpec):
+        _check_architecture(spec, values)
+    else:
+        check_program(spec.program, limits=limits, field="model.program.graphs")
+        check_values(spec.program.tensors, values, "tensors")
     _check_options(spec.loss, "model.loss.torch.options")
     _check_options(spec.optimizer, "model.optimizer.options")
+
+
+def _check_architecture(spec: ModelSpec, values: NamedTensors) -> None:
+    """Its config is for the ranks, which know its class."""
+    check_values((), values, "tensors")
+    if isinstance(spec.loss, GraphLossSpec):
+        raise InvalidArgument(
+            "an architecture has no graphs: give a loss of torch.nn.functional by name, or an output that is the loss",
+            field="model.loss.graph",
+            reason="LOSS_DOES_NOT_FIT",
+        )
 
 
 def check_function(function: FunctionSpec, limits: Limits) -> None:
@@ -62,7 +78,13 @@ def check_new_variant(
 
 
 def check_variant_fits(model: ModelInfo, variant: Variant, limits: Limits) -> None:
-    """Check that `model` has room for one more variant, and none of that name."""
+    """Check that `model` takes variants, has room for one more, and none of that name."""
+    if model.architecture is not None:
+        raise FailedPrecondition(
+            f"{model.architecture} is an architecture, which takes batches of every shape without them",
+            field="variant",
+            reason="VARIANT_NOT_TAKEN",
+        )
     if len(model.variants) >= limits.variants:
         raise ResourceExhausted(
             f"the model has {len(model.variants)} variants, as many as the server's setting variants allows",

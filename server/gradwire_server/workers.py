@@ -34,6 +34,14 @@ class Workers(Protocol):
     device: str
 
     @property
+    def tensors(self) -> tuple[StateTensor, ...]:
+        """Those of an architecture that the ranks have built; of a program of graphs, none."""
+        ...
+
+    @property
+    def variants(self) -> tuple[Variant, ...]: ...
+
+    @property
     def on_lost(self) -> Callable[[RankLost], None] | None: ...
 
     @on_lost.setter

@@ -12,6 +12,7 @@ import pytest
 import gradwire
 
 NAMES = {
+    "Architecture",
     "TLS",
     "Client",
     "Future",

@@ -208,9 +208,15 @@ MODEL_UPDATES = st.builds(
     lr=st.none() | st.floats(0, 10),
     labels=st.none() | LABELS,
 ).filter(lambda update: update != values.ModelUpdate())
+ARCHITECTURES = st.builds(
+    values.ArchitectureSpec,
+    name=NAMES,
+    config=st.dictionaries(NAMES, nested(CONSTANTS), max_size=3),
+    weights=st.none() | st.sampled_from(["gpt2", "team/gpt2-1.0_b"]),
+)
 MODEL_SPECS = st.builds(
     values.ModelSpec,
-    program=programs(),
+    program=programs() | ARCHITECTURES,
     loss=st.none() | LOSSES,
     optimizer=st.none() | OPTIMIZERS,
     workers=st.integers(1, 2**31 - 1),
@@ -248,6 +254,7 @@ MODEL_INFOS = st.builds(
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
     precision=PRECISIONS,
+    architecture=st.none() | NAMES,
 )
 STEP_RESULTS = st.builds(
     values.StepResult,

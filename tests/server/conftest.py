@@ -98,6 +98,8 @@ class FakeWorkers:
         self.sharding = Sharding("rows", "fake")
         self.device = "cpu"
         self.on_lost = None
+        self.tensors: tuple[StateTensor, ...] = ()
+        self.variants: tuple[Variant, ...] = ()
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls: list[tuple[Any, ...]] = []

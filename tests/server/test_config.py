@@ -104,3 +104,15 @@ def test_private_folder_is_this_users_alone(tmp_path: Path) -> None:
     with private_folder("runtime_dir", None) as temporary:
         (temporary / "file").write_text("x")
     assert not temporary.exists()
+
+
+def test_the_folder_of_weights_must_be_there_and_is_known_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, {"weights_folder": "weights"})
+    assert config.weights_folder == tmp_path / "weights"
+    assert read_config(config.flags(), "gradwire") == config
+    with pytest.raises(ConfigError, match="weights_folder"):
+        load_config(None, {"weights_folder": "nowhere"})

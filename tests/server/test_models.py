@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from gradwire_proto import codec
 from gradwire_proto.errors import RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
-from gradwire_proto.values import Batch, Program, TensorData
+from gradwire_proto.values import ArchitectureSpec, Batch, GraphLossSpec, Program, StateTensor, TensorData
 
 
 def delete(frontend: Any, model_id: str = "m") -> Any:
@@ -302,3 +303,56 @@ async def test_delete_lets_a_command_end_that_does_so_in_time(start: Any) -> Non
         workers.gate.set()
         await deletion
         assert (await running).result.step == 1 and workers.closed == [True]
+
+
+def architecture(fakes: Any, **changes: Any) -> Any:
+    """A request for a model that the ranks build."""
+    request = pb.CreateModelRequest(model_id="built")
+    spec = fakes.model_spec(program=ArchitectureSpec(name="torch.nn.Linear", config={"in_features": 2}), **changes)
+    codec.encode_model_spec(spec, request.model)
+    return request
+
+
+async def test_what_the_ranks_built_is_described_as_they_say(frontend: Any, fakes: Any) -> None:
+    tensors = (StateTensor(name="weight", role="parameter", dtype="float32", shape=(3, 2), requires_grad=True),)
+    workers = frontend.cluster.groups["built"] = fakes.FakeWorkers()
+    workers.tensors, workers.variants = tensors, (replace(fakes.variant("train-0"), graph=None),)
+    info = codec.decode_model_info(await frontend.stub.CreateModel(architecture(fakes)))
+    assert (info.architecture, info.num_parameters, info.tensors) == ("torch.nn.Linear", 6, tensors)
+    assert [variant.name for variant in info.variants] == ["train-0"]
+
+
+async def test_an_architecture_takes_no_values_graphs_variants_or_tensors_in_its_config(
+    frontend: Any, fakes: Any
+) -> None:
+    request = architecture(fakes)
+    codec.encode_named_tensors({"w": fakes.two_floats()}, request.tensors)
+    error = await frontend.error(frontend.stub.CreateModel(request))
+    assert (error.reason, error.field) == ("VALUE_UNKNOWN", 'tensors["w"]')
+    error = await frontend.error(frontend.stub.CreateModel(architecture(fakes, loss=GraphLossSpec())))
+    assert (error.reason, error.field) == ("LOSS_DOES_NOT_FIT", "model.loss.graph")
+    request = architecture(fakes)
+    codec.encode_options({"weight": [fakes.two_floats()]}, request.model.program.architecture.config)
+    error = await frontend.error(frontend.stub.CreateModel(request))
+    assert (error.reason, error.field) == ("ARCHITECTURE_INVALID", "model.program.architecture.config.weight[0]")
+    await frontend.stub.CreateModel(architecture(fakes))
+    addition_to_it = addition(fakes, "longer")
+    addition_to_it.name = "models/built"
+    error = await frontend.error(frontend.stub.AddVariant(addition_to_it))
+    assert (error.reason, error.field) == ("VARIANT_NOT_TAKEN", "variant")
+
+
+async def test_an_architecture_is_bounded_in_depth_and_is_no_function(frontend: Any, fakes: Any) -> None:
+    request = architecture(fakes)
+    value = request.model.program.architecture.config.entries.add(key="layers").value
+    for _ in range(codec.MAX_DEPTH + 1):
+        value = value.list.items.add()
+    value.integer = 1
+    error = await frontend.error(frontend.stub.CreateModel(request))
+    assert error.reason == "NESTING_TOO_DEEP"
+    function = pb.ComputeGradientsRequest()
+    function.function.digest = "0" * 64
+    function.function.program.architecture.name = "torch.nn.Linear"
+    codec.encode_batch(Batch((fakes.two_floats(),)), function.batch)
+    error = await frontend.error(frontend.stub.ComputeGradients(function))
+    assert (error.reason, error.field) == ("FIELD_MISSING", "function.program.graphs")

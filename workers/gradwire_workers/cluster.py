@@ -13,6 +13,7 @@ from pathlib import Path
 from gradwire_proto.codec import encode_model_spec
 from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.values import (
+    ArchitectureSpec,
     Batch,
     FunctionSpec,
     GradientQuery,
@@ -20,9 +21,11 @@ from gradwire_proto.values import (
     Limits,
     ModelSpec,
     NamedTensors,
+    StateTensor,
 )
 from gradwire_workers import segments
 from gradwire_workers.function_rank import FunctionRank
+from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
 from gradwire_workers.pool.lease import Lease
@@ -44,6 +47,7 @@ class ClusterConfig:
     folder, memory_folder: private, the second in shared memory; the first one's path must be short, for sockets.
     workers: how many ranks models may hold, None for as many as Ray has CPUs. spare_ranks: warm ones kept ready.
     threads_per_rank: torch's threads, 0 for an equal share of the machine's cores.
+    weights_folder: where architectures may find their first weights, None for nowhere.
     """
 
     address: str
@@ -54,6 +58,7 @@ class ClusterConfig:
     spare_ranks: int = 2
     threads_per_rank: int = 0
     limits: Limits = field(default_factory=Limits)
+    weights_folder: str | None = None
 
 
 class Cluster:
@@ -157,13 +162,16 @@ class Cluster:
             ranks = Ranks(lease.processes)
             group = WorkerGroup(
                 ranks=ranks,
-                variants=spec.program.variants,
+                variants=() if isinstance(spec.program, ArchitectureSpec) else spec.program.variants,
                 device=demand.device,
                 writer=self._writer,
                 require_sharding=spec.require_sharding,
                 release=lease.release,
             )
-            await self._load(ranks, lease, spec, demand, tensors)
+            built = await self._load(ranks, lease, spec, demand, tensors)
+            if isinstance(spec.program, ArchitectureSpec):
+                group.tensors = built
+                group.opening = OpenVariants(ranks, self._config.limits)
             await group.prepare(example)
         except BaseException as error:
             # A program that is refused leaves good ranks behind.
@@ -172,7 +180,10 @@ class Cluster:
             raise
         return group
 
-    async def _load(self, ranks: Ranks, lease: Lease, spec: ModelSpec, demand: Demand, tensors: NamedTensors) -> None:
+    async def _load(
+        self, ranks: Ranks, lease: Lease, spec: ModelSpec, demand: Demand, tensors: NamedTensors
+    ) -> tuple[StateTensor, ...]:
+        """Returns the tensors of an architecture, which only the ranks know."""
         common = {
             "spec": encode_model_spec(spec).SerializeToString(),
             "tensors": tensors,
@@ -180,11 +191,15 @@ class Cluster:
             "size": len(ranks),
             "threads": self._threads,
             "limits": asdict(self._config.limits),
+            "weights_folder": self._config.weights_folder,
         }
         of_ranks = [{**common, "rank": rank, "gpus": lease.gpu_ids(rank)} for rank in range(len(ranks))]
         await ranks.call("load", of_ranks, changes=False)
         where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
-        await ranks.call("start", [where] * len(ranks), changes=False)
+        answers = await ranks.call("start", [where] * len(ranks), changes=False)
+        return tuple(
+            StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]
+        )
 
     async def compute_function_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from gradwire_proto.codec import decode_model_spec, decode_optimizer, decode_program, decode_variant
+from gradwire_proto.codec import (
+    decode_graphs,
+    decode_model_spec,
+    decode_optimizer,
+    decode_variant,
+    encode_variant,
+)
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
 from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
@@ -59,6 +65,7 @@ class RankCommands:
             "start": self._start,
             "rejoin": self._rejoin,
             "reset": self._reset,
+            "open_variant": self._open_variant,
             "check_rows": self._check_rows,
             "train_step": self._train_step,
             "forward_backward": self._forward_backward,
@@ -114,15 +121,24 @@ class RankCommands:
         spec = decode_model_spec(model_pb2.Model.FromString(bytes(fields["spec"])))
         state = incoming(fields["tensors"], writable=True)
         limits, device, rank, size = Limits(**fields["limits"]), fields["device"], fields["rank"], fields["size"]
+        weights = fields["weights_folder"]
 
         def start(where: Fields) -> Trainer:
             if size == 1:
-                return Trainer(spec=spec, state=state, device=device, limits=limits)
+                return Trainer(spec=spec, state=state, device=device, limits=limits, weights_folder=weights)
             groups = ProcessGroups.join(
                 folder=where["folder"], epoch=where["epoch"], rank=rank, size=size, device=device
             )
             try:
-                return Trainer(spec=spec, state=state, rank=rank, groups=groups, device=device, limits=limits)
+                return Trainer(
+                    spec=spec,
+                    state=state,
+                    rank=rank,
+                    groups=groups,
+                    device=device,
+                    limits=limits,
+                    weights_folder=weights,
+                )
             except BaseException:
                 groups.leave()
                 raise
@@ -134,7 +150,7 @@ class RankCommands:
         assert self._loaded is not None
         start, self._loaded = self._loaded, None
         self._trainer = start(fields)
-        return {}
+        return {"tensors": [asdict(tensor) for tensor in self._trainer.built_tensors]}
 
     def _rejoin(self, fields: Fields) -> Fields:
         self._model.rejoin(fields["epoch"])
@@ -156,6 +172,11 @@ class RankCommands:
         return self._trainer
 
     # --- a model ---
+
+    def _open_variant(self, fields: Fields) -> Fields:
+        variant = decode_variant(program_pb2.Variant.FromString(bytes(fields["variant"])), require_graph=False)
+        opened = self._model.open_variant(variant, leaves_in(fields["inputs"]))
+        return {"variant": encode_variant(opened).SerializeToString()}
 
     def _check_rows(self, fields: Fields) -> Fields:
         return {"reason": self._model.check_rows(fields["variant"], leaves_in(fields["inputs"]))}
@@ -226,7 +247,7 @@ class RankCommands:
         if known := self._functions.get(fields["digest"]):
             return _gradients(known, fields)
         spec = ModelSpec(
-            program=decode_program(program_pb2.Program.FromString(bytes(fields["program"]))),
+            program=decode_graphs(program_pb2.Program.FromString(bytes(fields["program"]))),
             loss=OutputLossSpec(fields["output_leaf"]),
         )
         state = incoming(fields["tensors"], writable=True)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec, OptimizerSpec, StateTensor, Variant
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.optimizers import check_learning_rate
 from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.programs.build import add_variant
 from gradwire_workers.shard import Shard
 from gradwire_workers.training import tensor_names
@@ -40,7 +42,8 @@ class Trainer:
     """One rank of a model: its replica, the gradients that it holds, and its optimizer's state.
 
     All ranks are given the same commands in the same order, each its shard. Not thread-safe.
-    `state` must be writable and nobody else's; `groups` None: there is no other rank.
+    `state` must be writable and nobody else's; `groups` None: there is no other rank. `weights_folder`: where an
+    architecture may find its first weights.
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class Trainer:
         groups: ProcessGroups | None = None,
         device: str = "cpu",
         limits: Limits | None = None,
+        weights_folder: str | None = None,
     ) -> None:
         self.step = 0
         """Updates applied."""
         self._limits = limits or Limits()
-        self._replica = Replica(spec, state, rank, torch.device(device), self._limits)
+        self._replica = Replica(spec, state, rank, torch.device(device), self._limits, weights_folder)
         self._program = self._replica.program
         self._spec = spec
         trainable = trained_parameters(self._program)
@@ -101,7 +105,19 @@ class Trainer:
         operators: Mapping[str, str],
     ) -> None:
         """Add a graph for other shapes, with the constants that only it uses."""
+        assert isinstance(self._program, BuiltProgram), "the frontend refuses variants of architectures"
         add_variant(self._program, variant, tuple(tensors), values, operators, limits=self._limits)
+
+    @property
+    def built_tensors(self) -> tuple[StateTensor, ...]:
+        """The tensors of an architecture; of a program of graphs, which the client described, none."""
+        return self._program.tensors if isinstance(self._program, ArchitectureProgram) else ()
+
+    def open_variant(self, variant: Variant, inputs: Sequence[Any]) -> Variant:
+        """Take batches of an architecture like this one from now on. Returns the variant with what the module gives."""
+        assert isinstance(self._program, ArchitectureProgram), "graphs are opened by their client"
+        with Attempt(None, (), changes=False):
+            return self._program.open(variant, self._replica.moved(inputs))
 
     def check_rows(self, variant_name: str, inputs: Sequence[Any]) -> str | None:
         """Why the variant's batches must not be split over the ranks, in words; None where they may be.

@@ -33,6 +33,7 @@ from gradwire_proto.values import (
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
+from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
@@ -62,6 +63,10 @@ class WorkerGroup:
     ) -> None:
         self.device = device
         self.sharding = _ONE_RANK if len(ranks) == 1 else _ROWS
+        self.tensors: tuple[StateTensor, ...] = ()
+        """An architecture's, as the ranks have built it."""
+        self.opening: OpenVariants | None = None
+        """Makes variants for the batches of an architecture; None where the client brings them."""
         self._ranks = ranks
         self._variants = list(variants)
         self._whole: dict[str, bool] = {}
@@ -69,6 +74,11 @@ class WorkerGroup:
         self._require_sharding = require_sharding
         self._release = release
         self._closed = False
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Those that there are now."""
+        return tuple(self._variants)
 
     @property
     def workers(self) -> int:
@@ -104,10 +114,21 @@ class WorkerGroup:
         InvalidArgument without an example (EXAMPLE_NEEDED), or where it does not fit; FailedPrecondition
         (ROWS_NOT_INDEPENDENT) where sharding is required and impossible.
         """
+        if self.opening is not None:
+            if example is not None:
+                for training in (True, False):
+                    self._variants.append(await self.opening.open(example, self._variants, training=training))
+            elif self.workers == 1:
+                # Variants are made of the batches that come.
+                return
+            else:
+                raise self._example_needed()
         inputs = [self._example_inputs(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
         for variant, inputs_of in zip(self._variants, inputs, strict=True):
-            reason = await self._why_whole(variant, inputs_of)
+            # An architecture's rows are guessed from sizes, which may be the same by chance: whole is always right.
+            check = self._why_whole if self.opening is None else self._why_whole_or_failed
+            reason = await check(variant, inputs_of)
             self._whole[variant.name] = reason is not None
             if reason is None or variant is not decisive:
                 continue
@@ -128,7 +149,10 @@ class WorkerGroup:
             return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
         if self.workers == 1:
             return None
-        raise InvalidArgument(
+        raise self._example_needed()
+
+    def _example_needed(self) -> InvalidArgument:
+        return InvalidArgument(
             f"{self.workers} ranks need an example to find out whether rows are independent",
             field="example",
             reason="EXAMPLE_NEEDED",
@@ -146,13 +170,13 @@ class WorkerGroup:
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
-        shards, rows = self._split(batch, training=True)
+        shards, rows = await self._split(batch, training=True)
         answers = await self._call_shards("train_step", shards, {"command": command, "lr": lr})
         return step_result(answers, rows)
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         """Adds the batch's gradients to those that the ranks hold."""
-        shards, rows = self._split(batch, training=True)
+        shards, rows = await self._split(batch, training=True)
         return step_result(await self._call_shards("forward_backward", shards, {"command": command}), rows)
 
     async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult:
@@ -166,14 +190,14 @@ class WorkerGroup:
 
     async def compute_gradients(self, batch: Batch, query: GradientQuery, *, command: int = 0) -> GradientResult:
         """Loss, gradients and outputs. Changes nothing. The receiver owns the segments that the result names."""
-        variant, shards, rows = self._choose(batch, training=query.training, targets=True)
+        variant, shards, rows = await self._choose(batch, training=query.training, targets=True)
         extra = {"query": asdict(query), "command": command}
         answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
         return await gradient_result(answers, variant, shards, rows, self._writer)
 
     async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult:
         """The outputs for the inputs. In training mode buffers move."""
-        variant, shards, _ = self._choose(Batch(inputs), training=training, targets=False)
+        variant, shards, _ = await self._choose(Batch(inputs), training=training, targets=False)
         extra = {"training": training, "seed": seed, "command": command}
         answers = await self._call_shards("forward", shards, extra, changes=training)
         with errors_after_applied() if training else nullcontext():
@@ -230,28 +254,46 @@ class WorkerGroup:
             "operators": dict(operators or {}),
         }
         await self._ranks.call("add_variant", [fields] * self.workers)
+        await self._take_in(variant, inputs)
+
+    async def _take_in(self, variant: Variant, inputs: tuple[Any, ...] | None) -> None:
+        """Find out how the batches of a variant that the ranks have can be spread."""
         self._variants.append(variant)
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._whole[variant.name] = True
-        try:
-            reason = await self._why_whole(variant, inputs)
-        except GradwireError as error:
-            if self.rank_lost is not None:
-                raise
-            reason = f"the example could not be computed: {error}"
+        reason = await self._why_whole_or_failed(variant, inputs)
         if reason is not None:
             logger.info("batches of the variant %s are not split: %s", variant.name, reason)
         self._whole[variant.name] = reason is not None
 
-    def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
-        _, shards, rows = self._choose(batch, training=training, targets=True)
+    async def _why_whole_or_failed(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
+        try:
+            return await self._why_whole(variant, inputs)
+        except GradwireError as error:
+            if self.rank_lost is not None:
+                raise
+            return f"the example could not be computed: {error}"
+
+    async def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
+        _, shards, rows = await self._choose(batch, training=training, targets=True)
         return shards, rows
 
-    def _choose(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, list[Shard], int]:
-        variant, rows = select_variant(self._variants, batch, training=training, targets=targets)
+    async def _choose(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, list[Shard], int]:
+        variant, rows = await self._fitting(batch, training=training, targets=targets)
         rows = rows if _has_rows(variant) else examples_in(batch)
         whole = self._whole.get(variant.name, False)
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
+
+    async def _fitting(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, int]:
+        """(the variant that the batch fits, its rows); an architecture's is made if need be."""
+        try:
+            return select_variant(self._variants, batch, training=training, targets=targets)
+        except GradwireError:
+            if self.opening is None:
+                raise
+        variant = await self.opening.open(batch, self._variants, training=training)
+        await self._take_in(variant, self._example_inputs(variant, batch))
+        return variant, check_batch(variant, batch, targets=targets)
 
     async def _call_shards(
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True

@@ -54,6 +54,7 @@ _SET_BY_SERVER = (
     "tensors",
     "variants",
     "rank_rows",
+    "architecture",
 )
 
 
@@ -198,6 +199,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     for variant in value.variants:
         encode_variant(variant, message.variants.add())
     message.rank_rows.extend(value.rank_rows)
+    message.architecture = value.architecture or ""
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
     return message
@@ -230,6 +232,7 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
             for index, item in enumerate(message.variants)
         ),
         rank_rows=tuple(message.rank_rows),
+        architecture=message.architecture or None,
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),

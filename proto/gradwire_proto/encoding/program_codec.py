@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gradwire_proto.encoding.architecture_codec import decode_architecture, encode_architecture
 from gradwire_proto.encoding.enum_words import DTYPES, TENSOR_ROLES
 from gradwire_proto.encoding.graph_codec import decode_graph, decode_operators, encode_graph, encode_operators
 from gradwire_proto.encoding.scalar_codec import check_integer, check_name, check_text, missing
@@ -19,6 +20,7 @@ from gradwire_proto.encoding.tensor_codec import decode_tensor_type
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.v1 import program_pb2 as pb
 from gradwire_proto.values import (
+    ArchitectureSpec,
     GraphInput,
     Leaf,
     Limits,
@@ -166,9 +168,14 @@ def _decode_leaves(messages: Iterable[pb.Leaf], field: str) -> tuple[Leaf, ...]:
     return tuple(decode_leaf(item, f"{field}[{index}]") for index, item in enumerate(messages))
 
 
-def encode_program(value: Program, into: pb.Program | None = None, field: str = "program") -> pb.Program:
-    """The message of a program."""
+def encode_program(
+    value: Program | ArchitectureSpec, into: pb.Program | None = None, field: str = "program"
+) -> pb.Program:
+    """The message of a program, of graphs or an architecture."""
     message = pb.Program() if into is None else into
+    if isinstance(value, ArchitectureSpec):
+        encode_architecture(value, message.architecture, f"{field}.architecture")
+        return message
     graphs = message.graphs
     graphs.torch_version = value.torch_version
     for tensor in value.tensors:
@@ -179,10 +186,22 @@ def encode_program(value: Program, into: pb.Program | None = None, field: str = 
     return message
 
 
-def decode_program(message: pb.Program, field: str = "program", limits: Limits | None = None) -> Program:
-    """The program of a message: at least one variant, each with its graph. Check it with graph_check before use."""
-    if message.WhichOneof("kind") is None:
+def decode_program(
+    message: pb.Program, field: str = "program", limits: Limits | None = None
+) -> Program | ArchitectureSpec:
+    """The program of a message. Graphs are checked with graph_check before use, an architecture when it is built."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
         raise missing(f"{field}.graphs", "a program")
+    if kind == "architecture":
+        return decode_architecture(message.architecture, f"{field}.architecture")
+    return decode_graphs(message, field, limits)
+
+
+def decode_graphs(message: pb.Program, field: str = "program", limits: Limits | None = None) -> Program:
+    """The program of a message that must be one of graphs: at least one variant, each with its graph."""
+    if message.WhichOneof("kind") != "graphs":
+        raise missing(f"{field}.graphs", "graphs")
     graphs, path = message.graphs, f"{field}.graphs"
     if not graphs.variants:
         raise missing(f"{path}.variants", "at least one variant")

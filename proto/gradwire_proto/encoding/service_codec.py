@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 
 from gradwire_proto.encoding.enum_words import DTYPES
-from gradwire_proto.encoding.program_codec import decode_program, encode_program
+from gradwire_proto.encoding.program_codec import decode_graphs, encode_program
 from gradwire_proto.encoding.scalar_codec import check_integer, check_name, check_number, missing
 from gradwire_proto.encoding.tensor_codec import (
     decode_named_tensors,
@@ -52,7 +52,7 @@ def decode_function(message: pb.Function, field: str = "function", limits: Limit
         )
     program = None
     if has_program:
-        program = decode_program(message.program, f"{field}.program", limits)
+        program = decode_graphs(message.program, f"{field}.program", limits)
         _check_stateless(program, f"{field}.program.graphs")
     return FunctionSpec(
         digest=message.digest,

@@ -43,10 +43,22 @@ MEMORY_FORMAT_CHANNELS_LAST: MemoryFormat
 MEMORY_FORMAT_CHANNELS_LAST_3D: MemoryFormat
 
 class Program(_message.Message):
-    __slots__ = ("graphs",)
+    __slots__ = ("graphs", "architecture")
     GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     graphs: GraphProgram
-    def __init__(self, graphs: _Optional[_Union[GraphProgram, _Mapping]] = ...) -> None: ...
+    architecture: Architecture
+    def __init__(self, graphs: _Optional[_Union[GraphProgram, _Mapping]] = ..., architecture: _Optional[_Union[Architecture, _Mapping]] = ...) -> None: ...
+
+class Architecture(_message.Message):
+    __slots__ = ("name", "config", "weights")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    config: _tensor_pb2.ValueMapping
+    weights: str
+    def __init__(self, name: _Optional[str] = ..., config: _Optional[_Union[_tensor_pb2.ValueMapping, _Mapping]] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class GraphProgram(_message.Message):
     __slots__ = ("torch_version", "tensors", "variants", "operators")

@@ -20,6 +20,7 @@ from gradwire_proto.values.models import (
 )
 from gradwire_proto.values.programs import (
     ROWS,
+    ArchitectureSpec,
     Argument,
     ConstantSpec,
     CustomFunction,
@@ -68,6 +69,7 @@ from gradwire_proto.values.tensors import (
 )
 
 __all__ = [
+    "ArchitectureSpec",
     "Argument",
     "Batch",
     "Bytes",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from gradwire_proto.values.programs import Program, StateTensor, Variant
+from gradwire_proto.values.programs import ArchitectureSpec, Program, StateTensor, Variant
 from gradwire_proto.values.tensors import NamedTensors, Value
 
 
@@ -74,7 +74,7 @@ class ModelSpec:
     `precision`: "fp32", "bf16" or "fp16", what forward and loss compute in.
     """
 
-    program: Program
+    program: Program | ArchitectureSpec
     loss: LossSpec | None = None
     optimizer: OptimizerSpec | None = None
     workers: int = 1
@@ -122,6 +122,7 @@ class ModelInfo:
 
     `last_error` is the error that failed the model or the last one that a command met. `rank_rows` are the rows that
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
+    `architecture`: the name of the module that the ranks built; None for a model of graphs.
     """
 
     id: str
@@ -144,6 +145,7 @@ class ModelInfo:
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     precision: str = "fp32"
+    architecture: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

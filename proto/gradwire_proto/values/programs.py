@@ -1,10 +1,12 @@
-"""What a model computes: graphs, and what they are bound to."""
+"""What a model computes: graphs and what they are bound to, or an architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+from gradwire_proto.values.tensors import Value
 
 ROWS = "rows"
 """The symbol of the batch size: dimension 0 of every leaf that has rows."""
@@ -207,3 +209,16 @@ class Program:
     tensors: tuple[StateTensor, ...]
     variants: tuple[Variant, ...]
     operators: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitectureSpec:
+    """A module that the ranks build by name: a class of torch.nn or of transformers, with its keyword arguments.
+
+    A module among the arguments is a dict {"name": ..., "config": {...}}. weights: the folder of its first weights,
+    below the one that the service allows; None for weights by the model's seed.
+    """
+
+    name: str
+    config: Mapping[str, Value] = field(default_factory=dict)
+    weights: str | None = None

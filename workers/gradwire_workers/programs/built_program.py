@@ -54,6 +54,11 @@ class BuiltProgram(nn.Module):
         """The program, with the variants that were added."""
         return self._program
 
+    @property
+    def tensors(self) -> tuple[StateTensor, ...]:
+        """Parameters, buffers and constants, as the program describes them."""
+        return self._program.tensors
+
     def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
         """The flat outputs of a variant for its input leaves, in order (constants included, but not looked at)."""
         run = self._run(variant_name)

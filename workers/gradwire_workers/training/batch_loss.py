@@ -12,6 +12,7 @@ from torch import Tensor
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.losses import NamedLoss, RowSum
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
@@ -36,13 +37,14 @@ class BatchLoss:
     `scale`: what gradients are to be multiplied by, from the loss backwards, as torch.amp.GradScaler.scale does.
     """
 
-    def __init__(self, spec: LossSpec, program: BuiltProgram, device: torch.device) -> None:
+    def __init__(self, spec: LossSpec, program: BuiltProgram | ArchitectureProgram, device: torch.device) -> None:
         self._program = program
         self._kind: _Kind
         match spec:
             case TorchLossSpec():
                 self._kind = _ByName(NamedLoss(spec, device))
             case GraphLossSpec():
+                assert isinstance(program, BuiltProgram), "the frontend refuses graphs of architectures"
                 self._kind = _ByGraph(program)
             case OutputLossSpec():
                 self._kind = _ByOutput(spec.output_leaf)
@@ -56,7 +58,9 @@ class BatchLoss:
         self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float = 1.0
     ) -> LocalLoss:
         """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
-        part = self._kind.over_rows(shard.variant, outputs, targets)
+        specs = self._program.variant(shard.variant).target_leaves
+        # Targets that are not split fit a shard by chance, if they do.
+        part = self._kind.over_rows(shard.variant, outputs, targets) if all(map(has_rows, specs)) else None
         if part is not None:
             return _of_row_sum(part, shard, groups, scale)
         return self._of_gathered(shard, outputs, targets, groups, scale)

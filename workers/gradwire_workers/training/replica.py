@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import Limits, ModelSpec
+from gradwire_proto.values import ArchitectureSpec, Limits, ModelSpec
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
+from gradwire_workers.architectures.build import build_architecture
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram, build_program
 from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
@@ -25,17 +27,29 @@ class Replica(nn.Module):
     """The program, its loss and its random numbers, for one rank."""
 
     def __init__(
-        self, spec: ModelSpec, state: dict[str, Tensor], rank: int, device: torch.device, limits: Limits
+        self,
+        spec: ModelSpec,
+        state: dict[str, Tensor],
+        rank: int,
+        device: torch.device,
+        limits: Limits,
+        weights_folder: str | None = None,
     ) -> None:
         super().__init__()
-        self.program: BuiltProgram = build_program(
-            spec.program,
-            state,
-            device,
-            limits=limits,
-            field="model.program.graphs",
-            casts=spec.precision != "fp32",
-        )
+        self.program: BuiltProgram | ArchitectureProgram
+        if isinstance(spec.program, ArchitectureSpec):
+            self.program = build_architecture(
+                spec.program, spec.seed, device, limits=limits, weights_folder=weights_folder
+            )
+        else:
+            self.program = build_program(
+                spec.program,
+                state,
+                device,
+                limits=limits,
+                field="model.program.graphs",
+                casts=spec.precision != "fp32",
+            )
         self.precision = spec.precision
         self.scale = 1.0
         """What gradients are to be multiplied by in the next backward."""
@@ -56,7 +70,7 @@ class Replica(nn.Module):
         """The shard with its tensors on this rank's device."""
         if self._device.type == "cpu":
             return shard
-        return replace(shard, inputs=self._moved(shard.inputs), targets=self._moved(shard.targets))
+        return replace(shard, inputs=self.moved(shard.inputs), targets=self.moved(shard.targets))
 
     def seed(self, shard: Shard, command: int, given: int | None = None) -> None:
         """Set the random numbers of a pass, if it draws any."""
@@ -109,5 +123,6 @@ class Replica(nn.Module):
         with self._sync_batch_norm.over_ranks(groups, has_rows=shard.count > 0):
             yield
 
-    def _moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    def moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Leaves on this rank's device."""
         return tuple(leaf.to(self._device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from gradwire_proto.errors import InvalidArgument
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.training.tensor_names import matches
 
+AnyProgram = BuiltProgram | ArchitectureProgram
 
-def trained_parameters(program: BuiltProgram, changes: Sequence[tuple[str, bool]] = ()) -> dict[str, nn.Parameter]:
+
+def trained_parameters(program: AnyProgram, changes: Sequence[tuple[str, bool]] = ()) -> dict[str, nn.Parameter]:
     """The parameters that require gradients after these changes, by name. Later changes go over earlier ones.
 
     A tied parameter is matched by any of its names. Changes nothing.
@@ -38,14 +41,14 @@ def trained_parameters(program: BuiltProgram, changes: Sequence[tuple[str, bool]
     return {name: each for name, each in parameters.items() if trained[each]}
 
 
-def differentiable_parameters(program: BuiltProgram) -> dict[str, nn.Parameter]:
+def differentiable_parameters(program: AnyProgram) -> dict[str, nn.Parameter]:
     """All parameters whose gradient the graphs give, whether they are trained now or not."""
     may_train = _may_train(program)
     return {name: each for name, each in program.parameters_by_name().items() if name in may_train}
 
 
-def _may_train(program: BuiltProgram) -> frozenset[str]:
-    return frozenset(each.name for each in program.program.tensors if each.requires_grad or each.may_train)
+def _may_train(program: AnyProgram) -> frozenset[str]:
+    return frozenset(each.name for each in program.tensors if each.requires_grad or each.may_train)
 
 
 def set_trained(parameters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]) -> None:

@@ -1,0 +1,1 @@
+"""Architectures on a rank: modules that it builds itself, out of an allowlist of classes."""
