@@ -33,6 +33,7 @@ from gradwire_proto.values import (
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.ranks import Answers, Ranks
+from gradwire_workers.retained_group import RetainedGroup
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
@@ -68,6 +69,8 @@ class WorkerGroup:
         self._require_sharding = require_sharding
         self._release = release
         self._closed = False
+        self.retained = RetainedGroup(ranks, writer, self._choose_forward, shard_fields)
+        """Its forwards that are retained, and the gradients that its ranks hold."""
 
     @property
     def workers(self) -> int:
@@ -154,9 +157,11 @@ class WorkerGroup:
         shards, rows = self._split(batch, training=True)
         return step_result(await self._call_shards("forward_backward", shards, {"command": command}), rows)
 
-    async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult:
-        """Applies these gradients, or the held ones."""
-        fields = {"gradients": gradients, "lr": lr}
+    async def optimizer_step(
+        self, gradients: NamedTensors | None, *, lr: float | None = None, groups: Sequence[Mapping[str, Value]] = ()
+    ) -> StepResult:
+        """Applies these gradients, or the held ones. groups: options that the parameter groups take first, and keep."""
+        fields = {"gradients": gradients, "lr": lr, "groups": [dict(options) for options in groups]}
         return step_result(await self._ranks.call("optimizer_step", [fields] * self.workers), 0)
 
     async def zero_grad(self) -> None:
@@ -244,6 +249,10 @@ class WorkerGroup:
         rows = rows if _has_rows(variant) else examples_in(batch)
         whole = self._whole.get(variant.name, False)
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
+
+    def _choose_forward(self, batch: Batch, training: bool) -> tuple[Variant, list[Shard]]:
+        variant, shards, _ = self._choose(batch, training=training, targets=False)
+        return variant, shards
 
     async def _call_shards(
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True

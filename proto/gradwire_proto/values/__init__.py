@@ -44,11 +44,14 @@ from gradwire_proto.values.programs import (
     unflatten,
 )
 from gradwire_proto.values.results import (
+    BackwardQuery,
+    BackwardResult,
     CommandInfo,
     ForwardResult,
     GradientQuery,
     GradientResult,
     Limits,
+    Retention,
     ServerInfo,
     StepResult,
     Timing,
@@ -67,7 +70,11 @@ from gradwire_proto.values.tensors import (
 )
 
 __all__ = [
+    "ITEM_SIZE",
+    "ROWS",
     "Argument",
+    "BackwardQuery",
+    "BackwardResult",
     "Batch",
     "Bytes",
     "CommandInfo",
@@ -83,7 +90,6 @@ __all__ = [
     "GraphInput",
     "GraphLossSpec",
     "Handle",
-    "ITEM_SIZE",
     "LayoutRef",
     "Leaf",
     "LeafRef",
@@ -99,9 +105,9 @@ __all__ = [
     "OutputLossSpec",
     "ParameterGroupSpec",
     "Program",
-    "ROWS",
     "RankDevice",
     "Reference",
+    "Retention",
     "ScheduleSpec",
     "Segment",
     "ServerInfo",
