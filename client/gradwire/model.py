@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue
+from gradwire.gradient_queries import names_of
 from gradwire.model_futures import ModelFutures
+from gradwire.remote_module import RemoteModule
+from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
@@ -53,7 +57,10 @@ class Model:
             exported=exported,
         )
         self._calls = ModelCalls(rpc, info, variants)
-        self._futures = ModelFutures(rpc, self._calls, self._queue)
+        self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
+        self._tensors, self._optimizer = info.tensors, info.optimizer
+        self._module: RemoteModule | None = None
+        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
 
     @property
     def id(self) -> str:
@@ -175,6 +182,39 @@ class Model:
         out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
         """
         self._run(self._calls.load_optimizer_state_dict(state_dict))
+
+    def held_gradients(self, wrt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The gradients that the service holds, over the whole batches, by name. A parameter without one is left out.
+
+        wrt: names or globs of parameters; None for all that require gradients. Raises InvalidArgument (NO_MATCH).
+        """
+        return self._run(self._autograd.held_gradients(names_of(wrt)))
+
+    def as_module(self) -> RemoteModule:
+        """The model as an nn.Module, for a training loop as torch has it; the same one at each call.
+
+        Called, it runs the model on the service and keeps there what a backward needs, within the server's settings
+        retained_bytes, retained_forwards and retained_seconds; under torch.no_grad() it keeps nothing. Losses, and
+        layers before and after it, run here: `loss.backward()` brings gradients to inputs that require them, and adds
+        those of the parameters to the ones that the service holds. `parameters()` are placeholders of the right names,
+        shapes and types: reading `.grad`, as clip_grad_norm_ does, fetches it, and what is changed there is what
+        `as_optimizer().step()` applies; `requires_grad_(False)` freezes. Values are fetched when they are read, and
+        changed by `load_state_dict` alone.
+
+        Its calls raise FailedPrecondition: RETAINED_GONE where a backward comes too late, MODIFIED_IN_PLACE where an
+        update came between forward and backward; ResourceExhausted: RETAINED_BYTES, RETAINED_FORWARDS.
+        """
+        if self._module is None:
+            self._module = RemoteModule(self._tensors, self._calls, self._autograd, self._run)
+        return self._module
+
+    def as_optimizer(self) -> RemoteOptimizer:
+        """The model's optimizer as a torch.optim.Optimizer over the parameters of `as_module()`.
+
+        Options that are changed in `param_groups`, by torch.optim.lr_scheduler too, are those of the next step. Raises
+        FailedPrecondition where the model has no optimizer, LBFGS, or a schedule that the service steps.
+        """
+        return RemoteOptimizer(self.as_module(), self._optimizer, self._calls, self._autograd, self._run)
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""
