@@ -26,8 +26,8 @@ from gradwire_proto.values import BackwardQuery, Batch, Retention, StepResult, V
 class RetainedOutputs:
     """What a retained forward gave. leaves: its outputs by leaf; differentiable: which of them have a gradient.
 
-    inputs: the user's tensors that require gradients. name: None where nothing was retained. rebuild: leaves in order ->
-    the module's own kind of output.
+    inputs: the user's tensors that require gradients. name: None where nothing was retained. rebuild: makes the
+    module's own kind of output of leaves in order.
     """
 
     name: str | None

@@ -101,7 +101,7 @@ class RemoteModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         given = {key[len(prefix) :]: each for key, each in state_dict.items() if key.startswith(prefix)}
-        known = {name: each for name, each in self._made.items()}
+        known = self._made
         missing_keys.extend(prefix + name for name in known if name not in given)
         unexpected_keys.extend(prefix + name for name in given if name not in known and strict)
         fitting = {}

@@ -35,7 +35,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         named = {each.remote_name: each for each in module.gradients.parameters}
         self._known = [_options(group) for group in groups]
         placed = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
-        super().__init__(placed, {})
+        super().__init__(placed, dict(self._known[0]))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply the gradients that the service holds, as they were left here where they were read.
@@ -91,7 +91,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         changed: list[dict[str, Any]] = []
         for index, (group, known) in enumerate(zip(self.param_groups, self._known, strict=True)):
             if missing := known.keys() - group.keys():
-                raise InvalidArgument("an option is missing", field=f"groups[{index}]{sorted(missing)}", reason="MISSING")
+                raise InvalidArgument(
+                    "an option is missing", field=f"groups[{index}]{sorted(missing)}", reason="MISSING"
+                )
             now = {name: _plain(group[name]) for name in known}
             changed.append({name: value for name, value in now.items() if value != _plain(known[name])})
         return changed
@@ -106,7 +108,8 @@ def _check_can_step(spec: OptimizerSpec | None) -> None:
         raise FailedPrecondition(message, reason="OPTIMIZER_NEEDS_BATCH")
     if spec.schedule is not None:
         raise FailedPrecondition(
-            "the service steps the model's schedule itself: create the model without one, and use torch.optim.lr_scheduler",
+            "the service steps the model's schedule itself: create the model without one, and use"
+            " torch.optim.lr_scheduler",
             reason="SCHEDULE_SETS_OPTIONS",
         )
 

@@ -44,7 +44,9 @@ class RemoteTensor:
             if name in _QUESTIONS or (name in ("__get__", "__set__") and owner in (_METADATA | {"requires_grad"})):
                 return func(*args, **(kwargs or {}))
             if name in ("register_hook", "register_post_accumulate_grad_hook"):
-                raise _refusal("hooks of parameters do not run: their gradients stay on the service", "HOOK_UNSUPPORTED")
+                raise _refusal(
+                    "hooks of parameters do not run: their gradients stay on the service", "HOOK_UNSUPPORTED"
+                )
             found = [each for each in _flat(args, kwargs) if isinstance(each, RemoteTensor)]
             for each in found:
                 each.fetch()

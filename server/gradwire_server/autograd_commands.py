@@ -1,4 +1,4 @@
-"""The commands of one model in which a client's own autograd goes through it: forwards retained, and gone back through."""
+"""The commands of one model that a client's own autograd gives: forwards retained, and gone back through."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from gradwire_server.workers import RetainedWorkers
 class Turns:
     """How requests of the model take turns: HostedModel's own ways.
 
-    command(call, tensors, work, deliver=None) and read(call, tensors, work) wait for the end; begin(call, tensors, work)
-    does not. weigh(call, nbytes): what a reply holds in memory.
+    command(call, tensors, work, deliver=None) and read(call, tensors, work) wait for the end; begin, which takes what
+    read does, does not. weigh(call, nbytes): what a reply holds in memory.
     """
 
     command: Callable[..., Awaitable[Any]]

@@ -92,7 +92,7 @@ class HostedModel:
         groups: tuple[Mapping[str, Value], ...],
         call: Call,
     ) -> StepResult:
-        """Apply `gradients`, or those that are held where None. groups: options that parameter groups take, and keep."""
+        """Apply `gradients`, or those that are held where None. groups: options that the groups take, and keep."""
         return await self._command(
             call,
             {"gradients": gradients},

@@ -32,8 +32,8 @@ from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_i
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
-from gradwire_workers.training.reports import BackwardReport, RetainedReport
 from gradwire_workers.training.out_of_memory import out_of_memory_told
+from gradwire_workers.training.reports import BackwardReport, RetainedReport
 
 Fields = Mapping[str, Any]
 

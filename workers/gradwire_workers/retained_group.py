@@ -1,4 +1,4 @@
-"""The retained forwards of a worker group: outputs put together from all ranks, cotangents split as the outputs were."""
+"""The retained forwards of a worker group: outputs put together from all ranks, cotangents split as those were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forwards whose graph a rank keeps, and the backward of each: partial derivatives of outputs that others go on from."""
+"""Forwards whose graph a rank keeps, and the backward of each, from cotangents of its outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from gradwire_proto.values import BackwardQuery, Limits, Retention

@@ -17,8 +17,8 @@ from gradwire_workers.optimizers import check_learning_rate, learning_rate, make
 from gradwire_workers.schedules import make_schedule
 from gradwire_workers.training.clipping import Clipping
 from gradwire_workers.training.first_step import first_states
-from gradwire_workers.training.option_check import check_options
 from gradwire_workers.training.optimizer_state import OptimizerState
+from gradwire_workers.training.option_check import check_options
 from gradwire_workers.training.schedule import Moment
 
 Gradients = Sequence[Tensor | None]
