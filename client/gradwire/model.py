@@ -18,6 +18,7 @@ from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from gradwire.export import ExportedVariant, ModuleExporter
 
@@ -190,7 +191,7 @@ class Model:
         """
         return self._run(self._autograd.held_gradients(names_of(wrt)))
 
-    def as_module(self) -> RemoteModule:
+    def as_module(self) -> nn.Module:
         """The model as an nn.Module, for a training loop as torch has it; the same one at each call.
 
         Called, it runs the model on the service and keeps there what a backward needs, within the server's settings
@@ -204,17 +205,15 @@ class Model:
         Its calls raise FailedPrecondition: RETAINED_GONE where a backward comes too late, MODIFIED_IN_PLACE where an
         update came between forward and backward; ResourceExhausted: RETAINED_BYTES, RETAINED_FORWARDS.
         """
-        if self._module is None:
-            self._module = RemoteModule(self._tensors, self._calls, self._autograd, self._run)
-        return self._module
+        return self._remote_module()
 
-    def as_optimizer(self) -> RemoteOptimizer:
+    def as_optimizer(self) -> torch.optim.Optimizer:
         """The model's optimizer as a torch.optim.Optimizer over the parameters of `as_module()`.
 
         Options that are changed in `param_groups`, by torch.optim.lr_scheduler too, are those of the next step. Raises
         FailedPrecondition where the model has no optimizer, LBFGS, or a schedule that the service steps.
         """
-        return RemoteOptimizer(self.as_module(), self._optimizer, self._calls, self._autograd, self._run)
+        return RemoteOptimizer(self._remote_module(), self._optimizer, self._calls, self._autograd, self._run)
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""
@@ -226,6 +225,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<gradwire.Model {self._id!r} at {self._rpc.target}>"
+
+    def _remote_module(self) -> RemoteModule:
+        if self._module is None:
+            self._module = RemoteModule(self._tensors, self._calls, self._autograd, self._run)
+        return self._module
 
     def _run(self, call: Call[R]) -> R:
         self._queue.wait()
