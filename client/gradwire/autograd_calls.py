@@ -97,9 +97,14 @@ class AutogradCalls:
 
         return self._command("Backward", request, finish)
 
-    def release(self, names: Sequence[str]) -> Call[None]:
-        """Lets go of retained forwards."""
-        return Call("Release", pb.ReleaseRequest(name=self._name, retained=names), lambda _: None)
+    def releaser(self) -> Callable[[Sequence[str]], None]:
+        """A function that lets go of retained forwards at once, and that keeps nothing of the model alive."""
+        rpc, name = self._rpc, self._name
+
+        def release(names: Sequence[str]) -> None:
+            rpc.call("Release", pb.ReleaseRequest(name=name, retained=names))
+
+        return release
 
     def held_gradients(self, wrt: tuple[str, ...] | None) -> Call[dict[str, torch.Tensor]]:
         """The gradients that the service holds. wrt: names or globs of parameters; None for all."""

@@ -42,7 +42,7 @@ class RemoteModule(nn.Module):
         super().__init__()
         self.__dict__.update(_calls=calls, _autograd=autograd, _run=run, _fetched_at=None, _fetching=threading.RLock())
         self.__dict__["gradients"] = RemoteGradients(autograd, run)
-        self.__dict__["_releases"] = RetainedReleases(lambda names: run(autograd.release(names)))
+        self.__dict__["_releases"] = RetainedReleases(autograd.releaser())
         made: dict[str, Any] = {}
         frozen: set[str] = set()
         for spec in tensors:
