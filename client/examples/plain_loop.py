@@ -15,6 +15,7 @@ criterion = nn.CrossEntropyLoss()
 
 
 def train(model, optimizer):
+    loss = torch.zeros(())
     for _ in range(5):
         for inputs, targets in zip(x.split(16), y.split(16), strict=True):
             optimizer.zero_grad()

@@ -14,6 +14,8 @@ from gradwire.errors import FailedPrecondition
 from gradwire.remote_parameters import RemoteParameter
 from gradwire_proto.values import BackwardQuery
 
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
 Backward = Callable[[BackwardQuery, Sequence[torch.Tensor | None]], "list[torch.Tensor | None] | None"]
 """Goes back through a forward on the service, whose parameters' gradients it adds to those held there."""
 
@@ -66,7 +68,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         _ = ctx.saved_tensors
         step: _Step = ctx.step
         nodes = [node for node, _ in ctx.next_functions]
@@ -82,7 +84,7 @@ class _Through(torch.autograd.Function):
             retained=step.name,
             wrt=None if len(names) == len(step.names) else tuple(names),
             input_gradients=asks_inputs,
-            keep=torch._C._autograd._get_current_graph_task_keep_graph(),
+            keep=_autograd._get_current_graph_task_keep_graph(),
         )
         found = step.backward(query, [None if each is None else each.detach() for each in each_leaf])
         if found is None:

@@ -22,7 +22,7 @@ from gradwire_proto.values import StateTensor
 class _Part(nn.Module):
     """A submodule: it holds names, and computes nothing by itself."""
 
-    def _load_from_state_dict(self, *_: Any) -> None:
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         """The whole module's does it."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -40,23 +40,28 @@ class RemoteModule(nn.Module):
         self, tensors: Iterable[StateTensor], calls: ModelCalls, autograd: AutogradCalls, run: Callable[[Call], Any]
     ) -> None:
         super().__init__()
-        self.__dict__.update(_calls=calls, _autograd=autograd, _run=run, _fetched_at=None, _fetching=threading.RLock())
-        self.__dict__["gradients"] = RemoteGradients(autograd, run)
-        self.__dict__["_releases"] = RetainedReleases(autograd.releaser())
+        self._calls, self._autograd, self._run = calls, autograd, run
+        self._fetched_at: int | None = None
+        self._fetching = threading.RLock()
+        self.remote_gradients = RemoteGradients(autograd, run)
+        """Its parameters' gradients, for its optimizer."""
+        self._releases = RetainedReleases(autograd.releaser())
         made: dict[str, Any] = {}
         frozen: set[str] = set()
         for spec in tensors:
             if spec.role not in ("parameter", "buffer"):
                 continue
-            made[spec.name] = made[spec.alias_of] if spec.alias_of else make_tensor(spec, self._fetch, self.gradients)
+            made[spec.name] = (
+                made[spec.alias_of] if spec.alias_of else make_tensor(spec, self._fetch, self.remote_gradients)
+            )
             if spec.role == "parameter" and not spec.requires_grad:
                 frozen.add(spec.name)
             self._place(spec.name, made[spec.name])
-        self.__dict__["_made"] = made
-        self.__dict__["_frozen"] = frozen
+        self._made = made
+        self._frozen = frozen
         unique = {id(each): each for each in made.values() if isinstance(each, RemoteParameter)}
-        self.__dict__["_parameters_once"] = list(unique.values())
-        self.gradients.parameters.extend(each for each in unique.values() if each.requires_grad)
+        self._parameters_once = list(unique.values())
+        self.remote_gradients.parameters.extend(each for each in unique.values() if each.requires_grad)
         self.train()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +71,7 @@ class RemoteModule(nn.Module):
         wanted = self._wanted() if torch.is_grad_enabled() else []
         if not torch.is_grad_enabled() or not (wanted or _requires_grad(inputs)):
             return self._run(self._calls.forward(inputs, self.training))
-        trainable = self.gradients.parameters
+        trainable = self.remote_gradients.parameters
         names = None if len(wanted) == len(trainable) else tuple(each.remote_name for each in wanted)
         call = self._autograd.forward(inputs, training=self.training, wrt=names, release=self._releases.take())
         self._releases.watch()
@@ -86,8 +91,8 @@ class RemoteModule(nn.Module):
         if not set_to_none:
             message = "gradients on the service are dropped, not filled with zeros"
             raise InvalidArgument(message, field="set_to_none", reason="OPTION_UNSUPPORTED")
-        self.gradients.drop_local()
-        self.gradients.forget()
+        self.remote_gradients.drop_local()
+        self.remote_gradients.forget()
         self._run(self._calls.zero_grad())
 
     def _load_from_state_dict(
@@ -150,7 +155,7 @@ class RemoteModule(nn.Module):
             )
 
     def _backward(self, query: Any, cotangents: Any) -> Any:
-        self.gradients.push()
+        self.remote_gradients.push()
         return self._run(self._autograd.backward(query, cotangents))
 
     def _fetch(self) -> None:
@@ -164,7 +169,7 @@ class RemoteModule(nn.Module):
                 for name, tensor in self._made.items():
                     if name in values:
                         tensor.copy_(values[name])
-            self.__dict__["_fetched_at"] = changes
+            self._fetched_at = changes
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise FailedPrecondition("it lives on the service: copy state_dict() instead", reason="PARAMETER_REMOTE")

@@ -32,7 +32,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         _check_can_step(spec)
         self._module, self._calls, self._autograd, self._call = module, calls, autograd, run
         groups = self._call(calls.optimizer_state_dict())["param_groups"]
-        named = {each.remote_name: each for each in module.gradients.parameters}
+        named = {each.remote_name: each for each in module.remote_gradients.parameters}
         self._known = [_options(group) for group in groups]
         placed = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
         super().__init__(placed, dict(self._known[0]))
@@ -46,7 +46,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._module.gradients.push()
+        self._module.remote_gradients.push()
         changed = self._changed_options()
         try:
             self._call(self._autograd.optimizer_step(changed))

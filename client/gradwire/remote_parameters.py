@@ -77,7 +77,7 @@ class RemoteParameter(RemoteTensor, nn.Parameter):
     gradients: Any
 
     @property
-    def grad(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def grad(self) -> torch.Tensor | None:  # pyright: ignore
         return self.gradients.get(self)
 
     @grad.setter
@@ -94,7 +94,7 @@ class RemoteParameter(RemoteTensor, nn.Parameter):
 class RemoteBuffer(RemoteTensor, torch.Tensor):
     """A buffer on the service."""
 
-    __reduce_ex__ = RemoteParameter.__reduce_ex__
+    __reduce_ex__ = RemoteParameter.__reduce_ex__  # pyright: ignore[reportAssignmentType]
     __deepcopy__ = RemoteParameter.__deepcopy__
 
 

@@ -197,11 +197,13 @@ class Trainer:
         """
         given = tensor_names.check_gradients(gradients, self._program.state_tensors())
         trainable = {name: each for name, each in self._aliases().items() if each.requires_grad}
-        without = tensor_names.select(dropped, trainable, field="dropped").values()
+        chosen = tensor_names.select(dropped, trainable, field="dropped")
+        without = {trainable[name] for name in chosen}
         if not given.keys().isdisjoint(without):
             message = "a parameter stands in gradients too"
             raise InvalidArgument(message, field="dropped", reason="GRADIENT_GIVEN_TWICE")
-        self._held.put({**given, **dict.fromkeys(without)}, self._groups)
+        new: dict[nn.Parameter, Tensor | None] = {**given, **dict.fromkeys(without)}
+        self._held.put(new, self._groups)
 
     # --- forwards that are retained, and gone back through ----------------------------------------------------------
 

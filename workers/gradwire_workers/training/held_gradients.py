@@ -46,7 +46,7 @@ class HeldGradients:
 
     def summed(self, groups: ProcessGroups | None) -> list[Tensor | None]:
         """The sums over all ranks; those that are held themselves where there is one rank."""
-        parts = self._parts or [None] * len(self._parameters)
+        parts: list[Tensor | None] = self._parts or [None for _ in self._parameters]
         return parts if groups is None else add_up(parts, self._parameters, groups)
 
 
