@@ -61,6 +61,8 @@ class ModelCalls:
         self._tensors = info.tensors
         self._tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
         self._refuses_nan = info.on_nan == "refuse"
+        self.changes = 0
+        """Commands that were made: what was read before is not what the service has now."""
 
     def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
         request = pb.TrainStepRequest(name=self._name)
@@ -201,7 +203,12 @@ class ModelCalls:
     def delete(self) -> Call[None]:
         return Call("DeleteModel", pb.DeleteModelRequest(name=self._name), _nothing)
 
+    def changed(self) -> None:
+        """Note that a call was made that changes the model."""
+        self.changes += 1
+
     def _command(self, method: str, request: Any, finish: Callable[[Any], R]) -> Call[R]:
+        self.changed()
         request.request_id = new_request_id()
         return Call(method, request, finish, command_name(self._id, request.request_id))
 

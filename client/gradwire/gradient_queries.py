@@ -24,7 +24,7 @@ def gradient_query(
     Raises InvalidArgument for an argument of another type than `Model.compute_gradients` says.
     """
     return GradientQuery(
-        wrt=_names(wrt),
+        wrt=names_of(wrt),
         input_gradients=as_bool(input_gradients, "input_gradients"),
         outputs=as_bool(outputs, "outputs"),
         training=as_bool(training, "training"),
@@ -51,7 +51,8 @@ def check_keeps_imaginary_parts(query: GradientQuery, tensors: Sequence[StateTen
         raise InvalidArgument(message, field="gradient_dtype", reason="DTYPE_NOT_COMPLEX")
 
 
-def _names(wrt: Any) -> tuple[str, ...] | None:
+def names_of(wrt: Any) -> tuple[str, ...] | None:
+    """Names or globs of parameters, given as one or several; None for all. InvalidArgument for anything else."""
     if wrt is None:
         return None
     if isinstance(wrt, str):

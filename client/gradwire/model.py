@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue
+from gradwire.gradient_queries import names_of
 from gradwire.model_futures import ModelFutures
 from gradwire.optim import Optimizer
+from gradwire.remote_module import RemoteModule
+from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from gradwire.export import ExportedVariant, ModuleExporter
 
@@ -55,7 +60,10 @@ class Model:
             made_there=info.architecture is not None,
         )
         self._calls = ModelCalls(rpc, info, variants)
-        self._futures = ModelFutures(rpc, self._calls, self._queue)
+        self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
+        self._tensors, self._optimizer = info.tensors, info.optimizer
+        self._module: RemoteModule | None = None
+        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
 
     @property
     def id(self) -> str:
@@ -209,6 +217,37 @@ class Model:
         """
         return self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
 
+    def held_gradients(self, wrt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The gradients that the service holds, over the whole batches, by name. A parameter without one is left out.
+
+        wrt: names or globs of parameters; None for all that require gradients. Raises InvalidArgument (NO_MATCH).
+        """
+        return self._run(self._autograd.held_gradients(names_of(wrt)))
+
+    def as_module(self) -> nn.Module:
+        """The model as an nn.Module, for a training loop as torch has it; the same one at each call.
+
+        Called, it runs the model on the service and keeps there what a backward needs, within the server's settings
+        retained_bytes, retained_forwards and retained_seconds; under torch.no_grad() it keeps nothing. Losses, and
+        layers before and after it, run here: `loss.backward()` brings gradients to inputs that require them, and adds
+        those of the parameters to the ones that the service holds. `parameters()` are placeholders of the right names,
+        shapes and types: reading `.grad`, as clip_grad_norm_ does, fetches it, and what is changed there is what
+        `as_optimizer().step()` applies; `requires_grad_(False)` freezes. Values are fetched when they are read, and
+        changed by `load_state_dict` alone.
+
+        Its calls raise FailedPrecondition: RETAINED_GONE where a backward comes too late, MODIFIED_IN_PLACE where an
+        update came between forward and backward; ResourceExhausted: RETAINED_BYTES, RETAINED_FORWARDS.
+        """
+        return self._remote_module()
+
+    def as_optimizer(self) -> torch.optim.Optimizer:
+        """The model's optimizer as a torch.optim.Optimizer over the parameters of `as_module()`.
+
+        Options that are changed in `param_groups`, by torch.optim.lr_scheduler too, are those of the next step. Raises
+        FailedPrecondition where the model has no optimizer, LBFGS, or a schedule that the service steps.
+        """
+        return RemoteOptimizer(self._remote_module(), self._optimizer, self._calls, self._autograd, self._run)
+
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""
         return self._run(self._calls.info())
@@ -219,6 +258,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<gradwire.Model {self._id!r} at {self._rpc.target}>"
+
+    def _remote_module(self) -> RemoteModule:
+        if self._module is None:
+            self._module = RemoteModule(self._tensors, self._calls, self._autograd, self._run)
+        return self._module
 
     def _run(self, call: Call[R]) -> R:
         self._queue.wait()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.futures import CallQueue, Future
+from gradwire.gradient_queries import names_of
 from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
 from gradwire_proto.values import GradientResult, ModelInfo, StepResult
@@ -26,9 +28,10 @@ class ModelFutures:
     future's done callback it runs at once instead.
     """
 
-    def __init__(self, rpc: Rpc, calls: ModelCalls, queue: CallQueue) -> None:
+    def __init__(self, rpc: Rpc, calls: ModelCalls, autograd: AutogradCalls, queue: CallQueue) -> None:
         self._rpc = rpc
         self._calls = calls
+        self._autograd = autograd
         self._queue = queue
 
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> Future[StepResult]:
@@ -94,6 +97,9 @@ class ModelFutures:
         labels: Mapping[str, str] | None = None,
     ) -> Future[ModelInfo]:
         return self._submit(lambda: self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
+
+    def held_gradients(self, wrt: str | Sequence[str] | None = None) -> Future[dict[str, torch.Tensor]]:
+        return self._submit(lambda: self._autograd.held_gradients(names_of(wrt)))
 
     def info(self) -> Future[ModelInfo]:
         return self._submit(self._calls.info)

@@ -93,6 +93,13 @@ class ServerConfig(BaseSettings):
     held_seconds: float = Field(
         _DEFAULTS.held_seconds, gt=0, le=86400, description="how long an unused upload or download is kept"
     )
+    retained_bytes: ByteSize = Field(
+        ByteSize(_DEFAULTS.retained_bytes), ge=1, description="bytes that one model's retained forwards keep, all ranks"
+    )
+    retained_forwards: int = Field(_DEFAULTS.retained_forwards, ge=1, description="retained forwards of one model")
+    retained_seconds: float = Field(
+        _DEFAULTS.retained_seconds, gt=0, le=86400, description="how long an unused retained forward is kept"
+    )
     stored_replies: int = Field(
         1024, ge=1, le=1_000_000, description="commands of one model whose replies are kept for repeats"
     )
@@ -111,6 +118,9 @@ class ServerConfig(BaseSettings):
             held_bytes=int(self.held_bytes),
             variants=self.variants,
             held_seconds=self.held_seconds,
+            retained_bytes=int(self.retained_bytes),
+            retained_forwards=self.retained_forwards,
+            retained_seconds=self.retained_seconds,
         )
 
     def flags(self) -> list[str]:

@@ -23,6 +23,7 @@ from gradwire_proto.values import (
     Value,
     Variant,
 )
+from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.model_description import ModelDescription, deleted
@@ -61,6 +62,9 @@ class HostedModel:
         # What waits or runs is never forgotten, however few replies are to be stored.
         capacity = max(stored_replies, limits.requests_per_model)
         self._commands: RequestLog[Job[Any]] = RequestLog(capacity, limits.message_bytes)
+        turns = Turns(command=self._command, read=self._read, begin=self._submit, weigh=self._commands.weigh)
+        self.autograd = AutogradCommands(turns, workers.retained, tensors.downloads, limits)
+        """What clients need whose own autograd goes through the model."""
         self.description = description
         if description.info.architecture is not None:
             description.built(workers.tensors, workers.variants)
@@ -85,12 +89,18 @@ class HostedModel:
             lambda values, number: self._workers.forward_backward(_batch(values), command=number),
         )
 
-    async def optimizer_step(self, gradients: NamedTensors | None, lr: float | None, call: Call) -> StepResult:
-        """Apply `gradients`, or those that are held where None."""
+    async def optimizer_step(
+        self,
+        gradients: NamedTensors | None,
+        lr: float | None,
+        groups: tuple[Mapping[str, Value], ...],
+        call: Call,
+    ) -> StepResult:
+        """Apply `gradients`, or those that are held where None. groups: options that the groups take, and keep."""
         return await self._command(
             call,
             {"gradients": gradients},
-            lambda values, _: self._workers.optimizer_step(values["gradients"], lr=lr),
+            lambda values, _: self._workers.optimizer_step(values["gradients"], lr=lr, groups=groups),
         )
 
     async def zero_grad(self, call: Call) -> None:
@@ -186,7 +196,7 @@ class HostedModel:
 
         async def store(result: ForwardResult) -> ForwardResult:
             delivered = await deliver(result)
-            self._commands.weigh(call, inline_bytes(delivered))
+            self._commands.weigh(call, inline_bytes(delivered.outputs))
             return delivered
 
         if training:
@@ -237,6 +247,7 @@ class HostedModel:
         """
         self.description.deleting()
         self._workers.on_lost = None
+        self.autograd.close()
         ended = await self._queue.close(deleted(self.description.name), self._delete_seconds)
         await self._workers.close(reuse=ended and not self.description.has_failed)
         if not ended:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from gradwire_proto.values import ForwardResult, GradientResult, StepResult, TensorData, leaves
+from gradwire_proto.values import BackwardResult, ForwardResult, GradientResult, StepResult, TensorData, leaves
 from gradwire_server.calls import Call
 from gradwire_server.tensors.downloads import Downloads
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def with_times(result: T, call: Call, queue: float) -> T:
     """`result` with the seconds that it waited and took in all, if it tells times."""
-    if not isinstance(result, (StepResult, GradientResult, ForwardResult)):
+    if not isinstance(result, (StepResult, GradientResult, ForwardResult, BackwardResult)):
         return result
     timing = replace(result.timing, queue=queue, total=time.monotonic() - call.arrived)
     return replace(result, timing=timing)
@@ -34,7 +34,7 @@ async def deliver_outputs(result: ForwardResult, downloads: Downloads, max_inlin
     return replace(result, outputs=await downloads.deliver(result.outputs, max_inline_bytes))
 
 
-def inline_bytes(result: ForwardResult) -> int:
-    """How many bytes of tensors a delivered result holds in memory."""
-    tensors = (leaf for _, leaf in leaves(result.outputs) if isinstance(leaf, TensorData))
+def inline_bytes(value: Any) -> int:
+    """How many bytes of tensors a delivered value holds in memory."""
+    tensors = (leaf for _, leaf in leaves(value) if isinstance(leaf, TensorData))
     return sum(len(tensor.data) for tensor in tensors if isinstance(tensor.data, (bytes, bytearray, memoryview)))

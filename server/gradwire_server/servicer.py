@@ -92,7 +92,8 @@ class Servicer:
     async def OptimizerStep(self, request: pb.OptimizerStepRequest, call: Call) -> pb.OptimizerStepResponse:
         gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits) or None
         lr = codec.decode_learning_rate(request)
-        result = await self._model(request.name).optimizer_step(gradients, lr, call)
+        groups = codec.decode_group_options(request)
+        result = await self._model(request.name).optimizer_step(gradients, lr, groups, call)
         return pb.OptimizerStepResponse(result=codec.encode_step_result(result))
 
     async def ZeroGrad(self, request: pb.ZeroGradRequest, call: Call) -> pb.ZeroGradResponse:
@@ -110,6 +111,22 @@ class Servicer:
         state = codec.decode_optimizer_state(request, self._limits)
         step = await self._model(request.name).load_optimizer_state(state, call)
         return pb.LoadOptimizerStateResponse(step=step)
+
+    async def Backward(self, request: pb.BackwardRequest, call: Call) -> pb.BackwardResponse:
+        query, cotangents = codec.decode_backward_query(request), codec.decode_cotangents(request, self._limits)
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        result = await self._model(request.name).autograd.backward(query, cotangents, max_inline_bytes, call)
+        return codec.encode_backward_result(result)
+
+    async def Release(self, request: pb.ReleaseRequest, call: Call) -> pb.ReleaseResponse:
+        names = codec.decode_retained_names(request.retained, "retained")
+        await self._model(request.name).autograd.release(names, call)
+        return pb.ReleaseResponse()
+
+    async def SetGradients(self, request: pb.SetGradientsRequest, call: Call) -> pb.SetGradientsResponse:
+        gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits)
+        step = await self._model(request.name).autograd.set_gradients(gradients, tuple(request.dropped), call)
+        return pb.SetGradientsResponse(step=step)
 
     # --- reads ----------------------------------------------------------------------------------------------------
 
@@ -129,12 +146,27 @@ class Servicer:
         inputs = codec.decode_value(request.inputs, "inputs", self._limits)
         seed = request.seed if request.HasField("seed") else None
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
-        if request.request_id and not request.training:
+        retains = request.HasField("retain")
+        if request.request_id and not request.training and not retains:
             raise InvalidArgument(
-                "only a forward in training mode is a command", field="request_id", reason="REQUEST_ID_NOT_TAKEN"
+                "only a forward in training mode, or one that is retained, is a command",
+                field="request_id",
+                reason="REQUEST_ID_NOT_TAKEN",
             )
         model = self._model(request.name)
+        if retains:
+            retention = codec.decode_retention(request.retain)
+            result = await model.autograd.forward(inputs, retention, request.training, seed, max_inline_bytes, call)
+            return codec.encode_forward_result(result)
         return codec.encode_forward_result(await model.forward(inputs, request.training, seed, max_inline_bytes, call))
+
+    async def GetGradients(self, request: pb.GetGradientsRequest, call: Call) -> pb.GetGradientsResponse:
+        wrt = tuple(request.wrt) or None
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        gradients, step = await self._model(request.name).autograd.held_gradients(wrt, max_inline_bytes, call)
+        response = pb.GetGradientsResponse(step=step)
+        codec.encode_named_tensors(gradients, response.gradients)
+        return response
 
     async def GetStateDict(self, request: pb.GetStateDictRequest, call: Call) -> pb.GetStateDictResponse:
         names = tuple(request.names) or None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from gradwire_proto.errors import RankLost
 from gradwire_proto.values import (
+    BackwardQuery,
+    BackwardResult,
     Batch,
     ForwardResult,
     FunctionSpec,
@@ -15,12 +17,30 @@ from gradwire_proto.values import (
     ModelSpec,
     ModelUpdate,
     NamedTensors,
+    Retention,
     Sharding,
     StateTensor,
     StepResult,
+    TensorData,
     Value,
     Variant,
 )
+
+
+class RetainedWorkers(Protocol):
+    """The forwards that the ranks of a model retain, and the gradients that they hold. Calls are the model's calls."""
+
+    async def forward(
+        self, inputs: Value, retention: Retention, name: str, *, training: bool, seed: int | None, command: int
+    ) -> ForwardResult: ...
+
+    async def backward(self, query: BackwardQuery, cotangents: Sequence[TensorData | None]) -> BackwardResult: ...
+
+    async def release(self, names: Sequence[str]) -> None: ...
+
+    async def held_gradients(self, wrt: Sequence[str] | None) -> tuple[NamedTensors, int]: ...
+
+    async def set_gradients(self, gradients: NamedTensors, dropped: Sequence[str]) -> int: ...
 
 
 class Workers(Protocol):
@@ -40,6 +60,8 @@ class Workers(Protocol):
 
     @property
     def variants(self) -> tuple[Variant, ...]: ...
+    @property
+    def retained(self) -> RetainedWorkers: ...
 
     @property
     def on_lost(self) -> Callable[[RankLost], None] | None: ...
@@ -51,7 +73,9 @@ class Workers(Protocol):
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult: ...
 
-    async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult: ...
+    async def optimizer_step(
+        self, gradients: NamedTensors | None, *, lr: float | None = None, groups: Sequence[Mapping[str, Value]] = ()
+    ) -> StepResult: ...
 
     async def zero_grad(self) -> None: ...
 

@@ -26,6 +26,7 @@ PRINTS = {
         "updated W2 [[0.8568], [0.4323], [0.4252]]",
         "updated W3 [0.6505]",
     ],
+    "plain_loop": ["weights agree to 1e-5"],
     "custom_autograd_function": ["grad_x [4.0]", "grad_x of another backward [60.0]"],
     "thermometer_gradient": ["loss 1763.8848", "grad 4517.2969 82.6000"],
 }

@@ -198,7 +198,7 @@ ROWS = st.lists(COUNTS, max_size=3).map(tuple)
 TIMINGS = st.builds(values.Timing, **dict.fromkeys(values.Timing.__dataclass_fields__, FLOATS))
 LIMITS = st.builds(
     values.Limits,
-    **{name: FLOATS if name == "held_seconds" else COUNTS for name in values.Limits.__dataclass_fields__},
+    **{name: FLOATS if name.endswith("_seconds") else COUNTS for name in values.Limits.__dataclass_fields__},
 )
 PRECISIONS = st.sampled_from(["fp32", "bf16", "fp16"])
 MODEL_UPDATES = st.builds(
@@ -279,6 +279,8 @@ GRADIENT_RESULTS = st.builds(
     timing=TIMINGS,
     rank_rows=ROWS,
 )
+RETAINED = st.text("0123456789abcdef", min_size=32, max_size=32)
+WRT = st.none() | st.lists(TEXTS.filter(bool), max_size=3).map(tuple)
 FUNCTIONS = st.builds(
     values.FunctionSpec,
     digest=st.just("0123456789abcdef" * 4),
@@ -317,7 +319,28 @@ PAIRS = {
     "timing": TIMINGS,
     "step_result": STEP_RESULTS,
     "gradient_result": GRADIENT_RESULTS,
-    "forward_result": st.builds(values.ForwardResult, outputs=VALUES, step=COUNTS, timing=TIMINGS, rank_rows=ROWS),
+    "forward_result": st.builds(
+        values.ForwardResult,
+        outputs=VALUES,
+        step=COUNTS,
+        timing=TIMINGS,
+        rank_rows=ROWS,
+        retained=st.none() | RETAINED,
+        differentiable_outputs=ROWS,
+    ),
+    "backward_result": st.builds(
+        values.BackwardResult,
+        input_gradients=st.none() | st.lists(st.none() | tensors(), max_size=3),
+        step=COUNTS,
+        timing=TIMINGS,
+        rank_rows=ROWS,
+    ),
+    "retention": st.builds(
+        values.Retention,
+        wrt=WRT,
+        inputs=st.lists(COUNTS, max_size=3, unique=True).map(tuple),
+        release=st.lists(RETAINED, max_size=3).map(tuple),
+    ),
     "function": FUNCTIONS,
     "command_info": st.builds(
         values.CommandInfo,
@@ -328,7 +351,16 @@ PAIRS = {
     "limits": LIMITS,
     "server_info": SERVER_INFOS,
 }
-SPECIAL = {"model_update", "model_info", "named_tensors", "operators", "gradient_query"}
+SPECIAL = {
+    "model_update",
+    "model_info",
+    "named_tensors",
+    "operators",
+    "gradient_query",
+    "backward_query",
+    "cotangents",
+    "group_options",
+}
 
 
 def through_the_wire(message: Message) -> Message:
@@ -395,6 +427,25 @@ def test_gradient_query_tells_all_gradients_from_none(value: values.GradientQuer
 def test_model_update_tells_what_is_left_out_from_what_is_empty(value: values.ModelUpdate) -> None:
     request = codec.encode_model_update(value, pb.UpdateModelRequest())
     assert repr(codec.decode_model_update(through_the_wire(request))) == repr(value)
+
+
+@given(
+    query=st.builds(
+        values.BackwardQuery, retained=RETAINED, wrt=WRT, input_gradients=st.booleans(), keep=st.booleans()
+    ),
+    cotangents=st.tuples(tensors(), st.none() | tensors()).map(list),
+    groups=st.lists(OPTIONS, max_size=3).map(tuple),
+)
+def test_backward_and_the_options_of_groups_come_back_as_they_were(
+    query: values.BackwardQuery, cotangents: list, groups: tuple
+) -> None:
+    request = codec.encode_backward_query(query, pb.BackwardRequest())
+    codec.encode_cotangents(cotangents, request)
+    assert codec.decode_backward_query(through_the_wire(request)) == query
+    assert repr(codec.decode_cotangents(through_the_wire(request))) == repr(cotangents)
+    step = pb.OptimizerStepRequest()
+    codec.encode_group_options(groups, step)
+    assert repr(codec.decode_group_options(through_the_wire(step))) == repr(groups)
 
 
 def test_filling_a_field_in_place_gives_the_same_message() -> None:

@@ -21,6 +21,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import (
+    BackwardResult,
     Batch,
     ForwardResult,
     GradientResult,
@@ -91,6 +92,40 @@ def model_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**{"program": program, "optimizer": OptimizerSpec("SGD", {"lr": 0.1})} | changes)
 
 
+class FakeRetained:
+    """The same ranks, asked for forwards that they retain: `kept`, by name."""
+
+    def __init__(self, workers: FakeWorkers) -> None:
+        self._workers = workers
+        self.kept: list[str] = []
+
+    async def forward(
+        self, inputs: Any, retention: Any, name: str, *, training: bool, seed: int | None, command: int
+    ) -> ForwardResult:
+        await self._workers._call("retained_forward", retention, training, seed, command)
+        self.kept.append(name)
+        return ForwardResult(outputs=inputs, step=self._workers.step, retained=name, differentiable_outputs=(0,))
+
+    async def backward(self, query: Any, cotangents: Any) -> BackwardResult:
+        await self._workers._call("backward", query, [each and read(each) for each in cotangents])
+        return BackwardResult(
+            input_gradients=[two_floats(), None] if query.input_gradients else None, step=self._workers.step
+        )
+
+    async def release(self, names: Any) -> None:
+        await self._workers._call("release", names)
+        self.kept = [name for name in self.kept if name not in names]
+
+    async def held_gradients(self, wrt: Any) -> tuple[dict[str, TensorData], int]:
+        await self._workers._call("held_gradients", wrt)
+        return {"w": two_floats()}, self._workers.step
+
+    async def set_gradients(self, gradients: Any, dropped: Any) -> int:
+        given = {name: read(value) for name, value in gradients.items()}
+        await self._workers._call("set_gradients", given, dropped)
+        return self._workers.step
+
+
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call."""
 
@@ -109,6 +144,7 @@ class FakeWorkers:
         self.step = 0
         self.busy = False
         self.closed: list[bool] = []
+        self.retained = FakeRetained(self)
 
     async def _call(self, *what: Any) -> None:
         assert not self.busy, "calls overlap"
@@ -131,8 +167,9 @@ class FakeWorkers:
         await self._call("forward_backward", command)
         return StepResult(loss=0.5, step=self.step)
 
-    async def optimizer_step(self, gradients: Any, *, lr: float | None = None) -> StepResult:
-        await self._call("optimizer_step", gradients and {name: read(value) for name, value in gradients.items()})
+    async def optimizer_step(self, gradients: Any, *, lr: float | None = None, groups: Any = ()) -> StepResult:
+        given = gradients and {name: read(value) for name, value in gradients.items()}
+        await self._call("optimizer_step", given, *([groups] if groups else []))
         self.step += 1
         return StepResult(loss=None, step=self.step)
 

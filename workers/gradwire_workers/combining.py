@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gradwire_proto.values import (
+    BackwardResult,
     ForwardResult,
     GradientResult,
     Leaf,
@@ -74,6 +75,21 @@ async def forward_result(
         kept.append(outputs)
         return ForwardResult(
             outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
+            step=answers.fields[0]["step"],
+            timing=_timing(answers),
+            rank_rows=_rank_rows(answers),
+        )
+
+
+async def backward_result(
+    answers: Answers, specs: Sequence[Leaf], shards: Sequence[Shard], writer: SegmentWriter
+) -> BackwardResult:
+    """Gradients of inputs, put together from every rank's rows. specs: of the inputs that were retained."""
+    with _released(answers) as kept:
+        inputs = await _combine(shards, _column(answers, "input_gradients"), specs, writer)
+        kept.append(inputs)
+        return BackwardResult(
+            input_gradients=inputs,
             step=answers.fields[0]["step"],
             timing=_timing(answers),
             rank_rows=_rank_rows(answers),

@@ -21,6 +21,7 @@ from gradwire_proto.values import (
     TensorData,
     TensorSpec,
     Variant,
+    in_key_order,
     leaves,
 )
 from gradwire_workers.ranks import Ranks
@@ -58,10 +59,12 @@ class OpenVariants:
 
 def describe(batch: Batch, *, name: str, training: bool) -> Variant:
     """What batches like `batch` have in common: their nesting, element types and constants. Every size is open.
+    Leaves are counted with dicts in the order of their keys.
 
     Rows are dimension 0 of the first input that has one, and of every leaf that has as many. What the module returns is
     not known yet.
     """
+    batch = Batch(in_key_order(batch.inputs), in_key_order(batch.targets))
     found = [leaf for _, leaf in leaves(batch.inputs)]
     rows = next((leaf.shape[0] for leaf in found if isinstance(leaf, TensorData) and leaf.shape), None)
     if rows == 0:

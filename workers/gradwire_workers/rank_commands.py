@@ -22,10 +22,12 @@ from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgu
 from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import (
+    BackwardQuery,
     GradientQuery,
     Limits,
     ModelSpec,
     OutputLossSpec,
+    Retention,
     StateTensor,
 )
 from gradwire_workers.after_applied import errors_after_applied
@@ -37,12 +39,23 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
 from gradwire_workers.training.out_of_memory import out_of_memory_told
+from gradwire_workers.training.reports import BackwardReport, RetainedReport
 
 Fields = Mapping[str, Any]
 
 # Those in which ranks may wait for each other. Not every forward has collectives: one that fails costs a rejoin more.
 _COLLECTIVE = frozenset(
-    {"check_rows", "train_step", "forward_backward", "optimizer_step", "compute_gradients", "forward"}
+    {
+        "check_rows",
+        "train_step",
+        "forward_backward",
+        "optimizer_step",
+        "compute_gradients",
+        "forward",
+        "retained_forward",
+        "backward",
+        "held_gradients",
+    }
 )
 
 
@@ -73,6 +86,11 @@ class RankCommands:
             "zero_grad": self._zero_grad,
             "compute_gradients": self._compute_gradients,
             "forward": self._forward,
+            "retained_forward": self._retained_forward,
+            "backward": self._backward,
+            "release": self._release,
+            "held_gradients": self._held_gradients,
+            "set_gradients": self._set_gradients,
             "state_dict": self._state_dict,
             "load_state_dict": self._load_state_dict,
             "optimizer_state": self._optimizer_state,
@@ -190,7 +208,10 @@ class RankCommands:
 
     def _optimizer_step(self, fields: Fields) -> Fields:
         given = fields["gradients"]
-        return asdict(self._model.optimizer_step(None if given is None else incoming(given), lr=fields["lr"]))
+        report = self._model.optimizer_step(
+            None if given is None else incoming(given), lr=fields["lr"], groups=to_nested(fields["groups"])
+        )
+        return asdict(report)
 
     def _zero_grad(self, _: Fields) -> Fields:
         self._model.zero_grad()
@@ -204,6 +225,32 @@ class RankCommands:
             shard_in(fields), training=fields["training"], seed=fields["seed"], command=fields["command"]
         )
         return {"outputs": report.outputs, "step": report.step, "rows": report.rows, "seconds": asdict(report.seconds)}
+
+    def _retained_forward(self, fields: Fields) -> Fields:
+        report = self._model.retained_forward(
+            shard_in(fields),
+            Retention(**fields["retention"]),
+            fields["name"],
+            training=fields["training"],
+            seed=fields["seed"],
+            command=fields["command"],
+        )
+        return _shallow(report)
+
+    def _backward(self, fields: Fields) -> Fields:
+        return _shallow(self._model.backward(BackwardQuery(**fields["query"]), leaves_in(fields["cotangents"])))
+
+    def _release(self, fields: Fields) -> Fields:
+        self._model.release(fields["names"])
+        return {}
+
+    def _held_gradients(self, fields: Fields) -> Fields:
+        gradients = self._model.held_gradients(fields["wrt"])
+        return {"gradients": gradients if fields["wanted"] else {}, "step": self._model.step}
+
+    def _set_gradients(self, fields: Fields) -> Fields:
+        self._model.set_gradients(incoming(fields["gradients"]), fields["dropped"])
+        return {"step": self._model.step}
 
     def _state_dict(self, fields: Fields) -> Fields:
         return {"tensors": self._model.state_dict(fields["names"]), "step": self._model.step}
@@ -265,7 +312,12 @@ def _is_refused_by_all(error: BaseException) -> bool:
     """
     if isinstance(error, InvalidArgument) and error.reason not in AGREED:
         return error.field is not None and not error.field.startswith("batch")
-    return isinstance(error, (FailedPrecondition, InvalidArgument))
+    return isinstance(error, (FailedPrecondition, InvalidArgument)) or getattr(error, "reason", None) in AGREED
+
+
+def _shallow(report: RetainedReport | BackwardReport) -> dict[str, Any]:
+    """The report as fields. Not asdict: it would copy the tensors."""
+    return {name: getattr(report, name) for name in report.__slots__} | {"seconds": asdict(report.seconds)}
 
 
 def _gradients(trainer: Trainer, fields: Fields) -> Fields:

@@ -105,13 +105,14 @@ def has_rows(leaf: Leaf) -> bool:
 
 def _cut(leaves: Sequence[Any], specs: Sequence[Leaf], start: int, stop: int) -> tuple[Any, ...]:
     return (
-        tuple(_rows(leaf, start, stop) if has_rows(spec) else leaf for leaf, spec in zip(leaves, specs, strict=True))
+        tuple(rows_of(leaf, start, stop) if has_rows(spec) else leaf for leaf, spec in zip(leaves, specs, strict=True))
         if leaves
         else ()
     )
 
 
-def _rows(tensor: TensorData, start: int, stop: int) -> TensorData:
+def rows_of(tensor: TensorData, start: int, stop: int) -> TensorData:
+    """Rows [start, stop) of a tensor, not copied."""
     row = prod(tensor.shape[1:]) * ITEM_SIZE[tensor.dtype]
     data = tensor.data
     if isinstance(data, Segment):

@@ -13,8 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import GradientQuery, Limits, ModelSpec, OptimizerSpec, StateTensor, Variant
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument
+from gradwire_proto.values import (
+    BackwardQuery,
+    GradientQuery,
+    Limits,
+    ModelSpec,
+    OptimizerSpec,
+    Retention,
+    StateTensor,
+    Variant,
+)
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.optimizers import check_learning_rate
 from gradwire_workers.process_group import ProcessGroups
@@ -26,12 +35,19 @@ from gradwire_workers.training.agreement import Agreement
 from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.gradient_reading import read_gradients
-from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.held_gradients import HeldGradients
 from gradwire_workers.training.line_search import search
 from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
-from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
+from gradwire_workers.training.reports import (
+    BackwardReport,
+    ForwardReport,
+    GradientReport,
+    RetainedReport,
+    StepReport,
+)
+from gradwire_workers.training.retained_forwards import RetainedForwards
 from gradwire_workers.training.row_check import why_rows_depend
 from gradwire_workers.training.trainable import set_trained, trained_parameters
 from gradwire_workers.training.updater import Update, Updater
@@ -69,7 +85,8 @@ class Trainer:
         self._updater = make_updater(spec, trainable, self._aliases(), self._loss_scale)
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
-        self._held: list[Tensor | None] | None = None
+        self._held = HeldGradients(self._trainable)
+        self._retained = RetainedForwards(self._replica, self._passes, self._limits)
         self._replica.groups = groups
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -83,6 +100,7 @@ class Trainer:
         """Join the other ranks again, who do the same at the same time. `epoch` must be new."""
         assert self._groups is not None, "a single rank has nobody to rejoin"
         self._passes.drop()
+        self._retained.release_connected()
         self._replica.groups = self._groups.rejoin(epoch)
 
     def break_off(self, cause: str) -> None:
@@ -148,16 +166,17 @@ class Trainer:
         if lr is not None and updater is None:
             self._checked_updater()
         # From here on nothing fails.
-        held = dict(zip(self._trainable, self._held or (), strict=False))
         set_trained(self._program.parameters_by_name(), trained)
         self._spec, self._updater, self._trainable = spec, updater, list(trained.values())
         if updater is not None:
             updater.update_only(trained)
             if lr is not None:
                 updater.set_learning_rate(lr)
-        self._held = None if self._held is None else [held.get(parameter) for parameter in self._trainable]
+        self._held = self._held.of_only(self._trainable)
         self._passes.drop()
         self._passes = Passes(self._replica, self._trainable)
+        # What is retained was for the parameters that were trained before.
+        self._retained = RetainedForwards(self._replica, self._passes, self._limits)
         return list(trained)
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -191,12 +210,11 @@ class Trainer:
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
             shard = self._localised(shard)
             done = self._passes.local(shard, self._trainable, command, to_learn=True)
-            before = self._held or [None] * len(self._trainable)
-            held = [_sum(old, new) for old, new in zip(before, done.gradients, strict=True)]
+            held = self._held.plus(dict(zip(self._trainable, done.gradients, strict=True)))
             buffers = self._passes.shared_buffers(shard)
             loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))
         take(buffers)
-        self._held = held
+        self._held.hold(held)
         return StepReport(
             loss=loss,
             step=self.step,
@@ -206,33 +224,103 @@ class Trainer:
             loss_scale=self._reported_scale,
         )
 
-    def optimizer_step(self, gradients: Mapping[str, Tensor] | None = None, *, lr: float | None = None) -> StepReport:
+    def optimizer_step(
+        self,
+        gradients: Mapping[str, Tensor] | None = None,
+        *,
+        lr: float | None = None,
+        groups: Sequence[Mapping[str, Any]] = (),
+    ) -> StepReport:
         """Update with the held gradients, which stay held, or with these, by name, which every rank must get.
 
-        A parameter without a gradient is left alone.
+        A parameter without a gradient is left alone. groups: options that the parameter groups take first, and keep.
         """
         clock = Clock(self._groups)
         updater = self._checked_updater()
         updater.check(lr, has_batch=False)
+        updater.check_groups(groups)
         if gradients is not None:
             given = tensor_names.check_gradients(gradients, self._program.state_tensors())
             chosen = [given.get(parameter) for parameter in self._trainable]
             self._agreement.reach(None, gradients=chosen)
             plan = updater.plan()
-        elif self._held is None:
+        elif not self._held:
             raise FailedPrecondition("no gradients are held: call forward_backward first", reason="NO_GRADIENTS")
         else:
             with Attempt(self._groups, ()):
-                chosen = self._held if self._groups is None else add_up(self._held, self._trainable, self._groups)
+                chosen = self._held.summed(self._groups)
                 self._agreement.reach(self._groups, gradients=self._judged(chosen))
                 plan = updater.plan()
         clock.computed()
+        updater.take_groups(groups)
         update = updater.apply(chosen, lr=lr, plan=plan, keep=True, given=gradients is not None)
         return self._updated(update, clock, loss=None, rows=0)
 
     def zero_grad(self) -> None:
         """Drop the held gradients."""
-        self._held = None
+        self._held.drop()
+
+    def set_gradients(self, gradients: Mapping[str, Tensor], dropped: Sequence[str]) -> None:
+        """Hold these gradients by name in place of those that are held, and none of `dropped`. The same on every rank.
+
+        They must be nobody else's.
+        """
+        given = tensor_names.check_gradients(gradients, self._program.state_tensors())
+        trainable = {name: each for name, each in self._aliases().items() if each.requires_grad}
+        chosen = tensor_names.select(dropped, trainable, field="dropped")
+        without = {trainable[name] for name in chosen}
+        if not given.keys().isdisjoint(without):
+            message = "a parameter stands in gradients too"
+            raise InvalidArgument(message, field="dropped", reason="GRADIENT_GIVEN_TWICE")
+        new: dict[nn.Parameter, Tensor | None] = {**given, **dict.fromkeys(without)}
+        self._held.put(new, self._groups)
+
+    # --- forwards that are retained, and gone back through ----------------------------------------------------------
+
+    def retained_forward(
+        self, shard: Shard, retention: Retention, name: str, *, training: bool, command: int, seed: int | None = None
+    ) -> RetainedReport:
+        """The outputs of this rank's rows. Keeps under `name` what `backward` needs, if any output has a gradient.
+
+        Raises ResourceExhausted RETAINED_BYTES, alike on every rank.
+        """
+        clock = Clock(self._groups)
+        self._retained.release(retention.release)
+        wrt = retention.wrt
+        parameters = tensor_names.select_parameters(wrt, self._program.parameters_by_name(), self._aliases())
+        with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=training):
+            shard = self._replica.localise(shard)
+            kept, outputs = self._retained.forward(shard, retention, parameters, command=command, seed=seed)
+            buffers = self._passes.shared_buffers(shard) if training else []
+            nbytes = int(self._agreement.reach(self._groups, kept.nbytes))
+            self._retained.check_room(nbytes)
+        take(buffers)
+        if nbytes:
+            self._retained.keep(name, replace(kept, nbytes=nbytes))
+        return RetainedReport(
+            outputs=outputs,
+            differentiable=list(kept.outputs),
+            step=self.step,
+            rows=shard.count,
+            seconds=clock.computed(),
+        )
+
+    def backward(self, query: BackwardQuery, cotangents: Sequence[Tensor | None]) -> BackwardReport:
+        """Add the gradients of a retained forward to those held, given the cotangents of this rank's rows."""
+        clock = Clock(self._groups)
+        shard = self._retained.get(query.retained).shard
+        with Attempt(self._groups, ()):
+            done = self._retained.backward(query, cotangents)
+            held = self._held.plus(done.gradients)
+            self._agreement.reach(self._groups, gradients=done.gradients.values())
+        self._held.hold(held)
+        return BackwardReport(
+            input_gradients=done.input_gradients, step=self.step, rows=shard.count, seconds=clock.computed()
+        )
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let go of retained forwards."""
+        self._retained.release(names)
 
     # --- reads, and forward ---------------------------------------------------------------------------------------
 
@@ -269,6 +357,16 @@ class Trainer:
             self._agreement.reach(groups)
         take(buffers)
         return ForwardReport(outputs=outputs, step=self.step, rows=shard.count, seconds=clock.computed())
+
+    def held_gradients(self, wrt: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The held gradients over all ranks' rows, by name; of parameters that have one. Every rank has the same."""
+        parameters = tensor_names.select_parameters(wrt, self._program.parameters_by_name(), self._aliases())
+        if not self._held:
+            return {}
+        with Attempt(self._groups, ()):
+            summed = dict(zip(self._trainable, self._held.summed(self._groups), strict=True))
+        found = {name: summed[each] for name, each in parameters.items() if isinstance(each, nn.Parameter)}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def state_dict(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Parameters and buffers by name, live; or those that the names and globs match. Every rank has the same."""
@@ -328,9 +426,3 @@ class Trainer:
     @property
     def _reported_scale(self) -> float | None:
         return None if self._loss_scale is None or self._updater is None else self._loss_scale.value
-
-
-def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    if old is None or new is None:
-        return new if old is None else old
-    return old + new

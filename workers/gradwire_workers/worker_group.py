@@ -35,6 +35,7 @@ from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.ranks import Answers, Ranks
+from gradwire_workers.retained_group import RetainedGroup
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
@@ -74,6 +75,8 @@ class WorkerGroup:
         self._require_sharding = require_sharding
         self._release = release
         self._closed = False
+        self.retained = RetainedGroup(ranks, writer, self._choose_forward, shard_fields)
+        """Its forwards that are retained, and the gradients that its ranks hold."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -179,9 +182,11 @@ class WorkerGroup:
         shards, rows = await self._split(batch, training=True)
         return step_result(await self._call_shards("forward_backward", shards, {"command": command}), rows)
 
-    async def optimizer_step(self, gradients: NamedTensors | None, *, lr: float | None = None) -> StepResult:
-        """Applies these gradients, or the held ones."""
-        fields = {"gradients": gradients, "lr": lr}
+    async def optimizer_step(
+        self, gradients: NamedTensors | None, *, lr: float | None = None, groups: Sequence[Mapping[str, Value]] = ()
+    ) -> StepResult:
+        """Applies these gradients, or the held ones. groups: options that the parameter groups take first, and keep."""
+        fields = {"gradients": gradients, "lr": lr, "groups": [dict(options) for options in groups]}
         return step_result(await self._ranks.call("optimizer_step", [fields] * self.workers), 0)
 
     async def zero_grad(self) -> None:
@@ -294,6 +299,10 @@ class WorkerGroup:
         variant = await self.opening.open(batch, self._variants, training=training)
         await self._take_in(variant, self._example_inputs(variant, batch))
         return variant, check_batch(variant, batch, targets=targets)
+
+    async def _choose_forward(self, batch: Batch, training: bool) -> tuple[Variant, list[Shard]]:
+        variant, shards, _ = await self._choose(batch, training=training, targets=False)
+        return variant, shards
 
     async def _call_shards(
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True

@@ -123,6 +123,8 @@ def encode_forward_result(
     message.step = value.step
     encode_timing(value.timing, message.timing)
     message.rank_rows.extend(value.rank_rows)
+    message.retained = value.retained or ""
+    message.differentiable_outputs.extend(value.differentiable_outputs)
     return message
 
 
@@ -133,4 +135,6 @@ def decode_forward_result(message: service_pb.ForwardResponse) -> ForwardResult:
         step=message.step,
         timing=decode_timing(message.timing),
         rank_rows=tuple(message.rank_rows),
+        retained=message.retained or None,
+        differentiable_outputs=tuple(message.differentiable_outputs),
     )

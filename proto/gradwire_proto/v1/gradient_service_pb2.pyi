@@ -148,16 +148,18 @@ class ForwardBackwardResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ...) -> None: ...
 
 class OptimizerStepRequest(_message.Message):
-    __slots__ = ("name", "gradients", "learning_rate", "request_id")
+    __slots__ = ("name", "gradients", "learning_rate", "request_id", "groups")
     NAME_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     gradients: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
     learning_rate: float
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., learning_rate: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ValueMapping]
+    def __init__(self, name: _Optional[str] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., learning_rate: _Optional[float] = ..., request_id: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[_tensor_pb2.ValueMapping, _Mapping]]] = ...) -> None: ...
 
 class OptimizerStepResponse(_message.Message):
     __slots__ = ("result",)
@@ -196,32 +198,132 @@ class ZeroGradResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("name", "inputs", "training", "seed", "max_inline_bytes", "request_id")
+    __slots__ = ("name", "inputs", "training", "seed", "max_inline_bytes", "request_id", "retain")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RETAIN_FIELD_NUMBER: _ClassVar[int]
     name: str
     inputs: _tensor_pb2.Value
     training: bool
     seed: int
     max_inline_bytes: int
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., training: bool = ..., seed: _Optional[int] = ..., max_inline_bytes: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    retain: Retention
+    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., training: bool = ..., seed: _Optional[int] = ..., max_inline_bytes: _Optional[int] = ..., request_id: _Optional[str] = ..., retain: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
+
+class Retention(_message.Message):
+    __slots__ = ("wrt", "no_parameter_gradients", "inputs", "release")
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    NO_PARAMETER_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    no_parameter_gradients: bool
+    inputs: _containers.RepeatedScalarFieldContainer[int]
+    release: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., inputs: _Optional[_Iterable[int]] = ..., release: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("outputs", "step", "timing", "rank_rows")
+    __slots__ = ("outputs", "step", "timing", "rank_rows", "retained", "differentiable_outputs")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENTIABLE_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     outputs: _tensor_pb2.Value
     step: int
     timing: _model_pb2.Timing
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    retained: str
+    differentiable_outputs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., retained: _Optional[str] = ..., differentiable_outputs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class BackwardRequest(_message.Message):
+    __slots__ = ("name", "retained", "cotangents", "wrt", "no_parameter_gradients", "input_gradients", "keep", "max_inline_bytes", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_FIELD_NUMBER: _ClassVar[int]
+    COTANGENTS_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    NO_PARAMETER_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    retained: str
+    cotangents: _tensor_pb2.Value
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    no_parameter_gradients: bool
+    input_gradients: bool
+    keep: bool
+    max_inline_bytes: int
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., retained: _Optional[str] = ..., cotangents: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., keep: bool = ..., max_inline_bytes: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class BackwardResponse(_message.Message):
+    __slots__ = ("input_gradients", "step", "timing", "rank_rows")
+    INPUT_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    input_gradients: _tensor_pb2.Value
+    step: int
+    timing: _model_pb2.Timing
+    rank_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, input_gradients: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("name", "retained")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    retained: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., retained: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetGradientsRequest(_message.Message):
+    __slots__ = ("name", "wrt", "max_inline_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    max_inline_bytes: int
+    def __init__(self, name: _Optional[str] = ..., wrt: _Optional[_Iterable[str]] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+
+class GetGradientsResponse(_message.Message):
+    __slots__ = ("gradients", "step")
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    gradients: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    step: int
+    def __init__(self, gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class SetGradientsRequest(_message.Message):
+    __slots__ = ("name", "gradients", "dropped", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    gradients: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    dropped: _containers.RepeatedScalarFieldContainer[str]
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., dropped: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class SetGradientsResponse(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
 
 class GetStateDictRequest(_message.Message):
     __slots__ = ("name", "names", "max_inline_bytes")
@@ -397,7 +499,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("message_bytes", "tensor_bytes", "graph_nodes", "model_bytes", "models", "requests_in_flight", "requests_per_model", "held_bytes", "variants", "held_seconds")
+    __slots__ = ("message_bytes", "tensor_bytes", "graph_nodes", "model_bytes", "models", "requests_in_flight", "requests_per_model", "held_bytes", "variants", "held_seconds", "retained_bytes", "retained_forwards", "retained_seconds")
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     GRAPH_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -408,6 +510,9 @@ class Limits(_message.Message):
     HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
     HELD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     message_bytes: int
     tensor_bytes: int
     graph_nodes: int
@@ -418,4 +523,7 @@ class Limits(_message.Message):
     held_bytes: int
     variants: int
     held_seconds: float
-    def __init__(self, message_bytes: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., graph_nodes: _Optional[int] = ..., model_bytes: _Optional[int] = ..., models: _Optional[int] = ..., requests_in_flight: _Optional[int] = ..., requests_per_model: _Optional[int] = ..., held_bytes: _Optional[int] = ..., variants: _Optional[int] = ..., held_seconds: _Optional[float] = ...) -> None: ...
+    retained_bytes: int
+    retained_forwards: int
+    retained_seconds: float
+    def __init__(self, message_bytes: _Optional[int] = ..., tensor_bytes: _Optional[int] = ..., graph_nodes: _Optional[int] = ..., model_bytes: _Optional[int] = ..., models: _Optional[int] = ..., requests_in_flight: _Optional[int] = ..., requests_per_model: _Optional[int] = ..., held_bytes: _Optional[int] = ..., variants: _Optional[int] = ..., held_seconds: _Optional[float] = ..., retained_bytes: _Optional[int] = ..., retained_forwards: _Optional[int] = ..., retained_seconds: _Optional[float] = ...) -> None: ...

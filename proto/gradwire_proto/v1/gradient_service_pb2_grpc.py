@@ -95,6 +95,26 @@ class GradientServiceStub(object):
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Backward = channel.unary_unary(
+                '/gradwire.v1.GradientService/Backward',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/gradwire.v1.GradientService/Release',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+        self.GetGradients = channel.unary_unary(
+                '/gradwire.v1.GradientService/GetGradients',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsResponse.FromString,
+                _registered_method=True)
+        self.SetGradients = channel.unary_unary(
+                '/gradwire.v1.GradientService/SetGradients',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsResponse.FromString,
+                _registered_method=True)
         self.GetStateDict = channel.unary_unary(
                 '/gradwire.v1.GradientService/GetStateDict',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetStateDictRequest.SerializeToString,
@@ -226,6 +246,34 @@ class GradientServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backward(self, request, context):
+        """Adds the gradients of a forward that was retained to those that the service holds, given its outputs' cotangents.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Lets go of forwards that were retained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGradients(self, request, context):
+        """Returns the held gradients by parameter name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetGradients(self, request, context):
+        """Replaces or drops held gradients by parameter name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStateDict(self, request, context):
         """Returns parameters and buffers by name.
         """
@@ -346,6 +394,26 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Backward': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backward,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'GetGradients': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGradients,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsResponse.SerializeToString,
+            ),
+            'SetGradients': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetGradients,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsResponse.SerializeToString,
             ),
             'GetStateDict': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStateDict,
@@ -694,6 +762,114 @@ class GradientService(object):
             '/gradwire.v1.GradientService/Forward',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backward(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/Backward',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.BackwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/Release',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/GetGradients',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.GetGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/SetGradients',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.SetGradientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,9 +69,48 @@ class GradientResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardResult:
-    """What forward answers."""
+    """What forward answers. `retained`: what Backward knows it by, where it was retained; then the leaves of the
+    outputs that Backward takes cotangents of are `differentiable_outputs`.
+    """
 
     outputs: Any
+    step: int
+    timing: Timing = Timing()
+    rank_rows: tuple[int, ...] = ()
+    retained: str | None = None
+    differentiable_outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What a forward keeps for Backward. `wrt`: names or globs of parameters, None for all that require gradients.
+
+    `inputs`: the leaves whose gradients can be asked for. `release`: forwards to let go of first.
+    """
+
+    wrt: tuple[str, ...] | None = None
+    inputs: tuple[int, ...] = ()
+    release: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardQuery:
+    """What a Backward of the forward `retained` should add and return. `wrt`: None for all parameters it retained.
+
+    `keep`: for another Backward.
+    """
+
+    retained: str
+    wrt: tuple[str, ...] | None = None
+    input_gradients: bool = False
+    keep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardResult:
+    """What Backward answers: a gradient or None for each input that was retained; None where nobody asked."""
+
+    input_gradients: list[Any] | None
     step: int
     timing: Timing = Timing()
     rank_rows: tuple[int, ...] = ()
@@ -100,6 +139,9 @@ class Limits:
     held_bytes: int = 16 << 30
     variants: int = 64
     held_seconds: float = 300.0
+    retained_bytes: int = 16 << 30
+    retained_forwards: int = 4096
+    retained_seconds: float = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

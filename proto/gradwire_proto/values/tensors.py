@@ -88,6 +88,15 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return None if value is None else function(value)
 
 
+def in_key_order(value: Any) -> Any:
+    """The same nesting with every dict in the order of its keys, so that leaves have one order whoever counts them."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(in_key_order, value))
+    if isinstance(value, dict):
+        return {key: in_key_order(value[key]) for key in sorted(value)}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a program is fed with. `inputs`: a tensor, a tuple (positional) or a dict (keyword); nested where needed."""

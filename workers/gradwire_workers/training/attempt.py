@@ -11,7 +11,7 @@ from gradwire_workers.process_group import ProcessGroups, peer_failed
 from gradwire_workers.training.failures import as_program_failure
 from gradwire_workers.training.snapshots import Snapshot
 
-AGREED = frozenset({"LOSS_NOT_FINITE", "GRADIENT_NOT_FINITE", "SCHEDULE_FAILED"})
+AGREED = frozenset({"LOSS_NOT_FINITE", "GRADIENT_NOT_FINITE", "SCHEDULE_FAILED", "RETAINED_BYTES"})
 """Refusals that every rank makes by itself, of numbers that all ranks share: nobody has to be told."""
 
 

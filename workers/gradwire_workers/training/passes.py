@@ -70,7 +70,7 @@ class Passes:
             return None
         self._replica.seed(shard, command, seed)
         with torch.no_grad():
-            return self._results(shard, self._replica.outputs(shard))
+            return self.results(shard, self._replica.outputs(shard))
 
     def local(
         self,
@@ -97,7 +97,7 @@ class Passes:
             gradients = torch.autograd.grad(loss.differentiable, wanted, cotangent, allow_unused=True)
             gradients = apart(gradients, wanted, copy=self._replica.program.has_functions(shard.variant))
             _unscale(gradients, self._replica.scale)
-        return Pass(value=loss.value, gradients=list(gradients), outputs=self._results(shard, outputs))
+        return Pass(value=loss.value, gradients=list(gradients), outputs=self.results(shard, outputs))
 
     def summed(self, shard: Shard, command: int) -> Pass:
         """The gradients of the whole batch with respect to the trainable parameters, on every rank."""
@@ -128,7 +128,7 @@ class Passes:
             for each in self._trainable:
                 each.grad = None
 
-    def _results(self, shard: Shard, outputs: Sequence[Any]) -> list[Any]:
+    def results(self, shard: Shard, outputs: Sequence[Any]) -> list[Any]:
         """Outputs to give away: of this rank's rows, and apart from tensors that may change when the pass is over."""
         changing = {each.untyped_storage().data_ptr() for each in self._replica.program.mutated_buffers(shard.variant)}
         is_split = self.groups is not None and not shard.whole

@@ -60,3 +60,30 @@ class ForwardReport:
     step: int
     rows: int
     seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetainedReport:
+    """A forward that was retained: outputs as in a ForwardReport.
+
+    differentiable: the leaves of the outputs that backward takes cotangents of; empty on idle ranks. Where rank 0 has
+    none, nothing was retained.
+    """
+
+    outputs: list[Any] | None
+    differentiable: list[int]
+    step: int
+    rows: int
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardReport:
+    """A backward. input_gradients: of this rank's rows (of leaves without rows: of all), None where the outputs do not
+    depend on the leaf. None where not asked for, and on idle ranks.
+    """
+
+    input_gradients: list[Tensor | None] | None
+    step: int
+    rows: int
+    seconds: Seconds

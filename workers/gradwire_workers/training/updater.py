@@ -17,8 +17,10 @@ from gradwire_workers.optimizers import check_learning_rate, learning_rate, make
 from gradwire_workers.schedules import make_schedule
 from gradwire_workers.training.agreement import are_finite
 from gradwire_workers.training.clipping import Clipping
+from gradwire_workers.training.first_step import first_states
 from gradwire_workers.training.loss_scale import LossScale
 from gradwire_workers.training.optimizer_state import OptimizerState
+from gradwire_workers.training.option_check import check_options
 from gradwire_workers.training.schedule import Moment
 
 Gradients = Sequence[Tensor | None]
@@ -54,7 +56,7 @@ class Updater:
         *,
         field: str = "model.optimizer",
     ) -> None:
-        kind = optimizer_kind(spec.name, field=f"{field}.name")
+        kind = self._kind = optimizer_kind(spec.name, field=f"{field}.name")
         self.held = dict(parameters)
         """What the optimizer holds, by name: those that it updates, and what was frozen since."""
         self._parameters = list(parameters.values())
@@ -126,6 +128,29 @@ class Updater:
                 reason="SCHEDULE_NEEDS_LOSS",
             )
 
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse options that the parameter groups could not take; none at all are taken.
+
+        InvalidArgument at groups[i]["x"]; FailedPrecondition SCHEDULE_SETS_OPTIONS where a schedule would undo them.
+        """
+        if not groups:
+            return
+        if self._schedule is not None:
+            message = "the model's schedule sets its options: make the model without one"
+            raise FailedPrecondition(message, reason="SCHEDULE_SETS_OPTIONS")
+        known = self._optimizer.param_groups
+        if len(groups) != len(known):
+            message = f"expected {len(known)} groups, as the optimizer has, got {len(groups)}"
+            raise InvalidArgument(message, field="groups", reason="OPTION_OUT_OF_RANGE")
+        for index, (options, group) in enumerate(zip(groups, known, strict=True)):
+            if options:
+                self._check_options(options, group, f"groups[{index}]")
+
+    def take_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Give the parameter groups options that were checked."""
+        for group, options in zip(self._optimizer.param_groups, groups, strict=False):
+            group.update(options)
+
     def plan(self, loss: float | None = None) -> Moment | None:
         """The learning rates after an update with this loss. Changes nothing. FailedPrecondition SCHEDULE_FAILED."""
         return None if self._schedule is None else self._schedule.plan(loss)
@@ -193,6 +218,19 @@ class Updater:
     def load(self, state: Any) -> None:
         """Replace both, or neither. InvalidArgument OPTIMIZER_STATE_MISMATCH at the path of what does not fit."""
         self._state.load(state)
+
+    def _check_options(self, options: Mapping[str, Any], group: Mapping[str, Any], field: str) -> None:
+        owner = f"a group of torch.optim.{self._kind.name}"
+        check_options(options, self._kind.group_options, field=field, owner=owner)
+        before = {name: value for name, value in group.items() if name in self._kind.options}
+        kept, needed = (
+            first_states(self._kind.make, each, group["params"], owner=owner, field=field)
+            for each in (before, {**before, **options})
+        )
+        # SGD alone can begin to keep something later.
+        if self._kind.name != "SGD" and any(new.keys() - old.keys() for old, new in zip(kept, needed, strict=True)):
+            message = f"{owner} would need state that it has not kept from the beginning"
+            raise InvalidArgument(message, field=field, reason="OPTIMIZER_UNFIT")
 
     def _hand_over(self, gradients: Gradients) -> float | None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

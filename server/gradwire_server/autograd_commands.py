@@ -1,0 +1,147 @@
+"""The commands of one model that a client's own autograd gives: forwards retained, and gone back through."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradwire_proto.errors import FailedPrecondition, GradwireError
+from gradwire_proto.values import (
+    BackwardQuery,
+    BackwardResult,
+    ForwardResult,
+    Limits,
+    NamedTensors,
+    Retention,
+    TensorData,
+    Value,
+)
+from gradwire_server.calls import Call
+from gradwire_server.replies import inline_bytes
+from gradwire_server.retained_forwards import RetainedForwards
+from gradwire_server.tensors.downloads import Downloads
+from gradwire_server.workers import RetainedWorkers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """How requests of the model take turns: HostedModel's own ways.
+
+    command(call, tensors, work, deliver=None) and read(call, tensors, work) wait for the end; begin, which takes what
+    read does, does not. weigh(call, nbytes): what a reply holds in memory.
+    """
+
+    command: Callable[..., Awaitable[Any]]
+    read: Callable[..., Awaitable[Any]]
+    begin: Callable[..., Any]
+    weigh: Callable[[Call, int], None]
+
+
+class AutogradCommands:
+    """See the module. `workers`: the model's ranks."""
+
+    def __init__(self, turns: Turns, workers: RetainedWorkers, downloads: Downloads, limits: Limits) -> None:
+        self._turns = turns
+        self._workers = workers
+        self._downloads = downloads
+        self._retained = RetainedForwards(limits, self._begin_release)
+
+    async def forward(
+        self,
+        inputs: Value,
+        retention: Retention,
+        training: bool,
+        seed: int | None,
+        max_inline_bytes: int | None,
+        call: Call,
+    ) -> ForwardResult:
+        """The outputs for some inputs, retained for `backward`. With `training`, buffers move."""
+
+        async def work(values: Any, number: int) -> ForwardResult:
+            self._retained.forget(retention.release)
+            name = self._retained.new_name()
+            result = await self._workers.forward(
+                values["inputs"], retention, name, training=training, seed=seed, command=number
+            )
+            if result.retained is not None:
+                self._retained.keep(name)
+            return result
+
+        async def deliver(result: ForwardResult) -> ForwardResult:
+            outputs = await self._downloads.deliver(result.outputs, max_inline_bytes)
+            self._turns.weigh(call, inline_bytes(outputs))
+            return replace(result, outputs=outputs)
+
+        return await self._turns.command(call, {"inputs": inputs}, work, deliver)
+
+    async def backward(
+        self,
+        query: BackwardQuery,
+        cotangents: Sequence[TensorData | None],
+        max_inline_bytes: int | None,
+        call: Call,
+    ) -> BackwardResult:
+        """Add a retained forward's gradients to those that are held."""
+
+        async def work(values: Any, _: int) -> BackwardResult:
+            self._retained.check(query.retained)
+            result = await self._workers.backward(query, values["cotangents"])
+            if query.keep:
+                self._retained.keep(query.retained)
+            else:
+                self._retained.forget((query.retained,))
+            return result
+
+        async def deliver(result: BackwardResult) -> BackwardResult:
+            gradients = await self._downloads.deliver(result.input_gradients, max_inline_bytes)
+            self._turns.weigh(call, inline_bytes(gradients))
+            return replace(result, input_gradients=gradients)
+
+        return await self._turns.command(call, {"cotangents": list(cotangents)}, work, deliver)
+
+    async def release(self, names: tuple[str, ...], call: Call) -> None:
+        """Let go of retained forwards. Names of none are passed over."""
+        await self._turns.read(call, None, self._release(names))
+
+    async def held_gradients(
+        self, wrt: tuple[str, ...] | None, max_inline_bytes: int | None, call: Call
+    ) -> tuple[NamedTensors, int]:
+        """(held gradients by name, step)."""
+
+        async def work(_: Any) -> tuple[NamedTensors, int]:
+            gradients, step = await self._workers.held_gradients(wrt)
+            return await self._downloads.deliver(gradients, max_inline_bytes), step
+
+        return await self._turns.read(call, None, work)
+
+    async def set_gradients(self, gradients: NamedTensors, dropped: tuple[str, ...], call: Call) -> int:
+        """Replace held gradients, and drop others; returns the step."""
+        return await self._turns.command(
+            call,
+            {"gradients": gradients},
+            lambda values, _: self._workers.set_gradients(values["gradients"], dropped),
+        )
+
+    def close(self) -> None:
+        """Forget everything: the ranks go."""
+        self._retained.close()
+
+    def _release(self, names: tuple[str, ...]) -> Callable[[Any], Awaitable[None]]:
+        async def work(_: Any) -> None:
+            self._retained.forget(names)
+            await self._workers.release(names)
+
+        return work
+
+    def _begin_release(self, names: tuple[str, ...]) -> None:
+        """Release what has expired, when its turn comes."""
+        try:
+            self._turns.begin(Call(), None, self._release(names))
+        except FailedPrecondition:
+            # The model is on its way out, and its ranks' memory with it.
+            return
+        except GradwireError:
+            # The queue is full: it stays for as long again.
+            for name in names:
+                self._retained.keep(name)
