@@ -81,7 +81,7 @@ class RemoteParameter(RemoteTensor, nn.Parameter):
         return self.gradients.get(self)
 
     @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
+    def grad(self, value: torch.Tensor | None) -> None:  # pyright: ignore
         self.gradients.set(self, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
