@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from end_to_end.architecture_cases import CASES, encoder, encoder_layer, ids, labelled, layer, sequential
+from end_to_end.architecture_cases import BERT, CASES, encoder, encoder_layer, ids, labelled, layer, sequential
 from torch import nn
 
 from gradwire import Architecture
@@ -65,11 +65,23 @@ def test_dropout_is_no_reason_to_compute_the_whole_batch_on_one_rank(client):
     x = torch.randn(6, 4, 8)
     model = client.create_model(encoder(dropout=0.5), loss="mse", example=(x, torch.randn(6, 4, 3)), workers=2)
     assert model.info().sharding.mode == "rows"
-    lstm = sequential(layer("Linear", in_features=8, out_features=3), layer("Dropout", p=0.5), layer("RReLU"))
-    assert (
-        client.create_model(lstm, loss="mse", example=(x, torch.randn(6, 4, 3)), workers=2).info().sharding.mode
-        == "rows"
+    layers = sequential(layer("Linear", in_features=8, out_features=3), layer("Dropout", p=0.5), layer("RReLU"))
+    assert client.create_model(layers, example=(x,), workers=2).info().sharding.mode == "rows"
+    attention = Architecture(
+        "transformers.BertForSequenceClassification", **{**BERT, "attention_probs_dropout_prob": 0.5}
     )
+    assert client.create_model(attention, example=({"input_ids": ids(6)},), workers=2).info().sharding.mode == "rows"
+
+
+def test_a_layer_that_writes_into_its_input_leaves_the_batch_alone(client):
+    layers = sequential(layer("ReLU", inplace=True), layer("Linear", in_features=3, out_features=2))
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    model = client.create_model(layers, loss="mse", example=(x, y), workers=2, seed=4)
+    torch.manual_seed(4)
+    module, leaf = nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), x.clone().requires_grad_()
+    F.mse_loss(module(leaf), y).backward()
+    found = model.compute_gradients(x, y, input_gradients=True).input_gradients
+    torch.testing.assert_close(found, leaf.grad)
 
 
 def test_a_batch_that_would_make_too_large_a_tensor_is_refused_before_it_is_made(client):

@@ -91,6 +91,7 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
         "size": 2,
         "threads": 1,
         "limits": asdict(Limits()),
+        "weights_folder": None,
         "gpus": (),
     }
     (folder / "group").mkdir()
