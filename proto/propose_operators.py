@@ -22,6 +22,7 @@ HEADER = """\
 NOT_ATEN = [
     # The message of a failed assertion on sizes is all that it takes.
     "aten._assert_scalar.default",
+    "higher_order.cond",
     "higher_order.custom_function",
     "higher_order.wrap_with_autocast",
     "higher_order.wrap_with_set_grad_enabled",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gradwire_proto.operators import CUSTOM_FUNCTION, REGIONS
+from gradwire_proto.operators import COND, CUSTOM_FUNCTION, REGIONS
 from gradwire_proto.values import Argument, CustomFunction, FunctionRef, Graph, Node, NodeRef, SubgraphRef
 
 # Operators whose schemas keep quiet about what they do.
@@ -56,6 +56,14 @@ def _follow(graph: Graph, origins: Sequence[Origins], operators: Mapping[str, st
             written |= inner
             known[node.name] = set().union(*outputs) if outputs else set()
             continue
+        if node.operator == COND:
+            known[node.name] = set()
+            for subgraph, arguments in _branches(node, graph):
+                # Either may run.
+                inner, outputs = _follow(subgraph, [_origins_of(item, known) for item in arguments], operators)
+                written |= inner
+                known[node.name] |= set().union(*outputs)
+            continue
         if node.operator == CUSTOM_FUNCTION:
             inner, known[node.name] = _call(node, graph, known, operators)
             written |= inner
@@ -90,6 +98,12 @@ def _region(node: Node, graph: Graph) -> tuple[Graph, tuple[Argument, ...]]:
         if isinstance(argument, SubgraphRef):
             return graph.subgraphs[argument.name], node.arguments[position + 1 :]
     return Graph((), (), ()), ()
+
+
+def _branches(node: Node, graph: Graph) -> list[tuple[Graph, list[Argument]]]:
+    operands = node.arguments[3]
+    taken = operands if isinstance(operands, list) else []
+    return [(graph.subgraphs[each.name], taken) for each in node.arguments if isinstance(each, SubgraphRef)]
 
 
 def _origins_of(argument: Argument, known: Mapping[str, Origins]) -> Origins:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.graph_writes import parse_schema
-from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, allowed_operators, has_schema
+from gradwire_proto.operators import AUTOCAST_REGION, COND, CUSTOM_FUNCTION, REGIONS, allowed_operators, has_schema
 from gradwire_proto.values import Argument, CustomFunction, FunctionRef, Graph, Limits, Node, NodeRef, SubgraphRef
 
 MAX_SUBGRAPH_DEPTH = 8
@@ -76,6 +76,9 @@ class GraphCheck:
         if node.operator in REGIONS:
             _check_region(node, graph, known, field)
             return
+        if node.operator == COND:
+            _check_cond(node, graph, known, field)
+            return
         if node.operator == CUSTOM_FUNCTION:
             _check_call(node, graph, known, field)
             return
@@ -120,6 +123,29 @@ def _check_region(node: Node, graph: Graph, known: set[str], field: str) -> None
         raise malformed(f"{field}.arguments", f"the subgraph takes {expected} inputs, got {len(inputs)}")
     for index, argument in enumerate((*node.arguments[:settings], *inputs)):
         _check_argument(argument, known, f"{field}.arguments[{index}]")
+
+
+def _check_cond(node: Node, graph: Graph, known: set[str], field: str) -> None:
+    """A choice takes a predicate, two subgraphs that fit each other, and the list of what both take, by position."""
+    if node.keyword_arguments or len(node.arguments) != 4:
+        raise malformed(field, f"{node.operator} takes a predicate, two subgraphs and a list, by position")
+    predicate, *branches, operands = node.arguments
+    if not isinstance(predicate, NodeRef) or not isinstance(operands, list):
+        raise malformed(field, f"{node.operator} takes a tensor as predicate, and a list of what its subgraphs take")
+    _check_argument(predicate, known, f"{field}.arguments[0]")
+    _check_argument(operands, known, f"{field}.arguments[3]")
+    outputs = set()
+    for index, branch in enumerate(branches, 1):
+        if not isinstance(branch, SubgraphRef) or branch.name not in graph.subgraphs:
+            raise malformed(f"{field}.arguments[{index}]", "expected a subgraph of this graph")
+        subgraph = graph.subgraphs[branch.name]
+        if len(subgraph.inputs) != len(operands):
+            raise malformed(
+                f"{field}.arguments[3]", f"the subgraph takes {len(subgraph.inputs)} inputs, got {len(operands)}"
+            )
+        outputs.add(len(subgraph.outputs))
+    if len(outputs) > 1:
+        raise malformed(f"{field}.arguments[2]", "expected a subgraph with as many outputs as the other")
 
 
 def _check_call(node: Node, graph: Graph, known: set[str], field: str) -> None:

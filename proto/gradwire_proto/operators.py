@@ -16,9 +16,11 @@ GRAD_REGION = "higher_order.wrap_with_set_grad_enabled"
 AUTOCAST_REGION = "higher_order.wrap_with_autocast"
 REGIONS = frozenset({GRAD_REGION, AUTOCAST_REGION})
 """The operators that run a subgraph."""
+COND = "higher_order.cond"
+"""The operator that runs one of two subgraphs."""
 CUSTOM_FUNCTION = "higher_order.custom_function"
 """The operator that calls a function of the graph which brings its own backward."""
-RUN_GRAPHS = REGIONS | {CUSTOM_FUNCTION}
+RUN_GRAPHS = REGIONS | {COND, CUSTOM_FUNCTION}
 """The operators that are graphs themselves, and no function of PyTorch's or Python's."""
 
 

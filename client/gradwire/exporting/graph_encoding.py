@@ -11,11 +11,13 @@ from torch import fx
 
 from gradwire.exporting.function_rules import refuse_writes_in_backward, refused
 from gradwire.user_values import dtype_name
+from gradwire_proto.conditions import run_cond
 from gradwire_proto.errors import ExportError
 from gradwire_proto.function_replay import ReplayedFunction, call_function
 from gradwire_proto.graph_writes import parse_schema
 from gradwire_proto.operators import (
     AUTOCAST_REGION,
+    COND,
     CUSTOM_FUNCTION,
     allowed_operators,
     has_schema,
@@ -61,6 +63,9 @@ _CHECKED: dict[Any, Any] = {
 }
 
 
+_GRAPH_CALLS: dict[Any, str] = {call_function: CUSTOM_FUNCTION, run_cond: COND}
+
+
 def clean(module: fx.GraphModule) -> None:
     """Edit an exported graph in place: what is left runs as before on any machine.
 
@@ -78,6 +83,10 @@ def _clean(node: fx.Node) -> None:
     unread = node.target in (operator.getitem, aten.sym_size.int) and not node.users
     if unread or node.target is aten._assert_tensor_metadata.default:
         node.graph.erase_node(node)
+        return
+    if node.target is torch.ops.higher_order.cond:
+        # torch's own traces its branches again at every call.
+        node.target = run_cond
         return
     if node.target in _ZEROED:
         node.target = _ZEROED[node.target]
@@ -154,7 +163,7 @@ class _Encoder:
         return encoded
 
     def _node(self, node: fx.Node) -> Node:
-        name = CUSTOM_FUNCTION if node.target is call_function else name_of(node.target)
+        name = _GRAPH_CALLS[node.target] if node.target in _GRAPH_CALLS else name_of(node.target)
         if name not in allowed_operators():
             raise ExportError(
                 f"operator {name} is not one that the service runs{_place(node)}", reason="OPERATOR_NOT_ALLOWED"

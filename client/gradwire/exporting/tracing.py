@@ -159,7 +159,12 @@ def _nothing(record: logging.LogRecord) -> bool:
 @contextmanager
 def open_len() -> Iterator[None]:
     """Inside, `len(tensor)` leaves an open dimension open: Python's own would turn it into the example's number."""
+    # It takes seconds to import; torch.export does so as well.
+    from torch._dynamo import trace_rules
+
     thread, plain = threading.get_ident(), builtins.len
+    # torch.compile, which torch.cond uses, looks once which functions are Python's: it must not find this one.
+    trace_rules.is_builtin_callable(plain)
 
     def length(value: Any, /) -> Any:
         if isinstance(value, Tensor) and threading.get_ident() == thread and value.dim():
@@ -192,7 +197,8 @@ def explain(error: Exception, subject: str) -> GradwireError:
     if needs_values(error):
         return ExportError(
             f"{subject} needs a tensor's value in Python{place} (an `if`, float(), item() ...), which a graph cannot"
-            " have: use torch.where, or keep that decision out of the forward",
+            " have: use torch.cond (one of two functions) or torch.where (one of two values), or keep that decision"
+            " out of the forward",
             reason="EXPORT_DATA_DEPENDENT",
         )
     return ExportError(f"{subject} cannot be exported{place}: {name}: {_first_lines(error)}", reason="EXPORT_FAILED")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from gradwire_proto.conditions import run_cond
 from gradwire_proto.function_replay import ReplayedFunction, call_function
-from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
+from gradwire_proto.operators import AUTOCAST_REGION, COND, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
 from gradwire_proto.values import (
     Argument,
     CustomFunction,
@@ -90,6 +91,8 @@ class _Builder:
         keywords = {key: self._argument(item) for key, item in node.keyword_arguments.items()}
         if node.operator in REGIONS:
             target = run_with_autocast if node.operator == AUTOCAST_REGION else run_with_grad_mode
+        elif node.operator == COND:
+            target = run_cond
         elif node.operator == CUSTOM_FUNCTION:
             target = call_function
         elif has_schema(node.operator):

@@ -11,7 +11,7 @@ from torch.fx.node import map_aggregate
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.function_replay import ReplayedFunction
-from gradwire_proto.operators import AUTOCAST_REGION, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
+from gradwire_proto.operators import AUTOCAST_REGION, COND, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
 
 _META = torch.device("meta")
 
@@ -104,6 +104,8 @@ class _MeasuredRun(fx.Interpreter):
         try:
             if operator in REGIONS:
                 return self._region(operator, args)
+            if operator == COND:
+                return self._either(*args[1:])
             if operator == CUSTOM_FUNCTION:
                 return self._function(*args)
             if _holds_unknown((args, kwargs)):
@@ -134,6 +136,11 @@ class _MeasuredRun(fx.Interpreter):
         self._has_cast = self._has_cast or operator == AUTOCAST_REGION
         position = next(index for index, each in enumerate(arguments) if isinstance(each, fx.GraphModule))
         return self._inner(arguments[position], arguments[position + 1 :])
+
+    def _either(self, when_true: Any, when_false: Any, operands: Sequence[Any]) -> list[Any]:
+        """Both branches are measured. A result that is not the same of both depends on data."""
+        pairs = zip(*(self._inner(branch, operands) for branch in (when_true, when_false)), strict=True)
+        return [one if _look_alike(one, other) else UNKNOWN for one, other in pairs]
 
     def _function(self, function: ReplayedFunction, *inputs: Any) -> list[Any]:
         """A custom function's results. Its backward is measured as well, for gradients as large as they are."""
@@ -177,6 +184,12 @@ def _widened(arguments: Any) -> Any:
         return value.float() if is_narrow else value
 
     return map_aggregate(arguments, widen)
+
+
+def _look_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
+    return type(one) is type(other) and not isinstance(one, Tensor) and one == other
 
 
 def _to_meta(value: Any) -> Any:
