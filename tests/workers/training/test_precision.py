@@ -338,6 +338,9 @@ def test_gradients_of_the_client_are_applied_as_they_are(make_group: Any) -> Non
     report = group.optimizer_step({"bias": torch.ones(3)})
     assert (report.skipped, report.loss_scale) == (False, 65536.0)
     torch.testing.assert_close(group.state_dict()["bias"], module.bias.detach() - 1)
+    report = group.optimizer_step({"bias": torch.full((3,), torch.inf)})
+    assert (report.skipped, report.step, report.loss_scale) == (False, 2, 65536.0)
+    assert group.call_all("optimizer_state")[0]["scaler"] == torch.amp.GradScaler("cpu").state_dict()
 
 
 def test_the_scale_grows_after_as_many_updates_as_torch_says_and_comes_back_with_the_state(

@@ -106,6 +106,7 @@ def test_what_was_frozen_from_the_start_can_be_unfrozen_and_joins_its_group(
         assert_close(group.state_dict(), twin.state_dict(), tolerance=1e-12)
     assert not torch.equal(twin[0].weight, module[0].weight), "it must have been trained"
     state = group.call_all("optimizer_state")[0]
+    assert state["schedule"]["state"]["last_epoch"] == 6
     assert [sorted(each["params"]) for each in state["param_groups"]] == [
         ["0.weight", "2.weight", "4.weight"],
         ["0.bias", "2.bias", "4.bias"],
