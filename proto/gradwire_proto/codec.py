@@ -5,6 +5,12 @@ in place spares a copy of its tensors. `decode_x(message, field)` returns the va
 `field` that starts with the path given. With `limits`, tensors above `tensor_bytes` raise ResourceExhausted.
 """
 
+from gradwire_proto.encoding.derivative_codec import (
+    decode_derivative_query,
+    decode_derivative_result,
+    encode_derivative_query,
+    encode_derivative_result,
+)
 from gradwire_proto.encoding.graph_codec import (
     decode_argument,
     decode_graph,
@@ -90,6 +96,8 @@ __all__ = [
     "decode_argument",
     "decode_batch",
     "decode_command_info",
+    "decode_derivative_query",
+    "decode_derivative_result",
     "decode_forward_result",
     "decode_function",
     "decode_gradient_query",
@@ -124,6 +132,8 @@ __all__ = [
     "encode_argument",
     "encode_batch",
     "encode_command_info",
+    "encode_derivative_query",
+    "encode_derivative_result",
     "encode_forward_result",
     "encode_function",
     "encode_gradient_query",

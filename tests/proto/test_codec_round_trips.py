@@ -298,6 +298,12 @@ PAIRS = {
     "step_result": STEP_RESULTS,
     "gradient_result": GRADIENT_RESULTS,
     "forward_result": st.builds(values.ForwardResult, outputs=VALUES, step=COUNTS, timing=TIMINGS, rank_rows=ROWS),
+    "derivative_result": st.builds(
+        values.DerivativeResult,
+        outputs=VALUES,
+        derivatives=st.lists(tensors(), max_size=3).map(tuple),
+        timing=TIMINGS,
+    ),
     "function": FUNCTIONS,
     "command_info": st.builds(
         values.CommandInfo,
@@ -308,7 +314,7 @@ PAIRS = {
     "limits": LIMITS,
     "server_info": SERVER_INFOS,
 }
-SPECIAL = {"model_info", "named_tensors", "operators", "gradient_query"}
+SPECIAL = {"model_info", "named_tensors", "operators", "gradient_query", "derivative_query"}
 
 
 def through_the_wire(message: Message) -> Message:
@@ -368,6 +374,38 @@ def test_operators_keep_their_schemas(value: dict[str, str]) -> None:
 def test_gradient_query_tells_all_gradients_from_none(value: values.GradientQuery) -> None:
     request = codec.encode_gradient_query(value, pb.ComputeGradientsRequest())
     assert codec.decode_gradient_query(through_the_wire(request)) == value
+
+
+@pytest.mark.parametrize("wrt", [None, ("a", "b*")])
+def test_query_for_each_examples_own_gradients_comes_back(wrt: tuple[str, ...] | None) -> None:
+    query = values.GradientQuery(wrt=wrt, per_example=True, seed=3)
+    request = codec.encode_gradient_query(query, pb.ComputeGradientsRequest())
+    assert codec.decode_gradient_query(through_the_wire(request)) == query
+
+
+@EXAMPLES
+@given(
+    kind=st.sampled_from(["none", "vjp", "jvp", "jacobian", "hessian", "hvp"]),
+    wrt=st.lists(COUNTS, min_size=1, max_size=3, unique=True).map(tuple),
+    outputs=st.integers(1, 3),
+    bound=st.none() | st.integers(1, 2**62),
+    strict=st.booleans(),
+    seed=st.none() | INT64,
+    data=st.data(),
+)
+def test_derivative_query_comes_back_with_its_vectors(kind, wrt, outputs, bound, strict, seed, data) -> None:
+    query = values.DerivativeQuery(
+        kind=kind,
+        wrt=() if kind == "none" else wrt,
+        outputs=outputs,
+        chunk_size=bound if kind == "jacobian" else None,
+        strict=strict and kind == "jvp",
+        seed=seed,
+    )
+    count = {"vjp": outputs, "jvp": len(wrt), "hvp": len(wrt)}.get(kind, 0)
+    vectors = tuple(data.draw(tensors()) for _ in range(count))
+    request = codec.encode_derivative_query(query, vectors, pb.DifferentiateFunctionRequest())
+    assert repr(codec.decode_derivative_query(through_the_wire(request))) == repr((query, vectors))
 
 
 def test_filling_a_field_in_place_gives_the_same_message() -> None:

@@ -45,6 +45,8 @@ from gradwire_proto.values.programs import (
 )
 from gradwire_proto.values.results import (
     CommandInfo,
+    DerivativeQuery,
+    DerivativeResult,
     ForwardResult,
     GradientQuery,
     GradientResult,
@@ -74,6 +76,8 @@ __all__ = [
     "ConstantSpec",
     "CustomFunction",
     "DTypeRef",
+    "DerivativeQuery",
+    "DerivativeResult",
     "ForwardResult",
     "FunctionRef",
     "FunctionSpec",
