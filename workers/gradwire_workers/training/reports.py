@@ -36,8 +36,9 @@ class StepReport:
 class GradientReport:
     """Gradients over the whole batch.
 
-    gradients: rank 0's alone hold anything. input_gradients: of this rank's rows (of leaves without rows: of all),
-    None for leaves that have none. outputs: of this rank's rows. Both None where not asked for, and on idle ranks.
+    gradients: rank 0's alone hold anything, or, of each example, those of this rank's rows. input_gradients: of this
+    rank's rows (of leaves without rows: of all), None for leaves that have none. outputs: of this rank's rows. Both
+    None where not asked for, and on idle ranks.
     """
 
     loss: float
@@ -55,5 +56,15 @@ class ForwardReport:
 
     outputs: list[Any] | None
     step: int
+    rows: int
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivativeReport:
+    """A function's outputs, and the tensors of its derivative."""
+
+    outputs: list[Any]
+    derivatives: list[Tensor]
     rows: int
     seconds: Seconds
