@@ -8,6 +8,8 @@ from typing import Protocol
 from gradwire_proto.errors import RankLost
 from gradwire_proto.values import (
     Batch,
+    DerivativeQuery,
+    DerivativeResult,
     ForwardResult,
     FunctionSpec,
     GradientQuery,
@@ -17,6 +19,7 @@ from gradwire_proto.values import (
     Sharding,
     StateTensor,
     StepResult,
+    TensorData,
     Value,
     Variant,
 )
@@ -46,7 +49,9 @@ class Workers(Protocol):
 
     async def zero_grad(self) -> None: ...
 
-    async def compute_gradients(self, batch: Batch, query: GradientQuery) -> GradientResult: ...
+    async def compute_gradients(
+        self, batch: Batch, query: GradientQuery, vectors: NamedTensors | None = None
+    ) -> GradientResult: ...
 
     async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult: ...
 
@@ -97,3 +102,7 @@ class Cluster(Protocol):
     async def compute_function_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery
     ) -> GradientResult: ...
+
+    async def differentiate_function(
+        self, function: FunctionSpec, batch: Batch, query: DerivativeQuery, vectors: tuple[TensorData, ...]
+    ) -> DerivativeResult: ...
