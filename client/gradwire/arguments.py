@@ -24,6 +24,14 @@ def as_int(value: Any, field: str) -> int:
     raise wrong_type(value, field, "an int")
 
 
+def as_chunk_size(value: Any, field: str = "chunk_size") -> int | None:
+    """`value` as how many of something are taken at once: None, or an int of at least 1."""
+    number = None if value is None else as_int(value, field)
+    if number is not None and number < 1:
+        raise InvalidArgument(f"expected at least 1, got {number}", field=field, reason="NUMBER_OUT_OF_RANGE")
+    return number
+
+
 def as_number(value: Any, field: str, *, minimum: float) -> float:
     """`value` as a float, which must be finite and at least `minimum`."""
     if not isinstance(value, Real) or isinstance(value, bool):

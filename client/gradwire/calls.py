@@ -23,7 +23,7 @@ from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Batch, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
+from gradwire_proto.values import Batch, GradientQuery, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -107,11 +107,7 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
         )
-        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
-        codec.encode_gradient_query(query, request)
-        given, batch = self._read(inputs, targets)
-        check_keeps_imaginary_parts(query, self._tensors, batch.inputs)
-        variant = self._set_batch(request, given, batch, training=training)
+        request, variant = self._gradient_request(query, inputs, targets)
 
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
             result = codec.decode_gradient_result(reply)
@@ -120,6 +116,46 @@ class ModelCalls:
             return replace(result, gradients=parts[0], input_gradients=parts[1], outputs=rebuilt)
 
         return Call("ComputeGradients", request, finish)
+
+    def per_example_gradients(
+        self,
+        inputs: Any,
+        targets: Any,
+        *,
+        wrt: str | Sequence[str] | None,
+        dtype: torch.dtype | str | None,
+        training: bool,
+        seed: int | None,
+    ) -> Call[dict[str, torch.Tensor]]:
+        query = gradient_query(
+            wrt=wrt, input_gradients=False, outputs=False, dtype=dtype, training=training, seed=seed, per_example=True
+        )
+        request, _ = self._gradient_request(query, inputs, targets)
+        return Call("ComputeGradients", request, self._gradients_alone)
+
+    def hvp(
+        self, inputs: Any, targets: Any, vectors: Mapping[str, Any], *, training: bool, seed: int | None
+    ) -> Call[dict[str, torch.Tensor]]:
+        values = _tensors(as_mapping(vectors, "vectors"), "vectors")
+        if not values:
+            message = "expected a vector for at least one parameter"
+            raise InvalidArgument(message, field="vectors", reason="VECTORS_MISMATCH")
+        query = gradient_query(wrt=None, input_gradients=False, outputs=False, dtype=None, training=training, seed=seed)
+        request, _ = self._gradient_request(query, inputs, targets)
+        self._set_tensors(request.vectors, values)
+        return Call("ComputeGradients", request, self._gradients_alone)
+
+    def _gradient_request(
+        self, query: GradientQuery, inputs: Any, targets: Any
+    ) -> tuple[pb.ComputeGradientsRequest, Variant | None]:
+        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        codec.encode_gradient_query(query, request)
+        given, batch = self._read(inputs, targets)
+        check_keeps_imaginary_parts(query, self._tensors, batch.inputs)
+        return request, self._set_batch(request, given, batch, training=query.training)
+
+    def _gradients_alone(self, reply: pb.ComputeGradientsResponse) -> dict[str, torch.Tensor]:
+        return receive(self._rpc, (dict(codec.decode_gradient_result(reply).gradients),))[0]
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
         self._rpc.check_usable()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 from gradwire.architecture import Architecture
-from gradwire.arguments import as_bool, as_function
+from gradwire.arguments import as_function
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
-from gradwire.function_calls import FunctionCalls
+from gradwire.function_transforms import FunctionTransforms
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
@@ -58,15 +58,15 @@ def connect(
     return client
 
 
-class Client:
+class Client(FunctionTransforms):
     """A client of one service. Made by `connect` and `launch`; close it, or use it in a `with`.
 
     Threads may share it; a process that was forked must make its own (DataLoader workers that do not use it are fine).
     """
 
     def __init__(self, rpc: Rpc) -> None:
+        super().__init__(rpc)
         self._rpc = rpc
-        self._functions = FunctionCalls(rpc)
         self._models: WeakSet[Model] = WeakSet()
         self._closing = threading.Lock()
         self._on_close: list[Callable[[], None]] = []
@@ -169,33 +169,6 @@ class Client:
             if not reply.next_page_token:
                 return models
             request.page_token = reply.next_page_token
-
-    def grad(
-        self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
-    ) -> Callable[..., Any]:
-        """`torch.func.grad`, computed by the service on one rank: a function that returns the gradients of `fn`.
-
-        fn: a function of tensors (nested where it takes them so) that returns a scalar tensor, or with `has_aux` a pair
-        of it and anything else. argnums: which positional arguments to differentiate, an int or a tuple of them. Other
-        arguments are fixed, those given by name among them; what `fn` reads from outside is taken as it is at each
-        call. NumPy arrays are taken as tensors.
-
-        The first call exports `fn`, which takes a while. Later ones do not, as long as the arguments have the same
-        shapes, the numbers among them the same values, and everything that `fn` reads can be seen to be the same; a
-        function that uses modules other than by `module.name`, imports, or objects of compiled classes is exported
-        anew each time.
-
-        The result's calls return the gradient, a tuple of them for a tuple of argnums, or (gradients, aux); they raise
-        ExportError where `fn` cannot become a graph, InvalidArgument (ARGNUMS_INVALID) for wrong argnums. Random
-        operators draw anew at each call; `torch.manual_seed` before it repeats them.
-        """
-        return self._functions.grad(as_function(fn, "fn"), argnums, as_bool(has_aux, "has_aux"))
-
-    def value_and_grad(
-        self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
-    ) -> Callable[..., Any]:
-        """Like `grad`; the result's calls return (value, gradients), or ((value, aux), gradients) with `has_aux`."""
-        return self._functions.value_and_grad(as_function(fn, "fn"), argnums, as_bool(has_aux, "has_aux"))
 
     def server_info(self) -> ServerInfo:
         """Versions, limits and capacity of the service."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -17,24 +16,12 @@ from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import cuda_devices, random_state_kept
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.exporting.tracing import explain
-from gradwire.user_values import leaf_spec, normalize
-from gradwire_proto.errors import ExportError, GradwireError, InvalidArgument
+from gradwire.function_arguments import ArgumentTree, argument_tree, normal_leaf
+from gradwire.user_values import leaf_spec
+from gradwire_proto.errors import ExportError, GradwireError
 from gradwire_proto.function_digest import function_digest
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.values import Batch, FunctionSpec, GraphInput, LeafRef, Program, Structure, TensorSpec, Variant
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArgumentTree:
-    """How arguments nest what is differentiated.
-
-    differentiated: for each of argnums, the indices of its tensors in the batch; looks: their types and shapes.
-    """
-
-    trees: tuple[pytree.TreeSpec, ...]
-    differentiated: tuple[tuple[int, ...], ...]
-    looks: Mapping[int, tuple[torch.dtype, tuple[int, ...]]]
-    one: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +29,14 @@ class ExportedFunction:
     """A function as the service runs it.
 
     spec: its digest and program; `tensors` is empty: `constants` holds the tensors that it closes over. batch: its
-    tensors, in order. Sizes are fixed.
+    tensors, in order. value: how it nests what is differentiated; aux: how it nests the rest. Sizes are fixed.
     """
 
     spec: FunctionSpec
     constants: Mapping[str, Tensor]
     batch: Batch
     arguments: ArgumentTree
+    value: OutputTree
     aux: OutputTree | None
     is_random: bool
 
@@ -58,94 +46,41 @@ class ExportedFunction:
         input_gradients: one for each tensor of the batch, None where there is none. outputs: the value, then aux's
         leaves; not looked at where neither is wanted.
         """
-        gradients = [self._gradients(input_gradients, position) for position in range(len(self.arguments.trees))]
-        whole = gradients[0] if self.arguments.one else tuple(gradients)
+        places = [index for indices in self.arguments.differentiated for index in indices]
+        whole = self.arguments.nest([self._gradient(input_gradients[index], index) for index in places])
         aux = None if self.aux is None else self.aux.unflatten(list(outputs[1:]))
         if not with_value:
             return whole if self.aux is None else (whole, aux)
         return (outputs[0], whole) if self.aux is None else ((outputs[0], aux), whole)
 
-    def _gradients(self, input_gradients: Sequence[Tensor | None], position: int) -> Any:
-        filled = []
-        for index in self.arguments.differentiated[position]:
-            gradient = input_gradients[index]
-            if gradient is None:
-                # The function does not use it; torch.func says zero.
-                dtype, shape = self.arguments.looks[index]
-                gradient = torch.zeros(shape, dtype=dtype)
-            filled.append(gradient)
-        return pytree.tree_unflatten(filled, self.arguments.trees[position])
-
-
-def tensor_leaves(args: Any) -> tuple[Tensor, ...]:
-    """The tensors and arrays among nested arguments, in order, as detached tensors."""
-    found = (_normal(leaf, i) for i, leaf in enumerate(pytree.tree_leaves(args)))
-    return tuple(leaf for leaf in found if isinstance(leaf, Tensor))
+    def _gradient(self, gradient: Tensor | None, index: int) -> Tensor:
+        if gradient is not None:
+            return gradient
+        # The function does not use it; torch.func says zero.
+        dtype, shape = self.arguments.looks[index]
+        return torch.zeros(shape, dtype=dtype)
 
 
 def export_function(
-    fn: Callable[..., Any], args: tuple[Any, ...], *, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    scalar: bool = True,
 ) -> ExportedFunction:
     """Export `fn(*args)`, to be differentiated with respect to the arguments `argnums`.
 
     Arguments are any nesting of tensors, arrays and constants; constants are baked in, and so is what the function
-    closes over. `fn` gives a scalar, or with has_aux (scalar, aux).
+    closes over. `fn` gives a scalar, or without `scalar` tensors in any nesting; with has_aux a pair of that and aux.
     Raises InvalidArgument (ARGNUMS_INVALID) and ExportError, as `ModuleExporter.export_model` does.
     """
     flat, spec = pytree.tree_flatten(tuple(args))
-    leaves = [_normal(leaf, index) for index, leaf in enumerate(flat)]
+    leaves = [normal_leaf(leaf, index) for index, leaf in enumerate(flat)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    arguments = _argument_tree(args, argnums)
+    arguments = argument_tree(args, argnums)
     with EXPORT_LOCK:
-        return _Export(fn, leaves, spec, tensors, arguments, has_aux).finish()
-
-
-def _normal(leaf: Any, index: int) -> Any:
-    return normalize(leaf, f"args, leaf {index}") if isinstance(leaf, (Tensor, np.ndarray)) else leaf
-
-
-def check_argnums(argnums: Any, count: int) -> tuple[int, ...]:
-    """The positions that `argnums` names among `count` positional arguments, each from 0.
-
-    Raises InvalidArgument ARGNUMS_INVALID for what torch.func refuses: neither an int nor a tuple of ints, one out of
-    range, the same argument twice, none at all. What the arguments hold is not looked at.
-    """
-    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
-    if not all(isinstance(number, int) for number in numbers):
-        raise _wrong_argnums(argnums, f"expected an int or a tuple of ints, got a {type(argnums).__qualname__}")
-    if not numbers:
-        raise _wrong_argnums(argnums, "expected at least one")
-    for number in numbers:
-        if not -count <= number < count:
-            raise _wrong_argnums(argnums, f"the function was given {count} positional arguments")
-    positions = tuple(number % count for number in numbers)
-    if len(set(positions)) < len(positions):
-        raise _wrong_argnums(argnums, "the same argument is named twice")
-    return positions
-
-
-def _argument_tree(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> ArgumentTree:
-    positions = check_argnums(argnums, len(args))
-    trees, differentiated, looks = [], [], {}
-    first = [0]
-    for argument in args:
-        first.append(first[-1] + len(tensor_leaves(argument)))
-    for position in positions:
-        leaves, tree = pytree.tree_flatten(args[position])
-        tensors = tensor_leaves(args[position])
-        if len(tensors) != len(leaves) or not all(t.is_floating_point() or t.is_complex() for t in tensors):
-            raise _wrong_argnums(argnums, f"argument {position} must hold floating point tensors and nothing else")
-        indices = tuple(range(first[position], first[position + 1]))
-        trees.append(tree)
-        differentiated.append(indices)
-        looks |= {i: (tensor.dtype, tuple(tensor.shape)) for i, tensor in zip(indices, tensors, strict=True)}
-    return ArgumentTree(
-        trees=tuple(trees), differentiated=tuple(differentiated), looks=looks, one=isinstance(argnums, int)
-    )
-
-
-def _wrong_argnums(argnums: Any, why: str) -> InvalidArgument:
-    return InvalidArgument(f"argnums={argnums!r}: {why}", field="argnums", reason="ARGNUMS_INVALID")
+        return _Export(fn, leaves, spec, tensors, arguments, has_aux, scalar).finish()
 
 
 class _Export:
@@ -159,6 +94,7 @@ class _Export:
         tensors: list[Tensor],
         arguments: ArgumentTree,
         has_aux: bool,
+        scalar: bool,
     ) -> None:
         self._fn = fn
         self._leaves = leaves
@@ -166,7 +102,9 @@ class _Export:
         self._tensors = tensors
         self._arguments = arguments
         self._has_aux = has_aux
+        self._scalar = scalar
         self._watched = {index for indices in arguments.differentiated for index in indices}
+        self._value: OutputTree | None = None
         self._aux: OutputTree | None = None
 
     def finish(self) -> ExportedFunction:
@@ -175,7 +113,7 @@ class _Export:
             constants = Constants(prefix="constant.", known={})
             graph = self._trace(operators, constants)
             eager = safety_net.run(self._eager, self._tensors, {}, subject="the function")
-            raw = safety_net.run(lambda t: _value_first(graph(t)), self._tensors, {}, subject="the exported graph")
+            raw = safety_net.run(lambda t: self._with_loss(graph(t)), self._tensors, {}, subject="the exported graph")
             safety_net.compare(eager, raw)
         return self._assemble(graph, operators, constants)
 
@@ -206,20 +144,24 @@ class _Export:
         if self._has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ExportError("with has_aux the function must return (value, aux)", reason="AUX_MISSING")
         value, aux = result if self._has_aux else (result, None)
-        if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
-            found = (
-                f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__qualname__
-            )
-            raise ExportError(f"the function must return a scalar tensor, got {found}", reason="VALUE_NOT_SCALAR")
+        if self._scalar:
+            _check_scalar(value)
+        self._value, values = OutputTree.of(value)
+        if not self._scalar:
+            _check_differentiable(values)
         if not self._has_aux:
-            return (value,)
+            return values
         self._aux, flat = OutputTree.of(aux)
-        return (value, *flat)
+        return (*values, *flat)
 
     def _eager(self, tensors: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
-        return _value_first(list(self._flat(*tensors)))
+        return self._with_loss(list(self._flat(*tensors)))
+
+    def _with_loss(self, outputs: list[Any]) -> tuple[list[Any], Tensor | None]:
+        return outputs, outputs[0] if self._scalar else None
 
     def _assemble(self, graph: TracedGraph, operators: dict[str, str], constants: Constants) -> ExportedFunction:
+        assert self._value is not None, "set by every run of the function"
         places = range(len(self._tensors))
         tensors: Any = tuple(self._tensors)
         nesting: Structure = tuple(LeafRef(index) for index in places)
@@ -245,13 +187,29 @@ class _Export:
             constants=dict(constants.added),
             batch=Batch(tensors),
             arguments=self._arguments,
+            value=self._value,
             aux=self._aux,
             is_random=_is_random(graph.module),
         )
 
 
-def _value_first(outputs: list[Any]) -> tuple[list[Any], Tensor | None]:
-    return outputs, outputs[0]
+def _check_scalar(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
+        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__qualname__
+        raise ExportError(f"the function must return a scalar tensor, got {found}", reason="VALUE_NOT_SCALAR")
+
+
+def _check_differentiable(values: Sequence[Any]) -> None:
+    if not values:
+        raise ExportError("the function must return tensors, got none", reason="VALUE_NOT_DIFFERENTIABLE")
+    for value in values:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            found = value.dtype if isinstance(value, Tensor) else type(value).__qualname__
+            raise ExportError(
+                f"the function must return floating-point or complex tensors, got {found}; with has_aux, return others"
+                " beside them",
+                reason="VALUE_NOT_DIFFERENTIABLE",
+            )
 
 
 def _digest(program: Program, constants: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,14 @@ from gradwire_proto.values import GradientQuery, StateTensor, TensorData, Value,
 
 
 def gradient_query(
-    *, wrt: Any, input_gradients: Any, outputs: Any, dtype: Any, training: Any, seed: Any
+    *,
+    wrt: Any,
+    input_gradients: Any,
+    outputs: Any,
+    dtype: Any,
+    training: Any,
+    seed: Any,
+    per_example: bool = False,
 ) -> GradientQuery:
     """The query of these arguments, with a seed of its own where none is given.
 
@@ -30,6 +37,7 @@ def gradient_query(
         training=as_bool(training, "training"),
         seed=fresh_seed() if seed is None else as_int(seed, "seed"),
         gradient_dtype=_dtype(dtype),
+        per_example=per_example,
     )
 
 

@@ -148,6 +148,46 @@ class Model:
             )
         )
 
+    def per_example_gradients(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        training: bool = True,
+        seed: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Each example's own gradients, by parameter name: tensors [rows, *parameter's shape]. Changes nothing.
+
+        Row i is the gradient of loss(net(x[i : i + 1]), y[i : i + 1]), zeros where the parameter has no part in it.
+        So batch norm over a batch's own statistics sees one example at a time, and refuses one that has a single value
+        for each channel (InvalidArgument BATCH_TOO_SMALL), as torch does; `training=False` uses the running ones.
+
+        wrt, dtype, training: as for `compute_gradients`. seed: of random operators, which draw anew for each example,
+        the same for any number of workers. Raises FailedPrecondition (ROWS_NOT_OPEN) where the module could not be
+        exported for one example alone, and ResourceExhausted (GRADIENTS_TOO_LARGE) where the gradients together have
+        more bytes than the service's limit `tensor_bytes`.
+        """
+        return self._run(
+            self._calls.per_example_gradients(inputs, targets, wrt=wrt, dtype=dtype, training=training, seed=seed)
+        )
+
+    def hvp(
+        self, inputs: Any, targets: Any, vectors: Mapping[str, Any], *, training: bool = True, seed: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The Hessian of the batch's loss times `vectors`, by parameter name, exact over ranks. Changes nothing.
+
+        vectors: {name: tensor of the parameter's shape and type}. The Hessian is the one with respect to the parameters
+        that are named here, and the products are theirs; the others are fixed. It is the derivative of the gradient, as
+        torch.autograd.functional.hvp computes it: backwards twice. training, seed: as for `compute_gradients`.
+
+        Raises InvalidArgument for a vector that fits no parameter; GRADIENT_UNKNOWN where the module calls a
+        torch.autograd.Function with a backward of its own, of which the service has no second derivative; and
+        PROGRAM_FAILED for an operator of which torch has none.
+        """
+        return self._run(self._calls.hvp(inputs, targets, vectors, training=training, seed=seed))
+
     def forward(self, inputs: Any, training: bool = False) -> Any:
         """The module's outputs, without gradients. In training mode buffers move, so that it is a command.
 

@@ -73,6 +73,27 @@ class ModelFutures:
             )
         )
 
+    def per_example_gradients(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        wrt: str | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        training: bool = True,
+        seed: int | None = None,
+    ) -> Future[dict[str, torch.Tensor]]:
+        return self._submit(
+            lambda: self._calls.per_example_gradients(
+                inputs, targets, wrt=wrt, dtype=dtype, training=training, seed=seed
+            )
+        )
+
+    def hvp(
+        self, inputs: Any, targets: Any, vectors: Mapping[str, Any], *, training: bool = True, seed: int | None = None
+    ) -> Future[dict[str, torch.Tensor]]:
+        return self._submit(lambda: self._calls.hvp(inputs, targets, vectors, training=training, seed=seed))
+
     def forward(self, inputs: Any, training: bool = False) -> Future[Any]:
         return self._submit(lambda: self._calls.forward(inputs, training))
 

@@ -18,6 +18,12 @@ from gradwire_proto.encoding.autograd_codec import (
     encode_group_options,
     encode_retention,
 )
+from gradwire_proto.encoding.derivative_codec import (
+    decode_derivative_query,
+    decode_derivative_result,
+    encode_derivative_query,
+    encode_derivative_result,
+)
 from gradwire_proto.encoding.graph_codec import (
     decode_argument,
     decode_graph,
@@ -108,6 +114,8 @@ __all__ = [
     "decode_batch",
     "decode_command_info",
     "decode_cotangents",
+    "decode_derivative_query",
+    "decode_derivative_result",
     "decode_forward_result",
     "decode_function",
     "decode_gradient_query",
@@ -150,6 +158,8 @@ __all__ = [
     "encode_batch",
     "encode_command_info",
     "encode_cotangents",
+    "encode_derivative_query",
+    "encode_derivative_result",
     "encode_forward_result",
     "encode_function",
     "encode_gradient_query",

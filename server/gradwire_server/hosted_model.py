@@ -176,15 +176,20 @@ class HostedModel:
     # --- reads, which see the model between two commands; and forward, which is either ----------------------------
 
     async def compute_gradients(
-        self, batch: Batch, query: GradientQuery, max_inline_bytes: int | None, call: Call
+        self,
+        batch: Batch,
+        query: GradientQuery,
+        vectors: NamedTensors | None,
+        max_inline_bytes: int | None,
+        call: Call,
     ) -> GradientResult:
-        """Loss, gradients and outputs of a batch; nothing changes."""
+        """Loss, gradients and outputs of a batch, or the Hessian times `vectors`; nothing changes."""
 
         async def work(values: Any) -> GradientResult:
-            result = await self._workers.compute_gradients(_batch(values), query)
+            result = await self._workers.compute_gradients(_batch(values), query, values["vectors"])
             return await deliver_gradients(result, self._tensors.downloads, max_inline_bytes)
 
-        return await self._read(call, _tree(batch), work)
+        return await self._read(call, {**_tree(batch), "vectors": vectors}, work)
 
     async def forward(
         self, inputs: Value, training: bool, seed: int | None, max_inline_bytes: int | None, call: Call

@@ -6,7 +6,15 @@ import time
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gradwire_proto.values import BackwardResult, ForwardResult, GradientResult, StepResult, TensorData, leaves
+from gradwire_proto.values import (
+    BackwardResult,
+    DerivativeResult,
+    ForwardResult,
+    GradientResult,
+    StepResult,
+    TensorData,
+    leaves,
+)
 from gradwire_server.calls import Call
 from gradwire_server.tensors.downloads import Downloads
 
@@ -15,7 +23,7 @@ T = TypeVar("T")
 
 def with_times(result: T, call: Call, queue: float) -> T:
     """`result` with the seconds that it waited and took in all, if it tells times."""
-    if not isinstance(result, (StepResult, GradientResult, ForwardResult, BackwardResult)):
+    if not isinstance(result, (StepResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)):
         return result
     timing = replace(result.timing, queue=queue, total=time.monotonic() - call.arrived)
     return replace(result, timing=timing)
@@ -26,6 +34,14 @@ async def deliver_gradients(
 ) -> GradientResult:
     """`result` with its tensors inline or, together above `max_inline_bytes`, as handles of one download."""
     parts = {"gradients": dict(result.gradients), "input_gradients": result.input_gradients, "outputs": result.outputs}
+    return replace(result, **await downloads.deliver(parts, max_inline_bytes))
+
+
+async def deliver_derivatives(
+    result: DerivativeResult, downloads: Downloads, max_inline_bytes: int | None
+) -> DerivativeResult:
+    """The same for another derivative of a function."""
+    parts = {"outputs": result.outputs, "derivatives": result.derivatives}
     return replace(result, **await downloads.deliver(parts, max_inline_bytes))
 
 

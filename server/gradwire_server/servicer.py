@@ -139,8 +139,19 @@ class Servicer:
             result = await self._functions.compute_gradients(function, batch, query, max_inline_bytes, call)
         else:
             model = self._model(request.name)
-            result = await model.compute_gradients(batch, query, max_inline_bytes, call)
+            vectors = codec.decode_named_tensors(request.vectors, "vectors", self._limits) or None
+            result = await model.compute_gradients(batch, query, vectors, max_inline_bytes, call)
         return codec.encode_gradient_result(result)
+
+    async def DifferentiateFunction(
+        self, request: pb.DifferentiateFunctionRequest, call: Call
+    ) -> pb.DifferentiateFunctionResponse:
+        query, vectors = codec.decode_derivative_query(request, self._limits)
+        batch = self._batch(request)
+        max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
+        function = await asyncio.to_thread(codec.decode_function, request.function, "function", self._limits)
+        result = await self._functions.differentiate(function, batch, query, vectors, max_inline_bytes, call)
+        return codec.encode_derivative_result(result)
 
     async def Forward(self, request: pb.ForwardRequest, call: Call) -> pb.ForwardResponse:
         inputs = codec.decode_value(request.inputs, "inputs", self._limits)
@@ -204,7 +215,13 @@ class Servicer:
     def _model(self, name: str) -> HostedModel:
         return self._models.get(parse_model_name(name))
 
-    def _batch(self, request: pb.TrainStepRequest | pb.ForwardBackwardRequest | pb.ComputeGradientsRequest) -> Batch:
+    def _batch(
+        self,
+        request: pb.TrainStepRequest
+        | pb.ForwardBackwardRequest
+        | pb.ComputeGradientsRequest
+        | pb.DifferentiateFunctionRequest,
+    ) -> Batch:
         return codec.decode_batch(request.batch, "batch", self._limits)
 
     def _example(self, request: pb.CreateModelRequest | pb.AddVariantRequest) -> Batch | None:

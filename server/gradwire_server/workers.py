@@ -10,6 +10,8 @@ from gradwire_proto.values import (
     BackwardQuery,
     BackwardResult,
     Batch,
+    DerivativeQuery,
+    DerivativeResult,
     ForwardResult,
     FunctionSpec,
     GradientQuery,
@@ -79,7 +81,9 @@ class Workers(Protocol):
 
     async def zero_grad(self) -> None: ...
 
-    async def compute_gradients(self, batch: Batch, query: GradientQuery) -> GradientResult: ...
+    async def compute_gradients(
+        self, batch: Batch, query: GradientQuery, vectors: NamedTensors | None = None
+    ) -> GradientResult: ...
 
     async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult: ...
 
@@ -132,3 +136,7 @@ class Cluster(Protocol):
     async def compute_function_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery
     ) -> GradientResult: ...
+
+    async def differentiate_function(
+        self, function: FunctionSpec, batch: Batch, query: DerivativeQuery, vectors: tuple[TensorData, ...]
+    ) -> DerivativeResult: ...

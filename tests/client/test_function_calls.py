@@ -140,10 +140,10 @@ def test_digest_goes_first_and_the_program_only_where_it_is_unknown(sdk, scripte
 
 def test_the_same_lambda_made_anew_is_exported_once(sdk, monkeypatch):
     exports = []
-    from gradwire import function_calls
+    from gradwire import function_exports
 
-    original = function_calls.export_function
-    monkeypatch.setattr(function_calls, "export_function", lambda *a, **k: exports.append(1) or original(*a, **k))
+    original = function_exports.export_function
+    monkeypatch.setattr(function_exports, "export_function", lambda *a, **k: exports.append(1) or original(*a, **k))
     data = torch.randn(4)
     w = torch.randn(4)
     for _ in range(5):
@@ -182,11 +182,11 @@ def test_other_shapes_dtypes_and_constants_are_other_exports(sdk, host):
 @pytest.fixture
 def exports(monkeypatch):
     """A list that grows with each export."""
-    from gradwire import function_calls
+    from gradwire import function_exports
 
     made = []
-    original = function_calls.export_function
-    monkeypatch.setattr(function_calls, "export_function", lambda *a, **k: made.append(1) or original(*a, **k))
+    original = function_exports.export_function
+    monkeypatch.setattr(function_exports, "export_function", lambda *a, **k: made.append(1) or original(*a, **k))
     return made
 
 

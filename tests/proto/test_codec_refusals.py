@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -360,6 +361,58 @@ def test_learning_rate_of_zero_differs_from_none() -> None:
     assert codec.decode_learning_rate(pb.OptimizerStepRequest()) is None
 
 
+def derivative_request(kind: str, **fields: Any) -> pb.DifferentiateFunctionRequest:
+    request = pb.DifferentiateFunctionRequest(differentiated_outputs=1, wrt=[0])
+    request.derivative = pb.Derivative.Value(f"DERIVATIVE_{kind}")
+    for name, value in fields.items():
+        field = getattr(request, name)
+        if isinstance(value, list):
+            del field[:]
+            field.extend(value)
+        else:
+            setattr(request, name, value)
+    return request
+
+
+VECTOR = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT32, data=bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.DifferentiateFunctionRequest(wrt=[0], differentiated_outputs=1), "ENUM_VALUE_UNKNOWN", "derivative"),
+        (derivative_request("JACOBIAN", wrt=[]), "WRT_INVALID", "wrt"),
+        (derivative_request("JACOBIAN", wrt=[1, 1]), "WRT_INVALID", "wrt"),
+        (derivative_request("JACOBIAN", wrt=[0, -1]), "INTEGER_OUT_OF_RANGE", "wrt[1]"),
+        (derivative_request("NONE"), "WRT_INVALID", "wrt"),
+        (derivative_request("JACOBIAN", differentiated_outputs=0), "INTEGER_OUT_OF_RANGE", "differentiated_outputs"),
+        (derivative_request("JACOBIAN", chunk_size=-1), "INTEGER_OUT_OF_RANGE", "chunk_size"),
+        (derivative_request("HESSIAN", chunk_size=2), "FIELD_NOT_SETTABLE", "chunk_size"),
+        (derivative_request("VJP", strict=True, vectors=[VECTOR]), "FIELD_NOT_SETTABLE", "strict"),
+        (derivative_request("HESSIAN", vectors=[VECTOR]), "VECTORS_MISMATCH", "vectors"),
+        (derivative_request("VJP", differentiated_outputs=2, vectors=[VECTOR]), "VECTORS_MISMATCH", "vectors"),
+        (derivative_request("JVP", wrt=[0, 1], vectors=[VECTOR]), "VECTORS_MISMATCH", "vectors"),
+        (derivative_request("HVP", vectors=[tensor_pb2.Tensor()]), "ENUM_VALUE_UNKNOWN", "vectors[0].dtype"),
+    ],
+)
+def test_derivative_is_refused_what_it_has_no_use_for(
+    request_: pb.DifferentiateFunctionRequest, reason: str, field: str
+) -> None:
+    error = refusal(lambda: codec.decode_derivative_query(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize("path", ["function.output_leaf", "batch.targets"])
+def test_derivative_of_a_function_takes_neither_targets_nor_an_output_leaf(path: str) -> None:
+    request = derivative_request("JACOBIAN")
+    if path == "batch.targets":
+        request.batch.targets.integer = 1
+    else:
+        request.function.output_leaf = 1
+    error = refusal(lambda: codec.decode_derivative_query(request))
+    assert (error.reason, error.field) == ("FIELD_NOT_SETTABLE", path)
+
+
 @pytest.mark.parametrize(
     ("request_", "reason", "field"),
     [
@@ -371,6 +424,28 @@ def test_learning_rate_of_zero_differs_from_none() -> None:
             "gradient_dtype",
         ),
         (pb.ComputeGradientsRequest(gradient_dtype=99), "ENUM_VALUE_UNKNOWN", "gradient_dtype"),  # type: ignore[arg-type]
+        (pb.ComputeGradientsRequest(per_example=True, outputs=True), "GRADIENTS_CONTRADICTION", "outputs"),
+        (
+            pb.ComputeGradientsRequest(per_example=True, input_gradients=True),
+            "GRADIENTS_CONTRADICTION",
+            "input_gradients",
+        ),
+        (
+            pb.ComputeGradientsRequest(per_example=True, vectors=[tensor_pb2.NamedTensor()]),
+            "GRADIENTS_CONTRADICTION",
+            "vectors",
+        ),
+        (
+            pb.ComputeGradientsRequest(wrt=["a"], vectors=[tensor_pb2.NamedTensor()]),
+            "GRADIENTS_CONTRADICTION",
+            "wrt",
+        ),
+        (
+            pb.ComputeGradientsRequest(no_parameter_gradients=True, vectors=[tensor_pb2.NamedTensor()]),
+            "GRADIENTS_CONTRADICTION",
+            "no_parameter_gradients",
+        ),
+        (pb.ComputeGradientsRequest(function=pb.Function(), per_example=True), "FUNCTION_INVALID", "per_example"),
     ],
 )
 def test_query_that_contradicts_itself_is_refused(

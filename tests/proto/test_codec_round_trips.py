@@ -341,6 +341,12 @@ PAIRS = {
         inputs=st.lists(COUNTS, max_size=3, unique=True).map(tuple),
         release=st.lists(RETAINED, max_size=3).map(tuple),
     ),
+    "derivative_result": st.builds(
+        values.DerivativeResult,
+        outputs=VALUES,
+        derivatives=st.lists(tensors(), max_size=3).map(tuple),
+        timing=TIMINGS,
+    ),
     "function": FUNCTIONS,
     "command_info": st.builds(
         values.CommandInfo,
@@ -357,6 +363,7 @@ SPECIAL = {
     "named_tensors",
     "operators",
     "gradient_query",
+    "derivative_query",
     "backward_query",
     "cotangents",
     "group_options",
@@ -446,6 +453,38 @@ def test_backward_and_the_options_of_groups_come_back_as_they_were(
     step = pb.OptimizerStepRequest()
     codec.encode_group_options(groups, step)
     assert repr(codec.decode_group_options(through_the_wire(step))) == repr(groups)
+
+
+@pytest.mark.parametrize("wrt", [None, ("a", "b*")])
+def test_query_for_each_examples_own_gradients_comes_back(wrt: tuple[str, ...] | None) -> None:
+    query = values.GradientQuery(wrt=wrt, per_example=True, seed=3)
+    request = codec.encode_gradient_query(query, pb.ComputeGradientsRequest())
+    assert codec.decode_gradient_query(through_the_wire(request)) == query
+
+
+@EXAMPLES
+@given(
+    kind=st.sampled_from(["none", "vjp", "jvp", "jacobian", "hessian", "hvp"]),
+    wrt=st.lists(COUNTS, min_size=1, max_size=3, unique=True).map(tuple),
+    outputs=st.integers(1, 3),
+    bound=st.none() | st.integers(1, 2**62),
+    strict=st.booleans(),
+    seed=st.none() | INT64,
+    data=st.data(),
+)
+def test_derivative_query_comes_back_with_its_vectors(kind, wrt, outputs, bound, strict, seed, data) -> None:
+    query = values.DerivativeQuery(
+        kind=kind,
+        wrt=() if kind == "none" else wrt,
+        outputs=outputs,
+        chunk_size=bound if kind == "jacobian" else None,
+        strict=strict and kind == "jvp",
+        seed=seed,
+    )
+    count = {"vjp": outputs, "jvp": len(wrt), "hvp": len(wrt)}.get(kind, 0)
+    vectors = tuple(data.draw(tensors()) for _ in range(count))
+    request = codec.encode_derivative_query(query, vectors, pb.DifferentiateFunctionRequest())
+    assert repr(codec.decode_derivative_query(through_the_wire(request))) == repr((query, vectors))
 
 
 def test_filling_a_field_in_place_gives_the_same_message() -> None:

@@ -23,6 +23,7 @@ from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import (
     BackwardResult,
     Batch,
+    DerivativeResult,
     ForwardResult,
     GradientResult,
     Graph,
@@ -176,8 +177,8 @@ class FakeWorkers:
     async def zero_grad(self) -> None:
         await self._call("zero_grad")
 
-    async def compute_gradients(self, batch: Batch, query: Any) -> GradientResult:
-        await self._call("compute_gradients", query)
+    async def compute_gradients(self, batch: Batch, query: Any, vectors: Any = None) -> GradientResult:
+        await self._call("compute_gradients", query, vectors and {name: read(each) for name, each in vectors.items()})
         return self.result or GradientResult(
             loss=0.5, step=self.step, num_examples=1, gradients={"w": two_floats()}, outputs=(two_floats(), 3)
         )
@@ -246,6 +247,11 @@ class FakeCluster:
         if self.error is not None:
             raise self.error
         return GradientResult(loss=2.0, step=0, num_examples=1, gradients={}, input_gradients=batch.inputs)
+
+    async def differentiate_function(self, function: Any, batch: Batch, query: Any, vectors: Any) -> DerivativeResult:
+        self.functions.append((function, query, [read(each) for each in vectors]))
+        await self.gate.wait()
+        return DerivativeResult(outputs=(batch.inputs,), derivatives=(two_floats(), two_floats(b"y" * 8)))
 
 
 class Frontend:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.values import (
     ArchitectureSpec,
     Batch,
+    DerivativeQuery,
+    DerivativeResult,
     FunctionSpec,
     GradientQuery,
     GradientResult,
@@ -22,6 +25,7 @@ from gradwire_proto.values import (
     ModelSpec,
     NamedTensors,
     StateTensor,
+    TensorData,
 )
 from gradwire_workers import segments
 from gradwire_workers.function_rank import FunctionRank
@@ -206,6 +210,12 @@ class Cluster:
     ) -> GradientResult:
         """Gradients of a function that no model holds. See `FunctionRank`."""
         return await self._functions.compute_gradients(function, batch, query)
+
+    async def differentiate_function(
+        self, function: FunctionSpec, batch: Batch, query: DerivativeQuery, vectors: Sequence[TensorData]
+    ) -> DerivativeResult:
+        """Another derivative of a function that no model holds. See `FunctionRank`."""
+        return await self._functions.differentiate(function, batch, query, vectors)
 
     async def close(self) -> None:
         """Ends every rank and leaves Ray. Groups that are still open are lost."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from gradwire_proto.values import (
     BackwardResult,
+    DerivativeResult,
     ForwardResult,
     GradientResult,
     Leaf,
@@ -43,13 +44,27 @@ def step_result(answers: Answers, rows: int) -> StepResult:
 
 
 async def gradient_result(
-    answers: Answers, variant: Variant, shards: Sequence[Shard], rows: int, writer: SegmentWriter
+    answers: Answers,
+    variant: Variant,
+    shards: Sequence[Shard],
+    rows: int,
+    writer: SegmentWriter,
+    *,
+    per_example: bool = False,
 ) -> GradientResult:
-    """Gradients are rank 0's, already summed; input gradients and outputs are put together from every rank's rows."""
+    """Gradients are rank 0's, already summed; input gradients and outputs are put together from every rank's rows.
+
+    per_example: so are the gradients.
+    """
     first = answers.fields[0]
     with _released(answers) as kept:
+        gradients = dict(first["gradients"])
+        if per_example and len(shards) > 1:
+            parts = [list(of_rank.values()) for of_rank in _column(answers, "gradients")]
+            combined = await _combine(shards, parts, None, writer)
+            gradients = dict(zip(gradients, combined or [], strict=True))
         # A rank's tensors share one file: these may lie beside what is put together.
-        kept.append(dict(first["gradients"]))
+        kept.append(gradients)
         inputs = await _combine(shards, _column(answers, "input_gradients"), variant.input_leaves, writer)
         kept.append(inputs)
         outputs = await _combine(shards, _column(answers, "outputs"), None, writer)
@@ -58,12 +73,22 @@ async def gradient_result(
             loss=first["loss"],
             step=first["step"],
             num_examples=rows,
-            gradients=first["gradients"],
+            gradients=gradients,
             input_gradients=None if inputs is None else unflatten(variant.input_structure, inputs),
             outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
             timing=_timing(answers),
             rank_rows=_rank_rows(answers),
         )
+
+
+def derivative_result(answers: Answers, variant: Variant) -> DerivativeResult:
+    """The one rank's outputs and derivatives. Their files are the caller's."""
+    (fields,) = answers.fields
+    return DerivativeResult(
+        outputs=unflatten(variant.output_structure, fields["outputs"]),
+        derivatives=tuple(fields["derivatives"]),
+        timing=_timing(answers),
+    )
 
 
 async def forward_result(

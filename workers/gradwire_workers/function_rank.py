@@ -1,10 +1,11 @@
-"""Gradients of functions that no model holds: one warm rank computes them, and remembers the last ones by digest."""
+"""Derivatives of functions that no model holds: one warm rank computes them, and remembers the last ones by digest."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +13,23 @@ from gradwire_proto.batch_check import select_variant
 from gradwire_proto.codec import encode_program
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
 from gradwire_proto.function_digest import function_digest
-from gradwire_proto.values import Batch, FunctionSpec, GradientQuery, GradientResult, Limits, Variant
+from gradwire_proto.values import (
+    Batch,
+    DerivativeQuery,
+    DerivativeResult,
+    FunctionSpec,
+    GradientQuery,
+    GradientResult,
+    Limits,
+    TensorData,
+    Variant,
+)
 from gradwire_workers import segments
-from gradwire_workers.combining import gradient_result
+from gradwire_workers.combining import derivative_result, gradient_result
 from gradwire_workers.pool.rank_process import RankProcess
-from gradwire_workers.ranks import Ranks
+from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.segments import SegmentWriter
+from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
 from gradwire_workers.worker_group import examples_in, shard_fields
 
@@ -40,6 +52,16 @@ class _Sent:
     digest: str
     program: bytes
     described: _Known
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What the rank has answered, and to what."""
+
+    answers: Answers
+    variant: Variant
+    shard: Shard
+    rows: int
 
 
 class FunctionRank:
@@ -72,17 +94,40 @@ class FunctionRank:
         FailedPrecondition (FUNCTION_UNKNOWN) when only a digest came and the rank does not know it (any more);
         InvalidArgument (DIGEST_MISMATCH) when the digest is not that of what came with it.
         """
-        sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
-        async with self._turn:
-            return await self._compute(function, sent, batch, query)
+        extra = {"query": asdict(query), "command": 0}
+        async with self._computed("compute_function", function, batch, extra, query.training) as done:
+            return await gradient_result(done.answers, done.variant, [done.shard], done.rows, self._writer)
+
+    async def differentiate(
+        self, function: FunctionSpec, batch: Batch, query: DerivativeQuery, vectors: Sequence[TensorData]
+    ) -> DerivativeResult:
+        """Another derivative of the function, and its outputs. As for gradients."""
+        extra = {"query": asdict(query), "vectors": list(vectors)}
+        async with self._computed("differentiate_function", function, batch, extra, False) as done:
+            return derivative_result(done.answers, done.variant)
 
     async def close(self) -> None:
         """Gives the rank up, whatever it is computing."""
         self._drop_rank()
 
+    @asynccontextmanager
+    async def _computed(
+        self, kind: str, function: FunctionSpec, batch: Batch, extra: Mapping[str, Any], training: bool
+    ) -> AsyncIterator[_Done]:
+        """What the rank answers to a command about the function. Inside, no other command runs."""
+        sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
+        async with self._turn:
+            yield await self._compute(kind, function, sent, batch, extra, training)
+
     async def _compute(
-        self, function: FunctionSpec, sent: _Sent | None, batch: Batch, query: GradientQuery
-    ) -> GradientResult:
+        self,
+        kind: str,
+        function: FunctionSpec,
+        sent: _Sent | None,
+        batch: Batch,
+        extra: Mapping[str, Any],
+        training: bool,
+    ) -> _Done:
         # First: what was known goes with the rank that knew it.
         ranks = await self._living_ranks()
         digest = function.digest if sent is None else sent.digest
@@ -92,15 +137,14 @@ class FunctionRank:
             raise FailedPrecondition(
                 "this function is not known: send its program", reason="FUNCTION_UNKNOWN", field="function.digest"
             )
-        variant, rows = select_variant(chosen.variants, batch, training=query.training, targets=False)
+        variant, rows = select_variant(chosen.variants, batch, training=training, targets=False)
         rows = rows or examples_in(batch)
         (shard,) = split(variant, rows, batch, ranks=1, whole=True)
         fields: dict[str, Any] = {
             "digest": digest,
             "forget": self._make_room(chosen) if known is None else [],
             "shard": shard_fields(shard),
-            "query": asdict(query),
-            "command": 0,
+            **extra,
             **self._settings,
         }
         if known is None and sent is not None:
@@ -108,7 +152,7 @@ class FunctionRank:
             fields["tensors"] = function.tensors
             fields["output_leaf"] = function.output_leaf
         try:
-            answers = await ranks.call("compute_function", [fields], changes=False)
+            answers = await ranks.call(kind, [fields], changes=False)
         except asyncio.CancelledError:
             self._drop_rank()
             raise
@@ -118,7 +162,7 @@ class FunctionRank:
             raise RankLost(lost.message, reason=lost.reason) from lost
         self._known[digest] = chosen
         self._known.move_to_end(digest)
-        return await gradient_result(answers, variant, [shard], rows, self._writer)
+        return _Done(answers=answers, variant=variant, shard=shard, rows=rows)
 
     def _make_room(self, coming: _Known) -> list[str]:
         """Forgets the functions that were used longest ago. Returns their digests: the rank forgets them too."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.tensors import to_torch
@@ -61,7 +62,7 @@ class NamedLoss:
 
     def whole(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss over all rows."""
-        self._check(output, target)
+        self.check(output, target)
         return self._call(output, target, self._options)
 
     def over_rows(self, output: Tensor, target: Tensor) -> RowSum | None:
@@ -70,7 +71,7 @@ class NamedLoss:
             return None
         if output.dtype is torch.float16:
             return None  # a sum over rows reaches its largest number soon
-        self._check(output, target)
+        self.check(output, target)
         weight = self._known.weight(output, target, self._options)
         if weight is None:
             return None
@@ -80,8 +81,10 @@ class NamedLoss:
     def _call(self, output: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
         return getattr(F, self.name)(output, target, **options)
 
-    def _check(self, output: Tensor, target: Tensor) -> None:
-        if self._known.weight is _class_weight:
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Refuse classes that the output has not; of the output, its dimensions behind the rows are looked at."""
+        # Under vmap nothing can look at values: whoever uses that has checked before.
+        if self._known.weight is _class_weight and not is_functorch_wrapped_tensor(target):
             check_classes(output, target, self._options)
 
 

@@ -11,29 +11,17 @@ from typing import Any
 
 import torch
 
-from gradwire_proto.codec import (
-    decode_graphs,
-    decode_model_spec,
-    decode_optimizer,
-    decode_variant,
-    encode_variant,
-)
+from gradwire_proto.codec import decode_model_spec, decode_optimizer, decode_variant, encode_variant
 from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
 from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
-from gradwire_proto.values import (
-    BackwardQuery,
-    GradientQuery,
-    Limits,
-    ModelSpec,
-    OutputLossSpec,
-    Retention,
-    StateTensor,
-)
+from gradwire_proto.values import BackwardQuery, Limits, Retention, StateTensor
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.pool.rank_footprint import RankFootprint
 from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.rank_answers import gradients_of
+from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
@@ -71,7 +59,7 @@ class RankCommands:
         self._clean = RankFootprint.measure()
         self._loaded: Callable[[Fields], Trainer] | None = None
         self._trainer: Trainer | None = None
-        self._functions: dict[str, Trainer] = {}
+        self._functions = RankFunctions(self._segments)
         self._commands: dict[str, Callable[[Fields], Fields]] = {
             "hello": lambda _: {},
             "load": self._load,
@@ -97,7 +85,8 @@ class RankCommands:
             "load_optimizer_state": self._load_optimizer_state,
             "update": self._update,
             "add_variant": self._add_variant,
-            "compute_function": self._compute_function,
+            "compute_function": self._functions.compute_gradients,
+            "differentiate_function": self._functions.differentiate,
         }
 
     def answer(self, kind: str, fields: Fields) -> Fields:
@@ -176,9 +165,8 @@ class RankCommands:
 
     def _reset(self, _: Fields) -> Fields:
         """Forgets everything. Says whether the process is as good as new."""
-        for trainer in (self._trainer, *self._functions.values()):
-            if trainer is not None:
-                trainer.close()
+        if self._trainer is not None:
+            self._trainer.close()
         self._loaded = self._trainer = None
         self._functions.clear()
         return {"reusable": not torch.cuda.is_initialized() and RankFootprint.measure().is_close_to(self._clean)}
@@ -218,7 +206,7 @@ class RankCommands:
         return {}
 
     def _compute_gradients(self, fields: Fields) -> Fields:
-        return _gradients(self._model, fields)
+        return gradients_of(self._model, fields)
 
     def _forward(self, fields: Fields) -> Fields:
         report = self._model.forward(
@@ -284,26 +272,6 @@ class RankCommands:
         )
         return {}
 
-    # --- functions ---
-
-    def _compute_function(self, fields: Fields) -> Fields:
-        """Gradients of a function, which comes along the first time. Forgets those that the frontend forgot."""
-        torch.set_num_threads(fields["threads"])
-        for digest in fields["forget"]:
-            self._functions.pop(digest).close()
-        if known := self._functions.get(fields["digest"]):
-            return _gradients(known, fields)
-        spec = ModelSpec(
-            program=decode_graphs(program_pb2.Program.FromString(bytes(fields["program"]))),
-            loss=OutputLossSpec(fields["output_leaf"]),
-        )
-        state = incoming(fields["tensors"], writable=True)
-        function = Trainer(spec=spec, state=state, device=fields["device"], limits=Limits(**fields["limits"]))
-        result = outgoing(_gradients(function, fields), self._segments)
-        # Remembered only now: the frontend too remembers only what has been answered.
-        self._functions[fields["digest"]] = function
-        return result
-
 
 def _is_refused_by_all(error: BaseException) -> bool:
     """Whether every rank refuses the command by itself, for its state or for what all ranks are sent alike.
@@ -318,18 +286,3 @@ def _is_refused_by_all(error: BaseException) -> bool:
 def _shallow(report: RetainedReport | BackwardReport) -> dict[str, Any]:
     """The report as fields. Not asdict: it would copy the tensors."""
     return {name: getattr(report, name) for name in report.__slots__} | {"seconds": asdict(report.seconds)}
-
-
-def _gradients(trainer: Trainer, fields: Fields) -> Fields:
-    query = GradientQuery(**fields["query"])
-    report = trainer.compute_gradients(shard_in(fields), query, command=fields["command"])
-    # Not asdict: it would copy the tensors.
-    return {
-        "loss": report.loss,
-        "step": report.step,
-        "rows": report.rows,
-        "gradients": report.gradients,
-        "input_gradients": report.input_gradients,
-        "outputs": report.outputs,
-        "seconds": asdict(report.seconds),
-    }

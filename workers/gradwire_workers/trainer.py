@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import (
     BackwardQuery,
+    DerivativeQuery,
     GradientQuery,
     Limits,
     ModelSpec,
@@ -34,7 +35,8 @@ from gradwire_workers.training import tensor_names
 from gradwire_workers.training.agreement import Agreement
 from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
-from gradwire_workers.training.gradient_reading import read_gradients
+from gradwire_workers.training.derivatives import derive
+from gradwire_workers.training.gradient_readers import ParameterNames, gradient_reader
 from gradwire_workers.training.held_gradients import HeldGradients
 from gradwire_workers.training.line_search import search
 from gradwire_workers.training.loss_scale import LossScale
@@ -42,6 +44,7 @@ from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import (
     BackwardReport,
+    DerivativeReport,
     ForwardReport,
     GradientReport,
     RetainedReport,
@@ -324,25 +327,45 @@ class Trainer:
 
     # --- reads, and forward ---------------------------------------------------------------------------------------
 
-    def compute_gradients(self, shard: Shard, query: GradientQuery, *, command: int = 0) -> GradientReport:
-        """Loss, gradients and outputs. Changes nothing, buffers included."""
+    def compute_gradients(
+        self, shard: Shard, query: GradientQuery, *, command: int = 0, vectors: Mapping[str, Tensor] | None = None
+    ) -> GradientReport:
+        """Loss, gradients and outputs. Changes nothing, buffers included.
+
+        vectors: gives the Hessian of the loss times these, by parameter name, in place of gradients.
+        """
         clock = Clock(self._groups)
         self._replica.check_has_loss()
-        parameters = tensor_names.select_parameters(query.wrt, self._program.parameters_by_name(), self._aliases())
+        names = ParameterNames(self._program.parameters_by_name(), self._aliases())
+        read = gradient_reader(self._passes, self._replica, names, query, vectors, self._limits)
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
-            shard = self._localised(shard)
-            read = read_gradients(self._passes, shard, query, parameters, command)
+            found = read(self._localised(shard), command)
             # Read only: it is for the caller to judge a loss that is not finite.
-            loss = Agreement(refuses_nan=False).reach(self._groups, read.value)
+            loss = Agreement(refuses_nan=False).reach(self._groups, found.value)
+        is_whole = self._groups is None or self._groups.rank == 0
         return GradientReport(
             loss=loss,
             step=self.step,
-            rows=shard.count,
-            gradients=read.gradients if self._groups is None or self._groups.rank == 0 else {},
-            input_gradients=read.input_gradients,
-            outputs=read.outputs,
+            rows=found.rows,
+            gradients=found.gradients if is_whole or query.per_example else {},
+            input_gradients=found.input_gradients,
+            outputs=found.outputs,
             seconds=clock.computed(),
         )
+
+    def differentiate(self, shard: Shard, query: DerivativeQuery, vectors: Sequence[Tensor]) -> DerivativeReport:
+        """Derivatives of the outputs with respect to the inputs. For functions, which have no other rank."""
+        clock = Clock(None)
+        with Attempt(None, self._program.mutated_buffers(shard.variant), changes=False):
+            outputs, derivatives = derive(
+                self._replica.repeatable(shard, query.seed),
+                self._replica.localise(shard).inputs,
+                query,
+                vectors,
+                tensor_bytes=self._limits.tensor_bytes,
+                has_functions=self._program.has_functions(shard.variant),
+            )
+        return DerivativeReport(outputs=outputs, derivatives=derivatives, rows=shard.count, seconds=clock.computed())
 
     def forward(self, shard: Shard, *, training: bool, command: int, seed: int | None = None) -> ForwardReport:
         """The outputs of this rank's rows. With `training`, buffers move, on all ranks alike."""

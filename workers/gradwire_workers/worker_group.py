@@ -38,7 +38,7 @@ from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
-from gradwire_workers.sharding import split
+from gradwire_workers.sharding import least_rows, split
 
 logger = logging.getLogger(__name__)
 
@@ -193,12 +193,24 @@ class WorkerGroup:
         """Drops the held gradients."""
         await self._ranks.call("zero_grad", [{}] * self.workers)
 
-    async def compute_gradients(self, batch: Batch, query: GradientQuery, *, command: int = 0) -> GradientResult:
-        """Loss, gradients and outputs. Changes nothing. The receiver owns the segments that the result names."""
+    async def compute_gradients(
+        self, batch: Batch, query: GradientQuery, vectors: NamedTensors | None = None, *, command: int = 0
+    ) -> GradientResult:
+        """Loss, gradients and outputs. Changes nothing. The receiver owns the segments that the result names.
+
+        vectors: gives the Hessian times these in place of gradients. FailedPrecondition (ROWS_NOT_OPEN) where each
+        example's own gradients are asked for, and the program has no graph for one example.
+        """
         variant, shards, rows = await self._choose(batch, training=query.training, targets=True)
-        extra = {"query": asdict(query), "command": command}
+        if query.per_example and not (_has_rows(variant) and least_rows(variant) <= 1):
+            raise FailedPrecondition(
+                "the program was exported for batches of several examples, and has no graph for one alone",
+                reason="ROWS_NOT_OPEN",
+                field="per_example",
+            )
+        extra = {"query": asdict(query), "command": command, "vectors": dict(vectors or {})}
         answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
-        return await gradient_result(answers, variant, shards, rows, self._writer)
+        return await gradient_result(answers, variant, shards, rows, self._writer, per_example=query.per_example)
 
     async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult:
         """The outputs for the inputs. In training mode buffers move."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.v1 import model_pb2, program_pb2, tensor_pb2
+from gradwire_proto.v1 import gradient_service_pb2, model_pb2, program_pb2, tensor_pb2
 from gradwire_proto.values import ITEM_SIZE
 
 
@@ -60,3 +60,6 @@ ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified=
 PRECISIONS = EnumWords(model_pb2.Precision, "PRECISION", ["fp32", "bf16", "fp16"], unspecified="fp32")
 DEVICES = EnumWords(model_pb2.Device, "DEVICE", ["cpu", "cuda"], unspecified="auto")
 COMMAND_STATES = EnumWords(model_pb2.CommandState, "COMMAND_STATE", ["running", "applied", "not_applied"])
+DERIVATIVES = EnumWords(
+    gradient_service_pb2.Derivative, "DERIVATIVE", ["none", "vjp", "jvp", "jacobian", "hessian", "hvp"]
+)

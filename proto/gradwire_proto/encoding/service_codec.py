@@ -86,6 +86,7 @@ def encode_gradient_query(value: GradientQuery, into: pb.ComputeGradientsRequest
     into.eval_mode = not value.training
     if value.seed is not None:
         into.seed = check_integer(value.seed, "seed")
+    into.per_example = value.per_example
     if value.gradient_dtype is not None:
         number = DTYPES.number(value.gradient_dtype, "gradient_dtype")
         into.gradient_dtype = number  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,6 +101,7 @@ def decode_gradient_query(message: pb.ComputeGradientsRequest) -> GradientQuery:
         )
     for index, name in enumerate(message.wrt):
         check_name(name, f"wrt[{index}]")
+    _check_one_kind_of_gradient(message)
     gradient_dtype = None
     if message.gradient_dtype:
         gradient_dtype = DTYPES.word(message.gradient_dtype, "gradient_dtype")
@@ -116,7 +118,22 @@ def decode_gradient_query(message: pb.ComputeGradientsRequest) -> GradientQuery:
         training=not message.eval_mode,
         seed=message.seed if message.HasField("seed") else None,
         gradient_dtype=gradient_dtype,
+        per_example=message.per_example,
     )
+
+
+def _check_one_kind_of_gradient(message: pb.ComputeGradientsRequest) -> None:
+    """Rows' own gradients and products with vectors are returned alone, and of models."""
+    kind = "per_example" if message.per_example else "vectors" if message.vectors else None
+    if kind is None:
+        return
+    others = ["input_gradients", "outputs"]
+    others += ["vectors"] if message.per_example else ["wrt", "no_parameter_gradients"]
+    for other in others:
+        if getattr(message, other):
+            raise InvalidArgument(f"does not go together with {kind}", field=other, reason="GRADIENTS_CONTRADICTION")
+    if message.WhichOneof("subject") == "function":
+        raise InvalidArgument(f"a function has no {kind}: it has no parameters", field=kind, reason="FUNCTION_INVALID")
 
 
 def decode_learning_rate(

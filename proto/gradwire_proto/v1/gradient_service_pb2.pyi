@@ -6,12 +6,30 @@ from gradwire_proto.v1 import model_pb2 as _model_pb2
 from gradwire_proto.v1 import program_pb2 as _program_pb2
 from gradwire_proto.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Derivative(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DERIVATIVE_UNSPECIFIED: _ClassVar[Derivative]
+    DERIVATIVE_NONE: _ClassVar[Derivative]
+    DERIVATIVE_VJP: _ClassVar[Derivative]
+    DERIVATIVE_JVP: _ClassVar[Derivative]
+    DERIVATIVE_JACOBIAN: _ClassVar[Derivative]
+    DERIVATIVE_HESSIAN: _ClassVar[Derivative]
+    DERIVATIVE_HVP: _ClassVar[Derivative]
+DERIVATIVE_UNSPECIFIED: Derivative
+DERIVATIVE_NONE: Derivative
+DERIVATIVE_VJP: Derivative
+DERIVATIVE_JVP: Derivative
+DERIVATIVE_JACOBIAN: Derivative
+DERIVATIVE_HESSIAN: Derivative
+DERIVATIVE_HVP: Derivative
 
 class CreateModelRequest(_message.Message):
     __slots__ = ("model_id", "model", "tensors", "example", "request_id")
@@ -86,7 +104,7 @@ class Function(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., output_leaf: _Optional[int] = ...) -> None: ...
 
 class ComputeGradientsRequest(_message.Message):
-    __slots__ = ("name", "function", "batch", "wrt", "no_parameter_gradients", "input_gradients", "outputs", "eval_mode", "seed", "gradient_dtype", "max_inline_bytes")
+    __slots__ = ("name", "function", "batch", "wrt", "no_parameter_gradients", "input_gradients", "outputs", "eval_mode", "seed", "gradient_dtype", "max_inline_bytes", "per_example", "vectors")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +116,8 @@ class ComputeGradientsRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PER_EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     name: str
     function: Function
     batch: _tensor_pb2.Batch
@@ -109,7 +129,9 @@ class ComputeGradientsRequest(_message.Message):
     seed: int
     gradient_dtype: _tensor_pb2.DType
     max_inline_bytes: int
-    def __init__(self, name: _Optional[str] = ..., function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., outputs: bool = ..., eval_mode: bool = ..., seed: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+    per_example: bool
+    vectors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    def __init__(self, name: _Optional[str] = ..., function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., outputs: bool = ..., eval_mode: bool = ..., seed: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_inline_bytes: _Optional[int] = ..., per_example: bool = ..., vectors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ...) -> None: ...
 
 class ComputeGradientsResponse(_message.Message):
     __slots__ = ("loss", "step", "num_examples", "gradients", "input_gradients", "outputs", "timing", "rank_rows")
@@ -130,6 +152,40 @@ class ComputeGradientsResponse(_message.Message):
     timing: _model_pb2.Timing
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., input_gradients: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DifferentiateFunctionRequest(_message.Message):
+    __slots__ = ("function", "batch", "derivative", "wrt", "differentiated_outputs", "vectors", "chunk_size", "strict", "seed", "max_inline_bytes")
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    DERIVATIVE_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENTIATED_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    STRICT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    function: Function
+    batch: _tensor_pb2.Batch
+    derivative: Derivative
+    wrt: _containers.RepeatedScalarFieldContainer[int]
+    differentiated_outputs: int
+    vectors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    chunk_size: int
+    strict: bool
+    seed: int
+    max_inline_bytes: int
+    def __init__(self, function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., derivative: _Optional[_Union[Derivative, str]] = ..., wrt: _Optional[_Iterable[int]] = ..., differentiated_outputs: _Optional[int] = ..., vectors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., chunk_size: _Optional[int] = ..., strict: bool = ..., seed: _Optional[int] = ..., max_inline_bytes: _Optional[int] = ...) -> None: ...
+
+class DifferentiateFunctionResponse(_message.Message):
+    __slots__ = ("outputs", "derivatives", "timing")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    DERIVATIVES_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    outputs: _tensor_pb2.Value
+    derivatives: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    timing: _model_pb2.Timing
+    def __init__(self, outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., derivatives: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
     __slots__ = ("name", "batch", "request_id")

@@ -70,6 +70,11 @@ class GradientServiceStub(object):
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsResponse.FromString,
                 _registered_method=True)
+        self.DifferentiateFunction = channel.unary_unary(
+                '/gradwire.v1.GradientService/DifferentiateFunction',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionResponse.FromString,
+                _registered_method=True)
         self.ForwardBackward = channel.unary_unary(
                 '/gradwire.v1.GradientService/ForwardBackward',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ForwardBackwardRequest.SerializeToString,
@@ -206,6 +211,13 @@ class GradientServiceServicer(object):
 
     def ComputeGradients(self, request, context):
         """Returns loss, gradients and outputs of a batch. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DifferentiateFunction(self, request, context):
+        """Returns a derivative of a function that is no gradient: a product, a Jacobian or a Hessian.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -369,6 +381,11 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.ComputeGradients,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsResponse.SerializeToString,
+            ),
+            'DifferentiateFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.DifferentiateFunction,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionResponse.SerializeToString,
             ),
             'ForwardBackward': grpc.unary_unary_rpc_method_handler(
                     servicer.ForwardBackward,
@@ -627,6 +644,33 @@ class GradientService(object):
             '/gradwire.v1.GradientService/ComputeGradients',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.ComputeGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DifferentiateFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/DifferentiateFunction',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.DifferentiateFunctionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientQuery:
-    """What compute_gradients should return. `wrt`: names or globs, None for all that require gradients."""
+    """What compute_gradients should return. `wrt`: names or globs, None for all that require gradients.
+
+    per_example: each row's own gradients. They, and products with vectors, come without input gradients and outputs.
+    """
 
     wrt: tuple[str, ...] | None = None
     input_gradients: bool = False
@@ -17,6 +20,23 @@ class GradientQuery:
     training: bool = True
     seed: int | None = None
     gradient_dtype: str | None = None
+    per_example: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivativeQuery:
+    """What differentiate_function should return. See the messages Derivative and DifferentiateFunctionRequest.
+
+    kind: "none", "vjp", "jvp", "jacobian", "hessian" or "hvp". wrt: leaves of the inputs, by index. outputs: how many
+    are differentiated, the first ones. chunk_size: None for what the service finds good.
+    """
+
+    kind: str
+    wrt: tuple[int, ...] = ()
+    outputs: int = 1
+    chunk_size: int | None = None
+    strict: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +85,15 @@ class GradientResult:
     outputs: Any = None
     timing: Timing = Timing()
     rank_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivativeResult:
+    """What differentiate_function answers: the function's outputs, nested, and the derivative's tensors, in order."""
+
+    outputs: Any
+    derivatives: tuple[Any, ...]
+    timing: Timing = Timing()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from gradwire.functions import export_function, tensor_leaves
+from gradwire.function_arguments import tensor_leaves
+from gradwire.functions import export_function
 from gradwire_proto.codec import decode_function, decode_program, encode_function, encode_program
 from gradwire_proto.errors import ExportError, InvalidArgument
 from gradwire_proto.function_digest import function_digest

@@ -114,11 +114,13 @@ class Group:
     def zero_grad(self) -> None:
         self.call_all("zero_grad")
 
-    def compute_gradients(self, inputs: Any, targets: Any = None, **query: Any) -> tuple[Any, Any, Any]:
+    def compute_gradients(
+        self, inputs: Any, targets: Any = None, *, vectors: Any = None, **query: Any
+    ) -> tuple[Any, Any, Any]:
         """(rank 0's report, input gradients, outputs), both of the whole batch and nested."""
         asked = GradientQuery(**query)
         shards = self.shards(inputs, targets, training=asked.training)
-        reports = self.over_shards("compute_gradients", shards, asked)
+        reports = self.over_shards("compute_gradients", shards, asked, vectors=vectors)
         variant = self.variant_of(shards)
         return (
             reports[0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,6 +36,7 @@ class ArchitectureProgram(nn.Module):
         self._written: dict[str, list[Tensor]] = {}
         self._sizes = SizeWatch(limits.tensor_bytes)
         self._random = True
+        self._given: dict[str, Tensor] = {}
         self._changes_inputs = any(getattr(each, "inplace", False) for each in module.modules())
         self._statistics = layer_modes.running_statistics(module)
         self._norms = layer_modes.batch_norms(module)
@@ -91,7 +92,7 @@ class ArchitectureProgram(nn.Module):
             if not self._random:
                 modes.enter_context(layer_modes.WithoutDropout())
             try:
-                return flatten_outputs(_call(self.module, inputs))
+                return flatten_outputs(self._call(inputs))
             except (AssertionError, KeyError, AttributeError) as error:
                 text = str(error).strip() or type(error).__name__
                 raise InvalidArgument(
@@ -99,6 +100,13 @@ class ArchitectureProgram(nn.Module):
                     field="batch",
                     reason="PROGRAM_FAILED",
                 ) from error
+
+    def _call(self, inputs: Any) -> Any:
+        positional = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        named = inputs if isinstance(inputs, dict) else {}
+        if self._given:
+            return torch.func.functional_call(self.module, self._given, positional, named)
+        return self.module(*positional, **named)
 
     def variant(self, variant_name: str) -> Variant:
         """The variant of that name. Raises InvalidArgument for an unknown one."""
@@ -151,6 +159,16 @@ class ArchitectureProgram(nn.Module):
         finally:
             self._random = before
 
+    @contextmanager
+    def reading(self, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Inside, the module reads these values in place of its own tensors that they are given for."""
+        names = {tensor: name for name, tensor in self.all_state().items()}
+        self._given = {names[tensor]: value for tensor, value in values.items()}
+        try:
+            yield
+        finally:
+            self._given = {}
+
     def _buffers_of_its_own(self) -> list[Tensor]:
         return [each for each in self.all_state().values() if not isinstance(each, nn.Parameter)]
 
@@ -169,9 +187,3 @@ class ArchitectureProgram(nn.Module):
                         field=f"batch.inputs.{name}",
                         reason="STRUCTURE_MISMATCH",
                     )
-
-
-def _call(module: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, tuple):
-        return module(*inputs)
-    return module(**inputs) if isinstance(inputs, dict) else module(inputs)

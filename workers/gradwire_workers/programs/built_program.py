@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,6 +148,16 @@ class BuiltProgram(nn.Module):
         finally:
             self._runs, self._random_runs = kept, None
 
+    @contextmanager
+    def reading(self, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Inside, variants and losses read these values in place of the program's tensors that they are given for."""
+        kept = self._runs
+        self._runs = {name: run.reading(values) for name, run in kept.items()}
+        try:
+            yield
+        finally:
+            self._runs = kept
+
     def _run(self, variant_name: str) -> _Run:
         try:
             return self._runs[variant_name]
@@ -221,6 +232,10 @@ class _Run:
     has_functions: bool
     sizes: SizeGuard
 
+    def reading(self, values: Mapping[Tensor, Tensor]) -> _Run:
+        loss = None if self.loss is None else self.loss.reading(values)
+        return replace(self, template=_replaced(self.template, values), loss=loss)
+
     def outputs(self, leaves: Sequence[Any]) -> list[Any]:
         inputs: list[Any] = self.template.copy()
         for position, leaf in self.leaf_positions:
@@ -244,6 +259,11 @@ class _LossRun:
         self._outputs = _positions(inputs, "output")
         self._targets = _positions(inputs, "target")
 
+    def reading(self, values: Mapping[Tensor, Tensor]) -> _LossRun:
+        changed = copy(self)
+        changed._template = _replaced(self._template, values)
+        return changed
+
     def __call__(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
         inputs: list[Any] = self._template.copy()
         for position, leaf in self._outputs:
@@ -251,6 +271,10 @@ class _LossRun:
         for position, leaf in self._targets:
             inputs[position] = targets[leaf]
         return self._forward(*inputs)[0]
+
+
+def _replaced(template: Sequence[Tensor | None], values: Mapping[Tensor, Tensor]) -> list[Tensor | None]:
+    return [None if tensor is None else values.get(tensor, tensor) for tensor in template]
 
 
 def _positions(inputs: Sequence[GraphInput], kind: str) -> list[tuple[int, int]]:

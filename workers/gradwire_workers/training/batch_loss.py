@@ -65,6 +65,14 @@ class BatchLoss:
             return _of_row_sum(part, shard, groups, scale)
         return self._of_gathered(shard, outputs, targets, groups, scale)
 
+    def is_sum(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> bool:
+        """Whether the loss is a sum over rows, and computed as such."""
+        return self._kind.over_rows(variant, outputs, targets) is not None
+
+    def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Refuse targets whose values have no place in such outputs."""
+        self._kind.check(outputs, targets)
+
     def _of_gathered(
         self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float
     ) -> LocalLoss:
@@ -160,6 +168,8 @@ class _Kind(Protocol):
 
     def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> RowSum | None: ...
 
+    def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None: ...
+
 
 class _ByName:
     def __init__(self, loss: NamedLoss) -> None:
@@ -170,6 +180,9 @@ class _ByName:
 
     def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> RowSum | None:
         return self._loss.over_rows(*self._pair(outputs, targets))
+
+    def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        self._loss.check(*self._pair(outputs, targets))
 
     def _pair(self, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
         for leaves, field in ((outputs, "model.loss.torch.name"), (targets, "batch.targets")):
@@ -192,6 +205,9 @@ class _ByGraph:
     def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
         return None  # what a graph computes is not known to be a sum over rows
 
+    def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        pass  # a graph's operators check for themselves
+
 
 class _ByOutput:
     def __init__(self, leaf: int) -> None:
@@ -206,3 +222,6 @@ class _ByOutput:
 
     def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
         return None
+
+    def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        pass  # there are no targets to check

@@ -25,12 +25,13 @@ _BACKOFF = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class GradientReading:
-    """What a rank found. value: what it adds to the loss. The rest as in a GradientReport."""
+    """What a rank found. value: what it adds to the loss. rows: those it computed. The rest as in a GradientReport."""
 
     value: Tensor | float
+    rows: int
     gradients: dict[str, Tensor]
-    input_gradients: list[Tensor | None] | None
-    outputs: list[Any] | None
+    input_gradients: list[Tensor | None] | None = None
+    outputs: list[Any] | None = None
 
 
 def read_gradients(
@@ -65,8 +66,7 @@ def _read(
 ) -> GradientReading:
     leaves = [_differentiable(leaf) for leaf in shard.inputs] if query.input_gradients else list(shard.inputs)
     inputs = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
-    dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
-    _refuse_to_drop_imaginary_parts(dtype, [*parameters.values(), *inputs.values()])
+    dtype = gradient_type(query, [*parameters.values(), *inputs.values()])
     shard = replace(shard, inputs=tuple(leaves))
     done = passes.local(shard, [*parameters.values(), *inputs.values()], command, seed=query.seed)
     of_parameters = dict(zip(parameters, done.gradients[: len(parameters)], strict=True))
@@ -84,12 +84,15 @@ def _read(
     input_gradients = None
     if query.input_gradients and not shard.idle:
         input_gradients = [
-            _as(_part(of_inputs[index], leaf, shard, specs[index]), dtype) if index in inputs else None
+            converted(_part(of_inputs[index], leaf, shard, specs[index]), dtype) if index in inputs else None
             for index, leaf in enumerate(leaves)
         ]
     return GradientReading(
         value=done.value,
-        gradients={name: _as(gradient, dtype) for name, gradient in of_parameters.items() if gradient is not None},
+        rows=shard.count,
+        gradients={
+            name: converted(gradient, dtype) for name, gradient in of_parameters.items() if gradient is not None
+        },
         input_gradients=input_gradients,
         outputs=done.outputs if query.outputs else None,
     )
@@ -108,14 +111,18 @@ def _part(gradient: Tensor | None, leaf: Tensor, shard: Shard, spec: Leaf) -> Te
     return own_rows(gradient, shard) if has_rows(spec) else gradient
 
 
-def _refuse_to_drop_imaginary_parts(dtype: torch.dtype | None, of: Sequence[Tensor]) -> None:
+def gradient_type(query: GradientQuery, of: Sequence[Tensor]) -> torch.dtype | None:
+    """The type that the query asks for; None for each gradient's own. Refuses one that drops imaginary parts."""
+    dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
     if dtype is not None and not dtype.is_complex and any(tensor.is_complex() for tensor in of):
         raise InvalidArgument(
             f"a gradient is complex, and {str(dtype)[6:]} would drop its imaginary part",
             field="gradient_dtype",
             reason="DTYPE_NOT_COMPLEX",
         )
+    return dtype
 
 
-def _as(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+def converted(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The gradient in that type."""
     return gradient if dtype is None else gradient.to(dtype)

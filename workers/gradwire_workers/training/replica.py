@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -72,10 +72,11 @@ class Replica(nn.Module):
             return shard
         return replace(shard, inputs=self.moved(shard.inputs), targets=self.moved(shard.targets))
 
-    def seed(self, shard: Shard, command: int, given: int | None = None) -> None:
-        """Set the random numbers of a pass, if it draws any."""
+    def seed(self, shard: Shard, command: int, given: int | None = None, *, stream: int | None = None) -> None:
+        """Set the random numbers of a pass, if it draws any. `stream`: of which numbers, this rank's own for None."""
         if self.program.is_random(shard.variant):
-            seed = command_seed(model_seed=self._seed, command=command, rank=self._rank, given=given)
+            rank = self._rank if stream is None else stream
+            seed = command_seed(model_seed=self._seed, command=command, rank=rank, given=given)
             seed_generators(seed, self._device)
 
     def forward(self, shard: Shard) -> Tensor:
@@ -93,16 +94,40 @@ class Replica(nn.Module):
         with self._precise(), self._over_ranks(shard):
             return self.program(shard.variant, *shard.inputs)
 
+    def repeatable(self, shard: Shard, seed: int | None) -> Callable[[Sequence[Any]], list[Any]]:
+        """The shard's variant as a function of input leaves that draws the same random numbers each time."""
+
+        def outputs(leaves: Sequence[Any]) -> list[Any]:
+            self.seed(shard, 0, seed)
+            return self.program(shard.variant, *leaves)
+
+        return outputs
+
     def outputs_and_loss(self, shard: Shard) -> tuple[list[Any], LocalLoss]:
         """The outputs, and the rank's part of the loss. In a split batch, every rank at the same time."""
-        assert self._loss is not None, "checked before"
-        groups = self._groups_of(shard)
         # One region, as in a training loop: what autocast has cast of a weight serves forward and loss alike.
         with self._precise():
             outputs = self.outputs(shard)
+            return outputs, self.loss(shard, outputs, self.scale)
+
+    def loss(self, shard: Shard, outputs: Sequence[Any], scale: float = 1.0) -> LocalLoss:
+        """The rank's part of the loss, `scale` times what is differentiated. In a split batch, all ranks together."""
+        assert self._loss is not None, "checked before"
+        groups = self._groups_of(shard)
+        with self._precise():
             if groups is None:
-                return outputs, self._loss.of_whole(shard.variant, outputs, shard.targets, self.scale)
-            return outputs, self._loss.of_shard(shard, outputs, shard.targets, groups, self.scale)
+                return self._loss.of_whole(shard.variant, outputs, shard.targets, scale)
+            return self._loss.of_shard(shard, outputs, shard.targets, groups, scale)
+
+    def adds_up(self, shard: Shard, outputs: Sequence[Any]) -> bool:
+        """Whether the ranks' parts of the loss add up to the whole one, not only their gradients."""
+        assert self._loss is not None, "checked before"
+        return self._groups_of(shard) is None or self._loss.is_sum(shard.variant, outputs, shard.targets)
+
+    def check_targets(self, shard: Shard, outputs: Sequence[Any]) -> None:
+        """Refuse targets that have no place in outputs such as these, which may be of other rows."""
+        assert self._loss is not None, "checked before"
+        self._loss.check(outputs, shard.targets)
 
     def row_by_row(self) -> AbstractContextManager[None]:
         """Inside, batch norm normalises with fixed statistics: no row reaches another through it."""

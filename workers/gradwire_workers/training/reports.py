@@ -39,8 +39,9 @@ class StepReport:
 class GradientReport:
     """Gradients over the whole batch.
 
-    gradients: rank 0's alone hold anything. input_gradients: of this rank's rows (of leaves without rows: of all),
-    None for leaves that have none. outputs: of this rank's rows. Both None where not asked for, and on idle ranks.
+    gradients: rank 0's alone hold anything, or, of each example, those of this rank's rows. input_gradients: of this
+    rank's rows (of leaves without rows: of all), None for leaves that have none. outputs: of this rank's rows. Both
+    None where not asked for, and on idle ranks.
     """
 
     loss: float
@@ -85,5 +86,15 @@ class BackwardReport:
 
     input_gradients: list[Tensor | None] | None
     step: int
+    rows: int
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivativeReport:
+    """A function's outputs, and the tensors of its derivative."""
+
+    outputs: list[Any]
+    derivatives: list[Tensor]
     rows: int
     seconds: Seconds

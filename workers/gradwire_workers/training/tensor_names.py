@@ -71,20 +71,22 @@ def _once_each(names: Sequence[str], known: Mapping[str, Tensor]) -> list[str]:
     return list(first.values())
 
 
-def check_gradients(gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+def check_gradients(
+    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, field: str = "gradients"
+) -> dict[nn.Parameter, Tensor]:
     """A client's gradients by parameter. InvalidArgument at gradients["x"]: each names a parameter, and is like it."""
     checked: dict[nn.Parameter, Tensor] = {}
     for name, gradient in gradients.items():
-        field, parameter = f'gradients["{name}"]', parameters.get(name)
+        path, parameter = f'{field}["{name}"]', parameters.get(name)
         if not isinstance(parameter, nn.Parameter):
-            raise InvalidArgument("the model has no such parameter", field=field, reason="NO_MATCH")
+            raise InvalidArgument("the model has no such parameter", field=path, reason="NO_MATCH")
         if not parameter.requires_grad:
-            raise InvalidArgument("the parameter does not require a gradient", field=field, reason="PARAMETER_FROZEN")
+            raise InvalidArgument("the parameter does not require a gradient", field=path, reason="PARAMETER_FROZEN")
         if parameter in checked:
             raise InvalidArgument(
-                "the parameter has a gradient already, under another name", field=field, reason="GRADIENT_GIVEN_TWICE"
+                "the parameter has one already, under another name", field=path, reason="GRADIENT_GIVEN_TWICE"
             )
-        _check_like(gradient, parameter, field, same_type=True)
+        _check_like(gradient, parameter, path, same_type=True)
         checked[parameter] = gradient.to(parameter.device)
     return checked
 
