@@ -40,6 +40,7 @@ class ModelDescription:
             variants=tuple(map(_without_graphs, spec.program.variants)),
             clip_grad_norm=spec.clip_grad_norm,
             clip_grad_value=spec.clip_grad_value,
+            loss_reduction=spec.loss_reduction,
         )
 
     @property
@@ -112,4 +113,4 @@ def _count_parameters(tensors: Sequence[StateTensor]) -> int:
 
 
 def _without_graphs(variant: Variant) -> Variant:
-    return replace(variant, graph=None, loss_graph=None)
+    return replace(variant, graph=None, loss_graph=None, weight_graph=None)

@@ -57,5 +57,6 @@ TENSOR_ROLES = EnumWords(program_pb2.TensorRole, "TENSOR_ROLE", ["parameter", "b
 MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting"])
 SHARDING_MODES = EnumWords(model_pb2.ShardingMode, "SHARDING_MODE", ["rows", "whole"])
 ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified="report")
+LOSS_REDUCTIONS = EnumWords(model_pb2.LossReduction, "LOSS_REDUCTION", ["mean", "sum"])
 DEVICES = EnumWords(model_pb2.Device, "DEVICE", ["cpu", "cuda"], unspecified="auto")
 COMMAND_STATES = EnumWords(model_pb2.CommandState, "COMMAND_STATE", ["running", "applied", "not_applied"])

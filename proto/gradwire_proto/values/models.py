@@ -71,6 +71,7 @@ class ModelSpec:
     """What a client asks for. `device`: "auto", "cpu" or "cuda"; `on_nan`: "report" or "refuse".
 
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
+    `loss_reduction`: what the loss of a batch is of its rows' losses, "mean" or "sum"; None where that is not said.
     """
 
     program: Program
@@ -85,6 +86,7 @@ class ModelSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    loss_reduction: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class ModelInfo:
     rank_rows: tuple[int, ...] = ()
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    loss_reduction: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
