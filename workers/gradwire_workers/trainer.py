@@ -16,6 +16,7 @@ from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec, StateTensor, Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs.build import add_variant
+from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.shard import Shard
 from gradwire_workers.training import tensor_names
 from gradwire_workers.training.agreement import Agreement
@@ -27,7 +28,7 @@ from gradwire_workers.training.line_search import search
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.reports import ForwardReport, GradientReport, StepReport
-from gradwire_workers.training.row_check import why_rows_depend
+from gradwire_workers.training.splitting import find_split
 from gradwire_workers.training.updater import Update, Updater, make_updater
 
 
@@ -96,14 +97,15 @@ class Trainer:
         """Add a graph for other shapes, with the constants that only it uses."""
         add_variant(self._program, variant, tuple(tensors), values, operators, limits=self._limits)
 
-    def check_rows(self, variant_name: str, inputs: Sequence[Any]) -> str | None:
-        """Why the variant's batches must not be split over the ranks, in words; None where they may be.
+    def check_rows(self, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any] = ()) -> RowsReport:
+        """Whether the variant's batches may be split over the ranks; from here on its loss is combined accordingly.
 
-        `inputs`: an example's leaves, the same on every rank. All ranks call it together and get the same answer.
+        `inputs`, `targets`: an example's leaves, the same on every rank. All ranks call it together and get the same
+        answer.
         """
         assert self._groups is not None, "a single rank splits nothing"
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
-            return why_rows_depend(self._replica, variant_name, inputs)
+            return find_split(self._replica, variant_name, inputs, targets)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -199,8 +201,9 @@ class Trainer:
         """The outputs of this rank's rows. With `training`, buffers move, on all ranks alike."""
         clock = Clock(self._groups)
         # Where there are no collectives, a rank that fails need not tell the others. Batch norm over the batch's own
-        # statistics has some, whatever the mode.
-        groups = self._groups if training or self._program.has_batch_norm(shard.variant) else None
+        # statistics has some, whatever the mode, and so has a loss among the outputs.
+        talks = self._program.has_batch_norm(shard.variant) or self._replica.combines_outputs(shard.variant)
+        groups = self._groups if training or talks else None
         with Attempt(groups, self._program.mutated_buffers(shard.variant), changes=training):
             shard = self._replica.localise(shard)
             outputs = self._passes.forward(shard, command, seed)

@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from gradwire_proto.batch_check import check_batch, flatten, select_variant
+from gradwire_proto.batch_check import select_variant
 from gradwire_proto.codec import encode_variant
-from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, RankLost
+from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.values import (
     Batch,
     ForwardResult,
@@ -25,7 +25,6 @@ from gradwire_proto.values import (
     StateTensor,
     StepResult,
     TensorData,
-    TensorSpec,
     Value,
     Variant,
     leaves,
@@ -33,9 +32,11 @@ from gradwire_proto.values import (
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.ranks import Answers, Ranks
+from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
+from gradwire_workers.variant_splits import VariantSplits, loss_weight_is_wrong, varies
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ _ROWS = Sharding("rows", "rows are independent: each rank computes its share of 
 class WorkerGroup:
     """See the module. Made by `Cluster.start_group`; calls must not overlap, and must not be cancelled halfway.
 
+    loss_is_given: the client said what the loss is over the rows, which is to be tried.
     A call that is cancelled while it runs loses the group: nobody knows what its ranks did.
     """
 
@@ -57,6 +59,7 @@ class WorkerGroup:
         device: str,
         writer: SegmentWriter,
         require_sharding: bool,
+        loss_is_given: bool = False,
         release: Callable[[bool], Awaitable[None]],
     ) -> None:
         self.device = device
@@ -64,8 +67,10 @@ class WorkerGroup:
         self._ranks = ranks
         self._variants = list(variants)
         self._whole: dict[str, bool] = {}
+        self._inputs_whole: dict[str, bool] = {}
         self._writer = writer
         self._require_sharding = require_sharding
+        self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
         self._release = release
         self._closed = False
 
@@ -103,45 +108,25 @@ class WorkerGroup:
         InvalidArgument without an example (EXAMPLE_NEEDED), or where it does not fit; FailedPrecondition
         (ROWS_NOT_INDEPENDENT) where sharding is required and impossible.
         """
-        inputs = [self._example_inputs(variant, example) for variant in self._variants]
+        leaves_of = [self._splits.example_leaves(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
-        for variant, inputs_of in zip(self._variants, inputs, strict=True):
-            reason = await self._why_whole(variant, inputs_of)
-            self._whole[variant.name] = reason is not None
-            if reason is None or variant is not decisive:
+        for index, (variant, tried) in enumerate(zip(self._variants, leaves_of, strict=True)):
+            found = await self._splits.find(variant, tried)
+            if found.wrong is not None:
+                raise loss_weight_is_wrong(variant, index, found.wrong)
+            self._settle(variant, found)
+            if variant is not decisive:
                 continue
-            if self._require_sharding:
+            if found.reason is not None and self._require_sharding:
                 raise FailedPrecondition(
-                    f"batches cannot be split over {self.workers} ranks: {reason}",
+                    f"batches cannot be split over {self.workers} ranks: {found.reason}",
                     reason="ROWS_NOT_INDEPENDENT",
                     field="model.require_sharding",
                 )
-            self.sharding = Sharding("whole", reason)
-
-    def _example_inputs(self, variant: Variant, example: Batch | None) -> tuple[Any, ...] | None:
-        """The leaves with which to check the variant's rows; None where there is nothing to check."""
-        if not _has_rows(variant):
-            return None
-        if example is not None:
-            check_batch(variant, example, targets=False, field="example")
-            return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
-        if self.workers == 1:
-            return None
-        raise InvalidArgument(
-            f"{self.workers} ranks need an example to find out whether rows are independent",
-            field="example",
-            reason="EXAMPLE_NEEDED",
-        )
-
-    async def _why_whole(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
-        """Why the variant's batches must not be split, in words; None where they may."""
-        if self.workers == 1:
-            return None
-        if inputs is None:
-            return None if _has_rows(variant) else "the program was exported for one batch size"
-        fields = {"variant": variant.name, "inputs": inputs}
-        answers = await self._ranks.call("check_rows", [fields] * self.workers, changes=False)
-        return answers.fields[0]["reason"]
+            if found.reason is not None:
+                self.sharding = Sharding("whole", found.reason)
+            elif found.loss is not None:
+                self.sharding = Sharding("rows", f"{_ROWS.reason}; the loss is {found.loss}")
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
@@ -165,7 +150,9 @@ class WorkerGroup:
 
     async def compute_gradients(self, batch: Batch, query: GradientQuery, *, command: int = 0) -> GradientResult:
         """Loss, gradients and outputs. Changes nothing. The receiver owns the segments that the result names."""
-        variant, shards, rows = self._choose(batch, training=query.training, targets=True)
+        variant, shards, rows = self._choose(
+            batch, training=query.training, targets=True, of_inputs=query.input_gradients
+        )
         extra = {"query": asdict(query), "command": command}
         answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
         return await gradient_result(answers, variant, shards, rows, self._writer)
@@ -214,7 +201,7 @@ class WorkerGroup:
         `example` must fit it; it is needed where there are several ranks and the variant has rows. Should the program
         fail on it, the variant is there all the same, and its batches are not split.
         """
-        inputs = self._example_inputs(variant, example)
+        tried = self._splits.example_leaves(variant, example)
         fields = {
             "variant": encode_variant(variant).SerializeToString(),
             "tensors": [asdict(tensor) for tensor in tensors],
@@ -226,23 +213,29 @@ class WorkerGroup:
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._whole[variant.name] = True
         try:
-            reason = await self._why_whole(variant, inputs)
+            found = await self._splits.find(variant, tried)
         except GradwireError as error:
             if self.rank_lost is not None:
                 raise
-            reason = f"the example could not be computed: {error}"
-        if reason is not None:
-            logger.info("batches of the variant %s are not split: %s", variant.name, reason)
-        self._whole[variant.name] = reason is not None
+            found = RowsReport(reason=f"the example could not be computed: {error}")
+        if found.reason is not None:
+            logger.info("batches of the variant %s are not split: %s", variant.name, found.reason)
+        self._settle(variant, found)
 
     def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
         _, shards, rows = self._choose(batch, training=training, targets=True)
         return shards, rows
 
-    def _choose(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, list[Shard], int]:
+    def _settle(self, variant: Variant, found: RowsReport) -> None:
+        self._whole[variant.name] = found.reason is not None
+        self._inputs_whole[variant.name] = found.inputs_whole
+
+    def _choose(
+        self, batch: Batch, *, training: bool, targets: bool, of_inputs: bool = False
+    ) -> tuple[Variant, list[Shard], int]:
         variant, rows = select_variant(self._variants, batch, training=training, targets=targets)
-        rows = rows if _has_rows(variant) else examples_in(batch)
-        whole = self._whole.get(variant.name, False)
+        rows = rows if varies(variant) else examples_in(batch)
+        whole = self._whole.get(variant.name, False) or (of_inputs and self._inputs_whole.get(variant.name, False))
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
 
     async def _call_shards(
@@ -250,10 +243,6 @@ class WorkerGroup:
     ) -> Answers:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
         return await self._ranks.call(kind, fields, changes=changes)
-
-
-def _has_rows(variant: Variant) -> bool:
-    return any(isinstance(leaf, TensorSpec) and leaf.has_rows for leaf in variant.input_leaves)
 
 
 def examples_in(batch: Batch) -> int:

@@ -40,7 +40,9 @@ def read_gradients(
     dtype = None if query.gradient_dtype is None else torch_dtype(query.gradient_dtype)
     _refuse_to_drop_imaginary_parts(dtype, [*parameters.values(), *inputs.values()])
     shard = replace(shard, inputs=tuple(leaves))
-    done = passes.local(shard, [*parameters.values(), *inputs.values()], command, seed=query.seed)
+    done = passes.local(
+        shard, [*parameters.values(), *inputs.values()], command, seed=query.seed, with_outputs=query.outputs
+    )
     of_parameters = dict(zip(parameters, done.gradients[: len(parameters)], strict=True))
     of_inputs = dict(zip(inputs, done.gradients[len(parameters) :], strict=True))
     groups, specs = passes.groups, passes.variant(shard).input_leaves
@@ -63,7 +65,7 @@ def read_gradients(
         value=done.value,
         gradients={name: _as(gradient, dtype) for name, gradient in of_parameters.items() if gradient is not None},
         input_gradients=input_gradients,
-        outputs=done.outputs if query.outputs else None,
+        outputs=done.outputs,
     )
 
 

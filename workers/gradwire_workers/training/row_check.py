@@ -23,6 +23,7 @@ from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.trial_leaves import random_like, repeated
 
 _REASONS = (
     None,
@@ -40,20 +41,20 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     """None if a batch that is split over the ranks gives what the whole batch gives; otherwise why not, in words.
 
     Runs the variant on the example's leaves and on random ones like them, whole and split over all ranks, random
-    operators off, and compares outputs, gradients and changed buffers. Then follows a row through it and back. Every
-    rank calls it and gets the same answer.
+    operators off, and compares outputs (but for a loss among them), gradients and changed buffers. Then follows a row
+    through it and back. Every rank calls it and gets the same answer.
     """
     groups = replica.groups
     assert groups is not None
     variant = replica.program.variant(variant_name)
     # Uneven parts of several rows: what depends on the number of rows must not be hidden.
     least = max(least_rows(variant), 2)
-    rows = _rows_to_try(variant, least * groups.size + 1)
+    rows = rows_to_try(variant, least * groups.size + 1)
     if smallest_share(rows, groups.size) < least_rows(variant):
         return _REASONS[_TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
     with replica.program.without_randomness():
-        for change in (_repeated, _random):
+        for change in (repeated, random_like):
             leaves = [
                 change(leaf, rows) if has_rows(spec) else leaf
                 for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
@@ -142,7 +143,8 @@ def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any])
     if rows is None:
         return 0
     leaves = [
-        _random(leaf, rows) if has_rows(spec) else leaf for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
+        random_like(leaf, rows) if has_rows(spec) else leaf
+        for leaf, spec in zip(inputs, variant.input_leaves, strict=True)
     ]
     shard = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
     with replica.row_by_row():
@@ -163,7 +165,8 @@ def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked:
     whole_numbers = [leaf for leaf, has in zip(inputs, with_rows, strict=True) if has and not has_rounding(leaf)]
     before = Snapshot(replica.program.mutated_buffers(shard.variant))
     try:
-        outputs, spread = marked.follow(lambda: replica.outputs(replace(shard, inputs=tuple(inputs))), whole_numbers)
+        marked_shard = replace(shard, inputs=tuple(inputs))
+        outputs, spread = marked.follow(lambda: replica.row_outputs(replica.outputs(marked_shard)), whole_numbers)
     finally:
         before.restore()
     tensors = [output for output in outputs if isinstance(output, Tensor)]
@@ -187,7 +190,7 @@ def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tens
     inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
     mutated = replica.program.mutated_buffers(shard.variant)
     before = Snapshot(mutated)
-    outputs = replica.outputs(replace(shard, inputs=tuple(inputs)))
+    outputs = replica.row_outputs(replica.outputs(replace(shard, inputs=tuple(inputs))))
     tensors = [output for output in outputs if isinstance(output, Tensor)]
     buffers = [buffer.detach().clone() for buffer in mutated]
     trainable = _trainable(replica)
@@ -227,27 +230,13 @@ def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _rows_to_try(variant: Variant, rows: int) -> int:
+def rows_to_try(variant: Variant, rows: int) -> int:
+    """So many rows, or as near to them as the variant takes."""
     for symbol in variant.symbols:
         if symbol.name == ROWS:
             rows = max(rows, symbol.min)
             return rows if symbol.max is None else min(rows, symbol.max)
     return rows
-
-
-def _repeated(leaf: Tensor, rows: int) -> Tensor:
-    return leaf[torch.arange(rows, device=leaf.device) % leaf.shape[0]]
-
-
-def _random(leaf: Tensor, rows: int) -> Tensor:
-    """Random rows like the leaf's. Whole numbers stay ones that the leaf has in that place: they may be indices."""
-    generator = torch.Generator().manual_seed(leaf.dim())
-    if has_rounding(leaf):
-        spread = leaf.std() if leaf.numel() > 1 else torch.ones(())
-        noise = torch.randn((rows, *leaf.shape[1:]), generator=generator, dtype=torch.float64)
-        return leaf.mean() + (spread.nan_to_num() + 0.1) * noise.to(leaf.device, leaf.dtype)
-    choice = torch.randint(leaf.shape[0], (rows, *leaf.shape[1:]), generator=generator)
-    return leaf.gather(0, choice.to(leaf.device))
 
 
 def _weights_of_rows(index: int, output: Tensor) -> Tensor:
