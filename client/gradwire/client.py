@@ -22,7 +22,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import ModelInfo, ServerInfo
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 DEFAULT_TARGET = "localhost:50051"
 
@@ -92,6 +92,8 @@ class Client:
         labels: Mapping[str, str] | None = None,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        loss_reduction: str | None = None,
+        loss_weight: Callable[..., Tensor] | None = None,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -112,6 +114,12 @@ class Client:
         clip_grad_norm, clip_grad_value: before each update, scale the whole batch's gradients so that the norm of all
             together is this at most, then cut each element to this size, as torch.nn.utils.clip_grad_norm_ and
             clip_grad_value_ do; also gradients of the client's own. StepResult.grad_norm is the norm before.
+        loss_reduction: "mean" or "sum", where a batch's loss is the mean or the sum of its rows' losses. Each rank then
+            computes the loss of its own rows, where otherwise it gathers all outputs for a loss that is a callable.
+        loss_weight: a callable(inputs), or callable(inputs, targets) where there are targets, that gives what rows
+            weigh in the loss as a scalar tensor, such as how many targets count, for a loss that is a mean over that.
+            This and loss_reduction are tried on batches like the example; where they do not hold, InvalidArgument. The
+            loss that a module returns is tried anyway for sums, and for means over rows and over targets that count.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -133,6 +141,8 @@ class Client:
             labels=labels,
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
+            loss_reduction=loss_reduction,
+            loss_weight=loss_weight,
         )
         self._models.add(model)
         return model

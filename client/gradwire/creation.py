@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradwire.arguments import as_bool, as_int, as_mapping, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ExportedModel, ModuleExporter
+from gradwire.exporting.weight_export import LossWeight
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
@@ -42,6 +43,8 @@ def create_model(
     labels: Mapping[str, str] | None,
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
+    loss_reduction: str | None,
+    loss_weight: LossWeight | None,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -56,14 +59,21 @@ def create_model(
         "on_nan": as_text(on_nan, "model.on_nan"),
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": _labels(labels),
+        "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
         if bound is not None:
             check_positive(bound, field=f"model.{name}", words=f"{name} value")
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
-    exporter = ModuleExporter(module, loss)
+    if loss_reduction is not None and loss_weight is not None:
+        message = "give loss_reduction or loss_weight: both say what rows weigh in the loss"
+        raise InvalidArgument(message, field="model.loss_reduction", reason="WEIGHTS_TWICE")
+    exporter = ModuleExporter(module, loss, loss_weight)
     exported = exporter.export_model(inputs, targets)
+    if exported.loss is None and loss_weight is not None:
+        message = "there is no loss for the rows to weigh in: give one, or let the module return it"
+        raise InvalidArgument(message, field="loss_weight", reason="NO_LOSS")
     spec = ModelSpec(
         program=exported.program,
         loss=exported.loss,
