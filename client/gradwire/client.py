@@ -23,7 +23,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import ModelInfo, ServerInfo
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 DEFAULT_TARGET = "localhost:50051"
 
@@ -94,6 +94,8 @@ class Client(FunctionTransforms):
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         precision: str = "fp32",
+        loss_reduction: str | None = None,
+        loss_weight: Callable[..., Tensor] | None = None,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -122,6 +124,12 @@ class Client(FunctionTransforms):
             With "fp16" the loss is scaled by the rule of torch.amp.GradScaler: a step whose gradients overflowed is
             skipped (StepResult.skipped, with step counter and schedule where they were) and the scale halved, whatever
             on_nan says. Gradients come back unscaled, and are clipped unscaled; the client's own are taken as they are.
+        loss_reduction: "mean" or "sum", where a batch's loss is the mean or the sum of its rows' losses. Each rank then
+            computes the loss of its own rows, where otherwise it gathers all outputs for a loss that is a callable.
+        loss_weight: a callable(inputs), or callable(inputs, targets) where there are targets, that gives what rows
+            weigh in the loss as a scalar tensor, such as how many targets count, for a loss that is a mean over that.
+            This and loss_reduction are tried on batches like the example; where they do not hold, InvalidArgument. The
+            loss that a module returns is tried anyway for sums, and for means over rows and over targets that count.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -144,6 +152,8 @@ class Client(FunctionTransforms):
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
             precision=precision,
+            loss_reduction=loss_reduction,
+            loss_weight=loss_weight,
         )
         self._models.add(model)
         return model

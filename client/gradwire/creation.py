@@ -12,6 +12,7 @@ from gradwire.arguments import as_bool, as_int, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
+from gradwire.exporting.weight_export import LossWeight
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
@@ -48,6 +49,8 @@ def create_model(
     clip_grad_norm: float | None,
     clip_grad_value: float | None,
     precision: str,
+    loss_reduction: str | None,
+    loss_weight: LossWeight | None,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -61,6 +64,7 @@ def create_model(
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": {} if labels is None else as_labels(labels, "model.labels"),
         "precision": check_precision(as_text(precision, "model.precision"), "model.precision"),
+        "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
         if bound is not None:
@@ -68,13 +72,22 @@ def create_model(
     chosen_id = f"model-{uuid.uuid4().hex[:12]}" if model_id is None else check_model_id(model_id)
     inputs, targets = _inputs_and_targets(example)
     settings |= {"optimizer": optimizer_spec, "clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
+    if loss_reduction is not None and loss_weight is not None:
+        message = "give loss_reduction or loss_weight: both say what rows weigh in the loss"
+        raise InvalidArgument(message, field="model.loss_reduction", reason="WEIGHTS_TWICE")
     if isinstance(module, Architecture):
+        if loss_weight is not None:
+            message = "an architecture is not at hand to export the weight with: give loss_reduction, or neither"
+            raise InvalidArgument(message, field="loss_weight", reason="LOSS_NOT_BY_NAME")
         spec = ModelSpec(program=module.spec(), loss=_loss_by_name(loss, targets), **settings)
         batch = Batch(normalize(inputs, "example.inputs"), normalize(targets, "example.targets"))
         # Always with the example: a batch that the module does not take is refused at once.
         return Model(rpc, codec.decode_model_info(_send(rpc, _request(rpc, spec, {}, batch, chosen_id))))
-    exporter = ModuleExporter(module, loss, settings["precision"])
+    exporter = ModuleExporter(module, loss, settings["precision"], loss_weight)
     exported = exporter.export_model(inputs, targets)
+    if exported.loss is None and loss_weight is not None:
+        message = "there is no loss for the rows to weigh in: give one, or let the module return it"
+        raise InvalidArgument(message, field="loss_weight", reason="NO_LOSS")
     spec = ModelSpec(program=exported.program, loss=exported.loss, **settings)
     # One rank has nothing to split, so that nothing needs to be checked.
     batch = exported.example if spec.workers > 1 else None

@@ -22,6 +22,7 @@ from gradwire.exporting.module_state import ModuleState, describe_state
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.read_values import ReadValues
 from gradwire.exporting.variant_export import Finished, VariantExport
+from gradwire.exporting.weight_export import LossWeight
 from gradwire_proto.errors import ExportError, InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant
 
@@ -62,18 +63,28 @@ class ModuleExporter:
     """Exports one module with one loss, for the batches that it will see.
 
     loss: a loss of torch.nn, its name, any callable(outputs, targets) -> scalar, or None. precision: "fp32", "bf16" or
-    "fp16": under whose autocast the graphs are traced and checked, and must run. Errors: InvalidArgument for a
-    loss that is none; later ExportError, with `reason` and, where there is one, the parameter in `field`.
+    "fp16": under whose autocast the graphs are traced and checked, and must run. loss_weight: what the rows of a batch
+    weigh in the loss, a function of the batch. Errors: InvalidArgument for a loss that is none; later ExportError, with
+    `reason` and, where there is one, the parameter in `field`.
     """
 
-    def __init__(self, module: nn.Module, loss: Any = None, precision: str = "fp32") -> None:
+    def __init__(
+        self, module: nn.Module, loss: Any = None, precision: str = "fp32", loss_weight: LossWeight | None = None
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise InvalidArgument(
                 f"expected an nn.Module, got a {type(module).__qualname__}", field="module", reason="MODULE_INVALID"
             )
         self._module = module
+        if loss_weight is not None and not callable(loss_weight):
+            raise InvalidArgument(
+                f"expected a callable(inputs) or callable(inputs, targets), got a {type(loss_weight).__qualname__}",
+                field="loss_weight",
+                reason="LOSS_WEIGHT_INVALID",
+            )
         self._loss = as_loss(loss)
         self._precision = precision
+        self._loss_weight = loss_weight
         self._constants: dict[str, Tensor] = {}
         self._takes_targets = True
         self._signatures: list[tuple[nn.Module, Signature]] = []
@@ -96,6 +107,7 @@ class ModuleExporter:
         with EXPORT_LOCK:
             state = self._state()
             values = ReadValues(self._modules(), self._loss.function if self._loss is not None else None)
+            of_weight = ReadValues((), self._loss_weight)
             train, read = self._finish(example, state, training=True, name="train")
             self._constants |= train.constants
             evaluation = None
@@ -108,7 +120,8 @@ class ModuleExporter:
             self._may_train = train.may_train & evaluation.may_train
             self._signatures = [(module, Signature(module, left)) for module in self._modules()]
             values.settle(left)
-            self._read_values = [values]
+            of_weight.settle()
+            self._read_values = [values, of_weight]
         return self._assemble(state, train, evaluation)
 
     def export_variant(self, inputs: Any, targets: Any = None, *, training: bool, name: str) -> ExportedVariant:
@@ -179,6 +192,7 @@ class ModuleExporter:
                 constants=self._constants,
                 snapshot=Snapshot(module=self._module, loss=self._loss_module),
                 precision=self._precision,
+                loss_weight=self._loss_weight,
             )
             if doubtful:
                 export.run_module(example)

@@ -111,4 +111,4 @@ class Variants:
 
 def without_graph(variant: Variant) -> Variant:
     """`variant` as a description: what is needed to tell whether a batch fits."""
-    return replace(variant, graph=None, loss_graph=None)
+    return replace(variant, graph=None, loss_graph=None, weight_graph=None)

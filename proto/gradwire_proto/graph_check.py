@@ -102,20 +102,17 @@ def check_variant(
     _check_structure(variant.output_structure, len(variant.graph.outputs), f"{field}.output_structure")
     _check_graph_inputs(variant, variant.graph, variant.graph_inputs, {"input"}, names, f"{field}.graph_inputs")
     count = GraphCheck(operators, limits).check(variant.graph, f"{field}.graph")
-    if variant.loss_graph is not None:
-        _check_graph_inputs(
-            variant,
-            variant.loss_graph,
-            variant.loss_graph_inputs,
-            {"output", "target"},
-            names,
-            f"{field}.loss_graph_inputs",
-        )
-        if len(variant.loss_graph.outputs) != 1:
-            raise malformed(f"{field}.loss_graph.outputs", f"expected 1, got {len(variant.loss_graph.outputs)}")
-        GraphCheck(operators, limits, count).check(variant.loss_graph, f"{field}.loss_graph")
-    elif variant.loss_graph_inputs:
-        raise malformed(f"{field}.loss_graph_inputs", "there is no loss graph")
+    for name, kinds in (("loss_graph", {"output", "target"}), ("weight_graph", {"input", "target"})):
+        graph: Graph | None = getattr(variant, name)
+        inputs: tuple[GraphInput, ...] = getattr(variant, f"{name}_inputs")
+        if graph is None:
+            if inputs:
+                raise malformed(f"{field}.{name}_inputs", f"there is no {name}")
+            continue
+        _check_graph_inputs(variant, graph, inputs, kinds, names, f"{field}.{name}_inputs")
+        if len(graph.outputs) != 1:
+            raise malformed(f"{field}.{name}.outputs", f"expected 1, got {len(graph.outputs)}")
+        count = GraphCheck(operators, limits, count).check(graph, f"{field}.{name}")
 
 
 def _check_symbols(variant: Variant, field: str) -> None:

@@ -52,6 +52,7 @@ class ModelDescription:
             clip_grad_value=spec.clip_grad_value,
             precision=spec.precision,
             architecture=spec.program.name if isinstance(spec.program, ArchitectureSpec) else None,
+            loss_reduction=spec.loss_reduction,
         )
 
     @property
@@ -154,4 +155,4 @@ def _count_parameters(tensors: Sequence[StateTensor]) -> int:
 
 
 def _without_graphs(variant: Variant) -> Variant:
-    return replace(variant, graph=None, loss_graph=None)
+    return replace(variant, graph=None, loss_graph=None, weight_graph=None)

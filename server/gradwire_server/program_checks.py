@@ -33,8 +33,12 @@ def check_model(spec: ModelSpec, values: NamedTensors, limits: Limits) -> None:
     else:
         check_program(spec.program, limits=limits, field="model.program.graphs")
         check_values(spec.program.tensors, values, "tensors")
+        for index, variant in enumerate(spec.program.variants):
+            _check_weights(variant, spec.loss, spec.loss_reduction, f"model.program.graphs.variants[{index}]")
     _check_options(spec.loss, "model.loss.torch.options")
     _check_options(spec.optimizer, "model.optimizer.options")
+    if spec.loss_reduction is not None and spec.loss is None:
+        raise InvalidArgument("there is no loss to reduce", field="model.loss_reduction", reason="NO_LOSS")
 
 
 def _check_architecture(spec: ModelSpec, values: NamedTensors) -> None:
@@ -46,6 +50,9 @@ def _check_architecture(spec: ModelSpec, values: NamedTensors) -> None:
             field="model.loss.graph",
             reason="LOSS_DOES_NOT_FIT",
         )
+    if spec.loss_reduction is not None:
+        message = "the losses that an architecture can have are known: leave it out"
+        raise InvalidArgument(message, field="model.loss_reduction", reason="LOSS_DOES_NOT_FIT")
 
 
 def check_function(function: FunctionSpec, limits: Limits) -> None:
@@ -75,6 +82,7 @@ def check_new_variant(
     check_tensors(together, limits=limits, field="tensors")
     check_values(tensors, values, "values")
     check_variant(variant, together, {**known_operators, **operators}, limits=limits, field="variant")
+    _check_weights(variant, model.loss, model.loss_reduction, "variant")
 
 
 def check_variant_fits(model: ModelInfo, variant: Variant, limits: Limits) -> None:
@@ -117,6 +125,19 @@ def check_values(tensors: Iterable[StateTensor], values: NamedTensors, field: st
         if name not in own:
             path = f'{field}["{name}"]'
             raise InvalidArgument("the program has no such tensor of its own", field=path, reason="VALUE_UNKNOWN")
+
+
+def _check_weights(variant: Variant, loss: LossSpec | None, reduction: str | None, field: str) -> None:
+    """Check that somebody would look at the variant's weight graph, if it has one."""
+    if variant.weight_graph is None:
+        return
+    if loss is None:
+        message, reason = "there is no loss for the rows to weigh in", "NO_LOSS"
+    elif reduction is not None:
+        message, reason = f"rows cannot weigh in a {reduction} of rows as well: give one of them", "WEIGHTS_TWICE"
+    else:
+        return
+    raise InvalidArgument(message, field=f"{field}.weight_graph", reason=reason)
 
 
 def _check_options(spec: LossSpec | OptimizerSpec | None, field: str) -> None:

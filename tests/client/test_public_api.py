@@ -36,7 +36,7 @@ PARAMETERS = {
     "launch": "workers storage *timeout *start_timeout **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
-    " *precision",
+    " *precision *loss_reduction *loss_weight",
     "Client.get_model": "model_id",
     "Client.list_models": "",
     "Client.grad": "fn argnums has_aux",

@@ -226,6 +226,7 @@ def model_message(**fields: object) -> model_pb2.Model:
         ({"device": 9}, "ENUM_VALUE_UNKNOWN", "model.device"),
         ({"on_nan": 9}, "ENUM_VALUE_UNKNOWN", "model.on_nan"),
         ({"precision": 9}, "ENUM_VALUE_UNKNOWN", "model.precision"),
+        ({"loss_reduction": 9}, "ENUM_VALUE_UNKNOWN", "model.loss_reduction"),
         ({"gpus_per_worker": -1.0}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": float("nan")}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": 1.0, "device": model_pb2.DEVICE_CPU}, "GPUS_ON_CPU", "model.gpus_per_worker"),

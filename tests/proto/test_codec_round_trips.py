@@ -146,7 +146,13 @@ def variants(draw: st.DrawFn) -> values.Variant:
         loss_graph_inputs=tuple(draw(st.lists(GRAPH_INPUTS, max_size=2))),
         target_structure=targets,
         target_leaves=tuple(draw(LEAVES) for _ in range(target_count)),
+        weight_graph=draw(st.none() | graphs(0)),
+        weight_graph_inputs=tuple(draw(st.lists(GRAPH_INPUTS, max_size=2))),
     )
+
+
+def without_graphs(variant: values.Variant) -> values.Variant:
+    return replace(variant, graph=None, loss_graph=None, weight_graph=None)
 
 
 @st.composite
@@ -214,6 +220,7 @@ ARCHITECTURES = st.builds(
     config=st.dictionaries(NAMES, nested(CONSTANTS), max_size=3),
     weights=st.none() | st.sampled_from(["gpt2", "team/gpt2-1.0_b"]),
 )
+REDUCTIONS = st.sampled_from([None, "mean", "sum"])
 MODEL_SPECS = st.builds(
     values.ModelSpec,
     program=programs() | ARCHITECTURES,
@@ -229,6 +236,7 @@ MODEL_SPECS = st.builds(
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
     precision=PRECISIONS,
+    loss_reduction=REDUCTIONS,
 )
 MODEL_INFOS = st.builds(
     values.ModelInfo,
@@ -247,14 +255,13 @@ MODEL_INFOS = st.builds(
     seed=INT64,
     on_nan=st.sampled_from(["report", "refuse"]),
     tensors=st.lists(state_tensors(), max_size=2).map(tuple),
-    variants=st.lists(variants().map(lambda variant: replace(variant, graph=None, loss_graph=None)), max_size=2).map(
-        tuple
-    ),
+    variants=st.lists(variants().map(without_graphs), max_size=2).map(tuple),
     rank_rows=ROWS,
     clip_grad_norm=CLIPS,
     clip_grad_value=CLIPS,
     precision=PRECISIONS,
     architecture=st.none() | NAMES,
+    loss_reduction=REDUCTIONS,
 )
 STEP_RESULTS = st.builds(
     values.StepResult,

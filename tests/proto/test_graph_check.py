@@ -77,6 +77,9 @@ def test_a_sound_program_passes():
     check_program(
         with_variant(loss_graph=GRAPH, loss_graph_inputs=(GraphInput("output", 0), GraphInput("tensor", "w")))
     )
+    check_program(
+        with_variant(weight_graph=GRAPH, weight_graph_inputs=(GraphInput("input", 0), GraphInput("tensor", "w")))
+    )
 
 
 V, G = "program.variants[0]", "program.variants[0].graph"
@@ -120,6 +123,19 @@ V, G = "program.variants[0]", "program.variants[0].graph"
         (with_variant(symbols=(Symbol("rows", min=3, max=2),)), f"{V}.symbols[0]"),
         (with_variant(input_leaves=(TensorSpec("float8", ("rows", 3)),)), f"{V}.input_leaves[0].dtype"),
         (with_variant(loss_graph=GRAPH), f"{V}.loss_graph_inputs"),
+        (with_variant(weight_graph=GRAPH), f"{V}.weight_graph_inputs"),
+        (with_variant(weight_graph_inputs=(GraphInput("input", 0),)), f"{V}.weight_graph_inputs"),
+        (
+            with_variant(weight_graph=GRAPH, weight_graph_inputs=(GraphInput("output", 0), GraphInput("tensor", "w"))),
+            f"{V}.weight_graph_inputs[0]",
+        ),
+        (
+            with_variant(
+                weight_graph=replace(GRAPH, outputs=()),
+                weight_graph_inputs=(GraphInput("input", 0), GraphInput("tensor", "w")),
+            ),
+            f"{V}.weight_graph.outputs",
+        ),
         (region(False, SubgraphRef("other"), NodeRef("x")), f"{G}.nodes[0].arguments[1]"),
         (region(False, SubgraphRef("inner")), f"{G}.nodes[0].arguments"),
         (region(False), f"{G}.nodes[0]"),

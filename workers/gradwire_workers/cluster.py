@@ -170,6 +170,7 @@ class Cluster:
                 device=demand.device,
                 writer=self._writer,
                 require_sharding=spec.require_sharding,
+                loss_is_given=spec.loss_reduction is not None,
                 release=lease.release,
             )
             built = await self._load(ranks, lease, spec, demand, tensors)

@@ -185,7 +185,8 @@ class RankCommands:
         return {"variant": encode_variant(opened).SerializeToString()}
 
     def _check_rows(self, fields: Fields) -> Fields:
-        return {"reason": self._model.check_rows(fields["variant"], leaves_in(fields["inputs"]))}
+        inputs, targets = leaves_in(fields["inputs"]), leaves_in(fields["targets"])
+        return asdict(self._model.check_rows(fields["variant"], inputs, targets))
 
     def _train_step(self, fields: Fields) -> Fields:
         report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])

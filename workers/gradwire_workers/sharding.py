@@ -72,8 +72,8 @@ def combine_leaves(
 ) -> list[Any]:
     """The whole batch's leaves, from one list of leaves for each rank; an idle rank's is None.
 
-    specs: which leaves have rows; None for outputs, whose tensors all have them when a batch is split. A leaf without
-    rows is rank 0's.
+    specs: which leaves have rows; None for outputs, whose tensors all have them when a batch is split, but for a
+    loss. A leaf without rows is rank 0's.
     """
     first = parts[0]
     assert first is not None, "rank 0 is never idle"
@@ -82,7 +82,7 @@ def combine_leaves(
     combined = []
     for index, leaf in enumerate(first):
         is_split = specs is None or has_rows(specs[index])
-        if is_split and isinstance(leaf, TensorData):
+        if is_split and isinstance(leaf, TensorData) and leaf.shape:
             combined.append(combine_rows([part[index] for part in parts if part is not None]))
         else:
             combined.append(leaf)

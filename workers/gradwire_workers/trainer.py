@@ -30,6 +30,7 @@ from gradwire_workers.optimizers import check_learning_rate
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.programs.build import add_variant
+from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.shard import Shard
 from gradwire_workers.training import tensor_names
 from gradwire_workers.training.agreement import Agreement
@@ -51,7 +52,7 @@ from gradwire_workers.training.reports import (
     StepReport,
 )
 from gradwire_workers.training.retained_forwards import RetainedForwards
-from gradwire_workers.training.row_check import why_rows_depend
+from gradwire_workers.training.splitting import find_split
 from gradwire_workers.training.trainable import set_trained, trained_parameters
 from gradwire_workers.training.updater import Update, Updater
 from gradwire_workers.training.updater_making import make_updater, updater_after
@@ -140,14 +141,15 @@ class Trainer:
         with Attempt(None, (), changes=False):
             return self._program.open(variant, self._replica.moved(inputs))
 
-    def check_rows(self, variant_name: str, inputs: Sequence[Any]) -> str | None:
-        """Why the variant's batches must not be split over the ranks, in words; None where they may be.
+    def check_rows(self, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any] = ()) -> RowsReport:
+        """Whether the variant's batches may be split over the ranks; from here on its loss is combined accordingly.
 
-        `inputs`: an example's leaves, the same on every rank. All ranks call it together and get the same answer.
+        `inputs`, `targets`: an example's leaves, the same on every rank. All ranks call it together and get the same
+        answer.
         """
         assert self._groups is not None, "a single rank splits nothing"
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
-            return why_rows_depend(self._replica, variant_name, inputs)
+            return find_split(self._replica, variant_name, inputs, targets)
 
     def update(
         self,
@@ -371,8 +373,9 @@ class Trainer:
         """The outputs of this rank's rows. With `training`, buffers move, on all ranks alike."""
         clock = Clock(self._groups)
         # Where there are no collectives, a rank that fails need not tell the others. Batch norm over the batch's own
-        # statistics has some, whatever the mode.
-        groups = self._groups if training or self._program.has_batch_norm(shard.variant) else None
+        # statistics has some, whatever the mode, and so has a loss among the outputs.
+        talks = self._program.has_batch_norm(shard.variant) or self._replica.combines_outputs(shard.variant)
+        groups = self._groups if training or talks else None
         with Attempt(groups, self._program.mutated_buffers(shard.variant), changes=training):
             shard = self._replica.localise(shard)
             outputs = self._passes.forward(shard, command, seed)

@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from gradwire_proto.batch_check import check_batch, flatten, select_variant
+from gradwire_proto.batch_check import check_batch, select_variant
 from gradwire_proto.codec import encode_optimizer, encode_variant
-from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, RankLost
+from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.values import (
     Batch,
     ForwardResult,
@@ -26,7 +26,6 @@ from gradwire_proto.values import (
     StateTensor,
     StepResult,
     TensorData,
-    TensorSpec,
     Value,
     Variant,
     leaves,
@@ -36,9 +35,11 @@ from gradwire_workers.combining import forward_result, gradient_result, step_res
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
+from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import least_rows, split
+from gradwire_workers.variant_splits import ExampleLeaves, VariantSplits, example_needed, loss_weight_is_wrong, varies
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ _ROWS = Sharding("rows", "rows are independent: each rank computes its share of 
 class WorkerGroup:
     """See the module. Made by `Cluster.start_group`; calls must not overlap, and must not be cancelled halfway.
 
+    loss_is_given: the client said what the loss is over the rows, which is to be tried.
     A call that is cancelled while it runs loses the group: nobody knows what its ranks did.
     """
 
@@ -60,6 +62,7 @@ class WorkerGroup:
         device: str,
         writer: SegmentWriter,
         require_sharding: bool,
+        loss_is_given: bool = False,
         release: Callable[[bool], Awaitable[None]],
     ) -> None:
         self.device = device
@@ -71,8 +74,11 @@ class WorkerGroup:
         self._ranks = ranks
         self._variants = list(variants)
         self._whole: dict[str, bool] = {}
+        self._inputs_whole: dict[str, bool] = {}
+        self._returns_loss: dict[str, bool] = {}
         self._writer = writer
         self._require_sharding = require_sharding
+        self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
         self._release = release
         self._closed = False
         self.retained = RetainedGroup(ranks, writer, self._choose_forward, shard_fields)
@@ -125,51 +131,28 @@ class WorkerGroup:
                 # Variants are made of the batches that come.
                 return
             else:
-                raise self._example_needed()
-        inputs = [self._example_inputs(variant, example) for variant in self._variants]
+                raise example_needed(self.workers)
+        leaves_of = [self._splits.example_leaves(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
-        for variant, inputs_of in zip(self._variants, inputs, strict=True):
+        for index, (variant, tried) in enumerate(zip(self._variants, leaves_of, strict=True)):
             # An architecture's rows are guessed from sizes, which may be the same by chance: whole is always right.
-            check = self._why_whole if self.opening is None else self._why_whole_or_failed
-            reason = await check(variant, inputs_of)
-            self._whole[variant.name] = reason is not None
-            if reason is None or variant is not decisive:
+            find = self._splits.find if self.opening is None else self._find_or_whole
+            found = await find(variant, tried)
+            if found.wrong is not None:
+                raise loss_weight_is_wrong(variant, index, found.wrong)
+            self._settle(variant, found)
+            if variant is not decisive:
                 continue
-            if self._require_sharding:
+            if found.reason is not None and self._require_sharding:
                 raise FailedPrecondition(
-                    f"batches cannot be split over {self.workers} ranks: {reason}",
+                    f"batches cannot be split over {self.workers} ranks: {found.reason}",
                     reason="ROWS_NOT_INDEPENDENT",
                     field="model.require_sharding",
                 )
-            self.sharding = Sharding("whole", reason)
-
-    def _example_inputs(self, variant: Variant, example: Batch | None) -> tuple[Any, ...] | None:
-        """The leaves with which to check the variant's rows; None where there is nothing to check."""
-        if not _has_rows(variant):
-            return None
-        if example is not None:
-            check_batch(variant, example, targets=False, field="example")
-            return tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
-        if self.workers == 1:
-            return None
-        raise self._example_needed()
-
-    def _example_needed(self) -> InvalidArgument:
-        return InvalidArgument(
-            f"{self.workers} ranks need an example to find out whether rows are independent",
-            field="example",
-            reason="EXAMPLE_NEEDED",
-        )
-
-    async def _why_whole(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
-        """Why the variant's batches must not be split, in words; None where they may."""
-        if self.workers == 1:
-            return None
-        if inputs is None:
-            return None if _has_rows(variant) else "the program was exported for one batch size"
-        fields = {"variant": variant.name, "inputs": inputs}
-        answers = await self._ranks.call("check_rows", [fields] * self.workers, changes=False)
-        return answers.fields[0]["reason"]
+            if found.reason is not None:
+                self.sharding = Sharding("whole", found.reason)
+            elif found.loss is not None:
+                self.sharding = Sharding("rows", f"{_ROWS.reason}; the loss is {found.loss}")
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
@@ -201,8 +184,10 @@ class WorkerGroup:
         vectors: gives the Hessian times these in place of gradients. FailedPrecondition (ROWS_NOT_OPEN) where each
         example's own gradients are asked for, and the program has no graph for one example.
         """
-        variant, shards, rows = await self._choose(batch, training=query.training, targets=True)
-        if query.per_example and not (_has_rows(variant) and least_rows(variant) <= 1):
+        variant, shards, rows = await self._choose(
+            batch, training=query.training, targets=True, of_inputs=query.input_gradients
+        )
+        if query.per_example and not (varies(variant) and least_rows(variant) <= 1):
             raise FailedPrecondition(
                 "the program was exported for batches of several examples, and has no graph for one alone",
                 reason="ROWS_NOT_OPEN",
@@ -263,7 +248,7 @@ class WorkerGroup:
         `example` must fit it; it is needed where there are several ranks and the variant has rows. Should the program
         fail on it, the variant is there all the same, and its batches are not split.
         """
-        inputs = self._example_inputs(variant, example)
+        tried = self._splits.example_leaves(variant, example)
         fields = {
             "variant": encode_variant(variant).SerializeToString(),
             "tensors": [asdict(tensor) for tensor in tensors],
@@ -271,34 +256,49 @@ class WorkerGroup:
             "operators": dict(operators or {}),
         }
         await self._ranks.call("add_variant", [fields] * self.workers)
-        await self._take_in(variant, inputs)
+        await self._take_in(variant, tried)
 
-    async def _take_in(self, variant: Variant, inputs: tuple[Any, ...] | None) -> None:
+    async def _take_in(self, variant: Variant, tried: ExampleLeaves | None) -> None:
         """Find out how the batches of a variant that the ranks have can be spread."""
         self._variants.append(variant)
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._whole[variant.name] = True
-        reason = await self._why_whole_or_failed(variant, inputs)
-        if reason is not None:
-            logger.info("batches of the variant %s are not split: %s", variant.name, reason)
-        self._whole[variant.name] = reason is not None
+        found = await self._find_or_whole(variant, tried)
+        if found.reason is not None:
+            logger.info("batches of the variant %s are not split: %s", variant.name, found.reason)
+        self._settle(variant, found)
 
-    async def _why_whole_or_failed(self, variant: Variant, inputs: tuple[Any, ...] | None) -> str | None:
+    async def _find_or_whole(self, variant: Variant, tried: ExampleLeaves | None) -> RowsReport:
         try:
-            return await self._why_whole(variant, inputs)
+            return await self._splits.find(variant, tried)
         except GradwireError as error:
             if self.rank_lost is not None:
                 raise
-            return f"the example could not be computed: {error}"
+            return RowsReport(reason=f"the example could not be computed: {error}")
 
     async def _split(self, batch: Batch, *, training: bool) -> tuple[list[Shard], int]:
         _, shards, rows = await self._choose(batch, training=training, targets=True)
         return shards, rows
 
-    async def _choose(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, list[Shard], int]:
+    def _settle(self, variant: Variant, found: RowsReport) -> None:
+        self._whole[variant.name] = found.reason is not None
+        self._inputs_whole[variant.name] = found.inputs_whole
+        self._returns_loss[variant.name] = found.returns_loss
+
+    async def _choose(
+        self, batch: Batch, *, training: bool, targets: bool, of_inputs: bool = False, loss_apart: bool = False
+    ) -> tuple[Variant, list[Shard], int]:
+        """(the variant that the batch fits, the ranks' shards of it, its rows).
+
+        of_inputs: gradients of inputs are wanted. loss_apart: a loss among the outputs is differentiated by itself.
+        """
         variant, rows = await self._fitting(batch, training=training, targets=targets)
-        rows = rows if _has_rows(variant) else examples_in(batch)
-        whole = self._whole.get(variant.name, False)
+        rows = rows if varies(variant) else examples_in(batch)
+        whole = (
+            self._whole.get(variant.name, False)
+            or (of_inputs and self._inputs_whole.get(variant.name, False))
+            or (loss_apart and self._returns_loss.get(variant.name, False))
+        )
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
 
     async def _fitting(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, int]:
@@ -309,11 +309,11 @@ class WorkerGroup:
             if self.opening is None:
                 raise
         variant = await self.opening.open(batch, self._variants, training=training)
-        await self._take_in(variant, self._example_inputs(variant, batch))
+        await self._take_in(variant, self._splits.example_leaves(variant, batch))
         return variant, check_batch(variant, batch, targets=targets)
 
     async def _choose_forward(self, batch: Batch, training: bool) -> tuple[Variant, list[Shard]]:
-        variant, shards, _ = await self._choose(batch, training=training, targets=False)
+        variant, shards, _ = await self._choose(batch, training=training, targets=False, loss_apart=True)
         return variant, shards
 
     async def _call_shards(
@@ -321,10 +321,6 @@ class WorkerGroup:
     ) -> Answers:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
         return await self._ranks.call(kind, fields, changes=changes)
-
-
-def _has_rows(variant: Variant) -> bool:
-    return any(isinstance(leaf, TensorSpec) and leaf.has_rows for leaf in variant.input_leaves)
 
 
 def examples_in(batch: Batch) -> int:

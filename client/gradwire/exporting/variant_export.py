@@ -21,6 +21,7 @@ from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.exporting.tracing import explain, quiet
+from gradwire.exporting.weight_export import LossWeight, export_weight
 from gradwire.user_values import call_with
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
@@ -66,6 +67,7 @@ class VariantExport:
 
     loss: None where there is none, or the batch brings no targets for it. constants: those that the program has.
     snapshot: the module and the loss, as they are before each run. precision: at which the variant will run.
+    loss_weight: what rows weigh in the loss, if given.
     """
 
     module: nn.Module
@@ -76,6 +78,7 @@ class VariantExport:
     constants: Mapping[str, Tensor]
     snapshot: Snapshot
     precision: str
+    loss_weight: LossWeight | None = None
 
     def finish(self, example: Example) -> Finished:
         """The variant, with the rows left open where the module lets them vary."""
@@ -159,6 +162,16 @@ class VariantExport:
             raise ExportError("the module nests its outputs in one way when exported and in another when run")
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
         loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators)
+        weight_graph = None
+        if self.loss_weight is not None and (self.loss is not None or loss_leaf is not None):
+            weight_graph = export_weight(
+                self.loss_weight,
+                example,
+                takes_targets=self.loss is not None,
+                constants=constants,
+                operators=operators,
+                trained=self._trained(graph),
+            )
         check = GraphRun(
             loss=self.loss, example=example, graph=graph, loss_graph=loss_graph, tensor_leaves=tensor_leaves
         )
@@ -190,6 +203,8 @@ class VariantExport:
                 loss_graph_inputs=loss_graph.bindings if loss_graph else (),
                 target_structure=example.target_structure,
                 target_leaves=example.target_specs(),
+                weight_graph=weight_graph.graph if weight_graph else None,
+                weight_graph_inputs=weight_graph.bindings if weight_graph else (),
             ),
             output_tree=tree,
             example=example,

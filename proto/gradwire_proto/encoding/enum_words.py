@@ -58,6 +58,7 @@ MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "read
 SHARDING_MODES = EnumWords(model_pb2.ShardingMode, "SHARDING_MODE", ["rows", "whole"])
 ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified="report")
 PRECISIONS = EnumWords(model_pb2.Precision, "PRECISION", ["fp32", "bf16", "fp16"], unspecified="fp32")
+LOSS_REDUCTIONS = EnumWords(model_pb2.LossReduction, "LOSS_REDUCTION", ["mean", "sum"])
 DEVICES = EnumWords(model_pb2.Device, "DEVICE", ["cpu", "cuda"], unspecified="auto")
 COMMAND_STATES = EnumWords(model_pb2.CommandState, "COMMAND_STATE", ["running", "applied", "not_applied"])
 DERIVATIVES = EnumWords(

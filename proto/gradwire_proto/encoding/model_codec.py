@@ -7,7 +7,14 @@ from math import floor
 
 from google.rpc import code_pb2, status_pb2
 
-from gradwire_proto.encoding.enum_words import DEVICES, MODEL_STATES, ON_NAN, PRECISIONS, SHARDING_MODES
+from gradwire_proto.encoding.enum_words import (
+    DEVICES,
+    LOSS_REDUCTIONS,
+    MODEL_STATES,
+    ON_NAN,
+    PRECISIONS,
+    SHARDING_MODES,
+)
 from gradwire_proto.encoding.optimizer_codec import decode_clip, decode_optimizer, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_program,
@@ -101,6 +108,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     message.labels.update(value.labels)
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, f"{field}.precision")  # pyright: ignore[reportAttributeAccessIssue]
+    _encode_reduction(value, message)
     return message
 
 
@@ -128,6 +136,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
+        loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
     )
 
 
@@ -136,6 +145,16 @@ def _encode_clips(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
         message.clip_grad_norm = value.clip_grad_norm
     if value.clip_grad_value is not None:
         message.clip_grad_value = value.clip_grad_value
+
+
+def _encode_reduction(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
+    if value.loss_reduction is not None:
+        number = LOSS_REDUCTIONS.number(value.loss_reduction, "model.loss_reduction")
+        message.loss_reduction = number  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _decode_reduction(message: pb.Model, field: str) -> str | None:
+    return LOSS_REDUCTIONS.word(message.loss_reduction, field) if message.loss_reduction else None
 
 
 def _decode_optional_optimizer(message: pb.Model, field: str, limits: Limits | None) -> OptimizerSpec | None:
@@ -202,6 +221,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     message.architecture = value.architecture or ""
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
+    _encode_reduction(value, message)
     return message
 
 
@@ -236,4 +256,5 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         clip_grad_norm=decode_clip(message, "clip_grad_norm", f"{field}.clip_grad_norm"),
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
+        loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
     )

@@ -107,10 +107,14 @@ def encode_variant(value: Variant, into: pb.Variant | None = None, field: str = 
         encode_graph(value.graph, message.graph, f"{field}.graph")
     if value.loss_graph is not None:
         encode_graph(value.loss_graph, message.loss_graph, f"{field}.loss_graph")
+    if value.weight_graph is not None:
+        encode_graph(value.weight_graph, message.weight_graph, f"{field}.weight_graph")
     for item in value.graph_inputs:
         encode_graph_input(item, message.graph_inputs.add())
     for item in value.loss_graph_inputs:
         encode_graph_input(item, message.loss_graph_inputs.add())
+    for item in value.weight_graph_inputs:
+        encode_graph_input(item, message.weight_graph_inputs.add())
     encode_structure(value.input_structure, message.input_structure, f"{field}.input_structure")
     encode_structure(value.output_structure, message.output_structure, f"{field}.output_structure")
     encode_structure(value.target_structure, message.target_structure, f"{field}.target_structure")
@@ -137,20 +141,19 @@ def decode_variant(message: pb.Variant, field: str = "variant", *, require_graph
         name=check_name(message.name, f"{field}.name"),
         training=message.training,
         graph=decode_graph(message.graph, f"{field}.graph") if message.HasField("graph") else None,
-        graph_inputs=tuple(
-            decode_graph_input(item, f"{field}.graph_inputs[{i}]") for i, item in enumerate(message.graph_inputs)
-        ),
+        graph_inputs=_decode_graph_inputs(message.graph_inputs, f"{field}.graph_inputs"),
         input_structure=input_structure,
         input_leaves=_decode_leaves(message.input_leaves, f"{field}.input_leaves"),
         output_structure=decode_structure(message.output_structure, f"{field}.output_structure"),
         symbols=tuple(decode_symbol(item, f"{field}.symbols[{i}]") for i, item in enumerate(message.symbols)),
         loss_graph=decode_graph(message.loss_graph, f"{field}.loss_graph") if message.HasField("loss_graph") else None,
-        loss_graph_inputs=tuple(
-            decode_graph_input(item, f"{field}.loss_graph_inputs[{i}]")
-            for i, item in enumerate(message.loss_graph_inputs)
-        ),
+        loss_graph_inputs=_decode_graph_inputs(message.loss_graph_inputs, f"{field}.loss_graph_inputs"),
         target_structure=target_structure,
         target_leaves=_decode_leaves(message.target_leaves, f"{field}.target_leaves"),
+        weight_graph=(
+            decode_graph(message.weight_graph, f"{field}.weight_graph") if message.HasField("weight_graph") else None
+        ),
+        weight_graph_inputs=_decode_graph_inputs(message.weight_graph_inputs, f"{field}.weight_graph_inputs"),
     )
 
 
@@ -162,6 +165,10 @@ def _check_leaf_count(structure: Structure, count: int, field: str) -> None:
             field=field,
             reason="STRUCTURE_INVALID",
         )
+
+
+def _decode_graph_inputs(messages: Iterable[pb.GraphInput], field: str) -> tuple[GraphInput, ...]:
+    return tuple(decode_graph_input(item, f"{field}[{index}]") for index, item in enumerate(messages))
 
 
 def _decode_leaves(messages: Iterable[pb.Leaf], field: str) -> tuple[Leaf, ...]:

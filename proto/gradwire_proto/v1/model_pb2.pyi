@@ -13,6 +13,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LossReduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOSS_REDUCTION_UNSPECIFIED: _ClassVar[LossReduction]
+    LOSS_REDUCTION_MEAN: _ClassVar[LossReduction]
+    LOSS_REDUCTION_SUM: _ClassVar[LossReduction]
+
 class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
@@ -52,6 +58,9 @@ class CommandState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMMAND_STATE_RUNNING: _ClassVar[CommandState]
     COMMAND_STATE_APPLIED: _ClassVar[CommandState]
     COMMAND_STATE_NOT_APPLIED: _ClassVar[CommandState]
+LOSS_REDUCTION_UNSPECIFIED: LossReduction
+LOSS_REDUCTION_MEAN: LossReduction
+LOSS_REDUCTION_SUM: LossReduction
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_CREATING: ModelState
 MODEL_STATE_READY: ModelState
@@ -142,7 +151,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "precision", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "precision", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +173,7 @@ class Model(_message.Message):
     CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_VALUE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    LOSS_REDUCTION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SHARDING_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +198,7 @@ class Model(_message.Message):
     clip_grad_norm: float
     clip_grad_value: float
     precision: Precision
+    loss_reduction: LossReduction
     state: ModelState
     step: int
     sharding: Sharding
@@ -198,7 +209,7 @@ class Model(_message.Message):
     variants: _containers.RepeatedCompositeFieldContainer[_program_pb2.Variant]
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
     architecture: str
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")

@@ -26,19 +26,19 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from gradwire_proto.v1 import tensor_pb2 as gradwire__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradwire_proto/v1/program.proto\x12\x0bgradwire.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egradwire_proto/v1/tensor.proto\"q\n\x07Program\x12+\n\x06graphs\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.GraphProgramH\x00\x12\x31\n\x0c\x61rchitecture\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ArchitectureH\x00\x42\x06\n\x04kind\"X\n\x0c\x41rchitecture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12\x0f\n\x07weights\x18\x03 \x01(\t\"\xa8\x01\n\x0cGraphProgram\x12\x15\n\rtorch_version\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.gradwire.v1.StateTensor\x12&\n\x08variants\x18\x03 \x03(\x0b\x32\x14.gradwire.v1.Variant\x12.\n\toperators\x18\x04 \x03(\x0b\x32\x1b.gradwire.v1.OperatorSchema\"\xb0\x01\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.gradwire.v1.TensorRole\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.gradwire.v1.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x15\n\rrequires_grad\x18\x05 \x01(\x08\x12\x10\n\x08\x61lias_of\x18\x06 \x01(\t\x12\x11\n\tmay_train\x18\x07 \x01(\x08\"2\n\x0eOperatorSchema\x12\x10\n\x08operator\x18\x01 \x01(\t\x12\x0e\n\x06schema\x18\x02 \x01(\t\"\xe5\x03\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08training\x18\x02 \x01(\x08\x12!\n\x05graph\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12-\n\x0cgraph_inputs\x18\x04 \x03(\x0b\x32\x17.gradwire.v1.GraphInput\x12/\n\x0finput_structure\x18\x05 \x01(\x0b\x32\x16.gradwire.v1.Structure\x12\'\n\x0cinput_leaves\x18\x06 \x03(\x0b\x32\x11.gradwire.v1.Leaf\x12\x30\n\x10output_structure\x18\x07 \x01(\x0b\x32\x16.gradwire.v1.Structure\x12$\n\x07symbols\x18\x08 \x03(\x0b\x32\x13.gradwire.v1.Symbol\x12&\n\nloss_graph\x18\t \x01(\x0b\x32\x12.gradwire.v1.Graph\x12\x32\n\x11loss_graph_inputs\x18\n \x03(\x0b\x32\x17.gradwire.v1.GraphInput\x12\x30\n\x10target_structure\x18\x0b \x01(\x0b\x32\x16.gradwire.v1.Structure\x12(\n\rtarget_leaves\x18\x0c \x03(\x0b\x32\x11.gradwire.v1.Leaf\"0\n\x06Symbol\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03min\x18\x02 \x01(\x03\x12\x0b\n\x03max\x18\x03 \x01(\x03\"5\n\tDimension\x12\x0e\n\x04size\x18\x01 \x01(\x03H\x00\x12\x10\n\x06symbol\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"a\n\x04Leaf\x12)\n\x06tensor\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TensorSpecH\x00\x12&\n\x08\x63onstant\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ValueH\x00\x42\x06\n\x04kind\"V\n\nTensorSpec\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.DType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.gradwire.v1.Dimension\"l\n\nGraphInput\x12\x10\n\x06tensor\x18\x01 \x01(\tH\x00\x12\x14\n\ninput_leaf\x18\x02 \x01(\x03H\x00\x12\x15\n\x0boutput_leaf\x18\x03 \x01(\x03H\x00\x12\x15\n\x0btarget_leaf\x18\x04 \x01(\x03H\x00\x42\x08\n\x06source\"\xdf\x01\n\tStructure\x12\x0e\n\x04leaf\x18\x01 \x01(\x03H\x00\x12/\n\x05tuple\x18\x02 \x01(\x0b\x32\x1e.gradwire.v1.StructureSequenceH\x00\x12.\n\x04list\x18\x03 \x01(\x0b\x32\x1e.gradwire.v1.StructureSequenceH\x00\x12-\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x1d.gradwire.v1.StructureMappingH\x00\x12*\n\x04none\x18\x05 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x42\x06\n\x04kind\":\n\x11StructureSequence\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.gradwire.v1.Structure\"@\n\x10StructureMapping\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.gradwire.v1.StructureEntry\"D\n\x0eStructureEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.gradwire.v1.Structure\"\xbb\x01\n\x05Graph\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12 \n\x05nodes\x18\x02 \x03(\x0b\x32\x11.gradwire.v1.Node\x12&\n\x07outputs\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Argument\x12(\n\tsubgraphs\x18\x04 \x03(\x0b\x32\x15.gradwire.v1.Subgraph\x12.\n\tfunctions\x18\x05 \x03(\x0b\x32\x1b.gradwire.v1.CustomFunction\";\n\x08Subgraph\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.Graph\"\xb9\x01\n\x0e\x43ustomFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12$\n\x08\x62\x61\x63kward\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12\x0f\n\x07results\x18\x04 \x01(\x03\x12\x1e\n\x16\x64ifferentiable_results\x18\x05 \x03(\x03\x12\x1d\n\x15\x64ifferentiable_inputs\x18\x06 \x03(\x03\"\x87\x01\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12(\n\targuments\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Argument\x12\x35\n\x11keyword_arguments\x18\x04 \x03(\x0b\x32\x1a.gradwire.v1.NamedArgument\"C\n\rNamedArgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradwire.v1.Argument\"\xc7\x03\n\x08\x41rgument\x12*\n\x04none\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x0e\n\x04node\x18\x02 \x01(\tH\x00\x12\x11\n\x07integer\x18\x03 \x01(\x03H\x00\x12\x10\n\x06number\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x62oolean\x18\x05 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12-\n\x07\x63omplex\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.ComplexNumberH\x00\x12#\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.gradwire.v1.DTypeH\x00\x12%\n\x06layout\x18\t \x01(\x0e\x32\x13.gradwire.v1.LayoutH\x00\x12\x32\n\rmemory_format\x18\n \x01(\x0e\x32\x19.gradwire.v1.MemoryFormatH\x00\x12)\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x17.gradwire.v1.RankDeviceH\x00\x12-\n\x04list\x18\x0c \x01(\x0b\x32\x1d.gradwire.v1.ArgumentSequenceH\x00\x12\x12\n\x08subgraph\x18\r \x01(\tH\x00\x12\x12\n\x08\x66unction\x18\x0e \x01(\tH\x00\x42\x06\n\x04kind\"8\n\x10\x41rgumentSequence\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.gradwire.v1.Argument\"0\n\rComplexNumber\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\"\x0c\n\nRankDevice*\x98\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_ROLE_BUFFER\x10\x02\x12 \n\x1cTENSOR_ROLE_TEMPORARY_BUFFER\x10\x03\x12\x18\n\x14TENSOR_ROLE_CONSTANT\x10\x04*4\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_STRIDED\x10\x01*\xac\x01\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_FORMAT_CONTIGUOUS\x10\x01\x12\x1a\n\x16MEMORY_FORMAT_PRESERVE\x10\x02\x12\x1f\n\x1bMEMORY_FORMAT_CHANNELS_LAST\x10\x03\x12\"\n\x1eMEMORY_FORMAT_CHANNELS_LAST_3D\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradwire_proto/v1/program.proto\x12\x0bgradwire.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egradwire_proto/v1/tensor.proto\"q\n\x07Program\x12+\n\x06graphs\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.GraphProgramH\x00\x12\x31\n\x0c\x61rchitecture\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ArchitectureH\x00\x42\x06\n\x04kind\"X\n\x0c\x41rchitecture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12\x0f\n\x07weights\x18\x03 \x01(\t\"\xa8\x01\n\x0cGraphProgram\x12\x15\n\rtorch_version\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.gradwire.v1.StateTensor\x12&\n\x08variants\x18\x03 \x03(\x0b\x32\x14.gradwire.v1.Variant\x12.\n\toperators\x18\x04 \x03(\x0b\x32\x1b.gradwire.v1.OperatorSchema\"\xb0\x01\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04role\x18\x02 \x01(\x0e\x32\x17.gradwire.v1.TensorRole\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.gradwire.v1.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x15\n\rrequires_grad\x18\x05 \x01(\x08\x12\x10\n\x08\x61lias_of\x18\x06 \x01(\t\x12\x11\n\tmay_train\x18\x07 \x01(\x08\"2\n\x0eOperatorSchema\x12\x10\n\x08operator\x18\x01 \x01(\t\x12\x0e\n\x06schema\x18\x02 \x01(\t\"\xc5\x04\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08training\x18\x02 \x01(\x08\x12!\n\x05graph\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12-\n\x0cgraph_inputs\x18\x04 \x03(\x0b\x32\x17.gradwire.v1.GraphInput\x12/\n\x0finput_structure\x18\x05 \x01(\x0b\x32\x16.gradwire.v1.Structure\x12\'\n\x0cinput_leaves\x18\x06 \x03(\x0b\x32\x11.gradwire.v1.Leaf\x12\x30\n\x10output_structure\x18\x07 \x01(\x0b\x32\x16.gradwire.v1.Structure\x12$\n\x07symbols\x18\x08 \x03(\x0b\x32\x13.gradwire.v1.Symbol\x12&\n\nloss_graph\x18\t \x01(\x0b\x32\x12.gradwire.v1.Graph\x12\x32\n\x11loss_graph_inputs\x18\n \x03(\x0b\x32\x17.gradwire.v1.GraphInput\x12\x30\n\x10target_structure\x18\x0b \x01(\x0b\x32\x16.gradwire.v1.Structure\x12(\n\rtarget_leaves\x18\x0c \x03(\x0b\x32\x11.gradwire.v1.Leaf\x12(\n\x0cweight_graph\x18\r \x01(\x0b\x32\x12.gradwire.v1.Graph\x12\x34\n\x13weight_graph_inputs\x18\x0e \x03(\x0b\x32\x17.gradwire.v1.GraphInput\"0\n\x06Symbol\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03min\x18\x02 \x01(\x03\x12\x0b\n\x03max\x18\x03 \x01(\x03\"5\n\tDimension\x12\x0e\n\x04size\x18\x01 \x01(\x03H\x00\x12\x10\n\x06symbol\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"a\n\x04Leaf\x12)\n\x06tensor\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.TensorSpecH\x00\x12&\n\x08\x63onstant\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ValueH\x00\x42\x06\n\x04kind\"V\n\nTensorSpec\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.gradwire.v1.DType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.gradwire.v1.Dimension\"l\n\nGraphInput\x12\x10\n\x06tensor\x18\x01 \x01(\tH\x00\x12\x14\n\ninput_leaf\x18\x02 \x01(\x03H\x00\x12\x15\n\x0boutput_leaf\x18\x03 \x01(\x03H\x00\x12\x15\n\x0btarget_leaf\x18\x04 \x01(\x03H\x00\x42\x08\n\x06source\"\xdf\x01\n\tStructure\x12\x0e\n\x04leaf\x18\x01 \x01(\x03H\x00\x12/\n\x05tuple\x18\x02 \x01(\x0b\x32\x1e.gradwire.v1.StructureSequenceH\x00\x12.\n\x04list\x18\x03 \x01(\x0b\x32\x1e.gradwire.v1.StructureSequenceH\x00\x12-\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x1d.gradwire.v1.StructureMappingH\x00\x12*\n\x04none\x18\x05 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x42\x06\n\x04kind\":\n\x11StructureSequence\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.gradwire.v1.Structure\"@\n\x10StructureMapping\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.gradwire.v1.StructureEntry\"D\n\x0eStructureEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.gradwire.v1.Structure\"\xbb\x01\n\x05Graph\x12\x0e\n\x06inputs\x18\x01 \x03(\t\x12 \n\x05nodes\x18\x02 \x03(\x0b\x32\x11.gradwire.v1.Node\x12&\n\x07outputs\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Argument\x12(\n\tsubgraphs\x18\x04 \x03(\x0b\x32\x15.gradwire.v1.Subgraph\x12.\n\tfunctions\x18\x05 \x03(\x0b\x32\x1b.gradwire.v1.CustomFunction\";\n\x08Subgraph\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.Graph\"\xb9\x01\n\x0e\x43ustomFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12$\n\x08\x62\x61\x63kward\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.Graph\x12\x0f\n\x07results\x18\x04 \x01(\x03\x12\x1e\n\x16\x64ifferentiable_results\x18\x05 \x03(\x03\x12\x1d\n\x15\x64ifferentiable_inputs\x18\x06 \x03(\x03\"\x87\x01\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08operator\x18\x02 \x01(\t\x12(\n\targuments\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Argument\x12\x35\n\x11keyword_arguments\x18\x04 \x03(\x0b\x32\x1a.gradwire.v1.NamedArgument\"C\n\rNamedArgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.gradwire.v1.Argument\"\xc7\x03\n\x08\x41rgument\x12*\n\x04none\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x0e\n\x04node\x18\x02 \x01(\tH\x00\x12\x11\n\x07integer\x18\x03 \x01(\x03H\x00\x12\x10\n\x06number\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x62oolean\x18\x05 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12-\n\x07\x63omplex\x18\x07 \x01(\x0b\x32\x1a.gradwire.v1.ComplexNumberH\x00\x12#\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.gradwire.v1.DTypeH\x00\x12%\n\x06layout\x18\t \x01(\x0e\x32\x13.gradwire.v1.LayoutH\x00\x12\x32\n\rmemory_format\x18\n \x01(\x0e\x32\x19.gradwire.v1.MemoryFormatH\x00\x12)\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x17.gradwire.v1.RankDeviceH\x00\x12-\n\x04list\x18\x0c \x01(\x0b\x32\x1d.gradwire.v1.ArgumentSequenceH\x00\x12\x12\n\x08subgraph\x18\r \x01(\tH\x00\x12\x12\n\x08\x66unction\x18\x0e \x01(\tH\x00\x42\x06\n\x04kind\"8\n\x10\x41rgumentSequence\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.gradwire.v1.Argument\"0\n\rComplexNumber\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\"\x0c\n\nRankDevice*\x98\x01\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_ROLE_BUFFER\x10\x02\x12 \n\x1cTENSOR_ROLE_TEMPORARY_BUFFER\x10\x03\x12\x18\n\x14TENSOR_ROLE_CONSTANT\x10\x04*4\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_STRIDED\x10\x01*\xac\x01\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_FORMAT_CONTIGUOUS\x10\x01\x12\x1a\n\x16MEMORY_FORMAT_PRESERVE\x10\x02\x12\x1f\n\x1bMEMORY_FORMAT_CHANNELS_LAST\x10\x03\x12\"\n\x1eMEMORY_FORMAT_CHANNELS_LAST_3D\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire_proto.v1.program_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TENSORROLE']._serialized_start=3256
-  _globals['_TENSORROLE']._serialized_end=3408
-  _globals['_LAYOUT']._serialized_start=3410
-  _globals['_LAYOUT']._serialized_end=3462
-  _globals['_MEMORYFORMAT']._serialized_start=3465
-  _globals['_MEMORYFORMAT']._serialized_end=3637
+  _globals['_TENSORROLE']._serialized_start=3352
+  _globals['_TENSORROLE']._serialized_end=3504
+  _globals['_LAYOUT']._serialized_start=3506
+  _globals['_LAYOUT']._serialized_end=3558
+  _globals['_MEMORYFORMAT']._serialized_start=3561
+  _globals['_MEMORYFORMAT']._serialized_end=3733
   _globals['_PROGRAM']._serialized_start=110
   _globals['_PROGRAM']._serialized_end=223
   _globals['_ARCHITECTURE']._serialized_start=225
@@ -50,41 +50,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPERATORSCHEMA']._serialized_start=665
   _globals['_OPERATORSCHEMA']._serialized_end=715
   _globals['_VARIANT']._serialized_start=718
-  _globals['_VARIANT']._serialized_end=1203
-  _globals['_SYMBOL']._serialized_start=1205
-  _globals['_SYMBOL']._serialized_end=1253
-  _globals['_DIMENSION']._serialized_start=1255
-  _globals['_DIMENSION']._serialized_end=1308
-  _globals['_LEAF']._serialized_start=1310
-  _globals['_LEAF']._serialized_end=1407
-  _globals['_TENSORSPEC']._serialized_start=1409
-  _globals['_TENSORSPEC']._serialized_end=1495
-  _globals['_GRAPHINPUT']._serialized_start=1497
-  _globals['_GRAPHINPUT']._serialized_end=1605
-  _globals['_STRUCTURE']._serialized_start=1608
-  _globals['_STRUCTURE']._serialized_end=1831
-  _globals['_STRUCTURESEQUENCE']._serialized_start=1833
-  _globals['_STRUCTURESEQUENCE']._serialized_end=1891
-  _globals['_STRUCTUREMAPPING']._serialized_start=1893
-  _globals['_STRUCTUREMAPPING']._serialized_end=1957
-  _globals['_STRUCTUREENTRY']._serialized_start=1959
-  _globals['_STRUCTUREENTRY']._serialized_end=2027
-  _globals['_GRAPH']._serialized_start=2030
-  _globals['_GRAPH']._serialized_end=2217
-  _globals['_SUBGRAPH']._serialized_start=2219
-  _globals['_SUBGRAPH']._serialized_end=2278
-  _globals['_CUSTOMFUNCTION']._serialized_start=2281
-  _globals['_CUSTOMFUNCTION']._serialized_end=2466
-  _globals['_NODE']._serialized_start=2469
-  _globals['_NODE']._serialized_end=2604
-  _globals['_NAMEDARGUMENT']._serialized_start=2606
-  _globals['_NAMEDARGUMENT']._serialized_end=2673
-  _globals['_ARGUMENT']._serialized_start=2676
-  _globals['_ARGUMENT']._serialized_end=3131
-  _globals['_ARGUMENTSEQUENCE']._serialized_start=3133
-  _globals['_ARGUMENTSEQUENCE']._serialized_end=3189
-  _globals['_COMPLEXNUMBER']._serialized_start=3191
-  _globals['_COMPLEXNUMBER']._serialized_end=3239
-  _globals['_RANKDEVICE']._serialized_start=3241
-  _globals['_RANKDEVICE']._serialized_end=3253
+  _globals['_VARIANT']._serialized_end=1299
+  _globals['_SYMBOL']._serialized_start=1301
+  _globals['_SYMBOL']._serialized_end=1349
+  _globals['_DIMENSION']._serialized_start=1351
+  _globals['_DIMENSION']._serialized_end=1404
+  _globals['_LEAF']._serialized_start=1406
+  _globals['_LEAF']._serialized_end=1503
+  _globals['_TENSORSPEC']._serialized_start=1505
+  _globals['_TENSORSPEC']._serialized_end=1591
+  _globals['_GRAPHINPUT']._serialized_start=1593
+  _globals['_GRAPHINPUT']._serialized_end=1701
+  _globals['_STRUCTURE']._serialized_start=1704
+  _globals['_STRUCTURE']._serialized_end=1927
+  _globals['_STRUCTURESEQUENCE']._serialized_start=1929
+  _globals['_STRUCTURESEQUENCE']._serialized_end=1987
+  _globals['_STRUCTUREMAPPING']._serialized_start=1989
+  _globals['_STRUCTUREMAPPING']._serialized_end=2053
+  _globals['_STRUCTUREENTRY']._serialized_start=2055
+  _globals['_STRUCTUREENTRY']._serialized_end=2123
+  _globals['_GRAPH']._serialized_start=2126
+  _globals['_GRAPH']._serialized_end=2313
+  _globals['_SUBGRAPH']._serialized_start=2315
+  _globals['_SUBGRAPH']._serialized_end=2374
+  _globals['_CUSTOMFUNCTION']._serialized_start=2377
+  _globals['_CUSTOMFUNCTION']._serialized_end=2562
+  _globals['_NODE']._serialized_start=2565
+  _globals['_NODE']._serialized_end=2700
+  _globals['_NAMEDARGUMENT']._serialized_start=2702
+  _globals['_NAMEDARGUMENT']._serialized_end=2769
+  _globals['_ARGUMENT']._serialized_start=2772
+  _globals['_ARGUMENT']._serialized_end=3227
+  _globals['_ARGUMENTSEQUENCE']._serialized_start=3229
+  _globals['_ARGUMENTSEQUENCE']._serialized_end=3285
+  _globals['_COMPLEXNUMBER']._serialized_start=3287
+  _globals['_COMPLEXNUMBER']._serialized_end=3335
+  _globals['_RANKDEVICE']._serialized_start=3337
+  _globals['_RANKDEVICE']._serialized_end=3349
 # @@protoc_insertion_point(module_scope)

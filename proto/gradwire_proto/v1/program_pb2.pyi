@@ -99,7 +99,7 @@ class OperatorSchema(_message.Message):
     def __init__(self, operator: _Optional[str] = ..., schema: _Optional[str] = ...) -> None: ...
 
 class Variant(_message.Message):
-    __slots__ = ("name", "training", "graph", "graph_inputs", "input_structure", "input_leaves", "output_structure", "symbols", "loss_graph", "loss_graph_inputs", "target_structure", "target_leaves")
+    __slots__ = ("name", "training", "graph", "graph_inputs", "input_structure", "input_leaves", "output_structure", "symbols", "loss_graph", "loss_graph_inputs", "target_structure", "target_leaves", "weight_graph", "weight_graph_inputs")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     GRAPH_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,8 @@ class Variant(_message.Message):
     LOSS_GRAPH_INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STRUCTURE_FIELD_NUMBER: _ClassVar[int]
     TARGET_LEAVES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_GRAPH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_GRAPH_INPUTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     training: bool
     graph: Graph
@@ -124,7 +126,9 @@ class Variant(_message.Message):
     loss_graph_inputs: _containers.RepeatedCompositeFieldContainer[GraphInput]
     target_structure: Structure
     target_leaves: _containers.RepeatedCompositeFieldContainer[Leaf]
-    def __init__(self, name: _Optional[str] = ..., training: bool = ..., graph: _Optional[_Union[Graph, _Mapping]] = ..., graph_inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ..., input_structure: _Optional[_Union[Structure, _Mapping]] = ..., input_leaves: _Optional[_Iterable[_Union[Leaf, _Mapping]]] = ..., output_structure: _Optional[_Union[Structure, _Mapping]] = ..., symbols: _Optional[_Iterable[_Union[Symbol, _Mapping]]] = ..., loss_graph: _Optional[_Union[Graph, _Mapping]] = ..., loss_graph_inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ..., target_structure: _Optional[_Union[Structure, _Mapping]] = ..., target_leaves: _Optional[_Iterable[_Union[Leaf, _Mapping]]] = ...) -> None: ...
+    weight_graph: Graph
+    weight_graph_inputs: _containers.RepeatedCompositeFieldContainer[GraphInput]
+    def __init__(self, name: _Optional[str] = ..., training: bool = ..., graph: _Optional[_Union[Graph, _Mapping]] = ..., graph_inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ..., input_structure: _Optional[_Union[Structure, _Mapping]] = ..., input_leaves: _Optional[_Iterable[_Union[Leaf, _Mapping]]] = ..., output_structure: _Optional[_Union[Structure, _Mapping]] = ..., symbols: _Optional[_Iterable[_Union[Symbol, _Mapping]]] = ..., loss_graph: _Optional[_Union[Graph, _Mapping]] = ..., loss_graph_inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ..., target_structure: _Optional[_Union[Structure, _Mapping]] = ..., target_leaves: _Optional[_Iterable[_Union[Leaf, _Mapping]]] = ..., weight_graph: _Optional[_Union[Graph, _Mapping]] = ..., weight_graph_inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ...) -> None: ...
 
 class Symbol(_message.Message):
     __slots__ = ("name", "min", "max")

@@ -72,6 +72,7 @@ class ModelSpec:
 
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
     `precision`: "fp32", "bf16" or "fp16", what forward and loss compute in.
+    `loss_reduction`: what the loss of a batch is of its rows' losses, "mean" or "sum"; None where that is not said.
     """
 
     program: Program | ArchitectureSpec
@@ -87,6 +88,7 @@ class ModelSpec:
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     precision: str = "fp32"
+    loss_reduction: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +148,7 @@ class ModelInfo:
     clip_grad_value: float | None = None
     precision: str = "fp32"
     architecture: str | None = None
+    loss_reduction: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,7 +168,8 @@ class GraphInput:
 class Variant:
     """One exported graph of a program: train or eval mode, one family of shapes.
 
-    `graph` is None in descriptions that a server gives back (see `ModelInfo.variants`).
+    `graph` is None in descriptions that a server gives back (see `ModelInfo.variants`). `weight_graph`: what rows weigh
+    in the loss.
     """
 
     name: str
@@ -183,6 +184,8 @@ class Variant:
     loss_graph_inputs: tuple[GraphInput, ...] = ()
     target_structure: Structure = None
     target_leaves: tuple[Leaf, ...] = ()
+    weight_graph: Graph | None = None
+    weight_graph_inputs: tuple[GraphInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwire.export import ModuleExporter
-from gradwire_proto.errors import ResourceExhausted
+from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.operators import schema_of
 from gradwire_proto.values import (
     Graph,
@@ -48,7 +48,7 @@ def program(*nodes: Node, shape=("rows", 4), symbols=("rows",), dtype="float32",
         **changes,
     )
     inner = [each for graph in graph.subgraphs.values() for each in graph.nodes]
-    of_loss = variant.loss_graph.nodes if variant.loss_graph else ()
+    of_loss = [node for each in (variant.loss_graph, variant.weight_graph) if each for node in each.nodes]
     named = {each.operator for each in (*nodes, *inner, *of_loss) if each.operator.startswith("aten.")}
     return Program(
         torch_version=torch.__version__, tensors=(), variants=(variant,), operators={n: schema_of(n) for n in named}
@@ -148,3 +148,26 @@ def test_sizes_are_known_behind_an_operator_whose_types_autocast_makes_one(rows:
             return
         with pytest.raises(ResourceExhausted, match="tensor_bytes"):
             program("train", torch.randn(rows, 4))
+
+
+def weighing(*nodes: Node) -> Program:
+    weight = Graph(inputs=("x",), nodes=nodes, outputs=(NodeRef(nodes[-1].name),))
+    return program(weight_graph=weight, weight_graph_inputs=(GraphInput("input", 0),))
+
+
+def test_sizes_of_a_weight_graph_are_checked_with_the_batch():
+    repeated = node("e", "aten.repeat.default", X, [1000, 1])
+    built = build_program(weighing(repeated, node("s", "aten.sum.default", NodeRef("e"))), {}, limits=LIMITS)
+    assert float(built.weight("v", (torch.ones(2, 4),), ())) == 8000
+    with pytest.raises(ResourceExhausted):
+        built.weight("v", (torch.ones(100_000, 4),), ())
+
+
+def test_a_weight_graph_that_changes_the_batch_or_gives_no_number_is_refused():
+    with pytest.raises(InvalidArgument) as caught:
+        build_program(weighing(node("s", "aten.relu_.default", X)), {}, limits=LIMITS)
+    assert (caught.value.reason, caught.value.field) == ("GRAPH_MALFORMED", "variant.weight_graph")
+    built = build_program(weighing(node("s", "aten.relu.default", X)), {}, limits=LIMITS)
+    with pytest.raises(InvalidArgument) as caught:
+        built.weight("v", (torch.ones(2, 4),), ())
+    assert caught.value.reason == "WEIGHT_NOT_SCALAR"

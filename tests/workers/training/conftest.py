@@ -89,16 +89,18 @@ class Group:
         self.command = 0
         self.reports: list[Any] = []
         self.whole: dict[str, str | None] = {}
+        self.loss: dict[str, str | None] = {}
         processes.grow(self.size)
         epoch = processes.new_epoch()
         folder = str(processes.folder)
         state = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.call("start", [((spec, state, rank, self.size, folder, epoch), {}) for rank in range(self.size)])
         for variant in self.variants:
-            leaves = [to_torch(leaf) if isinstance(leaf, TensorData) else leaf for leaf in _flat(variant, example)]
             self.whole[variant.name] = None
             if self.size > 1:
-                (self.whole[variant.name], *_) = self.call_all("check_rows", variant.name, leaves)
+                report, *_ = self.call_all("check_rows", variant.name, *_leaves(variant, example))
+                self.whole[variant.name] = report.reason
+                self.loss[variant.name] = report.loss
 
     # --- commands ---
 
@@ -198,8 +200,12 @@ def _sent(option: Any) -> Any:
     return TensorData(data.dtype, data.shape, bytes(data.data))
 
 
-def _flat(variant: Any, example: Batch) -> list[Any]:
-    return flatten(variant.input_structure, from_nested(example.inputs), "example.inputs")
+def _leaves(variant: Any, example: Batch) -> list[list[Any]]:
+    """Those of the example's inputs, and of its targets."""
+    flat = [flatten(variant.input_structure, from_nested(example.inputs), "example.inputs"), []]
+    if variant.target_structure is not None:
+        flat[1] = flatten(variant.target_structure, from_nested(example.targets), "example.targets")
+    return [[to_torch(leaf) if isinstance(leaf, TensorData) else leaf for leaf in leaves] for leaves in flat]
 
 
 def _as_tensors(shard: Shard) -> Shard:

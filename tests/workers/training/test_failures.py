@@ -50,7 +50,7 @@ def with_target_out_of_range(rows: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 FAIL_IN_BACKWARD = """
-if trainer._replica._rank == trainer._groups.size - 1:
+if trainer._replica.rank == trainer._groups.size - 1:
     def fail(gradient):
         raise RuntimeError("a fault in backward")
     faults["hook"] = dict(trainer._program.parameters_by_name())["words.weight"].register_hook(fail)
@@ -59,13 +59,13 @@ FAIL_NO_MORE = "hook = faults.pop('hook', None); hook and hook.remove()"
 
 
 FAIL_TO_TAKE_THE_BATCH = """
-if trainer._replica._rank == trainer._groups.size - 1:
+if trainer._replica.rank == trainer._groups.size - 1:
     def fail(shard):
         raise RuntimeError("a fault on the way to the device")
     trainer._replica.localise = fail
 """
 FAIL_TO_COPY = """
-if trainer._replica._rank == trainer._groups.size - 1:
+if trainer._replica.rank == trainer._groups.size - 1:
     import gradwire_workers.training.attempt as attempt
     def fail(tensors):
         raise RuntimeError("a fault while buffers are copied")

@@ -82,7 +82,7 @@ def vectors_for(module: nn.Module, only: str = "") -> dict[str, Tensor]:
 
 def check(group: Any, module: nn.Module, loss: Any, rows: int, assert_close: Any, only: str = "") -> None:
     x, y = batch(rows)
-    y[-1] = 2
+    y[-1], y[0] = 2, 0  # one that is ignored, and never all
     vectors = vectors_for(module, only)
     report, *_ = group.compute_gradients(x, y, vectors=vectors)
     reference = copy.deepcopy(module)

@@ -143,7 +143,7 @@ def test_model_that_mixes_rows_runs_whole_and_exact(ranks, make_group, assert_cl
     assert_close(group.state_dict(), reference.state_dict(), tolerance=1e-10)
 
 
-def test_model_that_returns_its_own_loss_runs_whole(make_group):
+def test_model_that_returns_its_own_mean_over_rows_is_split(make_group):
     class OwnLoss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,9 +154,10 @@ def test_model_that_returns_its_own_loss_runs_whole(make_group):
 
     module = OwnLoss().double()
     group = make_group(module, None, (rows(4, 3), None), ranks=2)
-    assert group.whole["train"] is not None
+    assert group.whole["train"] is None and group.loss["train"] == "a mean over rows"
     batch = rows(5, 3)
     assert group.train_step(batch) == pytest.approx(module(*batch).item(), rel=1e-12)
+    assert group.rank_rows() == [3, 2]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

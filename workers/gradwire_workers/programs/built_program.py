@@ -74,6 +74,19 @@ class BuiltProgram(nn.Module):
         run.sizes.before_loss(outputs, targets)
         return run.loss(outputs, targets)
 
+    def weight(self, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        """What the rows of these leaves weigh in the loss, a scalar, as the variant's weight graph says."""
+        run = self._run(variant_name)
+        assert run.weight is not None, "asked for only where there is one"
+        run.sizes.before_weight(inputs, targets)
+        with torch.no_grad():
+            weight = run.weight(inputs, targets)
+        if not isinstance(weight, Tensor) or weight.numel() != 1 or weight.is_complex():
+            raise InvalidArgument(
+                "loss_weight must be one real number", field="variant.weight_graph", reason="WEIGHT_NOT_SCALAR"
+            )
+        return weight
+
     def variant(self, variant_name: str) -> Variant:
         """The variant of that name. Raises InvalidArgument for an unknown one."""
         return self._run(variant_name).variant
@@ -105,6 +118,10 @@ class BuiltProgram(nn.Module):
     def all_state(self) -> dict[str, Tensor]:
         """Every tensor of the program once: temporary buffers and constants too, aliases left out."""
         return {each.name: self._tensors[each.name] for each in self._program.tensors if each.alias_of is None}
+
+    def tensors_by_name(self) -> Mapping[str, Tensor]:
+        """Every tensor of the program under each of its names."""
+        return self._tensors
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Parameters by the user's names, in order, frozen ones too, aliases left out."""
@@ -197,7 +214,15 @@ class BuiltProgram(nn.Module):
         loss = loss_module = None
         if variant.loss_graph is not None:
             loss_module = build_graph(variant.loss_graph, self._device, self._limits.tensor_bytes)
-            loss = _LossRun(loss_module, variant.loss_graph_inputs, self._tensors)
+            loss = _LossRun(loss_module, variant.loss_graph_inputs, self._tensors, ("output", "target"))
+        weight = weight_module = None
+        if variant.weight_graph is not None:
+            if written_inputs(variant.weight_graph, self._program.operators):
+                raise InvalidArgument(
+                    "a weight graph changes nothing", field="variant.weight_graph", reason="GRAPH_MALFORMED"
+                )
+            weight_module = build_graph(variant.weight_graph, self._device, self._limits.tensor_bytes)
+            weight = _LossRun(weight_module, variant.weight_graph_inputs, self._tensors, ("input", "target"))
         run = _Run(
             variant=variant,
             module=module,
@@ -209,7 +234,16 @@ class BuiltProgram(nn.Module):
             is_random=is_random(module),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
             has_functions=any(map(_has_functions, (module, loss_module))),
-            sizes=SizeGuard(variant, module, loss_module, self._tensors, self._limits.tensor_bytes, casts=self._casts),
+            weight=weight,
+            sizes=SizeGuard(
+                variant,
+                module,
+                loss_module,
+                weight_module,
+                self._tensors,
+                self._limits.tensor_bytes,
+                casts=self._casts,
+            ),
         )
         run.sizes.check_smallest()
         self._runs[variant.name] = run
@@ -226,6 +260,7 @@ class _Run:
     leaf_positions: list[tuple[int, int]]
     written_leaves: list[tuple[int, int]]
     loss: _LossRun | None
+    weight: _LossRun | None
     written: tuple[str, ...]
     is_random: bool
     has_batch_norm: bool
@@ -251,25 +286,29 @@ def _has_functions(module: fx.GraphModule | None) -> bool:
 
 
 class _LossRun:
-    """A loss graph, ready to run."""
+    """A loss or weight graph, ready to run. kinds: what its first and second arguments are."""
 
-    def __init__(self, module: fx.GraphModule, inputs: tuple[GraphInput, ...], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: tuple[GraphInput, ...],
+        tensors: Mapping[str, Tensor],
+        kinds: tuple[str, str],
+    ) -> None:
         self._forward: Callable[..., Any] = module.forward
         self._template = [tensors[str(each.key)] if each.kind == "tensor" else None for each in inputs]
-        self._outputs = _positions(inputs, "output")
-        self._targets = _positions(inputs, "target")
+        self._positions = [_positions(inputs, kind) for kind in kinds]
 
     def reading(self, values: Mapping[Tensor, Tensor]) -> _LossRun:
         changed = copy(self)
         changed._template = _replaced(self._template, values)
         return changed
 
-    def __call__(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+    def __call__(self, *arguments: Sequence[Any]) -> Tensor:
         inputs: list[Any] = self._template.copy()
-        for position, leaf in self._outputs:
-            inputs[position] = outputs[leaf]
-        for position, leaf in self._targets:
-            inputs[position] = targets[leaf]
+        for positions, leaves in zip(self._positions, arguments, strict=True):
+            for position, leaf in positions:
+                inputs[position] = leaves[leaf]
         return self._forward(*inputs)[0]
 
 

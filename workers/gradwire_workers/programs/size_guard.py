@@ -19,7 +19,8 @@ _LEAST = 2
 
 
 class SizeGuard:
-    """The sizes of one variant's graph, and of its loss graph, if it has one. `casts`: they run under autocast.
+    """The sizes of one variant's graph, and of its loss and weight graphs, if it has them. `casts`: they run under
+    autocast.
 
     Every method raises ResourceExhausted TENSOR_TOO_LARGE, and InvalidArgument where an operator refuses the sizes.
     """
@@ -29,6 +30,7 @@ class SizeGuard:
         variant: Variant,
         module: fx.GraphModule,
         loss: fx.GraphModule | None,
+        weight: fx.GraphModule | None,
         tensors: Mapping[str, Tensor],
         tensor_bytes: int,
         *,
@@ -37,12 +39,14 @@ class SizeGuard:
         self._variant = variant
         self._module = module
         self._loss = loss
+        self._weight = weight
         self._tensors = tensors
         self._tensor_bytes = tensor_bytes
         self._casts = casts
         self._places = _places(variant.input_leaves)
         self._checked = SizesChecked()
         self._loss_checked = SizesChecked()
+        self._weight_checked = SizesChecked()
 
     def check_smallest(self) -> None:
         """Checks the smallest batch of all."""
@@ -66,6 +70,16 @@ class SizeGuard:
         """Checks outputs and target leaves, unless ones as large were checked before."""
         if not self._loss_checked.cover(_all_sizes((*outputs, *targets))):
             self._check_loss(*([_on_meta(each) for each in leaves] for leaves in (outputs, targets)))
+
+    def before_weight(self, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Checks input and target leaves for the weight graph, unless ones as large were checked before."""
+        sizes = _all_sizes((*inputs, *targets))
+        if self._weight is None or self._weight_checked.cover(sizes):
+            return
+        on_meta = {"input": [_on_meta(each) for each in inputs], "target": [_on_meta(each) for each in targets]}
+        given = self._bind(self._variant.weight_graph_inputs, on_meta)
+        check_sizes(self._weight, given, self._tensor_bytes, self._field)
+        self._weight_checked.add(sizes)
 
     @property
     def _symbols(self) -> Sequence[Any]:

@@ -80,6 +80,11 @@ class SyncBatchNorm:
         )
 
 
+def is_over_ranks(node: Any) -> bool:
+    """Whether a node of autograd's graph is the backward of batch norm over all ranks' rows."""
+    return isinstance(node, _Normalise._backward_cls)  # type: ignore[attr-defined]
+
+
 def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[Tensor, Tensor, float]:
     """Mean and biased variance of each channel over all ranks, and how many values each channel has."""
     with torch.no_grad():

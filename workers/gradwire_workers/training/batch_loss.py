@@ -18,6 +18,8 @@ from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, row_range
+from gradwire_workers.training.loss_weights import LossWeight
+from gradwire_workers.training.weighed_loss import weighed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class BatchLoss:
 
     def __init__(self, spec: LossSpec, program: BuiltProgram | ArchitectureProgram, device: torch.device) -> None:
         self._program = program
+        self._weights: dict[str, LossWeight] = {}
+        self._own_leaf = spec.output_leaf if isinstance(spec, OutputLossSpec) else None
         self._kind: _Kind
         match spec:
             case TorchLossSpec():
@@ -49,6 +53,29 @@ class BatchLoss:
             case OutputLossSpec():
                 self._kind = _ByOutput(spec.output_leaf)
 
+    def own_leaf(self, outputs: Sequence[Any]) -> int | None:
+        """The leaf of a variant's outputs that is the loss; None where they have none."""
+        leaf = self._own_leaf
+        if leaf is None or leaf >= len(outputs) or not isinstance(outputs[leaf], Tensor) or outputs[leaf].dim() > 0:
+            return None
+        return leaf
+
+    @property
+    def is_own(self) -> bool:
+        """Whether programs return the loss themselves."""
+        return self._own_leaf is not None
+
+    def weigh(self, variant: str, weight: LossWeight | None) -> None:
+        """From here on, losses of shards of the variant are combined by this weight; None: as the loss's kind tells."""
+        if weight is None:
+            self._weights.pop(variant, None)
+        else:
+            self._weights[variant] = weight
+
+    def is_weighed(self, variant: str) -> bool:
+        """Whether losses of shards of the variant are combined by a weight."""
+        return variant in self._weights
+
     def of_whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any], scale: float = 1.0) -> LocalLoss:
         """The loss of a batch that this rank has in full."""
         loss = _scalar(self._kind.whole(variant, outputs, targets))
@@ -58,6 +85,11 @@ class BatchLoss:
         self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float = 1.0
     ) -> LocalLoss:
         """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
+        weight = self._weights.get(shard.variant)
+        if weight is not None:
+            loss = _scalar(self._kind.whole(shard.variant, outputs, targets))
+            differentiable, value = weighed(loss, weight, shard, groups)
+            return LocalLoss(differentiable=_scaled(differentiable, scale), value=value)
         specs = self._program.variant(shard.variant).target_leaves
         # Targets that are not split fit a shard by chance, if they do.
         part = self._kind.over_rows(shard.variant, outputs, targets) if all(map(has_rows, specs)) else None
@@ -66,8 +98,8 @@ class BatchLoss:
         return self._of_gathered(shard, outputs, targets, groups, scale)
 
     def is_sum(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> bool:
-        """Whether the loss is a sum over rows, and computed as such."""
-        return self._kind.over_rows(variant, outputs, targets) is not None
+        """Whether the loss is a sum of the ranks' losses, and computed as such."""
+        return variant in self._weights or self._kind.over_rows(variant, outputs, targets) is not None
 
     def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
         """Refuse targets whose values have no place in such outputs."""

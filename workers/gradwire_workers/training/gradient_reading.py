@@ -68,7 +68,9 @@ def _read(
     inputs = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad}
     dtype = gradient_type(query, [*parameters.values(), *inputs.values()])
     shard = replace(shard, inputs=tuple(leaves))
-    done = passes.local(shard, [*parameters.values(), *inputs.values()], command, seed=query.seed)
+    done = passes.local(
+        shard, [*parameters.values(), *inputs.values()], command, seed=query.seed, with_outputs=query.outputs
+    )
     of_parameters = dict(zip(parameters, done.gradients[: len(parameters)], strict=True))
     of_inputs = dict(zip(inputs, done.gradients[len(parameters) :], strict=True))
     groups, specs = passes.groups, passes.variant(shard).input_leaves
@@ -94,7 +96,7 @@ def _read(
             name: converted(gradient, dtype) for name, gradient in of_parameters.items() if gradient is not None
         },
         input_gradients=input_gradients,
-        outputs=done.outputs if query.outputs else None,
+        outputs=done.outputs,
     )
 
 

@@ -21,7 +21,7 @@ from gradwire_workers.training.replica import Replica
 class Pass:
     """A pass over a shard. value: what the rank adds to the loss. gradients: of the tensors that were asked for.
 
-    outputs: None on an idle rank. waited: seconds spent waiting for the sum of the gradients.
+    outputs: None on an idle rank, or where nobody wants them. waited: seconds spent waiting for the summed gradients.
     """
 
     value: Tensor | float = 0.0
@@ -80,10 +80,11 @@ class Passes:
         *,
         seed: int | None = None,
         to_learn: bool = False,
+        with_outputs: bool = False,
     ) -> Pass:
         """The gradients of this rank's part of the loss: the ranks' add up to the whole batch's.
 
-        to_learn: refuse a loss that no parameter moves.
+        to_learn: refuse a loss that no parameter moves. with_outputs: give the outputs too.
         """
         if shard.idle:
             return Pass(gradients=[None] * len(wanted))
@@ -97,7 +98,8 @@ class Passes:
             gradients = torch.autograd.grad(loss.differentiable, wanted, cotangent, allow_unused=True)
             gradients = apart(gradients, wanted, copy=self._replica.program.has_functions(shard.variant))
             _unscale(gradients, self._replica.scale)
-        return Pass(value=loss.value, gradients=list(gradients), outputs=self.results(shard, outputs))
+        results = self.results(shard, outputs) if with_outputs else None
+        return Pass(value=loss.value, gradients=list(gradients), outputs=results)
 
     def summed(self, shard: Shard, command: int) -> Pass:
         """The gradients of the whole batch with respect to the trainable parameters, on every rank."""
@@ -133,9 +135,9 @@ class Passes:
         changing = {each.untyped_storage().data_ptr() for each in self._replica.program.mutated_buffers(shard.variant)}
         is_split = self.groups is not None and not shard.whole
         results = []
-        for leaf in outputs:
+        for leaf in self._replica.combined_outputs(shard, outputs) if is_split else outputs:
             if isinstance(leaf, Tensor):
-                leaf = own_rows(leaf.detach(), shard) if is_split else leaf.detach()
+                leaf = own_rows(leaf.detach(), shard) if is_split and leaf.dim() else leaf.detach()
                 if leaf.untyped_storage().data_ptr() in changing:
                     leaf = leaf.clone()
             results.append(leaf)

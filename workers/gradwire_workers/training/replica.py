@@ -20,6 +20,7 @@ from gradwire_workers.programs import BuiltProgram, build_program
 from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.batch_loss import BatchLoss, LocalLoss
+from gradwire_workers.training.loss_weights import LossWeight
 from gradwire_workers.training.seeds import command_seed, seed_generators
 
 
@@ -50,16 +51,21 @@ class Replica(nn.Module):
                 field="model.program.graphs",
                 casts=spec.precision != "fp32",
             )
+        self.spec, self.rank, self.device, self.limits = spec, rank, device, limits
         self.precision = spec.precision
         self.scale = 1.0
         """What gradients are to be multiplied by in the next backward."""
         self._loss = None if spec.loss is None else BatchLoss(spec.loss, self.program, device)
         self._sync_batch_norm = SyncBatchNorm()
         self._seed = spec.seed
-        self._rank = rank
-        self._device = device
         self.groups: ProcessGroups | None = None
         self.program.replace_batch_norm(self._sync_batch_norm.batch_norm)
+
+    @property
+    def graphs(self) -> BuiltProgram:
+        """The program where it is one of graphs, as the caller knows."""
+        assert isinstance(self.program, BuiltProgram)
+        return self.program
 
     def check_has_loss(self) -> None:
         """Refuse a command that needs a loss where there is none."""
@@ -68,16 +74,16 @@ class Replica(nn.Module):
 
     def localise(self, shard: Shard) -> Shard:
         """The shard with its tensors on this rank's device."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return shard
         return replace(shard, inputs=self.moved(shard.inputs), targets=self.moved(shard.targets))
 
     def seed(self, shard: Shard, command: int, given: int | None = None, *, stream: int | None = None) -> None:
         """Set the random numbers of a pass, if it draws any. `stream`: of which numbers, this rank's own for None."""
         if self.program.is_random(shard.variant):
-            rank = self._rank if stream is None else stream
+            rank = self.rank if stream is None else stream
             seed = command_seed(model_seed=self._seed, command=command, rank=rank, given=given)
-            seed_generators(seed, self._device)
+            seed_generators(seed, self.device)
 
     def forward(self, shard: Shard) -> Tensor:
         """The rank's part of the loss, to call backward on: DDP must see nothing that the loss does not depend on."""
@@ -129,6 +135,38 @@ class Replica(nn.Module):
         assert self._loss is not None, "checked before"
         self._loss.check(outputs, shard.targets)
 
+    def combined_outputs(self, shard: Shard, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs of a split batch, with the whole batch's loss in place of this rank's. Every rank calls it."""
+        leaf = self._own_leaf(outputs)
+        if leaf is None:
+            return list(outputs)
+        groups = self._groups_of(shard)
+        assert groups is not None, "the batch is split"
+        own = self.loss(shard, outputs).value
+        value = groups.all_reduce(own.to(torch.float64, copy=True)).to(own.dtype)
+        return [value if index == leaf else output for index, output in enumerate(outputs)]
+
+    def row_outputs(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs that have rows: all but the loss, where the program returns it itself."""
+        leaf = self._own_leaf(outputs)
+        return [output for index, output in enumerate(outputs) if index != leaf]
+
+    def has_own_loss(self, outputs: Sequence[Any]) -> bool:
+        """Whether the loss is among the outputs."""
+        return self._own_leaf(outputs) is not None
+
+    def weigh(self, variant: str, weight: LossWeight | None) -> None:
+        """From here on, losses of shards of the variant are combined by this weight; None: as the loss's kind tells."""
+        assert self._loss is not None
+        self._loss.weigh(variant, weight)
+
+    def combines_outputs(self, variant: str) -> bool:
+        """Whether ranks must talk to each other for the outputs of a split batch: they share the loss among them."""
+        return self._loss is not None and self._loss.is_own and self._loss.is_weighed(variant)
+
+    def _own_leaf(self, outputs: Sequence[Any]) -> int | None:
+        return None if self._loss is None else self._loss.own_leaf(outputs)
+
     def row_by_row(self) -> AbstractContextManager[None]:
         """Inside, batch norm normalises with fixed statistics: no row reaches another through it."""
         return self._sync_batch_norm.row_by_row()
@@ -150,4 +188,4 @@ class Replica(nn.Module):
 
     def moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Leaves on this rank's device."""
-        return tuple(leaf.to(self._device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return tuple(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)

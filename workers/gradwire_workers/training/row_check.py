@@ -45,8 +45,8 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
     """None if a batch that is split over the ranks gives what the whole batch gives; otherwise why not, in words.
 
     Runs the variant on the example's leaves and on random ones like them, whole and split over all ranks, random
-    operators off, and compares outputs, gradients and changed buffers. Then follows a row through it and back. Every
-    rank calls it and gets the same answer.
+    operators off, and compares outputs (but for a loss among them), gradients and changed buffers. Then follows a row
+    through it and back. Every rank calls it and gets the same answer.
     """
     groups = replica.groups
     assert groups is not None
@@ -194,7 +194,8 @@ def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked:
     whole_numbers = [leaf for leaf, has in zip(inputs, with_rows, strict=True) if has and not has_rounding(leaf)]
     before = Snapshot(replica.program.mutated_buffers(shard.variant))
     try:
-        outputs, spread = marked.follow(lambda: replica.outputs(replace(shard, inputs=tuple(inputs))), whole_numbers)
+        marked_shard = replace(shard, inputs=tuple(inputs))
+        outputs, spread = marked.follow(lambda: replica.row_outputs(replica.outputs(marked_shard)), whole_numbers)
     finally:
         before.restore()
     tensors = [output for output in outputs if isinstance(output, Tensor)]
@@ -218,7 +219,7 @@ def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tens
     inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
     mutated = replica.program.mutated_buffers(shard.variant)
     before = Snapshot(mutated)
-    outputs = replica.outputs(replace(shard, inputs=tuple(inputs)))
+    outputs = replica.row_outputs(replica.outputs(replace(shard, inputs=tuple(inputs))))
     tensors = [output for output in outputs if isinstance(output, Tensor)]
     buffers = [buffer.detach().clone() for buffer in mutated]
     trainable = _trainable(replica)

@@ -1,0 +1,227 @@
+"""Losses that the model returns, or that a client describes, over several ranks: torch's numbers on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradwire import optim
+from gradwire.errors import ExportError, FailedPrecondition, InvalidArgument
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def gpt2() -> nn.Module:
+    import transformers as hf
+
+    config = hf.GPT2Config(
+        n_embd=16, n_head=2, n_layer=2, vocab_size=31, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    config.use_cache = False
+    return hf.GPT2LMHeadModel(config)
+
+
+def words(rows: int, length: int = 7) -> dict[str, Tensor]:
+    ids = torch.randint(2, 31, (rows, length))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def close(found: Tensor, expected: Tensor, everything: float) -> bool:
+    allowed = TOLERANCE[expected.dtype] * max(float(expected.norm()), 1e-3 * everything)
+    return float((found - expected).norm()) <= allowed
+
+
+def check(model: Any, module: nn.Module, inputs: Any, loss: Tensor, targets: Any = None) -> None:
+    """That the model's loss and gradients are those of `loss`, computed with `module` here."""
+    names = dict(module.named_parameters())
+    gradients = torch.autograd.grad(loss, list(names.values()))
+    result = model.compute_gradients(inputs, targets)
+    assert result.loss == pytest.approx(loss.item(), rel=TOLERANCE[loss.dtype])
+    everything = sum(float(each.norm()) ** 2 for each in gradients) ** 0.5
+    for name, expected in zip(names, gradients, strict=True):
+        assert close(result.gradients[name], expected, everything), name
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)])
+def test_gpt2_with_labels_is_spread_over_ranks_and_exact(client, ranks, dtype):
+    torch.manual_seed(ranks)
+    net = gpt2().to(dtype)
+    model = client.create_model(
+        net,
+        optimizer=optim.SGD(lr=0.1),
+        example=(words(4),),
+        workers=ranks,
+        require_sharding=True,
+    )
+    sharding = model.info().sharding
+    assert sharding.mode == "rows"
+    assert ranks == 1 or "not -100 in inputs.labels but for its first column" in sharding.reason
+    for rows in (5, 2):
+        batch = words(rows)
+        batch["labels"][torch.rand(batch["labels"].shape) < 0.4] = -100
+        batch["labels"][1:] = -100  # every other rank has nothing to learn
+        check(model, net, batch, net(**batch).loss)
+        assert sum(model.compute_gradients(batch).rank_rows) == rows
+    outputs = model.forward(batch)
+    assert outputs.logits.shape == (2, 7, 31)
+    assert float(outputs.loss) == pytest.approx(net(**batch).loss.item(), rel=TOLERANCE[dtype])
+    step, expected = model.train_step(batch), net(**batch).loss
+    assert step.loss == pytest.approx(expected.item(), rel=TOLERANCE[dtype])
+
+
+def test_gpt2_without_labels_gives_logits_row_by_row(client):
+    net = gpt2().eval()
+    model = client.create_model(net, example=(words(4),), workers=2)
+    batch = {"input_ids": words(3)["input_ids"]}
+    assert torch.allclose(model.forward(batch).logits, net(**batch).logits, atol=1e-5)
+
+
+class Focal(nn.Module):
+    """A mean over what a mask of floats weighs, which no trial finds; a mask that says nothing is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.layer(x).square().squeeze(-1) * mask).sum() / mask.sum()
+
+
+def masked(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 4).double(), torch.rand(rows).double()
+
+
+def test_loss_weight_spreads_a_loss_that_no_trial_finds(client):
+    torch.manual_seed(0)
+    net = Focal().double()
+    alone = client.create_model(net, example=(masked(4),), workers=2)
+    assert alone.info().sharding.mode == "whole" and "loss_weight" in alone.info().sharding.reason
+    with pytest.raises(FailedPrecondition) as refused:
+        client.create_model(net, example=(masked(4),), workers=2, require_sharding=True)
+    assert refused.value.reason == "ROWS_NOT_INDEPENDENT"
+    model = client.create_model(
+        net, example=(masked(4),), workers=3, loss_weight=lambda inputs: inputs[1].sum(), require_sharding=True
+    )
+    assert "loss_weight" in model.info().sharding.reason
+    for rows in (5, 2, 1):
+        x, mask = masked(rows)
+        mask[1:] = 0
+        check(model, net, (x, mask), net(x, mask))
+        # How a row's weight moves the mean depends on all rows: those gradients are computed by one rank.
+        given = (x.requires_grad_(), mask.requires_grad_())
+        expected = torch.autograd.grad(net(*given), given)
+        found = model.compute_gradients((x.detach(), mask.detach()), input_gradients=True)
+        assert found.rank_rows == (rows, 0, 0)
+        for one, other in zip(found.input_gradients, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Token-level cross entropy with class weights, as a callable of the outputs."""
+    return F.cross_entropy(outputs.transpose(1, 2), targets, weight=torch.tensor([1.0, 2.0, 0.5]).double())
+
+
+class Heads(nn.Linear):
+    """float[n, t, 4] -> float[n, t, 3]"""
+
+
+def tagged(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 5, 4).double(), torch.randint(3, (rows, 5))
+
+
+def weight_of(inputs: Tensor, targets: Tensor) -> Tensor:
+    taken = targets != -100
+    return (torch.tensor([1.0, 2.0, 0.5]).double()[targets.where(taken, 0)] * taken).sum()
+
+
+@pytest.mark.parametrize("given", [None, weight_of])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_token_level_cross_entropy_of_the_outputs_is_exact_gathered_or_weighed(client, ranks, given):
+    torch.manual_seed(ranks)
+    net = Heads(4, 3).double()
+    model = client.create_model(
+        net, loss=token_loss, example=tagged(4), workers=ranks, loss_weight=given, require_sharding=True
+    )
+    assert ranks == 1 or (given is not None) == ("loss_weight" in model.info().sharding.reason)
+    for rows in (7, 2):
+        x, y = tagged(rows)
+        y[torch.rand(y.shape) < 0.3] = -100
+        y[1:] = -100
+        check(model, net, x, token_loss(net(x), y), y)
+
+
+def mean_of_rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).abs().pow(1.5).sum(-1).mean()
+
+
+def numbers(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 4).double(), torch.randn(rows, 3).double()
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"), [(mean_of_rows, "mean"), (lambda a, b: 3 * mean_of_rows(a, b) * a.shape[0], "sum")]
+)
+def test_loss_reduction_that_holds_is_used(client, loss, reduction):
+    net = nn.Linear(4, 3).double()
+    model = client.create_model(net, loss=loss, example=numbers(4), workers=3, loss_reduction=reduction)
+    assert f"the loss is a {reduction} over rows" in model.info().sharding.reason
+    assert model.info().loss_reduction == reduction
+    for rows in (7, 2):
+        x, y = numbers(rows)
+        check(model, net, x, loss(net(x), y), y)
+
+
+def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs @ targets.T, torch.arange(outputs.shape[0]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "reduction"),
+    [
+        (mean_of_rows, numbers, "sum"),
+        (info_nce, numbers, "mean"),
+        (token_loss, tagged, "mean"),
+        (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean"),
+    ],
+)
+def test_loss_reduction_that_does_not_hold_is_refused_by_name(client, loss, batch, reduction):
+    net = nn.Linear(4, 3).double()
+    with pytest.raises(InvalidArgument) as refused:
+        client.create_model(net, loss=loss, example=batch(4), workers=2, loss_reduction=reduction)
+    assert (refused.value.field, refused.value.reason) == ("model.loss_reduction", "LOSS_REDUCTION_WRONG")
+
+
+def test_loss_weight_that_does_not_hold_is_refused_by_name(client):
+    with pytest.raises(InvalidArgument, match="loss_weight does not hold") as refused:
+        client.create_model(
+            Heads(4, 3).double(),
+            loss=token_loss,
+            example=tagged(4),
+            workers=2,
+            loss_weight=lambda x, y: (y != -100).sum(),
+        )
+    assert refused.value.reason == "LOSS_WEIGHT_WRONG" and refused.value.field.endswith(".weight_graph")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "field"),
+    [
+        ({"loss_reduction": "median"}, InvalidArgument, "model.loss_reduction"),
+        ({"loss_reduction": "mean", "loss": None}, InvalidArgument, "model.loss_reduction"),
+        ({"loss_weight": 3}, InvalidArgument, "loss_weight"),
+        ({"loss_weight": lambda x, y: y}, ExportError, "loss_weight"),
+        ({"loss_weight": lambda x, y: y.sum(), "loss": None}, InvalidArgument, "loss_weight"),
+        ({"loss_weight": lambda x, y: y.sum(), "loss_reduction": "sum"}, InvalidArgument, "model.loss_reduction"),
+    ],
+)
+def test_what_a_loss_cannot_be_weighed_by_is_refused(client, arguments, kind, field):
+    with pytest.raises(kind) as refused:
+        client.create_model(
+            copy.deepcopy(nn.Linear(4, 3)).double(), **{"loss": mean_of_rows, "example": numbers(4), **arguments}
+        )
+    assert refused.value.field == field

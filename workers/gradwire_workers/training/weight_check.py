@@ -1,0 +1,197 @@
+"""Which weights make a batch's loss and gradients of those of its shards: found by trying, and used only if they do.
+
+In double precision, where a small term that is no mean (a balance of experts, a norm of the parameters beside a sum)
+cannot hide in the rounding; on many batches, whose rows have more and less that counts; and a weight is taken only if
+no other one would do as well on them, for then they would show nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwire_proto.errors import GradwireError, InternalError
+from gradwire_proto.values import Variant
+from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import has_rows, row_range
+from gradwire_workers.training.closeness import are_close, has_rounding
+from gradwire_workers.training.gradients import add_up
+from gradwire_workers.training.index_check import indices_checked
+from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, own_weight, share_of
+from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
+from gradwire_workers.training.widening import widen
+
+
+def find_weight(
+    wide: Replica,
+    variant: Variant,
+    inputs: Sequence[Any],
+    targets: Sequence[Any],
+    weights: Sequence[LossWeight],
+    *,
+    rows: int,
+    more: int,
+) -> int | None:
+    """The index of the weight that holds for the variant's loss; None where none does, or nothing tells.
+
+    wide: the replica in double precision. inputs, targets: an example's leaves. rows, more: how many to try.
+    Every rank calls it and gets the same answer.
+    """
+    groups = wide.groups
+    assert groups is not None
+    batches = TrialBatches(
+        inputs=[widen(each) for each in inputs],
+        targets=[widen(each) for each in targets],
+        input_leaves=variant.input_leaves,
+        target_leaves=variant.target_leaves,
+        ranks=groups.size,
+        numbers=numbers_compared(wide.graphs, variant),
+    )
+    check = _WeightCheck(wide, groups, variant, weights)
+    with wide.program.without_randomness():
+        for batch in batches.of_rows(rows, more=more):
+            check.try_on(batch)
+            if not check.left:
+                return None
+    return check.answer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+
+class _WeightCheck:
+    """left: the indices of the weights that no batch has shown to be wrong."""
+
+    def __init__(
+        self, replica: Replica, groups: ProcessGroups, variant: Variant, weights: Sequence[LossWeight]
+    ) -> None:
+        self.left = list(range(len(weights)))
+        self._replica, self._groups, self._variant, self._weights = replica, groups, variant, weights
+        self._trainable = [each for each in replica.program.parameters() if each.requires_grad]
+        self._shares: list[list[tuple[float, ...]]] = []
+
+    def answer(self) -> int | None:
+        """The weight that is left, if batches have told it from the others that are."""
+        first = self.left[0]
+        if not self._shares:
+            return None
+        if any(shares[other] != shares[first] for shares in self._shares for other in self.left):
+            return None
+        return first
+
+    def try_on(self, batch: TrialBatch) -> None:
+        """Drop the weights that give another loss, or other gradients, than the whole batch."""
+        inputs, targets = tuple(batch.inputs), tuple(batch.targets)
+        whole = Shard(
+            variant=self._variant.name,
+            rows=batch.rows,
+            start=0,
+            stop=batch.rows,
+            whole=True,
+            inputs=inputs,
+            targets=targets,
+        )
+        expected = self._whole(whole)
+        if expected is None:
+            return
+        start, stop = row_range(batch.rows, self._groups.size, self._groups.rank)
+        mine = slice(start, stop)
+        cut = [
+            [leaf[mine] if has_rows(spec) else leaf for leaf, spec in zip(leaves, specs, strict=True)] if leaves else ()
+            for leaves, specs in ((inputs, self._variant.input_leaves), (targets, self._variant.target_leaves))
+        ]
+        part = replace(whole, start=start, stop=stop, whole=False, inputs=tuple(cut[0]), targets=tuple(cut[1]))
+        shares = self._all_shares(part)
+        if expected.loss.isfinite():
+            self._shares.append(shares)
+        tried: dict[tuple[float, ...], bool] = {}
+        for index in self.left:
+            # Those that weigh alike give the same.
+            if shares[index] not in tried:
+                tried[shares[index]] = self._holds(self._weights[index], part, expected, mine)
+        self.left = [index for index in self.left if tried[shares[index]]]
+
+    def _all_shares(self, part: Shard) -> list[tuple[float, ...]]:
+        """For each weight, the shares of all ranks, so rounded that equal ones are the same."""
+        own = torch.tensor([own_weight(weight, part) for weight in self._weights], dtype=torch.float64)
+        everyone = self._groups.all_gather(own)
+        ranges = [row_range(part.rows, self._groups.size, rank) for rank in range(self._groups.size)]
+        return [
+            tuple(
+                round(share_of(weight, each, sum(column), stop - start, part.rows), 9)
+                for each, (start, stop) in zip(column, ranges, strict=True)
+            )
+            for weight, column in zip(self._weights, everyone.T.tolist(), strict=True)
+        ]
+
+    def _whole(self, shard: Shard) -> _Result | None:
+        """None where the program refuses the batch: torch would too, so that it shows nothing."""
+        failed = torch.zeros(1, dtype=torch.uint8)
+        result = None
+        try:
+            with indices_checked():
+                result = self._run(shard)
+        except (RuntimeError, IndexError, ValueError, GradwireError) as error:
+            if isinstance(error, InternalError):
+                raise
+            failed[0] = 1
+        self._groups.all_reduce(failed, largest=True)
+        return None if failed.item() else result
+
+    def _holds(self, weight: LossWeight, part: Shard, expected: _Result, mine: slice) -> bool:
+        self._replica.weigh(part.variant, weight)
+        found = self._run(part)
+        self._replica.weigh(part.variant, None)
+        loss = self._groups.all_reduce(found.loss.to(torch.float64, copy=True))
+        wrong = torch.zeros(1, dtype=torch.uint8)
+        if not expected.loss.isfinite():
+            wrong[0] = bool(loss.isfinite())  # what becomes of its gradients nobody needs to know
+            self._groups.all_reduce(wrong, largest=True)
+            return not wrong.item()
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [(loss, expected.loss.to(torch.float64))]
+        wrong[0] = not are_close(pairs)
+        pairs = []
+        count, inputs = len(self._trainable), _differentiable(part.inputs)
+        specs = [self._variant.input_leaves[index] for index in inputs]
+        shared = [place for place, spec in enumerate(specs) if not has_rows(spec)]
+        everyones = [*found.gradients[:count], *(found.gradients[count + place] for place in shared)]
+        like = [*self._trainable, *(part.inputs[inputs[place]] for place in shared)]
+        references = [*expected.gradients[:count], *(expected.gradients[count + place] for place in shared)]
+        pairs += zip(add_up(everyones, like, self._groups), references, strict=True)
+        for place, spec in enumerate(specs):
+            reference = expected.gradients[count + place]
+            if has_rows(spec) and inputs[place] not in weight.reads and part.count:
+                pairs.append((found.gradients[count + place], None if reference is None else reference[mine]))
+        wrong[0] = max(int(wrong[0]), not are_close(pairs))
+        self._groups.all_reduce(wrong, largest=True)
+        return not wrong.item()
+
+    def _run(self, shard: Shard) -> _Result:
+        """Loss and gradients, of the parameters and of the inputs, as a command would have them."""
+        inputs = [leaf.detach().requires_grad_() if has_rounding(leaf) else leaf for leaf in shard.inputs]
+        before = Snapshot(self._replica.program.mutated_buffers(shard.variant))
+        try:
+            given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+            outputs = self._replica.outputs(replace(shard, inputs=tuple(given)))
+            loss = self._replica.loss(shard, outputs)
+            wanted = [*self._trainable, *(inputs[index] for index in _differentiable(inputs))]
+            gradients: Sequence[Tensor | None] = [None] * len(wanted)
+            if loss.differentiable.requires_grad and wanted:
+                gradients = torch.autograd.grad(loss.differentiable, wanted, allow_unused=True)
+        finally:
+            before.restore()
+        return _Result(loss=loss.value, gradients=list(gradients))
+
+
+def _differentiable(leaves: Sequence[Any]) -> list[int]:
+    return [index for index, leaf in enumerate(leaves) if has_rounding(leaf)]
