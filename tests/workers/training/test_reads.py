@@ -34,7 +34,7 @@ def batch(rows: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def everything(group) -> list[Tensor]:
-    source = "result = [t.detach().clone() for t in trainer._program.all_state().values()] + list(trainer._held._parts or [])"
+    source = "result = [*map(torch.clone, trainer._program.all_state().values()), *(trainer._held._parts or [])]"
     return group.call_all("run", source)[0]
 
 
