@@ -146,20 +146,6 @@ class ChangesSaved(Fivefold):
         return gradient, None
 
 
-class Pools(Fivefold):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return nn.functional.max_pool1d(x, 2)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            pooled = nn.functional.max_pool1d(x, 2)
-        return torch.autograd.grad(pooled, x, gradient)[0]
-
-
 class Coupled(torch.autograd.Function):
     """The gradient of one input depends on whether another one needs any."""
 
@@ -226,7 +212,6 @@ def test_a_function_whose_backward_nobody_can_ask_for_is_traced_as_plain_operato
         (lambda module, h: Unmaterialized.apply(h), Unmaterialized, "leave that call out"),
         (lambda module, h: ChangesGradient.apply(h), ChangesGradient, "a clone of it"),
         (lambda module, h: ChangesSaved.apply(h, module.mean), ChangesSaved, "in the forward"),
-        (lambda module, h: Pools.apply(h), Pools, "max_pool2d_with_indices"),
         (lambda module, h: torch.vmap(WithContext.apply)(h), WithContext, "whole batches"),
         (lambda module, h: torch.func.grad(lambda z: WithContext.apply(z).sum())(h), WithContext, "whole batches"),
         (

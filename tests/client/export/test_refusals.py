@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradwire.export import ModuleExporter
-from gradwire.functions import check_argnums, export_function
+from gradwire.function_arguments import check_argnums
+from gradwire.functions import export_function
 from gradwire_proto.errors import ExportError, InvalidArgument
 
 
