@@ -34,8 +34,9 @@ class Lengths:
 class LengthSearch:
     """What is known when the graphs are traced.
 
-    forward: its sizes, of the inputs' `tensor_leaves`. compared: what a loss by name demands of its target's dimensions,
-    in the forward's sizes. others: the sizes of further graphs, such as the loss's, and what their leaves are.
+    forward: its sizes, of the inputs' `tensor_leaves`. compared: what a loss by name demands of its target's
+    dimensions, in the forward's sizes. others: the sizes of further graphs, such as the loss's, and what their leaves
+    are.
     """
 
     example: Example

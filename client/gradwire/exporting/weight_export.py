@@ -31,7 +31,8 @@ def export_weight(
 ) -> TracedGraph:
     """The graph of `loss_weight`, over the leaves of the example's inputs and targets.
 
-    lengths: whether sizes besides rows may vary. trained: the module's tensors, which it must not read: it is a function of the batch alone.
+    lengths: whether sizes besides rows may vary. trained: the module's tensors, which it must not read: it is a
+    function of the batch alone.
     Raises ExportError LOSS_WEIGHT_NOT_SCALAR where it gives no scalar tensor, and as other exports do.
     """
     inputs, targets = list(example.inputs), list(example.targets) if takes_targets else []
