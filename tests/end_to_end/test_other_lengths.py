@@ -131,7 +131,7 @@ def assert_same(model: gradwire.Model, net: nn.Module, loss: Callable[..., Any],
         torch.testing.assert_close(result.gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
 
 
-def create(client: gradwire.Client, net: nn.Module, loss: Any, example: Batch, workers: int = 1) -> gradwire.Model:
+def create(client: gradwire.Client, net: nn.Module, loss: Any, example: Any, workers: int = 1) -> gradwire.Model:
     return client.create_model(net, loss=loss, optimizer=optim.SGD(lr=0.1), example=example, workers=workers)
 
 
