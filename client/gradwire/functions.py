@@ -118,7 +118,7 @@ class _Export:
         return self._assemble(graph, operators, constants)
 
     def _trace(self, operators: dict[str, str], constants: Constants) -> TracedGraph:
-        leaves = [(GraphInput("input", index), tensor, False) for index, tensor in enumerate(self._tensors)]
+        leaves = [(GraphInput("input", index), tensor, {}) for index, tensor in enumerate(self._tensors)]
         try:
             return trace_graph(
                 self._flat,
@@ -165,7 +165,7 @@ class _Export:
         places = range(len(self._tensors))
         tensors: Any = tuple(self._tensors)
         nesting: Structure = tuple(LeafRef(index) for index in places)
-        specs = [leaf_spec(tensor) for tensor in self._tensors]
+        specs = [leaf_spec(tensor, {}) for tensor in self._tensors]
         program = Program(
             torch_version=torch.__version__,
             tensors=constants.specs(),

@@ -119,9 +119,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def leaf_spec(leaf: Any, rows: str | None = None) -> Leaf:
-    """What a batch must bring in place of this leaf. rows: the symbol of dimension 0, where it varies."""
+def leaf_spec(leaf: Any, symbols: Mapping[int, str]) -> Leaf:
+    """What a batch must bring in place of this leaf. symbols: those of the dimensions that vary."""
     if isinstance(leaf, torch.Tensor):
-        shape: tuple[int | str, ...] = tuple(leaf.shape)
-        return TensorSpec(dtype_name(leaf.dtype), (rows, *shape[1:]) if rows else shape)
+        shape = tuple(symbols.get(dimension, size) for dimension, size in enumerate(leaf.shape))
+        return TensorSpec(dtype_name(leaf.dtype), shape)
     return ConstantSpec(leaf)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradwire.exporting.tracing import OPEN_IF_POSSIBLE, ROWS_OPEN, Openings
 from gradwire.user_values import flatten, leaf_spec, normalize
 from gradwire_proto.values import ROWS, Batch, Leaf, Structure, Value, map_leaves, unflatten
+
+Place = tuple[str, int, int]
+"""A dimension: ("input" or "target", leaf, dimension)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,35 @@ class Example:
         )
         return self._with(inputs, targets, count)
 
+    def with_sizes(self, places: Mapping[Place, str], sizes: Mapping[str, int]) -> Example:
+        """With other sizes at some places: the example's content from its start, and again where it ends.
+
+        places: the symbol at each. sizes: of each symbol.
+        """
+        inputs, targets = list(self.inputs), list(self.targets)
+        for (kind, leaf, dimension), symbol in places.items():
+            leaves = inputs if kind == "input" else targets
+            tensor = leaves[leaf]
+            chosen = torch.arange(sizes[symbol], device=tensor.device) % tensor.shape[dimension]
+            leaves[leaf] = tensor.index_select(dimension, chosen)
+        return self._with(inputs, targets, self.rows)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether an input has a dimension besides rows that could vary."""
+        return any(len(self.openings(leaf, lengths=True)) > self.has_rows(leaf) for leaf in self.inputs)
+
+    def openings(self, leaf: Any, *, lengths: bool) -> Openings:
+        """The dimensions of a leaf that an export leaves open: rows, and with `lengths` whichever others it can.
+
+        Sizes of one, and of none, are fixed: torch.export takes neither for the example of another size.
+        """
+        if self.rows is None or not isinstance(leaf, Tensor):
+            return {}
+        rows = {0: ROWS_OPEN} if self.has_rows(leaf) else {}
+        others = {i: OPEN_IF_POSSIBLE for i, size in enumerate(leaf.shape) if lengths and i not in rows and size > 1}
+        return {**rows, **others}
+
     def other_inputs(self) -> list[Any]:
         """Inputs that a module which takes the example should take as well: rows in reverse, floating point halved."""
         return [_other(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.inputs]
@@ -54,13 +88,20 @@ class Example:
         """The example with every size fixed."""
         return self._with(self.inputs, self.targets, None)
 
-    def input_specs(self) -> tuple[Leaf, ...]:
-        """What a batch must bring as inputs."""
-        return tuple(leaf_spec(leaf, ROWS if self.has_rows(leaf) else None) for leaf in self.inputs)
+    def input_specs(self, places: Mapping[Place, str]) -> tuple[Leaf, ...]:
+        """What a batch must bring as inputs. places: the symbols besides rows."""
+        return self._specs("input", self.inputs, places)
 
-    def target_specs(self) -> tuple[Leaf, ...]:
+    def target_specs(self, places: Mapping[Place, str]) -> tuple[Leaf, ...]:
         """What a batch must bring as targets."""
-        return tuple(leaf_spec(leaf, ROWS if self.has_rows(leaf) else None) for leaf in self.targets)
+        return self._specs("target", self.targets, places)
+
+    def _specs(self, kind: str, leaves: Sequence[Any], places: Mapping[Place, str]) -> tuple[Leaf, ...]:
+        symbols: list[dict[int, str]] = [{0: ROWS} if self.has_rows(leaf) else {} for leaf in leaves]
+        for (its_kind, leaf, dimension), symbol in places.items():
+            if its_kind == kind:
+                symbols[leaf][dimension] = symbol
+        return tuple(leaf_spec(leaf, its) for leaf, its in zip(leaves, symbols, strict=True))
 
     def _twice(self, leaf: Any) -> Any:
         return torch.cat((leaf, leaf)) if self.has_rows(leaf) else leaf

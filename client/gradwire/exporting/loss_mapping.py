@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,13 @@ class Loss:
         if self.spec.name in _BY_CLASSES:
             return output.dim() >= 2
         return output.shape == target.shape and not {"weight", "pos_weight"} & set(self.spec.options)
+
+    def compared_sizes(self, output: Sequence[Any], target_dimensions: int) -> list[tuple[int, Any]]:
+        """(dimension of the target, the size of the output to which it is equal), for a loss by name that fits."""
+        assert isinstance(self.spec, TorchLossSpec)
+        if self.spec.name in _BY_CLASSES and target_dimensions < len(output):
+            output = [output[0], *output[2:]]
+        return list(enumerate(output))
 
 
 def as_loss(loss: Any) -> Loss | None:

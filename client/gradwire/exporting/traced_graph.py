@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from gradwire.exporting.graph_encoding import clean, encode
-from gradwire.exporting.tracing import Traced, trace
+from gradwire.exporting.open_sizes import OpenSizes
+from gradwire.exporting.tracing import Openings, Traced, trace
 from gradwire.user_values import dtype_name
 from gradwire_proto.errors import ExportError
 from gradwire_proto.function_replay import ReplayedFunction
@@ -59,13 +60,22 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedGraph:
-    """`bindings`: what each input is bound to. `bound`: the live tensors among them, None for leaves."""
+    """`bindings`: what each input is bound to. `bound`: the live tensors among them, None for leaves.
+
+    `sizes`: those of the leaves and outputs, in the trace.
+    """
 
     module: fx.GraphModule
     graph: Graph
     bindings: tuple[GraphInput, ...]
     bound: tuple[Tensor | None, ...]
     written: tuple[str, ...]
+    sizes: OpenSizes
+
+    @property
+    def leaves(self) -> list[GraphInput]:
+        """The leaves among what its inputs are bound to, in the order of `sizes.leaves`."""
+        return [binding for binding, tensor in zip(self.bindings, self.bound, strict=True) if tensor is None]
 
     @property
     def has_functions(self) -> bool:
@@ -93,7 +103,7 @@ class TracedGraph:
 def trace_graph(
     function: Callable[..., Sequence[Any]],
     module: nn.Module | None,
-    leaves: Sequence[tuple[GraphInput, Tensor, bool]],
+    leaves: Sequence[tuple[GraphInput, Tensor, Openings]],
     *,
     state: Mapping[str, Tensor],
     constants: Constants,
@@ -105,7 +115,7 @@ def trace_graph(
 ) -> TracedGraph:
     """Export `function` of tensors, which runs `module`.
 
-    leaves: for each tensor what it is bound to, an example of it, and whether its dimension 0 may vary.
+    leaves: for each tensor what it is bound to, an example of it, and which of its dimensions may vary.
     state: the module's tensors by name; tensors that are not in it become constants.
     subject: what errors call the function. trained: tensors by name that must not become constants. restore: puts the
     module back as it was, where it has to be run once more. precision: at which it will run.
@@ -115,9 +125,9 @@ def trace_graph(
         binding.kind != "target" and (tensor.is_floating_point() or tensor.is_complex())
         for binding, tensor, _ in leaves
     ]
-    exported = trace(
-        function, module, examples, [has_rows for _, _, has_rows in leaves], differentiable, restore, precision
-    )
+    openings = [opening for _, _, opening in leaves]
+    exported = trace(function, module, examples, openings, differentiable, restore, precision)
+    sizes = OpenSizes.of(exported)
     _refuse_torch_func(exported.graph_module, subject)
     clean(exported.graph_module)
     bindings, bound = _bind(exported, [binding for binding, _, _ in leaves], state, constants)
@@ -125,7 +135,12 @@ def trace_graph(
     graph = encode(exported.graph_module, operators)
     written = _written(graph, bindings, operators, state, subject)
     return TracedGraph(
-        module=exported.graph_module, graph=graph, bindings=tuple(bindings), bound=tuple(bound), written=written
+        module=exported.graph_module,
+        graph=graph,
+        bindings=tuple(bindings),
+        bound=tuple(bound),
+        written=written,
+        sizes=sizes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs torch.export on a callable of flat tensors, with rows left open where possible, and explains failures."""
+"""Runs torch.export on a callable of flat tensors, with sizes left open where possible, and explains failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,12 @@ from gradwire.exporting.loss_functions import TraceableLosses
 from gradwire.exporting.traced_inputs import PREFIX, keep_old_values, without_copies
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
+
+Openings = Mapping[int, Any]
+"""The dimensions of a tensor that may vary: the batch's rows (ROWS_OPEN), or open wherever the graph lets them."""
+
+ROWS_OPEN = Dim("rows")
+OPEN_IF_POSSIBLE = Dim.AUTO
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
@@ -78,37 +84,35 @@ def trace(
     function: Callable[..., Sequence[Any]],
     module: nn.Module | None,
     tensors: Sequence[Tensor],
-    rows: Sequence[bool],
+    openings: Sequence[Openings],
     differentiable: Sequence[bool],
     restore: Callable[[], None],
     precision: str,
 ) -> ExportedProgram:
     """The graph of `function`, which takes `tensors` and runs `module`.
 
-    rows: for each tensor, whether its dimension 0 is the batch's rows and may vary. differentiable: whether it may need
-    a gradient. restore: puts the module back as it was, for another try. precision: under whose autocast it runs, so
-    that the code reads the types that it will see. Raises whatever torch.export does.
+    openings: for each tensor the dimensions that may vary. differentiable: whether it may need a gradient. restore:
+    puts the module back as it was, for another try. precision: under whose autocast it runs, so that the code reads the
+    types that it will see. Raises whatever torch.export does.
     """
     try:
-        return _export(function, module, tensors, rows, Capture(leaves_known=False), precision)
+        return _export(function, module, tensors, openings, Capture(leaves_known=False), precision)
     except LeavesUnknown:
         restore()
     examples = [tensor.requires_grad_(needs) for tensor, needs in zip(tensors, differentiable, strict=True)]
-    return _export(function, module, examples, rows, Capture(leaves_known=True), precision)
+    return _export(function, module, examples, openings, Capture(leaves_known=True), precision)
 
 
 def _export(
     function: Callable[..., Sequence[Any]],
     module: nn.Module | None,
     tensors: Sequence[Tensor],
-    rows: Sequence[bool],
+    openings: Sequence[Openings],
     capture: Capture,
     precision: str,
 ) -> ExportedProgram:
-    symbol = Dim("rows")
-    shapes = tuple({0: symbol} if has_rows else None for has_rows in rows)
     # Only what varies says so: a graph without open dimensions is exported as it stands.
-    dynamic = (shapes,) if any(rows) else None
+    dynamic = (tuple(dict(opening) or None for opening in openings),) if any(openings) else None
     with quiet(), capture.active(), torch.enable_grad(), autocast(precision), open_len(), TraceableLosses():
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)

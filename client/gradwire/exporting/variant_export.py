@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from gradwire.exporting import python_state, safety_net
 from gradwire.exporting.example import Example
 from gradwire.exporting.graph_run import GraphRun, as_scalar
+from gradwire.exporting.lengths import Lengths, LengthSearch, output_openings, rows_symbol
 from gradwire.exporting.loss_mapping import Loss
 from gradwire.exporting.module_snapshot import Snapshot, rewound
 from gradwire.exporting.module_state import ModuleState, buffer_values, thawed
-from gradwire.exporting.other_rows import OtherRows
+from gradwire.exporting.other_lengths import OtherLengths
+from gradwire.exporting.other_rows import OtherRows, RowsNotOpen
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.random_state import seed
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
-from gradwire.exporting.tracing import explain, quiet
-from gradwire.exporting.weight_export import LossWeight, export_weight
+from gradwire.exporting.tracing import ROWS_OPEN, Openings, explain, quiet
+from gradwire.exporting.weight_export import LossWeight, export_weight, weight_agrees
 from gradwire.user_values import call_with
 from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import ExportError, GradwireError
 from gradwire_proto.values import ROWS, GraphInput, StateTensor, Symbol, Variant, unflatten
+
+_OPEN_SIZES_MATTER = {"OPERATOR_NOT_ALLOWED", "EXPORT_FAILED", "EXPORT_MISMATCH", "EXPORT_CUSTOM_FUNCTION"}
+"""Reasons that may be due to a size's being open: with that size fixed, the module may well be exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +86,27 @@ class VariantExport:
     loss_weight: LossWeight | None = None
 
     def finish(self, example: Example) -> Finished:
-        """The variant, with the rows left open where the module lets them vary."""
+        """The variant, with the rows and other sizes left open where the module lets them vary."""
         enlarged = example.enlarged()
-        if example.rows is not None:
+        tries = [] if example.rows is None else [True, False] if enlarged.has_lengths else [False]
+        for lengths in tries:
             try:
-                return self._attempt(enlarged)
+                return self._attempt(enlarged, lengths=lengths)
             except GradwireError as error:
+                if lengths and error.reason in _OPEN_SIZES_MATTER:
+                    continue
                 # Two rows may fail where the one that was given does not.
                 if error.reason != "EXAMPLE_FAILED" or enlarged is example:
                     raise
-            except Exception as error:  # torch.export raises whatever the rows' being open led to
+                break
+            except RowsNotOpen:
+                break
+            except Exception as error:  # torch.export raises whatever the sizes' being open led to
                 reason = error
                 del error
                 self._raise_if_hopeless(reason, example)
         try:
-            return self._attempt(example.fixed())
+            return self._attempt(example.fixed(), lengths=False)
         except GradwireError:
             raise
         except Exception as error:
@@ -125,7 +136,7 @@ class VariantExport:
         finally:
             self.snapshot.restore()
 
-    def _attempt(self, example: Example) -> Finished:
+    def _attempt(self, example: Example, *, lengths: bool) -> Finished:
         trees: list[OutputTree] = []
         tensor_leaves = [index for index, leaf in enumerate(example.inputs) if isinstance(leaf, Tensor)]
 
@@ -140,7 +151,8 @@ class VariantExport:
         operators: dict[str, str] = {}
         constants = Constants(prefix=self._constant_prefix(), known=self.constants)
         leaves = [
-            (GraphInput("input", i), example.inputs[i], example.has_rows(example.inputs[i])) for i in tensor_leaves
+            (GraphInput("input", i), example.inputs[i], example.openings(example.inputs[i], lengths=lengths))
+            for i in tensor_leaves
         ]
         with self._rewound(()):
             graph = trace_graph(
@@ -161,13 +173,14 @@ class VariantExport:
         if trees[-1].structure != tree.structure:
             raise ExportError("the module nests its outputs in one way when exported and in another when run")
         loss_leaf = None if self.loss else _loss_leaf(tree, eager.outputs)
-        loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators)
+        loss_graph = self._loss_graph(example, tree, eager, graph, constants, operators, lengths=lengths)
         weight_graph = None
         if self.loss_weight is not None and (self.loss is not None or loss_leaf is not None):
             weight_graph = export_weight(
                 self.loss_weight,
                 example,
                 takes_targets=self.loss is not None,
+                lengths=lengths,
                 constants=constants,
                 operators=operators,
                 trained=self._trained(graph),
@@ -189,6 +202,8 @@ class VariantExport:
             precision=self.precision,
             rewound=lambda: self._rewound(changing),
         )
+        rows = () if example.rows is None else (Symbol(ROWS, min=others.smallest(example)),)
+        found = self._lengths(others, weight_graph, differentiate_leaves=differentiate) if lengths else Lengths()
         return Finished(
             variant=Variant(
                 name=self.name,
@@ -196,13 +211,13 @@ class VariantExport:
                 graph=graph.graph,
                 graph_inputs=graph.bindings,
                 input_structure=example.input_structure,
-                input_leaves=example.input_specs(),
+                input_leaves=example.input_specs(found.places),
                 output_structure=tree.structure,
-                symbols=() if example.rows is None else (Symbol(ROWS, min=others.smallest(example)),),
+                symbols=(*rows, *found.symbols),
                 loss_graph=loss_graph.graph if loss_graph else None,
                 loss_graph_inputs=loss_graph.bindings if loss_graph else (),
                 target_structure=example.target_structure,
-                target_leaves=example.target_specs(),
+                target_leaves=example.target_specs(found.places),
                 weight_graph=weight_graph.graph if weight_graph else None,
                 weight_graph_inputs=weight_graph.bindings if weight_graph else (),
             ),
@@ -219,6 +234,28 @@ class VariantExport:
             precision=self.precision,
             may_train=self._may_train(check, changing),
         )
+
+    def _lengths(self, others: OtherRows, weight_graph: TracedGraph | None, *, differentiate_leaves: bool) -> Lengths:
+        """The sizes besides rows that may vary: the graphs say which could, and runs at others whether they do."""
+        check, loss, loss_weight = others.check, self.loss, self.loss_weight
+        compared = []
+        if loss is not None and check.loss_graph is None:
+            compared = loss.compared_sizes(check.graph.sizes.outputs[0] or (), check.example.targets[0].dim())
+
+        def weighs_the_same(example: Example) -> bool:
+            if weight_graph is None or loss_weight is None:
+                return True
+            return weight_agrees(loss_weight, weight_graph, example, takes_targets=loss is not None)
+
+        search = LengthSearch(
+            example=check.example,
+            forward=check.graph.sizes,
+            tensor_leaves=check.tensor_leaves,
+            compared=compared,
+            others=[(graph.sizes, graph.leaves) for graph in (check.loss_graph, weight_graph) if graph is not None],
+        )
+        runs = OtherLengths(runs=others, differentiate_leaves=differentiate_leaves, weighs_the_same=weighs_the_same)
+        return runs.served(search.find())
 
     def _may_train(self, check: GraphRun, changing: list[Tensor]) -> frozenset[str]:
         """The frozen parameters whose gradient is the graph's too, once they are unfrozen.
@@ -326,17 +363,21 @@ class VariantExport:
         graph: TracedGraph,
         constants: Constants,
         operators: dict[str, str],
+        *,
+        lengths: bool,
     ) -> TracedGraph | None:
         if self.loss is None or self.loss.fits(eager.outputs, example.targets):
             return None
         loss, outputs, targets = self.loss, list(eager.outputs), list(example.targets)
+        tensor_leaves = [index for index, leaf in enumerate(example.inputs) if isinstance(leaf, Tensor)]
+        rows = rows_symbol(example, graph.sizes, tensor_leaves) if lengths else None
         leaves = [
-            (GraphInput("output", i), leaf, _rows_lead(graph, i))
-            for i, leaf in enumerate(outputs)
-            if isinstance(leaf, Tensor)
+            (GraphInput("output", i), leaf, output_openings(shape, rows) if rows else _rows_lead(shape))
+            for i, (leaf, shape) in enumerate(zip(outputs, graph.sizes.outputs, strict=True))
+            if isinstance(leaf, Tensor) and shape is not None
         ]
         leaves += [
-            (GraphInput("target", i), leaf, example.has_rows(leaf))
+            (GraphInput("target", i), leaf, example.openings(leaf, lengths=lengths))
             for i, leaf in enumerate(targets)
             if isinstance(leaf, Tensor)
         ]
@@ -388,8 +429,6 @@ def _loss_leaf(tree: OutputTree, outputs: list[Any]) -> int | None:
     return next((index for index, leaf in enumerate(outputs) if leaf is found), None)
 
 
-def _rows_lead(graph: TracedGraph, output: int) -> bool:
-    """Whether the batch's rows are dimension 0 of an output."""
-    node = list(graph.module.graph.nodes)[-1].args[0][output]
-    value = getattr(node, "meta", {}).get("val")
-    return isinstance(value, Tensor) and value.dim() > 0 and isinstance(value.shape[0], torch.SymInt)
+def _rows_lead(shape: Sequence[Any]) -> Openings:
+    """Whether the batch's rows are dimension 0 of an output, where no other size may vary."""
+    return {0: ROWS_OPEN} if shape and not isinstance(shape[0], int) else {}

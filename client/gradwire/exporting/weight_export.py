@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwire.exporting import safety_net
 from gradwire.exporting.example import Example
 from gradwire.exporting.traced_graph import Constants, TracedGraph, trace_graph
 from gradwire.exporting.tracing import explain
@@ -23,18 +24,20 @@ def export_weight(
     example: Example,
     *,
     takes_targets: bool,
+    lengths: bool,
     constants: Constants,
     operators: dict[str, str],
     trained: Mapping[str, Tensor],
 ) -> TracedGraph:
     """The graph of `loss_weight`, over the leaves of the example's inputs and targets.
 
-    trained: the module's tensors, which it must not read: it is a function of the batch alone.
+    lengths: whether sizes besides rows may vary. trained: the module's tensors, which it must not read: it is a
+    function of the batch alone.
     Raises ExportError LOSS_WEIGHT_NOT_SCALAR where it gives no scalar tensor, and as other exports do.
     """
     inputs, targets = list(example.inputs), list(example.targets) if takes_targets else []
     leaves = [
-        (GraphInput(kind, index), leaf, example.has_rows(leaf))
+        (GraphInput(kind, index), leaf, example.openings(leaf, lengths=lengths))
         for kind, values in (("input", inputs), ("target", targets))
         for index, leaf in enumerate(values)
         if isinstance(leaf, Tensor)
@@ -44,11 +47,7 @@ def export_weight(
     def flat_weight(*tensors: Tensor) -> Sequence[Any]:
         for (values, index), tensor in zip(places, tensors, strict=True):
             values[index] = tensor
-        batch = [unflatten(example.input_structure, inputs)]
-        if takes_targets:
-            batch.append(unflatten(example.target_structure, targets))
-        with torch.no_grad():
-            return (_as_weight(loss_weight(*batch)),)
+        return (_weight(loss_weight, example, inputs, targets, takes_targets=takes_targets),)
 
     try:
         return trace_graph(
@@ -68,6 +67,32 @@ def export_weight(
             # Perhaps with fixed sizes.
             raise
         raise explain(error, "loss_weight") from error
+
+
+def weight_agrees(loss_weight: LossWeight, graph: TracedGraph, example: Example, *, takes_targets: bool) -> bool:
+    """Whether the graph gives what `loss_weight` does on an example of other sizes; so it does where both fail."""
+    inputs, targets = list(example.inputs), list(example.targets)
+    given = [(inputs if leaf.kind == "input" else targets)[int(leaf.key)] for leaf in graph.leaves]
+    results: list[Tensor | None] = []
+    for run in (
+        lambda: _weight(loss_weight, example, inputs, targets, takes_targets=takes_targets),
+        lambda: graph(given)[0],
+    ):
+        try:
+            results.append(run())
+        except Exception:  # whatever the user's own function raises
+            results.append(None)
+    return safety_net.agree(results[:1], results[1:])
+
+
+def _weight(
+    loss_weight: LossWeight, example: Example, inputs: list[Any], targets: list[Any], *, takes_targets: bool
+) -> Tensor:
+    batch = [unflatten(example.input_structure, inputs)]
+    if takes_targets:
+        batch.append(unflatten(example.target_structure, targets))
+    with torch.no_grad():
+        return _as_weight(loss_weight(*batch))
 
 
 def _as_weight(weight: Any) -> Tensor:

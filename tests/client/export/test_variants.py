@@ -32,12 +32,12 @@ def test_dimension_0_of_every_leaf_of_the_batch_is_rows():
         True,
         torch.randn(3, 2),
     )
-    assert variant.symbols == (Symbol("rows", min=1),)
+    assert variant.symbols == (Symbol("rows", min=1), Symbol("size_0", min=2), Symbol("size_1", min=2))
     assert variant.input_leaves == (
         TensorSpec("float32", ("rows", 4)),
         TensorSpec("float32", ("rows", 1)),
         ConstantSpec(True),
-        TensorSpec("float32", (3, 2)),
+        TensorSpec("float32", ("size_0", "size_1")),
     )
 
 
