@@ -399,14 +399,14 @@ def test_without_the_module_a_batch_must_fit_and_new_variants_of_others_are_foun
 
 
 class Scale(nn.Module):
-    """Takes any number of features."""
+    """Takes any number of features, and does something else for odd ones: each number has a graph of its own."""
 
     def __init__(self):
         super().__init__()
         self.factor = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.factor * x
+        return self.factor * x if x.shape[1] % 2 else x * self.factor
 
 
 def pair(rows: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
