@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradwire.errors import InvalidArgument
-from gradwire.function_arguments import tensor_leaves
+from gradwire.function_arguments import normal_leaf, tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.functions import ExportedFunction
 from gradwire.rpc import Rpc
@@ -34,9 +34,11 @@ class FunctionDerivatives:
     def vjp(self, fn: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool) -> Any:
         """See `Client.vjp`."""
         self._rpc.check_usable()
-        # The caller's tensors may change before the second call.
-        args = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), primals)
-        _check_tuple(args, "primals")
+        args = _kept(primals)
+        if not args:
+            raise InvalidArgument(
+                "expected at least one argument after the function", field="primals", reason="ARGUMENT_MISSING"
+            )
         prepared = self._prepare(fn, args, tuple(range(len(args))), has_aux)
         seed = prepared.fresh_seed()
         outputs, _ = self._ask(prepared, args, "none", seed=seed)
@@ -198,6 +200,13 @@ def _vectors(given: Any, like: Any, looks: _Looks, field: str) -> list[Tensor]:
                 reason="DTYPE_MISMATCH" if tuple(vector.shape) == shape else "SHAPE_MISMATCH",
             )
     return list(vectors)
+
+
+def _kept(primals: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments, their tensors and arrays as tensors of their own: the caller's may change meanwhile."""
+    flat, spec = pytree.tree_flatten(primals)
+    leaves = [normal_leaf(leaf, index) for index, leaf in enumerate(flat)]
+    return pytree.tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def _check_tuple(primals: Any, field: str) -> None:
