@@ -56,6 +56,7 @@ class ArchitectureProgram(nn.Module):
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, str):
                 raise InvalidArgument(f"leaf {index} is text", field="batch.inputs", reason="STRUCTURE_MISMATCH")
+        self._sizes.forget(variant.name)
         before = [(buffer, buffer._version) for buffer in self._buffers_of_its_own()]
         snapshot = Snapshot([buffer for buffer, _ in before])
         try:
