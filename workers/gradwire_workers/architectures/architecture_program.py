@@ -130,6 +130,11 @@ class ArchitectureProgram(nn.Module):
         self.variant(variant_name)
         return False
 
+    def has_conditions(self, variant_name: str) -> bool:
+        """No class here calls torch.cond."""
+        self.variant(variant_name)
+        return False
+
     def has_batch_norm(self, variant_name: str) -> bool:
         """Whether the module normalises with the batch's own statistics."""
         training = self.variant(variant_name).training

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.values import DerivativeQuery
@@ -24,9 +25,22 @@ def forward_mode(
 
     function: of the inputs alone, plain operators all of them. heads: what it gives for them. vectors: checked.
     """
+    # Other kernels of attention know no such derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        return _derivatives(function, heads, inputs, query, vectors, at_once)
+
+
+def _derivatives(
+    function: Callable[..., tuple[Tensor, ...]],
+    heads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    query: DerivativeQuery,
+    vectors: Sequence[Tensor],
+    at_once: int,
+) -> list[Tensor]:
     primals, places = tuple(inputs), tuple(range(len(inputs)))
     if query.kind == "jvp":
-        return list(torch.func.jvp(function, primals, tuple(vectors), strict=query.strict)[1])
+        return _changes(function, primals, query, vectors)
     if query.kind == "hvp":
         if len(heads) != 1 or heads[0].dim() or heads[0].is_complex():
             raise InvalidArgument(
@@ -39,6 +53,22 @@ def forward_mode(
     if query.kind == "hessian":
         return _hessian(function, heads, inputs, at_once)
     return []
+
+
+def _changes(
+    function: Callable[..., tuple[Tensor, ...]],
+    primals: tuple[Tensor, ...],
+    query: DerivativeQuery,
+    vectors: Sequence[Tensor],
+) -> list[Tensor]:
+    try:
+        return list(torch.func.jvp(function, primals, tuple(vectors), strict=query.strict)[1])
+    except RuntimeError as error:
+        if not query.strict or "is independent of" not in str(error):
+            raise
+        raise InvalidArgument(
+            "an output depends on none of the primals", field="strict", reason="OUTPUT_INDEPENDENT"
+        ) from error
 
 
 def _hessian(
@@ -54,10 +84,11 @@ def _hessian(
             gradient = _gradient_of(function, position, element, places)
             for column, other in enumerate(inputs):
                 along = _along(gradient, primals, column)
-                for index, changes in enumerate(each_of(along, unit_vectors(other), at_once)):
-                    for row, change in enumerate(changes):
-                        assert change is not None, "torch.func gives zeros where nothing changes"
-                        blocks[row * len(inputs) + column][element, :, index] = change.reshape(-1)
+                # torch.func gives zeros where nothing changes, and never None.
+                of_rows = zip(*each_of(along, unit_vectors(other), at_once), strict=True)
+                for row, changes in enumerate(of_rows):
+                    block = blocks[row * len(inputs) + column]
+                    torch.stack([each.reshape(-1) for each in changes if each is not None], 1, out=block[element])
         pairs = [(one, other) for one in inputs for other in inputs]
         derivatives += [
             block.view(*head.shape, *one.shape, *other.shape) for block, (one, other) in zip(blocks, pairs, strict=True)
