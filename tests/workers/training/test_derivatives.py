@@ -14,7 +14,7 @@ from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.values import DerivativeQuery, Limits, ModelSpec, OutputLossSpec
 from gradwire_workers.shard import Shard
 from gradwire_workers.trainer import Trainer
-from gradwire_workers.training import batched
+from gradwire_workers.training import batched, forward_mode
 
 
 class Slope(torch.autograd.Function):
@@ -177,6 +177,23 @@ def test_a_derivative_that_a_custom_function_does_not_know_is_refused(kind: str)
     with pytest.raises(InvalidArgument, match="own backward alone") as caught:
         derive(lambda x: Slope.apply(x).sum(), (x,), kind, () if kind == "hessian" else (x,))
     assert (caught.value.reason, caught.value.field) == ("GRADIENT_UNKNOWN", "derivative")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_hessians_of_many_numbers_are_computed_together_where_operators_allow_it(
+    together: bool, alone: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x**3).cumsum(0).sin() * y.float().sum()
+
+    if not together:
+        monkeypatch.setattr(forward_mode, "_gradients_of", None)  # Whoever tried would fail.
+    x, y = torch.randn(4, 2, dtype=torch.float32), torch.randn(3, dtype=torch.float64)
+    found = derive(function, (x, y), "hessian")
+    expected = torch.func.hessian(function, (0, 1))(x, y)
+    for one, other in zip(found, (each for row in expected for each in row), strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other.to(one.dtype), atol=1e-5)
+    assert alone == [False] * (2 if together else 2 * 8)
 
 
 @pytest.mark.parametrize("kind", ["jvp", "hessian", "hvp"])
