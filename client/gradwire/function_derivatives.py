@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradwire.errors import InvalidArgument
-from gradwire.function_arguments import tensor_leaves
+from gradwire.function_arguments import normal_leaf, tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.functions import ExportedFunction
 from gradwire.rpc import Rpc
@@ -34,9 +34,8 @@ class FunctionDerivatives:
     def vjp(self, fn: Callable[..., Any], primals: tuple[Any, ...], has_aux: bool) -> Any:
         """See `Client.vjp`."""
         self._rpc.check_usable()
-        # The caller's tensors may change before the second call.
-        args = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), primals)
-        _check_tuple(args, "primals")
+        args = _kept(primals)
+        _check_primals(args, [f"primals[{index}]" for index in range(len(args))])
         prepared = self._prepare(fn, args, tuple(range(len(args))), has_aux)
         seed = prepared.fresh_seed()
         outputs, _ = self._ask(prepared, args, "none", seed=seed)
@@ -53,7 +52,8 @@ class FunctionDerivatives:
     def jvp(self, fn: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool) -> Any:
         """See `Client.jvp`."""
         self._rpc.check_usable()
-        _check_tuple(primals, "primals")
+        _check_tuple(primals)
+        _check_primals(primals, [f"primals[{index}]" for index in range(len(primals))])
         prepared = self._prepare(fn, primals, tuple(range(len(primals))), has_aux)
         vectors = _vectors(tangents, primals, _looks(prepared.exported), "tangents")
         outputs, changes = self._ask(prepared, primals, "jvp", vectors, seed=prepared.fresh_seed(), strict=strict)
@@ -98,6 +98,7 @@ class FunctionDerivatives:
         self._rpc.check_usable()
         is_one = not isinstance(primals, tuple)
         args, given = ((primals,), (vectors,)) if is_one else (primals, vectors)
+        _check_primals(args, ["primals"] if is_one else [f"primals[{index}]" for index in range(len(args))])
         prepared = self._prepare(fn, args, 0 if is_one else tuple(range(len(args))), False, scalar=True)
         along = _vectors(given, args, _looks(prepared.exported), "vectors")
         outputs, products = self._ask(prepared, args, "hvp", along, seed=prepared.fresh_seed())
@@ -200,10 +201,35 @@ def _vectors(given: Any, like: Any, looks: _Looks, field: str) -> list[Tensor]:
     return list(vectors)
 
 
-def _check_tuple(primals: Any, field: str) -> None:
-    if not isinstance(primals, tuple) or not primals:
+def _kept(primals: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments, their tensors and arrays as tensors of their own: the caller's may change meanwhile."""
+    flat, spec = pytree.tree_flatten(primals)
+    leaves = [normal_leaf(leaf, index) for index, leaf in enumerate(flat)]
+    return pytree.tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _check_tuple(primals: Any) -> None:
+    if not isinstance(primals, tuple):
         raise InvalidArgument(
             f"expected a tuple of the function's arguments, got a {type(primals).__qualname__}",
-            field=field,
+            field="primals",
             reason="ARGUMENT_TYPE_INVALID",
         )
+
+
+def _check_primals(args: tuple[Any, ...], fields: Sequence[str]) -> None:
+    """All of them are differentiated: there must be some, of numbers that have a derivative."""
+    if not args:
+        raise InvalidArgument(
+            "expected at least one argument for the function, got none", field="primals", reason="ARGUMENT_MISSING"
+        )
+    for argument, field in zip(args, fields, strict=True):
+        for leaf in pytree.tree_leaves(argument):
+            leaf = normal_leaf(leaf, 0)
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+                what = f"a tensor of {str(leaf.dtype)[6:]}" if isinstance(leaf, Tensor) else type(leaf).__qualname__
+                raise InvalidArgument(
+                    f"expected floating-point or complex tensors and nothing else, got {what}",
+                    field=field,
+                    reason="PRIMAL_NOT_DIFFERENTIABLE",
+                )

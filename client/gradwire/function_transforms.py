@@ -67,9 +67,9 @@ class FunctionTransforms:
         """`torch.func.jvp`, computed by the service on one rank: (output, how it changes along the tangents).
 
         primals: a tuple of the arguments of `fn`, as for `vjp`. tangents: tensors like them. strict: refuse an output
-        that depends on none of them (InvalidArgument), instead of zeros. With `has_aux`, (output, change, aux).
-        In forward mode, as torch.func: a torch.autograd.Function with a backward of its own is refused with
-        InvalidArgument (GRADIENT_UNKNOWN), as it has no derivative forwards.
+        that depends on none of them (InvalidArgument OUTPUT_INDEPENDENT), instead of zeros. With `has_aux`, (output,
+        change, aux). In forward mode, as torch.func: a torch.autograd.Function with a backward of its own is refused
+        with InvalidArgument (GRADIENT_UNKNOWN), as it has no derivative forwards, and so is torch.cond.
         """
         strict, has_aux = as_bool(strict, "strict"), as_bool(has_aux, "has_aux")
         return self._derivatives.jvp(as_function(fn, "fn"), primals, tangents, strict, has_aux)

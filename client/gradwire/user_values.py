@@ -54,7 +54,7 @@ def _tensor(value: torch.Tensor | np.ndarray, field: str) -> Any:
 
 
 def _from_numpy(array: np.ndarray, field: str) -> torch.Tensor:
-    """The array's own memory where torch can use it, otherwise a copy: of another order or byte order, or read-only."""
+    """The array's own memory where torch can use it; a copy of another order or byte order, misaligned or read-only."""
     if array.dtype.name not in ITEM_SIZE:
         raise InvalidArgument(
             f"expected one of {', '.join(ITEM_SIZE)}; got {array.dtype.name}", field=field, reason="DTYPE_UNSUPPORTED"
@@ -62,6 +62,8 @@ def _from_numpy(array: np.ndarray, field: str) -> torch.Tensor:
     native = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
     # To numpy one row is contiguous whatever its stride; to torch it is not.
     odd = any(stride < 0 or stride % native.itemsize for stride in native.strides)
+    # numpy calls complex128 aligned at 8 bytes; torch's kernels need 16.
+    odd = odd or native.ctypes.data % native.itemsize != 0
     return torch.from_numpy(native if native.flags.behaved and not odd else native.copy())
 
 

@@ -108,9 +108,12 @@ def to_torch(value: TensorData, *, writable: bool = False) -> torch.Tensor:
     # A bool of another byte than 0 and 1 is undefined behaviour inside torch.
     if dtype is torch.bool and int(torch.frombuffer(buffer, dtype=torch.uint8).max()) > 1:
         raise InvalidArgument("expected bool elements of 0 or 1", reason="TENSOR_NOT_BOOL")
-    tensor = torch.frombuffer(buffer, dtype=dtype).view(value.shape)
-    # Vectorised kernels may load aligned; a slice of a message need not be.
-    return tensor.clone() if tensor.data_ptr() % ITEM_SIZE[value.dtype] else tensor
+    raw = torch.frombuffer(buffer, dtype=torch.uint8)
+    # Kernels may load aligned, and a slice of a message need not be: then bytes are copied, for no kernel is to see
+    # such elements (a copy of complex128 would end the process).
+    if raw.data_ptr() % ITEM_SIZE[value.dtype]:
+        raw = torch.empty(buffer.nbytes, dtype=torch.uint8).copy_(raw)
+    return raw.view(dtype).view(value.shape)
 
 
 def _buffer(data: Any, writable: bool) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +81,13 @@ def test_what_a_pullback_was_made_of_and_is_forgotten_is_never_another_function(
     with pytest.raises(errors.FailedPrecondition) as caught:
         pull(x)
     assert caught.value.reason == "FUNCTION_CHANGED"
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_a_pullback_is_at_the_primals_as_they_were(sdk, host, kind):
+    x = kind([1.0, 2.0])
+    _, pull = sdk.vjp(lambda parts: parts["x"] ** 2, {"x": x})
+    host.remembers = True
+    x[:] = 5.0
+    (gradient,) = pull(torch.ones(2, dtype=torch.as_tensor(x).dtype))
+    assert gradient["x"].tolist() == [2.0, 4.0]

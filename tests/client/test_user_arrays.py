@@ -106,3 +106,10 @@ def test_array_of_a_type_that_the_service_lacks_is_refused_by_name(dtype):
     with pytest.raises(errors.InvalidArgument) as caught:
         normalize({"x": np.zeros(2, dtype=dtype)}, "batch.inputs")
     assert (caught.value.reason, caught.value.field) == ("DTYPE_UNSUPPORTED", "batch.inputs.x")
+
+
+def test_array_that_begins_where_torch_cannot_load_is_copied():
+    array = np.frombuffer(bytearray(16 * 5 + 8), np.uint8)[8:].view(np.complex128)
+    array[:] = np.arange(5)
+    tensor = normalize(array, "args")
+    assert tensor.data_ptr() % 16 == 0 and tensor.tolist() == array.tolist()

@@ -116,6 +116,23 @@ def gpt2(client):
     model.delete()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_that_are_refused_are_no_kinds(client, workers):
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    model = client.create_model(
+        layer("Linear", in_features=3, out_features=2), loss="mse", example=(x, y), workers=workers, seed=3
+    )
+    for number in range(client.server_info().limits.variants + 6):
+        with pytest.raises(InvalidArgument):
+            model.compute_gradients(x, {f"target{number}": y, "more": y})
+    torch.manual_seed(3)
+    module = nn.Linear(3, 2)
+    for rows in (4, 5):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(model.forward(x), module(x))
+    assert model.compute_gradients(x[:4], y).loss == pytest.approx(F.mse_loss(module(x[:4]), y).item(), rel=1e-5)
+
+
 def test_kinds_of_batches_are_bounded(client, gpt2):
     def use_them_up() -> None:
         for number in range(client.server_info().limits.variants):

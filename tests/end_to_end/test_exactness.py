@@ -245,3 +245,30 @@ def test_batch_norm_over_one_value_per_channel_is_refused_as_in_torch(client):
         model.train_step(x[:1], y[:1])
     # One row a rank is enough: the statistics are the whole batch's.
     assert tuple(model.train_step(x[:2], y[:2]).rank_rows) == (1, 1)
+
+
+class Power(nn.Module):
+    """Real numbers of complex ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn((), dtype=torch.float64))
+
+    def forward(self, name: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self.weight * (z * z.conj()).real + name.sum()
+
+
+def test_complex_numbers_may_lie_anywhere_in_a_message(client):
+    def value(name: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return (z * z.conj()).real.sum() * name.sum()
+
+    net = Power()
+    target, z = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.complex128)
+    for length in range(1, 9):
+        name = torch.ones(length)
+        torch.testing.assert_close(client.grad(value, argnums=1)(name, z), torch.func.grad(value, 1)(name, z))
+    for length in (1, 2, 5):
+        name = torch.ones(length, dtype=torch.uint8)
+        model = client.create_model(net, loss="mse", optimizer=optim.SGD(lr=0.1), example=((name, z), target))
+        expected = nn.functional.mse_loss(net(name, z), target).item()
+        assert model.train_step((name, z), target).loss == pytest.approx(expected, rel=1e-9)

@@ -164,7 +164,12 @@ def test_wrong_arguments_are_refused_by_name(client) -> None:
         (lambda: client.jacrev(torch.sin, chunk_size=0), "NUMBER_OUT_OF_RANGE", "chunk_size"),
         (lambda: client.hessian(torch.argmax)(x), "VALUE_NOT_DIFFERENTIABLE", None),
         (lambda: client.hvp(torch.sin, x, x), "VALUE_NOT_SCALAR", None),
-        (lambda: client.jvp(lambda x: torch.ones(2), (x,), (x,), strict=True), "PROGRAM_FAILED", "batch"),
+        (lambda: client.jvp(lambda x: torch.ones(2), (x,), (x,), strict=True), "OUTPUT_INDEPENDENT", "strict"),
+        (lambda: client.jvp(torch.sin, (), ()), "ARGUMENT_MISSING", "primals"),
+        (lambda: client.vjp(lambda: x), "ARGUMENT_MISSING", "primals"),
+        (lambda: client.vjp(torch.mul, x, torch.arange(3)), "PRIMAL_NOT_DIFFERENTIABLE", "primals[1]"),
+        (lambda: client.jvp(torch.mul, (x, 2), (x, 2)), "PRIMAL_NOT_DIFFERENTIABLE", "primals[1]"),
+        (lambda: client.hvp(torch.sum, torch.arange(3), x), "PRIMAL_NOT_DIFFERENTIABLE", "primals"),
     ):
         with pytest.raises((InvalidArgument, ExportError)) as caught:
             call()

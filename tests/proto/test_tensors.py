@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -111,6 +113,28 @@ def test_slice_that_is_not_aligned_is_copied_to_where_it_is() -> None:
         data = memoryview(kind(b"x" + bits(expected)))[1:]
         tensor = tensors.to_torch(values.TensorData("float64", (100_000,), data))
         assert tensor.data_ptr() % 8 == 0 and torch.equal(tensor, expected)
+
+
+EVERY_OFFSET = """
+import torch
+from gradwire_proto import values
+from gradwire_proto.tensors import to_torch
+from gradwire_proto.values import TensorData
+for name, size in values.ITEM_SIZE.items():
+    for count in (1, 3, 7, 129):
+        raw = bytes(i % 2 for i in range(size * count))
+        for offset in range(16):
+            for kind in (bytes, bytearray):
+                for writable in (False, True):
+                    data = memoryview(kind(offset) + kind(raw) + kind(16))[offset : offset + len(raw)]
+                    found = to_torch(TensorData(name, (count,), data), writable=writable)
+                    assert found.data_ptr() % size == 0 and found.clone().view(torch.uint8).numpy().tobytes() == raw
+"""
+
+
+def test_elements_of_every_type_may_begin_at_every_address() -> None:
+    # Apart, for a kernel that loads from where an element must not lie ends its process.
+    subprocess.run([sys.executable, "-c", EVERY_OFFSET], check=True)
 
 
 @pytest.mark.parametrize("writable", [False, True])

@@ -44,14 +44,23 @@ class _Retained:
 
 
 class RetainedGroup:
-    """See the module. Calls take turns with all others of the group. `shard_fields`: a shard as plain values."""
+    """See the module. Calls take turns with all others of the group.
+
+    worked: called when the ranks have computed what was chosen. shard_fields: a shard as plain values.
+    """
 
     def __init__(
-        self, ranks: Ranks, writer: SegmentWriter, choose: Choose, shard_fields: Callable[[Shard], Mapping[str, Any]]
+        self,
+        ranks: Ranks,
+        writer: SegmentWriter,
+        choose: Choose,
+        worked: Callable[[], None],
+        shard_fields: Callable[[Shard], Mapping[str, Any]],
     ) -> None:
         self._ranks = ranks
         self._writer = writer
         self._choose = choose
+        self._worked = worked
         self._shard_fields = shard_fields
         self._kept: dict[str, _Retained] = {}
 
@@ -70,6 +79,7 @@ class RetainedGroup:
         }
         fields = [{"shard": self._shard_fields(shard), **extra} for shard in shards]
         answers = await self._ranks.call("retained_forward", fields)
+        self._worked()
         differentiable = answers.fields[0]["differentiable"]
         of_ranks = [each["outputs"] for each in answers.fields]
         if differentiable:

@@ -73,6 +73,7 @@ class WorkerGroup:
         """Makes variants for the batches of an architecture; None where the client brings them."""
         self._ranks = ranks
         self._variants = list(variants)
+        self._untried: Variant | None = None
         self._whole: dict[str, bool] = {}
         self._inputs_whole: dict[str, bool] = {}
         self._returns_loss: dict[str, bool] = {}
@@ -81,7 +82,7 @@ class WorkerGroup:
         self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
         self._release = release
         self._closed = False
-        self.retained = RetainedGroup(ranks, writer, self._choose_forward, shard_fields)
+        self.retained = RetainedGroup(ranks, writer, self._choose_forward, self._worked, shard_fields)
         """Its forwards that are retained, and the gradients that its ranks hold."""
 
     @property
@@ -302,13 +303,21 @@ class WorkerGroup:
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
 
     async def _fitting(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, int]:
-        """(the variant that the batch fits, its rows); an architecture's is made if need be."""
+        """(the variant that the batch fits, its rows); an architecture's is made if need be.
+
+        One whose first command failed is forgotten then: what no loss takes must not use up the variants that there
+        may be.
+        """
+        if self._untried is not None:
+            self._variants.remove(self._untried)
+            self._untried = None
         try:
             return select_variant(self._variants, batch, training=training, targets=targets)
         except GradwireError:
             if self.opening is None:
                 raise
         variant = await self.opening.open(batch, self._variants, training=training)
+        self._untried = variant
         await self._take_in(variant, self._splits.example_leaves(variant, batch))
         return variant, check_batch(variant, batch, targets=targets)
 
@@ -320,7 +329,13 @@ class WorkerGroup:
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True
     ) -> Answers:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
-        return await self._ranks.call(kind, fields, changes=changes)
+        answers = await self._ranks.call(kind, fields, changes=changes)
+        self._worked()
+        return answers
+
+    def _worked(self) -> None:
+        """The ranks carried out a command of the last variant that was chosen."""
+        self._untried = None
 
 
 def examples_in(batch: Batch) -> int:

@@ -83,6 +83,44 @@ def test_weights_that_do_not_fit_are_named(folder, values, change, words):
     assert reason == "WEIGHTS_MISMATCH" and words in message
 
 
+NORM = {"layers": [{"name": "torch.nn.BatchNorm1d", "config": {"num_features": 2}}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("0.weight", torch.randn(2, dtype=torch.complex64), "0.weight is C64 and not float32"),
+        ("0.running_mean", torch.ones(2, dtype=torch.int8), "0.running_mean is I8 and not float32"),
+        ("0.bias", torch.ones(2, dtype=torch.bool), "0.bias is BOOL and not float32"),
+        ("0.num_batches_tracked", torch.tensor(2.5), "0.num_batches_tracked is F32 and not int64"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_and_those_of_another_width_are_not(folder, name, value, words):
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).state_dict()
+    fitting = {key: each.to(torch.int32 if each.dim() == 0 else torch.bfloat16) for key, each in norm.items()}
+    save_file(fitting, folder / "model.safetensors")
+    assert torch.equal(load(folder, config=NORM)["0.weight"], norm["0.weight"])
+    save_file({**norm, name: value}, folder / "model.safetensors")
+    reason, message = refusal(folder, config=NORM)
+    assert reason == "WEIGHTS_MISMATCH" and words in message
+
+
+def test_two_names_of_one_tensor_must_agree(folder):
+    import transformers
+
+    state = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).state_dict()
+    tied = state["transformer.wte.weight"].clone()
+    tied[0, 0] = torch.nan
+    for other, agrees in ((tied.clone(), True), (tied + 1, False)):
+        save_file({**state, "transformer.wte.weight": tied, "lm_head.weight": other}, folder / "model.safetensors")
+        if agrees:
+            found = load(folder, name="transformers.GPT2LMHeadModel", config=GPT2)
+            assert torch.equal(found["lm_head.weight"].nan_to_num(), tied.nan_to_num())
+        else:
+            reason, message = refusal(folder, name="transformers.GPT2LMHeadModel", config=GPT2)
+            assert reason == "WEIGHTS_MISMATCH" and "lm_head.weight and transformer.wte.weight" in message
+
+
 def test_a_service_without_such_a_folder_says_so(values):
     with pytest.raises(FailedPrecondition) as refused:
         build_architecture(ArchitectureSpec(name="torch.nn.Sequential", config=LAYERS, weights="model"), 0)

@@ -56,6 +56,7 @@ class ArchitectureProgram(nn.Module):
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, str):
                 raise InvalidArgument(f"leaf {index} is text", field="batch.inputs", reason="STRUCTURE_MISMATCH")
+        self._sizes.forget(variant.name)
         before = [(buffer, buffer._version) for buffer in self._buffers_of_its_own()]
         snapshot = Snapshot([buffer for buffer, _ in before])
         try:
@@ -126,6 +127,11 @@ class ArchitectureProgram(nn.Module):
 
     def has_functions(self, variant_name: str) -> bool:
         """No class here brings a function with a backward of its own."""
+        self.variant(variant_name)
+        return False
+
+    def has_conditions(self, variant_name: str) -> bool:
+        """No class here calls torch.cond."""
         self.variant(variant_name)
         return False
 

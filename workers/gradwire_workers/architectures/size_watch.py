@@ -24,6 +24,10 @@ class SizeWatch:
         self._tensor_bytes = tensor_bytes
         self._checked: dict[str, SizesChecked] = {}
 
+    def forget(self, kind: str) -> None:
+        """Nothing is known of this kind any more: the name will be another's."""
+        self._checked.pop(kind, None)
+
     @contextmanager
     def watch(self, kind: str, leaves: Sequence[Any]) -> Iterator[None]:
         """Inside, a run on `leaves`. Raises ResourceExhausted TENSOR_TOO_LARGE before a result that is too large."""

@@ -28,9 +28,11 @@ def load_weights(
 ) -> None:
     """Give a module the values of the folder `path` below `root`, in place, in the module's own element types.
 
-    tensors, values: the module's, as `describe_tensors` gives them. Of tied tensors one name will do.
+    tensors, values: the module's, as `describe_tensors` gives them. Of tied tensors one name will do. Numbers take
+    another width of their kind and no other kind: complex ones would lose a part, fractions be cut off.
     Raises FailedPrecondition WEIGHTS_NOT_ALLOWED where the operator allows none; InvalidArgument WEIGHTS_NOT_FOUND,
-    WEIGHTS_INVALID, or WEIGHTS_MISMATCH, which names what is missing, unexpected or of another shape.
+    WEIGHTS_INVALID, or WEIGHTS_MISMATCH, which names what is missing, unexpected, of another shape or kind, or tied and
+    of two values; nothing was changed then, but for the last.
     """
     if root is None:
         raise FailedPrecondition(
@@ -47,15 +49,45 @@ def load_weights(
     _refuse(field, "has what the module has not:", [name for name in there if name not in known])
     wrong = [
         f"{name} is {list(shape)} and not {list(known[name].shape)}"
-        for name, shape in there.items()
+        for name, (shape, _) in there.items()
         if shape != known[name].shape
     ]
     _refuse(field, "has other shapes:", wrong)
-    with torch.no_grad():
-        for file in files:
-            with _opened(file, field) as stored:
-                for name in stored.keys():  # noqa: SIM118 (no mapping)
-                    values[name].copy_(stored.get_tensor(name))
+    wrong = [
+        f"{name} is {dtype} and not {known[name].dtype}"
+        for name, (_, dtype) in there.items()
+        if _kind(dtype) != _kind(known[name].dtype)
+    ]
+    _refuse(field, "has numbers of other kinds:", wrong)
+    _read(files, values, owner, field)
+
+
+def _read(files: Sequence[str], values: Mapping[str, Tensor], owner: Mapping[str, str], field: str) -> None:
+    first: dict[str, str] = {}
+    different = []
+    for file in files:
+        with _opened(file, field) as stored, torch.no_grad():
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                value, found = values[name], stored.get_tensor(name)
+                before = first.setdefault(owner[name], name)
+                if before == name:
+                    value.copy_(found)
+                elif not _same(value, found):
+                    different.append(f"{before} and {name}")
+    _refuse(field, "has two values for what is one tensor in the module:", different)
+
+
+def _same(value: Tensor, found: Tensor) -> bool:
+    """Bit for bit in the module's type: NaN too."""
+    value, found = (each.detach().reshape(-1).view(torch.uint8) for each in (value, found.to(value)))
+    return torch.equal(value, found)
+
+
+def _kind(dtype: str) -> str:
+    """What kind of numbers a type has: by torch's name of it (float32) as by that in a file (F32, BF16, F8_E4M3)."""
+    letter = dtype.lower().replace("bf", "f")[0]
+    # Whole numbers are one kind, signed or not.
+    return "i" if letter == "u" else letter
 
 
 def _files(root: str, path: str, field: str) -> list[str]:
@@ -104,15 +136,17 @@ def _shards(index: str, field: str) -> list[str]:
     return names
 
 
-def _headers(files: list[str], root: str, path: str, field: str) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _headers(files: list[str], root: str, path: str, field: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, element type) by name."""
+    looks: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with _opened(file, field) as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
-                if name in shapes:
+                if name in looks:
                     raise InvalidArgument(f"{name} stands in two files", field=field, reason="WEIGHTS_INVALID")
-                shapes[name] = tuple(stored.get_slice(name).get_shape())
-    return shapes
+                look = stored.get_slice(name)
+                looks[name] = tuple(look.get_shape()), look.get_dtype()
+    return looks
 
 
 def _opened(file: str, field: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gradwire_proto.conditions import run_cond
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.graph_writes import written_inputs
@@ -102,6 +103,10 @@ class BuiltProgram(nn.Module):
     def has_functions(self, variant_name: str) -> bool:
         """Whether the variant, or its loss, calls functions that bring their own backward."""
         return self._run(variant_name).has_functions
+
+    def has_conditions(self, variant_name: str) -> bool:
+        """Whether the variant calls torch.cond."""
+        return self._run(variant_name).has_conditions
 
     def has_batch_norm(self, variant_name: str) -> bool:
         """Whether the variant normalises with the batch's own statistics."""
@@ -234,6 +239,7 @@ class BuiltProgram(nn.Module):
             is_random=is_random(module),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
             has_functions=any(map(_has_functions, (module, loss_module))),
+            has_conditions=_has_conditions(module),
             weight=weight,
             sizes=SizeGuard(
                 variant,
@@ -265,6 +271,7 @@ class _Run:
     is_random: bool
     has_batch_norm: bool
     has_functions: bool
+    has_conditions: bool
     sizes: SizeGuard
 
     def reading(self, values: Mapping[Tensor, Tensor]) -> _Run:
@@ -283,6 +290,11 @@ class _Run:
 
 def _has_functions(module: fx.GraphModule | None) -> bool:
     return module is not None and any(isinstance(each, ReplayedFunction) for each in module.modules())
+
+
+def _has_conditions(module: fx.GraphModule) -> bool:
+    graphs = (each.graph for each in module.modules() if isinstance(each, fx.GraphModule))
+    return any(node.target is run_cond for graph in graphs for node in graph.nodes)
 
 
 class _LossRun:

@@ -34,22 +34,23 @@ def derive(
     *,
     tensor_bytes: int,
     has_functions: bool,
+    has_conditions: bool,
 ) -> tuple[list[Any], list[Tensor]]:
     """(the outputs, the derivative's tensors, in the order that the contract gives).
 
-    has_functions: whether custom functions are called, which know their first derivative in reverse mode alone.
-    Raises InvalidArgument where wrt, vectors or outputs do not fit, and for what a custom function does not know
+    has_functions, has_conditions: whether custom functions or torch.cond are called, which know their first derivative
+    in reverse mode alone.
+    Raises InvalidArgument where wrt, vectors or outputs do not fit, and for what these do not know
     (GRADIENT_UNKNOWN); ResourceExhausted DERIVATIVE_TOO_LARGE, before it is computed, where the derivative has more
     than `tensor_bytes` bytes.
     """
     check_wrt(query, leaves)
     inputs = [leaves[index].detach() for index in query.wrt]
-    if has_functions and query.kind in ("jvp", "hvp", "hessian"):
-        raise InvalidArgument(
-            f"a custom function was exported with its own backward alone, and a {query.kind} needs another derivative",
-            field="derivative",
-            reason="GRADIENT_UNKNOWN",
-        )
+    if query.kind in ("jvp", "hvp", "hessian"):
+        if has_functions:
+            raise _unknown("a custom function was exported with its own backward alone", query)
+        if has_conditions:
+            raise _unknown("torch.cond is differentiated once, backwards", query)
     if query.kind in ("vjp", "jacobian"):
         inputs = [each.requires_grad_() for each in inputs]
     largest = _Largest()
@@ -76,6 +77,12 @@ def derive(
 
         derivatives = forward_mode(of_inputs, heads, inputs, query, vectors, at_once)
     return [each.detach() if isinstance(each, Tensor) else each for each in outputs], derivatives
+
+
+def _unknown(why: str, query: DerivativeQuery) -> InvalidArgument:
+    return InvalidArgument(
+        f"{why}, and a {query.kind} needs another derivative", field="derivative", reason="GRADIENT_UNKNOWN"
+    )
 
 
 def _put(leaves: Sequence[Any], places: Sequence[int], inputs: Sequence[Tensor]) -> list[Any]:

@@ -60,6 +60,7 @@ class Reads(RankModel):
                 vectors,
                 tensor_bytes=self._limits.tensor_bytes,
                 has_functions=self._program.has_functions(shard.variant),
+                has_conditions=self._program.has_conditions(shard.variant),
             )
         return DerivativeReport(outputs=outputs, derivatives=derivatives, rows=shard.count, seconds=clock.computed())
 
