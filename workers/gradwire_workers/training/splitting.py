@@ -15,6 +15,7 @@ from gradwire_workers.training.loss_weights import given_weight, weights_to_try
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_check import why_rows_depend
 from gradwire_workers.training.row_examples import changed, repeated, rows_to_try
+from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.weight_check import find_weight
 from gradwire_workers.training.widening import widened
 
@@ -24,7 +25,10 @@ _NO_WEIGHT = (
 )
 
 
-_NOT_TRIED = "the loss that a module returns is looked into where it was exported, not where it is built by name"
+_NOT_TRIED = (
+    "the module returns its loss, a scalar: whether it is a sum or mean over rows is tried where a module was exported,"
+    " not where it is built by name"
+)
 
 
 def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any]) -> RowsReport:
@@ -37,7 +41,8 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
         return RowsReport(reason=reason)
     variant = replica.program.variant(variant_name)
     if isinstance(replica.program, ArchitectureProgram):
-        return RowsReport(reason=_NOT_TRIED if isinstance(replica.spec.loss, OutputLossSpec) else None)
+        by_itself = isinstance(replica.spec.loss, OutputLossSpec) and _returns_loss(replica, variant, inputs)
+        return RowsReport(reason=_NOT_TRIED if by_itself else None)
     given = given_weight(replica.graphs, variant, replica.spec.loss_reduction)
     if given is None and not (
         isinstance(replica.spec.loss, OutputLossSpec) and _returns_loss(replica, variant, inputs)
@@ -73,5 +78,9 @@ def _returns_loss(replica: Replica, variant: Any, inputs: Sequence[Any]) -> bool
     """Whether the variant returns the loss: one without the targets for it may not."""
     rows = rows_to_try(variant, 2)
     leaves = changed(repeated, variant, inputs, rows)
-    with torch.no_grad():
-        return replica.has_own_loss(replica.program(variant.name, *leaves))
+    before = Snapshot(replica.program.mutated_buffers(variant.name))
+    try:
+        with torch.no_grad():
+            return replica.has_own_loss(replica.program(variant.name, *leaves))
+    finally:
+        before.restore()
