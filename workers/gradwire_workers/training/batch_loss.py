@@ -93,7 +93,7 @@ class BatchLoss:
     ) -> LocalLoss:
         """The loss of a batch whose rows are spread over the ranks. Every rank calls it.
 
-        seed_alike: makes all ranks draw the same random numbers from then on, called where each computes the whole loss.
+        seed_alike: makes all ranks draw the same random numbers from then on. For where each computes the whole.
         """
         weight = self._weights.get(shard.variant)
         if weight is not None:
