@@ -127,7 +127,7 @@ def gpt2(client):
 
 
 def test_a_cache_among_the_outputs_is_refused_with_what_to_do_about_it(gpt2):
-    with pytest.raises(InvalidArgument, match="DynamicCache.*set the config's use_cache=False"):
+    with pytest.raises(InvalidArgument, match=r"DynamicCache.*set the config's use_cache=False"):
         gpt2.forward({"input_ids": ids(2), "use_cache": True})
 
 
