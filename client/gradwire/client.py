@@ -128,7 +128,8 @@ class Client(FunctionTransforms):
             computes the loss of its own rows, where otherwise it gathers all outputs for a loss that is a callable.
         loss_weight: a callable(inputs), or callable(inputs, targets) where there are targets, that gives what rows
             weigh in the loss as a scalar tensor, such as how many targets count, for a loss that is a mean over that.
-            This and loss_reduction are tried on batches like the example; where they do not hold, InvalidArgument. The
+            This and loss_reduction are tried on batches like the example; where they do not hold, InvalidArgument. One
+            worker tries them too, but for modules whose batch norm trains or that have functions of their own. The
             loss that a module returns is tried anyway for sums, and for means over rows and over targets that count.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;

@@ -89,8 +89,9 @@ def create_model(
         message = "there is no loss for the rows to weigh in: give one, or let the module return it"
         raise InvalidArgument(message, field="loss_weight", reason="NO_LOSS")
     spec = ModelSpec(program=exported.program, loss=exported.loss, **settings)
-    # One rank has nothing to split, so that nothing needs to be checked.
-    batch = exported.example if spec.workers > 1 else None
+    # One rank has nothing to split: what the caller says of the loss is all that there is to check.
+    is_tried = spec.workers > 1 or loss_reduction is not None or loss_weight is not None
+    batch = exported.example if is_tried else None
     reply = _send(rpc, _request(rpc, spec, exported.tensors, batch, chosen_id))
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 

@@ -73,6 +73,16 @@ def test_dropout_is_no_reason_to_compute_the_whole_batch_on_one_rank(client):
     assert client.create_model(attention, example=({"input_ids": ids(6)},), workers=2).info().sharding.mode == "rows"
 
 
+def test_what_a_module_returns_decides_whether_its_loss_is_in_the_way_of_splitting(client):
+    gpt2 = CASES["gpt2"].architecture
+    sharding = client.create_model(gpt2, example=(labelled(4),), workers=2).info().sharding
+    assert sharding.mode == "whole" and "the module returns its loss, a scalar" in sharding.reason
+    assert client.create_model(gpt2, example=({"input_ids": ids(4)},), workers=2).info().sharding.mode == "rows"
+    attention, x = layer("MultiheadAttention", embed_dim=8, num_heads=2, batch_first=True), torch.randn(4, 5, 8)
+    example = ({"query": x, "key": x, "value": x},)
+    assert client.create_model(attention, example=example, workers=2).info().sharding.mode == "rows"
+
+
 def test_a_layer_that_writes_into_its_input_leaves_the_batch_alone(client):
     layers = sequential(layer("ReLU", inplace=True), layer("Linear", in_features=3, out_features=2))
     x, y = torch.randn(4, 3), torch.randn(4, 2)
@@ -131,6 +141,11 @@ def test_batches_that_are_refused_are_no_kinds(client, workers):
         x = torch.randn(rows, 3)
         torch.testing.assert_close(model.forward(x), module(x))
     assert model.compute_gradients(x[:4], y).loss == pytest.approx(F.mse_loss(module(x[:4]), y).item(), rel=1e-5)
+
+
+def test_a_cache_among_the_outputs_is_refused_with_what_to_do_about_it(gpt2):
+    with pytest.raises(InvalidArgument, match=r"DynamicCache.*set the config's use_cache=False"):
+        gpt2.forward({"input_ids": ids(2), "use_cache": True})
 
 
 def test_kinds_of_batches_are_bounded(client, gpt2):

@@ -163,6 +163,14 @@ def numbers(rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 4).double(), torch.randn(rows, 3).double()
 
 
+def test_one_worker_takes_what_holds_and_what_batch_norm_hides(client):
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    for module in (net, net[0]):
+        client.create_model(module, loss=mean_of_rows, example=numbers(4), loss_reduction="mean").delete()
+    count = {"loss_weight": lambda x, y: torch.ones(x.shape[0]).sum()}
+    client.create_model(net[0], loss=mean_of_rows, example=numbers(4), **count).delete()
+
+
 @pytest.mark.parametrize(
     ("loss", "reduction"), [(mean_of_rows, "mean"), (lambda a, b: 3 * mean_of_rows(a, b) * a.shape[0], "sum")]
 )
@@ -180,6 +188,7 @@ def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs @ targets.T, torch.arange(outputs.shape[0]))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("loss", "batch", "reduction"),
     [
@@ -189,20 +198,21 @@ def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
         (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean"),
     ],
 )
-def test_loss_reduction_that_does_not_hold_is_refused_by_name(client, loss, batch, reduction):
+def test_loss_reduction_that_does_not_hold_is_refused_by_name(client, loss, batch, reduction, ranks):
     net = nn.Linear(4, 3).double()
     with pytest.raises(InvalidArgument) as refused:
-        client.create_model(net, loss=loss, example=batch(4), workers=2, loss_reduction=reduction)
+        client.create_model(net, loss=loss, example=batch(4), workers=ranks, loss_reduction=reduction)
     assert (refused.value.field, refused.value.reason) == ("model.loss_reduction", "LOSS_REDUCTION_WRONG")
 
 
-def test_loss_weight_that_does_not_hold_is_refused_by_name(client):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loss_weight_that_does_not_hold_is_refused_by_name(client, ranks):
     with pytest.raises(InvalidArgument, match="loss_weight does not hold") as refused:
         client.create_model(
             Heads(4, 3).double(),
             loss=token_loss,
             example=tagged(4),
-            workers=2,
+            workers=ranks,
             loss_weight=lambda x, y: (y != -100).sum(),
         )
     assert refused.value.reason == "LOSS_WEIGHT_WRONG" and refused.value.field.endswith(".weight_graph")

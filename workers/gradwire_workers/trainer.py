@@ -69,9 +69,8 @@ class Trainer(Reads, RetainedCommands):
         """Whether the variant's batches may be split over the ranks; from here on its loss is combined accordingly.
 
         `inputs`, `targets`: an example's leaves, the same on every rank. All ranks call it together and get the same
-        answer.
+        answer. A single rank splits nothing, and tries what the client said of the loss.
         """
-        assert self._groups is not None, "a single rank splits nothing"
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
             return find_split(self._replica, variant_name, inputs, targets)
 

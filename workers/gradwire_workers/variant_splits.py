@@ -27,8 +27,7 @@ class VariantSplits:
             return None
         if example is not None:
             # A loss that is by name, or computed on all outputs, is not tried.
-            tried = self._loss_is_given or variant.weight_graph is not None
-            targets = tried and variant.target_structure is not None
+            targets = self._is_said(variant) and variant.target_structure is not None
             check_batch(variant, example, targets=targets, field="example")
             inputs = tuple(flatten(variant.input_structure, example.inputs, "example.inputs"))
             if not targets:
@@ -40,13 +39,17 @@ class VariantSplits:
 
     async def find(self, variant: Variant, tried: ExampleLeaves | None) -> RowsReport:
         """Whether the variant's batches may be split. Ranks combine its loss accordingly from here on."""
-        if len(self._ranks) == 1:
+        if len(self._ranks) == 1 and (tried is None or not self._is_said(variant)):
             return RowsReport(reason=None)
         if tried is None:
             return RowsReport(reason=None if varies(variant) else "the program was exported for one batch size")
         fields = {"variant": variant.name, "inputs": tried[0], "targets": tried[1]}
         answers = await self._ranks.call("check_rows", [fields] * len(self._ranks), changes=False)
         return RowsReport(**answers.fields[0])
+
+    def _is_said(self, variant: Variant) -> bool:
+        """Whether the client said what the loss is over the rows: a single rank tries that too."""
+        return self._loss_is_given or variant.weight_graph is not None
 
 
 def varies(variant: Variant) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gradwire_proto.errors import ExportError
+from gradwire_proto.output_remedies import remedy
 from gradwire_proto.values import LeafRef, Structure, Value, leaves
 
 
@@ -31,7 +32,8 @@ class OutputTree:
             if not isinstance(leaf, allowed):
                 raise ExportError(
                     f"the module returns a {type(leaf).__module__}.{type(leaf).__qualname__}; expected tensors and"
-                    " constants in tuples, lists, dicts, named tuples or types registered with torch's pytree",
+                    " constants in tuples, lists, dicts, named tuples or types registered with torch's pytree"
+                    + remedy(leaf),
                     reason="OUTPUT_UNSUPPORTED",
                 )
         is_none = tuple(leaf is None for leaf in flat)

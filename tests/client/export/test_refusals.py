@@ -160,6 +160,13 @@ def test_outputs_that_are_no_tensors_are_refused():
     assert refusal(Applies(lambda module, h: object())).reason == "OUTPUT_UNSUPPORTED"
 
 
+def test_a_cache_among_the_outputs_is_refused_with_what_to_do_about_it():
+    cache = type("DynamicCache", (), {"__module__": "transformers.cache_utils"})
+    error = refusal(Applies(lambda module, h: (h, cache())))
+    assert error.reason == "OUTPUT_UNSUPPORTED" and "set the config's use_cache=False" in str(error)
+    assert "use_cache" not in str(refusal(Applies(lambda module, h: object())))
+
+
 def test_lazy_modules_must_have_run():
     assert "lazy" in str(refusal(nn.LazyLinear(3)))
 

@@ -125,6 +125,10 @@ class ArchitectureProgram(nn.Module):
         """Whether it may draw random numbers: nobody looked."""
         return self.variant(variant_name).training
 
+    def has_random_forward(self, variant_name: str) -> bool:
+        """The same: losses by name draw none."""
+        return self.is_random(variant_name)
+
     def has_functions(self, variant_name: str) -> bool:
         """No class here brings a function with a backward of its own."""
         self.variant(variant_name)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.output_remedies import remedy
 from gradwire_proto.values import LeafRef, Structure
 
 
@@ -30,7 +31,7 @@ def _walk(output: Any, flat: list[Any], depth: int) -> Structure:
         return items if isinstance(output, list) else tuple(items)
     if not isinstance(output, (Tensor, bool, int, float, str)):
         raise InvalidArgument(
-            f"the module returns a {type(output).__name__}, which cannot be sent",
+            f"the module returns a {type(output).__name__}, which cannot be sent" + remedy(output),
             field="batch.inputs",
             reason="OUTPUT_UNSUPPORTED",
         )

@@ -97,7 +97,12 @@ class BuiltProgram(nn.Module):
         return [self._tensors[name] for name in self._run(variant_name).written]
 
     def is_random(self, variant_name: str) -> bool:
-        """Whether running the variant draws random numbers."""
+        """Whether running the variant, or its loss, draws random numbers."""
+        run = self._run(variant_name)
+        return run.is_random or run.has_random_loss
+
+    def has_random_forward(self, variant_name: str) -> bool:
+        """Whether running the variant draws random numbers, whatever its loss does."""
         return self._run(variant_name).is_random
 
     def has_functions(self, variant_name: str) -> bool:
@@ -158,13 +163,10 @@ class BuiltProgram(nn.Module):
 
     @contextmanager
     def without_randomness(self) -> Iterator[None]:
-        """Inside, variants run with dropout off and fixed numbers in place of random ones."""
+        """Inside, variants and losses run with dropout off and fixed numbers in place of random ones."""
         kept = self._runs
         self._random_runs = kept
-        self._runs = {
-            name: replace(run, module=without_randomness(run.module)) if run.is_random else run
-            for name, run in kept.items()
-        }
+        self._runs = {name: run.without_randomness() for name, run in kept.items()}
         try:
             yield
         finally:
@@ -237,6 +239,7 @@ class BuiltProgram(nn.Module):
             loss=loss,
             written=tuple(dict.fromkeys(str(name) for name in names)),
             is_random=is_random(module),
+            has_random_loss=any(each is not None and is_random(each) for each in (loss_module, weight_module)),
             has_batch_norm=any(True for _ in training_batch_norms(module)),
             has_functions=any(map(_has_functions, (module, loss_module))),
             has_conditions=_has_conditions(module),
@@ -269,6 +272,7 @@ class _Run:
     weight: _LossRun | None
     written: tuple[str, ...]
     is_random: bool
+    has_random_loss: bool
     has_batch_norm: bool
     has_functions: bool
     has_conditions: bool
@@ -277,6 +281,13 @@ class _Run:
     def reading(self, values: Mapping[Tensor, Tensor]) -> _Run:
         loss = None if self.loss is None else self.loss.reading(values)
         return replace(self, template=_replaced(self.template, values), loss=loss)
+
+    def without_randomness(self) -> _Run:
+        run = replace(self, module=without_randomness(self.module)) if self.is_random else self
+        if not self.has_random_loss:
+            return run
+        loss, weight = (None if each is None else each.without_randomness() for each in (self.loss, self.weight))
+        return replace(run, loss=loss, weight=weight)
 
     def outputs(self, leaves: Sequence[Any]) -> list[Any]:
         inputs: list[Any] = self.template.copy()
@@ -307,6 +318,7 @@ class _LossRun:
         tensors: Mapping[str, Tensor],
         kinds: tuple[str, str],
     ) -> None:
+        self._module = module
         self._forward: Callable[..., Any] = module.forward
         self._template = [tensors[str(each.key)] if each.kind == "tensor" else None for each in inputs]
         self._positions = [_positions(inputs, kind) for kind in kinds]
@@ -314,6 +326,12 @@ class _LossRun:
     def reading(self, values: Mapping[Tensor, Tensor]) -> _LossRun:
         changed = copy(self)
         changed._template = _replaced(self._template, values)
+        return changed
+
+    def without_randomness(self) -> _LossRun:
+        changed = copy(self)
+        changed._module = without_randomness(self._module)
+        changed._forward = changed._module.forward
         return changed
 
     def __call__(self, *arguments: Sequence[Any]) -> Tensor:

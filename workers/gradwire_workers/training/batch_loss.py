@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,9 +82,19 @@ class BatchLoss:
         return LocalLoss(differentiable=_scaled(loss, scale), value=loss.detach())
 
     def of_shard(
-        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float = 1.0
+        self,
+        shard: Shard,
+        outputs: Sequence[Any],
+        targets: Sequence[Any],
+        groups: ProcessGroups,
+        scale: float = 1.0,
+        *,
+        seed_alike: Callable[[], None],
     ) -> LocalLoss:
-        """The loss of a batch whose rows are spread over the ranks. Every rank calls it."""
+        """The loss of a batch whose rows are spread over the ranks. Every rank calls it.
+
+        seed_alike: makes all ranks draw the same random numbers from then on. For where each computes the whole.
+        """
         weight = self._weights.get(shard.variant)
         if weight is not None:
             loss = _scalar(self._kind.whole(shard.variant, outputs, targets))
@@ -95,6 +105,7 @@ class BatchLoss:
         part = self._kind.over_rows(shard.variant, outputs, targets) if all(map(has_rows, specs)) else None
         if part is not None:
             return _of_row_sum(part, shard, groups, scale)
+        seed_alike()
         return self._of_gathered(shard, outputs, targets, groups, scale)
 
     def is_sum(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> bool:

@@ -21,7 +21,7 @@ from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.batch_loss import BatchLoss, LocalLoss
 from gradwire_workers.training.loss_weights import LossWeight
-from gradwire_workers.training.seeds import command_seed, seed_generators
+from gradwire_workers.training.seeds import command_seed, loss_seed, seed_generators
 
 
 class Replica(nn.Module):
@@ -58,6 +58,7 @@ class Replica(nn.Module):
         self._loss = None if spec.loss is None else BatchLoss(spec.loss, self.program, device)
         self._sync_batch_norm = SyncBatchNorm()
         self._seed = spec.seed
+        self._loss_seed: int | None = None
         self.groups: ProcessGroups | None = None
         self.program.replace_batch_norm(self._sync_batch_norm.batch_norm)
 
@@ -84,6 +85,13 @@ class Replica(nn.Module):
             rank = self.rank if stream is None else stream
             seed = command_seed(model_seed=self._seed, command=command, rank=rank, given=given)
             seed_generators(seed, self.device)
+            drawn = self.program.has_random_forward(shard.variant)
+            self._loss_seed = loss_seed(model_seed=self._seed, command=command, given=given, drawn=drawn)
+
+    def _seed_alike(self) -> None:
+        """Set the random numbers of the rest of a pass to the same on every rank."""
+        if self._loss_seed is not None:
+            seed_generators(self._loss_seed, self.device)
 
     def forward(self, shard: Shard) -> Tensor:
         """The rank's part of the loss, to call backward on: DDP must see nothing that the loss does not depend on."""
@@ -123,7 +131,7 @@ class Replica(nn.Module):
         with self._precise():
             if groups is None:
                 return self._loss.of_whole(shard.variant, outputs, shard.targets, scale)
-            return self._loss.of_shard(shard, outputs, shard.targets, groups, scale)
+            return self._loss.of_shard(shard, outputs, shard.targets, groups, scale, seed_alike=self._seed_alike)
 
     def adds_up(self, shard: Shard, outputs: Sequence[Any]) -> bool:
         """Whether the ranks' parts of the loss add up to the whole one, not only their gradients."""

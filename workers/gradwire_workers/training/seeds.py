@@ -25,6 +25,15 @@ def command_seed(*, model_seed: int, command: int, rank: int, given: int | None 
     return given & _MASK if rank == 0 else mixed_seed(given, rank)
 
 
+def loss_seed(*, model_seed: int, command: int, given: int | None = None, drawn: bool) -> int:
+    """The seed of a loss that every rank computes in full: the same on all. drawn: the forward has drawn some already.
+
+    Rank 0's, as if it went on; but not the numbers that its forward has drawn once more.
+    """
+    first = command_seed(model_seed=model_seed, command=command, rank=0, given=given)
+    return mixed_seed(first, 1) if drawn else first
+
+
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the default generators of the CPU and of `device`. torch.manual_seed takes a hundred times as long."""
     torch.default_generator.manual_seed(seed)

@@ -11,10 +11,12 @@ from gradwire_proto.values import OutputLossSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.sharding import least_rows
-from gradwire_workers.training.loss_weights import given_weight, weights_to_try
+from gradwire_workers.training.loss_weights import LossWeight, given_weight, weights_to_try
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_check import why_rows_depend
 from gradwire_workers.training.row_examples import changed, repeated, rows_to_try
+from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.weight_alone import holds_alone
 from gradwire_workers.training.weight_check import find_weight
 from gradwire_workers.training.widening import widened
 
@@ -24,7 +26,10 @@ _NO_WEIGHT = (
 )
 
 
-_NOT_TRIED = "the loss that a module returns is looked into where it was exported, not where it is built by name"
+_NOT_TRIED = (
+    "the module returns its loss, a scalar: whether it is a sum or mean over rows is tried where a module was exported,"
+    " not where it is built by name"
+)
 
 
 def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any]) -> RowsReport:
@@ -32,12 +37,15 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
 
     inputs, targets: an example's leaves. Every rank calls it and gets the same answer.
     """
+    if replica.groups is None:
+        return _tried_alone(replica, variant_name, inputs, targets)
     reason = why_rows_depend(replica, variant_name, inputs)
     if reason is not None or replica.spec.loss is None:
         return RowsReport(reason=reason)
     variant = replica.program.variant(variant_name)
     if isinstance(replica.program, ArchitectureProgram):
-        return RowsReport(reason=_NOT_TRIED if isinstance(replica.spec.loss, OutputLossSpec) else None)
+        by_itself = isinstance(replica.spec.loss, OutputLossSpec) and _returns_loss(replica, variant, inputs)
+        return RowsReport(reason=_NOT_TRIED if by_itself else None)
     given = given_weight(replica.graphs, variant, replica.spec.loss_reduction)
     if given is None and not (
         isinstance(replica.spec.loss, OutputLossSpec) and _returns_loss(replica, variant, inputs)
@@ -58,7 +66,7 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
         wide, variant, inputs, targets, weights, rows=rows, more=rows_to_try(variant, rows + replica.groups.size)
     )
     if found is None:
-        wrong = None if given is None else f"the loss of a batch is not {given.words}"
+        wrong = None if given is None else _is_not(given)
         return RowsReport(reason=wrong or _NO_WEIGHT, wrong=wrong)
     replica.weigh(variant_name, names[found])
     return RowsReport(
@@ -69,9 +77,32 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
     )
 
 
+def _tried_alone(replica: Replica, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any]) -> RowsReport:
+    """On one rank: what the client said of the loss must hold there too, so that more ranks bring no surprise."""
+    nothing = RowsReport(reason=None)
+    if replica.spec.loss is None or isinstance(replica.program, ArchitectureProgram):
+        return nothing
+    variant = replica.program.variant(variant_name)
+    if variant.target_leaves and not targets:
+        return nothing
+    wide = widened(replica, variant_name)
+    given = given_weight(wide.graphs, wide.graphs.variant(variant_name), replica.spec.loss_reduction)
+    if given is None or holds_alone(wide, variant, inputs, targets, given):
+        return nothing
+    return RowsReport(reason=None, wrong=_is_not(given))
+
+
+def _is_not(given: LossWeight) -> str:
+    return f"the loss of a batch is not {given.words}"
+
+
 def _returns_loss(replica: Replica, variant: Any, inputs: Sequence[Any]) -> bool:
     """Whether the variant returns the loss: one without the targets for it may not."""
     rows = rows_to_try(variant, 2)
     leaves = changed(repeated, variant, inputs, rows)
-    with torch.no_grad():
-        return replica.has_own_loss(replica.program(variant.name, *leaves))
+    before = Snapshot(replica.program.mutated_buffers(variant.name))
+    try:
+        with torch.no_grad():
+            return replica.has_own_loss(replica.program(variant.name, *leaves))
+    finally:
+        before.restore()
