@@ -194,8 +194,8 @@ def gone(name: str, limits: Limits) -> FailedPrecondition:
     """The error of a backward whose forward is not retained any more."""
     return FailedPrecondition(
         f"no forward {name} is retained: it has been gone back through without keeping it, or released, a command"
-        f" failed on a rank since, or it was not used for {limits.retained_seconds:g} s (the server's setting"
-        " retained_seconds)",
+        " failed on a rank since, or settings of the model were changed (Model.update), or it was not used for"
+        f" {limits.retained_seconds:g} s (the server's setting retained_seconds)",
         reason="RETAINED_GONE",
     )
 
