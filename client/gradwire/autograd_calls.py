@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,16 +137,16 @@ class AutogradCalls:
 
 def _refilled(value: Any, flat: Sequence[Any]) -> Any:
     """The same nesting with these leaves, in order."""
-    remaining = iter(flat)
+    return _filled(value, iter(flat))
 
-    def fill(part: Any) -> Any:
-        if isinstance(part, (tuple, list)):
-            return type(part)(fill(item) for item in part)
-        if isinstance(part, dict):
-            return {key: fill(item) for key, item in part.items()}
-        return None if part is None else next(remaining)
 
-    return fill(value)
+def _filled(value: Any, remaining: Iterator[Any]) -> Any:
+    # No inner function: one that calls itself is in a cycle, which keeps the leaves until Python collects garbage.
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(item, remaining) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled(item, remaining) for key, item in value.items()}
+    return None if value is None else next(remaining)
 
 
 def _in_order(variant: Variant | None, inputs: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakSet
 
 from gradwire.arguments import as_bool, as_mapping
 from gradwire.errors import InvalidArgument
@@ -58,11 +59,18 @@ class ModelCalls:
         self._id = info.id
         self._name = model_name(info.id)
         self._variants = variants
-        self._tensors = info.tensors
+        self.tensors, self.optimizer = info.tensors, info.optimizer
+        """As the last reply told them."""
         self._tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
         self._refuses_nan = info.on_nan == "refuse"
         self.changes = 0
         """Commands that were made: what was read before is not what the service has now."""
+        self.gradient_changes = 0
+        """Those that change the gradients that the service holds."""
+        self.settings_changes = 0
+        """Those that change what is trained, or options of the optimizer."""
+        self.watchers: WeakSet[Any] = WeakSet()
+        """Their `take_settings()` is called when `tensors` has changed."""
 
     def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
         request = pb.TrainStepRequest(name=self._name)
@@ -73,6 +81,7 @@ class ModelCalls:
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)
         self._set_batch(request, *self._read(inputs, targets), training=True)
+        self.gradient_changes += 1
         return self._command("ForwardBackward", request, _step_result)
 
     def optimizer_step(self, gradients: Mapping[str, Any] | None, lr: float | None) -> Call[StepResult]:
@@ -90,6 +99,7 @@ class ModelCalls:
         return self._command("OptimizerStep", request, _step_result)
 
     def zero_grad(self) -> Call[None]:
+        self.gradient_changes += 1
         return self._command("ZeroGrad", pb.ZeroGradRequest(name=self._name), _nothing)
 
     def compute_gradients(
@@ -151,7 +161,7 @@ class ModelCalls:
         request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
         codec.encode_gradient_query(query, request)
         given, batch = self._read(inputs, targets)
-        check_keeps_imaginary_parts(query, self._tensors, batch.inputs)
+        check_keeps_imaginary_parts(query, self.tensors, batch.inputs)
         return request, self._set_batch(request, given, batch, training=query.training)
 
     def _gradients_alone(self, reply: pb.ComputeGradientsResponse) -> dict[str, torch.Tensor]:
@@ -201,6 +211,7 @@ class ModelCalls:
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Call[None]:
         request = pb.LoadOptimizerStateRequest(name=self._name)
         codec.encode_value(send_apart(self._rpc, (from_nested(state_dict, "state"),))[0], request.state, "state")
+        self.settings_changes += 1
         return self._command("LoadOptimizerState", request, _nothing)
 
     def update(
@@ -216,9 +227,12 @@ class ModelCalls:
 
         def finish(reply: Any) -> ModelInfo:
             info = codec.decode_model_info(reply)
-            self._tensors = info.tensors
+            self.tensors, self.optimizer = info.tensors, info.optimizer
+            for each in self.watchers:
+                each.take_settings()
             return info
 
+        self.settings_changes += update.concerns_ranks
         return self._command("UpdateModel", request, finish)
 
     def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
+from gradwire.errors import GradwireError
 from gradwire.futures import CallQueue
 from gradwire.gradient_queries import names_of
 from gradwire.model_futures import ModelFutures
@@ -61,8 +64,8 @@ class Model:
         )
         self._calls = ModelCalls(rpc, info, variants)
         self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
-        self._tensors, self._optimizer = info.tensors, info.optimizer
         self._module: RemoteModule | None = None
+        self._optimizers: WeakSet[RemoteOptimizer] = WeakSet()
         self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
 
     @property
@@ -91,6 +94,8 @@ class Model:
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
         """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""
+        if self._module is not None:
+            self._module.remote_gradients.push()
         return self._run(self._calls.forward_backward(inputs, targets))
 
     def optimizer_step(self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None) -> StepResult:
@@ -103,6 +108,8 @@ class Model:
 
     def zero_grad(self) -> None:
         """Drop the gradients that the service holds."""
+        if self._module is not None:
+            self._module.remote_gradients.drop_local()
         self._run(self._calls.zero_grad())
 
     def compute_gradients(
@@ -230,6 +237,9 @@ class Model:
         out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
         """
         self._run(self._calls.load_optimizer_state_dict(state_dict))
+        for each in self._optimizers:
+            with suppress(GradwireError):
+                each.catch_up(None)
 
     def update(
         self,
@@ -255,7 +265,13 @@ class Model:
         Raises InvalidArgument: NO_MATCH with names that are near, PARAMETER_FROZEN for one that cannot be unfrozen,
         NOTHING_TO_TRAIN, those of optimizers; FailedPrecondition (NO_OPTIMIZER) for an `lr` without an optimizer.
         """
-        return self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
+        info = self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
+        options = None if optimizer is not None else () if lr is None else ("lr",)
+        for each in self._optimizers:
+            # The update is applied; whatever keeps it from hearing of that now, it asks again before its next step.
+            with suppress(GradwireError):
+                each.catch_up(options)
+        return info
 
     def held_gradients(self, wrt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """The gradients that the service holds, over the whole batches, by name. A parameter without one is left out.
@@ -277,6 +293,8 @@ class Model:
 
         Its calls raise FailedPrecondition: RETAINED_GONE where a backward comes too late, MODIFIED_IN_PLACE where an
         update came between forward and backward; ResourceExhausted: RETAINED_BYTES, RETAINED_FORWARDS.
+
+        It hears of what this Model changes. Another one of the same id, such as another client's, must only read.
         """
         return self._remote_module()
 
@@ -286,7 +304,9 @@ class Model:
         Options that are changed in `param_groups`, by torch.optim.lr_scheduler too, are those of the next step. Raises
         FailedPrecondition where the model has no optimizer, LBFGS, or a schedule that the service steps.
         """
-        return RemoteOptimizer(self._remote_module(), self._optimizer, self._calls, self._autograd, self._run)
+        made = RemoteOptimizer(self._remote_module(), self._calls, self._autograd, self._run)
+        self._optimizers.add(made)
+        return made
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""
@@ -301,7 +321,7 @@ class Model:
 
     def _remote_module(self) -> RemoteModule:
         if self._module is None:
-            self._module = RemoteModule(self._tensors, self._calls, self._autograd, self._run)
+            self._module = RemoteModule(self._calls, self._autograd, self._run)
         return self._module
 
     def _run(self, call: Call[R]) -> R:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,18 +16,33 @@ _slot: Any = torch.Tensor.grad
 
 
 class RemoteGradients:
-    """See the module. `run` makes a call; `parameters`: the trainable ones.
+    """See the module. `run` makes a call; `changes()` counts what others have the service do to its gradients.
 
     All are fetched when one is read. What was changed here since, in place or not, is brought back before the service
-    uses them: `push`.
+    uses them: `push`; but what others change on the service in the meantime goes over it.
     """
 
-    def __init__(self, calls: AutogradCalls, run: Callable[[Any], Any]) -> None:
+    def __init__(self, calls: AutogradCalls, run: Callable[[Any], Any], changes: Callable[[], int]) -> None:
         self._calls = calls
         self._run = run
+        self._changes = changes
+        self._read_at = 0
         self.parameters: list[RemoteParameter] = []
+        """The trained ones."""
         self._read: dict[str, torch.Tensor | None] | None = None
         self._as_read: dict[str, torch.Tensor | None] = {}
+
+    def take_parameters(self, trained: Iterable[RemoteParameter]) -> None:
+        """From now on these are trained. What was changed here of those that were before, and still are, stays."""
+        before = self.parameters
+        self.parameters = list(trained)
+        for each in before:
+            if not each.requires_grad:
+                _slot.__set__(each, None)
+        names = [each.remote_name for each in self.parameters]
+        if self._read is not None:
+            self._read = {name: self._read.get(name) for name in names}
+            self._as_read = {name: self._as_read.get(name) for name in names}
 
     def get(self, parameter: RemoteParameter) -> torch.Tensor | None:
         """The parameter's gradient; None where it has none."""
@@ -42,6 +57,7 @@ class RemoteGradients:
 
     def push(self) -> None:
         """Bring to the service what was changed here, and forget what was read: the service goes on from there."""
+        self._forget_old()
         if self._read is None and not any(_taken(each) is not None for each in self.parameters):
             return
         read = self._fetched()
@@ -61,8 +77,14 @@ class RemoteGradients:
         for each in self.parameters:
             _slot.__set__(each, None)
 
+    def _forget_old(self) -> None:
+        if self._read_at != self._changes():
+            self.forget()
+
     def _fetched(self) -> dict[str, torch.Tensor | None]:
+        self._forget_old()
         if self._read is None:
+            self._read_at = self._changes()
             held = self._run(self._calls.held_gradients(None))
             self._read = {each.remote_name: held.get(each.remote_name) for each in self.parameters}
             self._as_read = {name: None if each is None else each.clone() for name, each in self._read.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from gradwire.remote_autograd import attach
 from gradwire.remote_gradients import RemoteGradients
 from gradwire.remote_parameters import RemoteParameter, make_tensor
 from gradwire.retained_releases import RetainedReleases
-from gradwire_proto.values import StateTensor
 
 
 class _Part(nn.Module):
@@ -36,32 +35,29 @@ class RemoteModule(nn.Module):
     parameters, whose gradients stay on the service until `.grad` is read. Threads must not share it.
     """
 
-    def __init__(
-        self, tensors: Iterable[StateTensor], calls: ModelCalls, autograd: AutogradCalls, run: Callable[[Call], Any]
-    ) -> None:
+    def __init__(self, calls: ModelCalls, autograd: AutogradCalls, run: Callable[[Call], Any]) -> None:
         super().__init__()
         self._calls, self._autograd, self._run = calls, autograd, run
         self._fetched_at: int | None = None
         self._fetching = threading.RLock()
-        self.remote_gradients = RemoteGradients(autograd, run)
+        self.remote_gradients = RemoteGradients(autograd, run, lambda: calls.gradient_changes)
         """Its parameters' gradients, for its optimizer."""
         self._releases = RetainedReleases(autograd.releaser())
         made: dict[str, Any] = {}
-        frozen: set[str] = set()
-        for spec in tensors:
+        for spec in calls.tensors:
             if spec.role not in ("parameter", "buffer"):
                 continue
             made[spec.name] = (
                 made[spec.alias_of] if spec.alias_of else make_tensor(spec, self._fetch, self.remote_gradients)
             )
-            if spec.role == "parameter" and not spec.requires_grad:
-                frozen.add(spec.name)
             self._place(spec.name, made[spec.name])
         self._made = made
-        self._frozen = frozen
         unique = {id(each): each for each in made.values() if isinstance(each, RemoteParameter)}
-        self._parameters_once = list(unique.values())
-        self.remote_gradients.parameters.extend(each for each in unique.values() if each.requires_grad)
+        self.each_parameter = {each.remote_name: each for each in unique.values()}
+        """Its parameters, frozen ones included, each under the name that the service gives it."""
+        self._trained = {name for name, each in self.each_parameter.items() if each.requires_grad}
+        self.remote_gradients.take_parameters(self.each_parameter[name] for name in self._trained_in_order())
+        calls.watchers.add(self)
         self.train()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +69,27 @@ class RemoteModule(nn.Module):
             return self._run(self._calls.forward(inputs, self.training))
         trainable = self.remote_gradients.parameters
         names = None if len(wanted) == len(trainable) else tuple(each.remote_name for each in wanted)
-        call = self._autograd.forward(inputs, training=self.training, wrt=names, release=self._releases.take())
-        self._releases.watch()
-        return attach(self._run(call), wanted, self._backward, self._releases.drop)
+        dropped = self._releases.take()
+        try:
+            call = self._autograd.forward(inputs, training=self.training, wrt=names, release=dropped)
+            self._releases.watch()
+            retained = self._run(call)
+        except BaseException:
+            # Whether the service heard of them or not: names of none are passed over.
+            for name in dropped:
+                self._releases.drop(name)
+            raise
+        return attach(retained, wanted, self._backward, self._releases.drop)
+
+    def take_settings(self) -> None:
+        """Have the parameters require gradients that the service trains from now on, and no others."""
+        trained = {spec.name for spec in self._calls.tensors if spec.role == "parameter" and spec.requires_grad}
+        trained &= self.each_parameter.keys()
+        for name in trained ^ self._trained:
+            self.each_parameter[name].requires_grad_(name in trained)
+        if trained != self._trained:
+            self._trained = trained
+            self.remote_gradients.take_parameters(self.each_parameter[name] for name in self._trained_in_order())
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Parameters and persistent buffers by name, pulled, with memory of their own."""
@@ -135,15 +149,18 @@ class RemoteModule(nn.Module):
 
     def _wanted(self) -> list[RemoteParameter]:
         """The parameters that require gradients now."""
-        wanted = [each for each in self._parameters_once if each.requires_grad]
+        wanted = [each for each in self.each_parameter.values() if each.requires_grad]
         for each in wanted:
-            if each.remote_name in self._frozen:
+            if each.remote_name not in self._trained:
                 raise FailedPrecondition(
-                    f"the parameter {each.remote_name!r} was frozen when the model was created, and its optimizer does"
-                    " not have it: create the model with it trainable",
+                    f"the parameter {each.remote_name!r} is frozen on the service: unfreeze it with"
+                    " Model.update(trainable=)",
                     reason="PARAMETER_FROZEN",
                 )
         return wanted
+
+    def _trained_in_order(self) -> list[str]:
+        return [name for name in self.each_parameter if name in self._trained]
 
     def _check_modes(self) -> None:
         other = next((name for name, each in self.named_modules() if each.training is not self.training), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import ModelCalls
 from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire.remote_module import RemoteModule
+from gradwire.remote_parameters import RemoteParameter
 from gradwire_proto.values import OptimizerSpec
 
 
@@ -24,24 +25,46 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         module: RemoteModule,
-        spec: OptimizerSpec | None,
         calls: ModelCalls,
         autograd: AutogradCalls,
         run: Callable[[Any], Any],
     ) -> None:
-        _check_can_step(spec)
+        _check_can_step(calls.optimizer)
         self._module, self._calls, self._autograd, self._call = module, calls, autograd, run
+        self._seen = calls.settings_changes
         groups = self._call(calls.optimizer_state_dict())["param_groups"]
-        named = {each.remote_name: each for each in module.remote_gradients.parameters}
         self._known = [_options(group) for group in groups]
-        placed = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
-        super().__init__(placed, dict(self._known[0]))
+        super().__init__([{**group, "params": self._members(group)} for group in groups], dict(self._known[0]))
+
+    def catch_up(self, names: Collection[str] | None = ()) -> bool:
+        """Take over what `Model.update` or a loaded state has changed on the service; False where it has other groups.
+
+        An option that was changed here and not there stays as it is here, but for those of `names`; None: all.
+        """
+        seen = self._calls.settings_changes
+        if seen == self._seen:
+            return True
+        groups = self._call(self._calls.optimizer_state_dict())["param_groups"]
+        if len(groups) != len(self._known):
+            return False
+        for group, known, there in zip(self.param_groups, self._known, groups, strict=True):
+            for name in known.keys() - there.keys():
+                group.pop(name, None)
+            for name, value in _options(there).items():
+                is_new = name not in known or _plain(known[name]) != _plain(value)
+                if is_new or names is None or name in names:
+                    group[name] = value
+            group["params"] = self._members(there)
+        self._known = [_options(group) for group in groups]
+        self._seen = seen
+        return True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply the gradients that the service holds, as they were left here where they were read.
 
         closure: evaluates the loss again first. Returns its value.
         """
+        self._check_current()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,6 +87,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What `Model.optimizer_state_dict` gives, with the options as they are here."""
+        self._check_current()
         state = self._call(self._calls.optimizer_state_dict())
         for group, changed in zip(state["param_groups"], self._changed_options(), strict=True):
             group.update(changed)
@@ -72,10 +96,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Replace the optimizer's state and its options, as `Model.load_optimizer_state_dict` does."""
         self._call(self._calls.load_optimizer_state_dict(state_dict))
-        groups = self._call(self._calls.optimizer_state_dict())["param_groups"]
-        self._known = [_options(group) for group in groups]
-        for group, options in zip(self.param_groups, self._known, strict=True):
-            group.update(options)
+        self.catch_up(None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: groups are given with the optimizer to create_model."""
@@ -86,6 +107,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FailedPrecondition("it lives on the service: keep state_dict() instead", reason="PARAMETER_REMOTE")
+
+    def _members(self, group: Mapping[str, Any]) -> list[RemoteParameter]:
+        return [self._module.each_parameter[name] for name in group["params"]]
+
+    def _check_current(self) -> None:
+        _check_can_step(self._calls.optimizer)
+        if not self.catch_up():
+            message = (
+                "the model's optimizer has other groups since its settings were changed: call as_optimizer() again"
+            )
+            raise FailedPrecondition(message, reason="GROUPS_CHANGED")
 
     def _changed_options(self) -> list[dict[str, Any]]:
         changed: list[dict[str, Any]] = []

@@ -50,13 +50,41 @@ class RemoteTensor:
             found = [each for each in _flat(args, kwargs) if isinstance(each, RemoteTensor)]
             for each in found:
                 each.fetch()
-            before = [each._version for each in found]  # pyright: ignore[reportAttributeAccessIssue]
-            result = func(*args, **(kwargs or {}))
-            if any(each._version != old for each, old in zip(found, before, strict=True)):  # pyright: ignore
-                message = "the tensor lives on the service, where this change would not arrive: use load_state_dict"
-                raise _refusal(message, "PARAMETER_REMOTE")
-            # Whoever changes what `.data` gave must not think that he changed the parameter's copy here.
-            return result.clone() if name == "__get__" and owner == "data" else result
+            if owner == "data":
+                if name == "__set__":
+                    raise _change_refused()
+                return torch.Tensor._make_subclass(RemoteData, func(*args).clone(), False)
+            return _unchanging(found, func, args, kwargs)
+
+
+class RemoteData(torch.Tensor):
+    """What `.data` of a placeholder gives: a copy that refuses to be changed in place, as the placeholder does."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = [each for each in _flat(args, kwargs) if isinstance(each, RemoteData)]
+            return _unchanging(found, func, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.clone()
+
+
+def _unchanging(found: list[Any], func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` gives. Raises FailedPrecondition where it has changed one of the tensors."""
+    before = [each._version for each in found]
+    result = func(*args, **(kwargs or {}))
+    if any(each._version != old for each, old in zip(found, before, strict=True)):
+        raise _change_refused()
+    return result
+
+
+def _change_refused() -> FailedPrecondition:
+    message = "the tensor lives on the service, where this change would not arrive: use load_state_dict"
+    return _refusal(message, "PARAMETER_REMOTE")
 
 
 def _flat(args: Any, kwargs: Any) -> list[Any]:

@@ -60,10 +60,16 @@ class AutogradCommands:
 
         async def work(values: Any, number: int) -> ForwardResult:
             self._retained.forget(retention.release)
-            name = self._retained.new_name()
-            result = await self._workers.forward(
-                values["inputs"], retention, name, training=training, seed=seed, command=number
-            )
+            try:
+                name = self._retained.new_name()
+                result = await self._workers.forward(
+                    values["inputs"], retention, name, training=training, seed=seed, command=number
+                )
+            except BaseException:
+                if retention.release:
+                    # The ranks may not have heard of them.
+                    self._begin_release(retention.release)
+                raise
             if result.retained is not None:
                 self._retained.keep(name)
             return result
@@ -122,6 +128,10 @@ class AutogradCommands:
             {"gradients": gradients},
             lambda values, _: self._workers.set_gradients(values["gradients"], dropped),
         )
+
+    def settings_changed(self) -> None:
+        """Forget what is retained, as the ranks have: it was for what was trained before."""
+        self._retained.close()
 
     def close(self) -> None:
         """Forget everything: the ranks go."""

@@ -127,7 +127,10 @@ class HostedModel:
         """Change settings, all of them or none; returns the model as it is after that."""
 
         async def work(_: Any, __: int) -> ModelInfo:
-            trained = await self._workers.update(update) if update.concerns_ranks else None
+            trained = None
+            if update.concerns_ranks:
+                trained = await self._workers.update(update)
+                self.autograd.settings_changed()
             self.description.updated(update, trained)
             return self.description.info
 

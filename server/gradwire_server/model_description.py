@@ -15,7 +15,6 @@ from gradwire_proto.values import (
     ModelInfo,
     ModelSpec,
     ModelUpdate,
-    OptimizerSpec,
     Sharding,
     StateTensor,
     Variant,
@@ -104,7 +103,7 @@ class ModelDescription:
         info = self._info
         optimizer = update.optimizer or info.optimizer
         if optimizer is not None and update.lr is not None:
-            optimizer = _with_learning_rate(optimizer, update.lr)
+            optimizer = optimizer.with_learning_rate(update.lr)
         tensors = info.tensors
         if trained is not None:
             names = frozenset(trained)
@@ -140,14 +139,6 @@ class ModelDescription:
 def deleted(name: str) -> FailedPrecondition:
     """The error of requests that come, or wait, while the model is deleted."""
     return FailedPrecondition(f"{name} is being deleted; nothing was applied", reason="MODEL_DELETED")
-
-
-def _with_learning_rate(optimizer: OptimizerSpec, lr: float) -> OptimizerSpec:
-    groups = (
-        replace(group, options={**group.options, "lr": lr}) if "lr" in group.options else group
-        for group in optimizer.groups
-    )
-    return replace(optimizer, options={**optimizer.options, "lr": lr}, groups=tuple(groups))
 
 
 def _count_parameters(tensors: Sequence[StateTensor]) -> int:

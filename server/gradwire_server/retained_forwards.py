@@ -40,8 +40,9 @@ class RetainedForwards:
         """Raise FailedPrecondition RETAINED_GONE for a name of none."""
         if name not in self._timers:
             raise FailedPrecondition(
-                f"no forward {name} is retained: it has been gone back through without keeping it, or released, or was"
-                f" not used for {self._limits.retained_seconds:g} s (the server's setting retained_seconds)",
+                f"no forward {name} is retained: it has been gone back through without keeping it, or released, or"
+                " settings of the model were changed since (Model.update), or it was not used for"
+                f" {self._limits.retained_seconds:g} s (the server's setting retained_seconds)",
                 reason="RETAINED_GONE",
             )
 

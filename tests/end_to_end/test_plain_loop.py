@@ -6,7 +6,7 @@ import asyncio
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradwire
-from gradwire import optim
+from gradwire import optim, retained_releases
 from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import BackwardQuery
 
@@ -58,7 +58,8 @@ class Pair:
 @pytest.fixture
 def make_pair(client: gradwire.Client) -> Callable[..., Pair]:
     def make(workers: int = 2, net: nn.Module | None = None, **settings: Any) -> Pair:
-        return Pair(client, net or make_net(), (batch()[0],), workers=workers, **settings)
+        example = batch() if "loss" in settings else (batch()[0],)
+        return Pair(client, net or make_net(), example, workers=workers, **settings)
 
     return make
 
@@ -309,6 +310,12 @@ def test_placeholders_look_like_the_parameters_and_refuse_to_be_changed_here(mak
     assert [name for name, _ in pair.remote.named_buffers()] == [name for name, _ in pair.local.named_buffers()]
     with pytest.raises(FailedPrecondition, match="load_state_dict"), torch.no_grad():
         next(pair.remote.parameters()).add_(1)
+    data: Any = next(pair.remote.parameters()).data
+    with pytest.raises(FailedPrecondition, match="load_state_dict"):
+        data.fill_(1)
+    with pytest.raises(FailedPrecondition, match="load_state_dict"):
+        next(pair.remote.parameters()).data = torch.zeros(8, 4, dtype=torch.float64)
+    assert type(data + 1) is type(copy.deepcopy(data)) is torch.Tensor
     with pytest.raises(FailedPrecondition, match="stays on the service"):
         pair.remote.half()
     assert pair.remote.to("cpu") is pair.remote
@@ -381,12 +388,20 @@ def test_the_loop_runs_inside_a_running_event_loop(make_pair: Callable[..., Pair
     pair.assert_equal()
 
 
+@pytest.fixture
+def collects_nothing() -> Iterator[None]:
+    """Python's collector does not run: what is freed is freed because nothing refers to it."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collects_nothing")
 def test_graphs_that_are_dropped_are_freed_although_nothing_else_is_called(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair()
     outputs = [pair.remote(batch()[0]) for _ in range(3)]
     query = BackwardQuery(retained=outputs[0].grad_fn.step.name, keep=True)
     del outputs
-    gc.collect()
     cotangents = [torch.ones(7, 3, dtype=torch.float64)]
 
     def is_gone() -> bool:
@@ -402,12 +417,12 @@ def test_graphs_that_are_dropped_are_freed_although_nothing_else_is_called(make_
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("collects_nothing")
 def test_a_forward_takes_the_place_of_one_that_was_just_dropped(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair()
     out = pair.remote(batch()[0])
     name = out.grad_fn.step.name
     del out
-    gc.collect()
     assert pair.remote._releases.take() == [name]
 
 
@@ -424,3 +439,91 @@ def test_a_backward_that_is_refused_for_its_cotangents_leaves_the_forward(make_p
     for output in outputs:
         output.sum().backward()
     pair.assert_same_gradients()
+
+
+def test_what_update_freezes_and_unfreezes_is_so_in_the_module_and_its_optimizer(client: gradwire.Client) -> None:
+    torch.manual_seed(15)
+    net = make_net()
+    net[3].requires_grad_(False)  # pyright: ignore[reportCallIssue, reportIndexIssue]
+    model = client.create_model(net, optimizer=optim.SGD(lr=0.1, momentum=0.9), example=(batch()[0],), workers=2)
+    remote, local = model.as_module(), copy.deepcopy(net)
+    optimizers = [model.as_optimizer(), torch.optim.SGD(local.parameters(), lr=0.1, momentum=0.9)]
+    x, y = batch()
+    for frozen in ({"3.*": False}, {"0.*": False, "3.*": True}, {"0.weight": True}):
+        model.update(trainable=frozen)
+        for pattern, trained in frozen.items():
+            for name, each in local.named_parameters():
+                if name.startswith(pattern.rstrip("*")):
+                    each.requires_grad_(trained)
+        for (name, here), there in zip(local.named_parameters(), remote.parameters(), strict=True):
+            assert here.requires_grad == there.requires_grad, name
+        for _ in range(2):
+            for module, optimizer in zip((remote, local), optimizers, strict=True):
+                optimizer.zero_grad()
+                mean_square(module(x), y).backward()
+                optimizer.step()
+        for name, value in remote.state_dict().items():
+            assert (value - local.state_dict()[name]).abs().max() <= 1e-10, name
+        again = model.as_optimizer()
+        assert [len(group["params"]) for group in again.param_groups] == [
+            len(group["params"]) for group in optimizers[0].param_groups
+        ]
+
+
+def test_settings_changed_on_the_model_are_those_of_its_optimizer_here(make_pair: Callable[..., Pair]) -> None:
+    torch.manual_seed(16)
+    pair = make_pair()
+    (net, opt), (local, local_opt) = pair.both
+    x, y = batch()
+    state = pair.model.optimizer_state_dict()
+    opt.param_groups[0]["momentum"] = local_opt.param_groups[0]["momentum"] = 0.5
+    pair.model.update(lr=0.02)
+    assert opt.param_groups[0]["lr"] == 0.02 and opt.param_groups[0]["momentum"] == 0.5
+    opt.param_groups[0]["lr"] = local_opt.param_groups[0]["lr"] = 0.1  # what it was before, and is not any more
+    for module, optimizer in ((net, opt), (local, local_opt)):
+        optimizer.zero_grad()
+        mean_square(module(x), y).backward()
+        optimizer.step()
+    pair.assert_equal()
+    pair.model.load_optimizer_state_dict(state)
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]) == (0.1, 0.9)
+    pair.model.futures.update(lr=0.3).result()
+    opt.step()
+    assert opt.param_groups[0]["lr"] == 0.3
+    pair.model.update(optimizer=optim.Adam(lr=0.1, groups=[optim.ParamGroup("0.*", lr=0.2)]))
+    with pytest.raises(FailedPrecondition, match="as_optimizer") as caught:
+        opt.step()
+    assert caught.value.reason == "GROUPS_CHANGED"
+    assert [group["lr"] for group in pair.model.as_optimizer().param_groups] == [0.1, 0.2]
+
+
+def test_gradients_that_the_model_itself_changes_are_read_anew(make_pair: Callable[..., Pair]) -> None:
+    torch.manual_seed(17)
+    pair = make_pair(loss=nn.MSELoss())
+    x, y = batch()
+    mean_square(pair.local(x), y).backward()
+    mean_square(pair.remote(x), y).backward()
+    pair.assert_same_gradients()
+    for module in (pair.local, pair.remote):
+        first = next(iter(module.parameters()))
+        assert first.grad is not None
+        first.grad.mul_(0.5)
+    mean_square(pair.local(x), y).backward()
+    pair.model.forward_backward(x, y)
+    pair.assert_same_gradients()
+    pair.model.zero_grad()
+    pair.local.zero_grad()
+    pair.assert_same_gradients()
+
+
+def test_what_a_refused_forward_was_to_release_is_released_by_another(
+    make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retained_releases, "_GATHER_SECONDS", 5.0)  # the thread that sends them stays out of it
+    pair = make_pair()
+    out = pair.remote(batch()[0])
+    name = out.grad_fn.step.name
+    del out
+    with pytest.raises(InvalidArgument):
+        pair.remote(torch.randn(0, 4).double())
+    assert pair.remote._releases.take() == [name]

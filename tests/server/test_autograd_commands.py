@@ -153,3 +153,31 @@ async def test_a_retention_that_makes_no_sense_is_refused_by_field(
     request = forward(fakes)
     change(request.retain)
     assert (await frontend.error(frontend.stub.Forward(request))).field == field
+
+
+async def test_a_forward_that_is_refused_has_the_ranks_release_what_it_named_all_the_same(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    from gradwire_proto.errors import InvalidArgument
+
+    async def refused(*_: Any, **__: Any) -> None:
+        raise InvalidArgument("no rows", field="inputs", reason="ROWS_MISSING")
+
+    workers = await frontend.create()
+    reply = await frontend.stub.Forward(forward(fakes))
+    monkeypatch.setattr(workers.retained, "forward", refused)
+    error = await frontend.error(frontend.stub.Forward(forward(fakes, release=(reply.retained,))))
+    assert error.reason == "ROWS_MISSING"
+    await frontend.until(lambda: not workers.retained.kept)
+
+
+async def test_a_backward_through_a_forward_before_an_update_says_that_settings_were_changed(
+    frontend: Any, fakes: Any
+) -> None:
+    await frontend.create()
+    reply = await frontend.stub.Forward(forward(fakes))
+    await frontend.stub.UpdateModel(pb.UpdateModelRequest(name="models/m", labels={"labels": {"a": "b"}}))
+    await frontend.stub.Backward(backward(fakes, reply.retained, keep=True))
+    await frontend.stub.UpdateModel(pb.UpdateModelRequest(name="models/m", learning_rate=0.5))
+    error = await frontend.error(frontend.stub.Backward(backward(fakes, reply.retained)))
+    assert error.reason == "RETAINED_GONE" and "Model.update" in error.message

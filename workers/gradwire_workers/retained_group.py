@@ -116,6 +116,10 @@ class RetainedGroup:
         self._forget(names)
         await self._ranks.call("release", [{"names": list(names)}] * len(self._ranks))
 
+    def settings_changed(self) -> None:
+        """The ranks have let go of all retained forwards."""
+        self._kept.clear()
+
     async def held_gradients(self, wrt: Sequence[str] | None) -> tuple[NamedTensors, int]:
         """(held gradients by name, updates applied). `wrt`: names or globs, None for all."""
         fields = [{"wrt": None if wrt is None else list(wrt), "wanted": rank == 0} for rank in range(len(self._ranks))]

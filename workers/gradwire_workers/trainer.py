@@ -93,6 +93,9 @@ class Trainer(Reads, RetainedCommands):
         )
         if lr is not None and updater is None:
             self._checked_updater()
+        if lr is not None and spec.optimizer is not None:
+            # What is unfrozen later may make a group that there is not yet.
+            spec = replace(spec, optimizer=spec.optimizer.with_learning_rate(lr))
         # From here on nothing fails.
         set_trained(self._program.parameters_by_name(), trained)
         self._spec, self._updater, self._trainable = spec, updater, list(trained.values())

@@ -233,6 +233,7 @@ class WorkerGroup:
         optimizer = None if update.optimizer is None else encode_optimizer(update.optimizer).SerializeToString()
         fields = {"trainable": list(update.trainable), "optimizer": optimizer, "lr": update.lr}
         answers = await self._ranks.call("update", [fields] * self.workers)
+        self.retained.settings_changed()
         return tuple(answers.fields[0]["trained"])
 
     async def add_variant(

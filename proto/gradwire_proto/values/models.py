@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from gradwire_proto.values.programs import ArchitectureSpec, Program, StateTensor, Variant
@@ -64,6 +64,14 @@ class OptimizerSpec:
     options: Mapping[str, Value] = field(default_factory=dict)
     groups: tuple[ParameterGroupSpec, ...] = ()
     schedule: ScheduleSpec | None = None
+
+    def with_learning_rate(self, lr: float) -> OptimizerSpec:
+        """The same with this learning rate for all parameters, whatever groups they are in."""
+        groups = (
+            replace(group, options={**group.options, "lr": lr}) if "lr" in group.options else group
+            for group in self.groups
+        )
+        return replace(self, options={**self.options, "lr": lr}, groups=tuple(groups))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

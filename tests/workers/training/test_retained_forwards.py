@@ -151,3 +151,38 @@ def test_options_of_groups_are_kept_and_those_that_need_other_state_are_refused(
     with fails_as(InvalidArgument, "OPTION_OUT_OF_RANGE", "groups"):
         group.call("optimizer_step", [((), {"groups": [{}, {}]})] * 2)
     assert group.optimizer_step().lr == 0.5
+
+
+class View(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w.expand(x.shape[0], 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_output_that_only_views_a_parameter_is_gone_back_through(ranks, make_group, assert_close):
+    group = make(make_group, ranks, View())
+    cotangent = torch.randn(6, 3, dtype=torch.float64)
+    _, reports = forward(group, torch.randn(6, 4, dtype=torch.float64))
+    backward(group, reports, cotangent)
+    assert_close(group.call_all("held_gradients")[0], {"w": cotangent.sum(0)})
+
+
+@pytest.mark.parametrize(("precision", "passes"), [("fp16", True), ("fp32", False)])
+def test_gradients_that_overflow_are_refused_but_where_a_loss_scale_is_found(precision, passes, make_group, fails_as):
+    module = nn.Linear(4, 3)
+    x = torch.randn(6, 4)
+    group = make_group(
+        module, nn.MSELoss(), (x, torch.randn(6, 3)), ranks=1, sgd={"lr": 0.1}, on_nan="refuse", precision=precision
+    )
+    _, reports = forward(group, x)
+    cotangent = torch.full((6, 3), torch.inf, dtype=reports[0].outputs[0].dtype)
+    if passes:
+        backward(group, reports, cotangent)
+        assert group.call_all("held_gradients")[0].keys() == {"weight", "bias"}
+        return
+    with fails_as(InvalidArgument, "GRADIENT_NOT_FINITE"):
+        backward(group, reports, cotangent)

@@ -182,3 +182,19 @@ def test_gradients_of_parameters_that_may_be_unfrozen_are_tried_too(make_group):
 
     group = make_group(MeanInGradient(), nn.MSELoss(), batch())
     assert "gradients" in (group.whole["train"] or "")
+
+
+class Constant(nn.Module):
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        self.table = nn.Parameter(torch.randn(entries))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.table * 2
+
+
+@pytest.mark.parametrize("entries", range(2, 8))
+def test_an_output_with_by_chance_as_many_entries_as_the_rows_that_are_tried_keeps_batches_whole(make_group, entries):
+    group = make_group(Constant(entries), lambda outputs, y: F.mse_loss(outputs[0], y), batch(), ranks=2)
+    assert "one entry for each row" in group.whole["train"] and "one entry for each row" in group.whole["eval"]

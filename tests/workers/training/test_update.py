@@ -296,3 +296,43 @@ def test_learning_rate_without_optimizer_is_refused(make_group: Any, fails_as: A
     group.call_all("update", optimizer=OptimizerSpec("SGD", {"lr": 0.1}))
     group.train_step(x, y)
     assert group.reports[0].step == 1
+
+
+@RANKS
+def test_a_group_that_appears_after_the_learning_rate_was_changed_has_the_new_one(
+    ranks: int, make_group: Any, assert_close: Any
+) -> None:
+    module = net()
+    freeze(module, ("0.weight", "0.bias"))
+    twin, data = copy.deepcopy(module), [batch() for _ in range(4)]
+    rest = [*twin[2].parameters(), *twin[4].parameters()]
+    spec = OptimizerSpec("SGD", {"lr": 0.5}, groups=(ParameterGroupSpec("[24].*", {"lr": 0.3}),))
+    group = make_group(module, nn.MSELoss(), data[0], ranks=ranks, optimizer=spec)
+    for x, y in data[:2]:
+        group.train_step(x, y)
+    local_steps(twin, torch.optim.SGD(rest, lr=0.3), data[:2])
+    group.call_all("update", lr=0.01)
+    group.call_all("update", trainable=[("0.*", True)])  # no group of the optimizer's had them
+    freeze(twin, ("0.weight", "0.bias"), frozen=False)
+    local_steps(twin, torch.optim.SGD(twin.parameters(), lr=0.01), data[2:])
+    for x, y in data[2:]:
+        group.train_step(x, y)
+    assert_close(group.state_dict(), twin.state_dict(), tolerance=1e-12)
+
+
+@RANKS
+def test_lbfgs_that_begins_anew_with_what_is_trained_stays_where_its_schedule_was(ranks: int, make_group: Any) -> None:
+    module, (x, y) = net(), batch()
+    spec = OptimizerSpec("LBFGS", {"lr": 0.4, "max_iter": 2}, schedule=ScheduleSpec("StepLR", {"step_size": 2}))
+    group = make_group(module, nn.MSELoss(), (x, y), ranks=ranks, optimizer=spec)
+    for _ in range(3):
+        group.train_step(x, y)
+    before = group.call_all("optimizer_state")[0]
+    group.call_all("update", trainable=[("0.*", False)])
+    after = group.call_all("optimizer_state")[0]
+    assert after["state"] == {}
+    assert after["schedule"] == before["schedule"] and before["schedule"]["state"]["last_epoch"] == 3
+    options = [
+        {name: each for name, each in state["param_groups"][0].items() if name != "params"} for state in (before, after)
+    ]
+    assert options[0] == options[1] and options[0]["initial_lr"] == 0.4

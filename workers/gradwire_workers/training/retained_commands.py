@@ -55,7 +55,7 @@ class RetainedCommands(RankModel):
         with Attempt(self._groups, ()):
             done = self._retained.backward(query, cotangents)
             held = self._held.plus(done.gradients)
-            self._agreement.reach(self._groups, gradients=done.gradients.values())
+            self._agreement.reach(self._groups, gradients=self._judged(list(done.gradients.values())))
         self._held.hold(held)
         return BackwardReport(
             input_gradients=done.input_gradients, step=self.step, rows=shard.count, seconds=clock.computed()

@@ -23,7 +23,8 @@ from gradwire_workers.training.tensor_names import select
 
 @dataclass(frozen=True, kw_only=True)
 class Retained:
-    """A forward that can be gone back through. shard: without its leaves. nbytes: of all ranks together.
+    """A forward that can be gone back through. shard: without its leaves. nbytes: of all ranks together; 0 where no
+    output is differentiable on any.
 
     outputs: the differentiable ones, by leaf; inputs: those whose gradients can be asked for. Empty on an idle rank.
     """
@@ -107,7 +108,8 @@ class RetainedForwards:
             outputs=differentiable,
             inputs=inputs,
             parameters=dict(parameters),
-            nbytes=saved.nbytes if differentiable else 0,
+            # Never 0 where there is a graph: one that only views parameters saves nothing of its own.
+            nbytes=max(saved.nbytes, 1) if differentiable else 0,
         )
         return retained, self._passes.results(shard, list(outputs.values()))
 
@@ -192,8 +194,8 @@ def gone(name: str, limits: Limits) -> FailedPrecondition:
     """The error of a backward whose forward is not retained any more."""
     return FailedPrecondition(
         f"no forward {name} is retained: it has been gone back through without keeping it, or released, a command"
-        f" failed on a rank since, or it was not used for {limits.retained_seconds:g} s (the server's setting"
-        " retained_seconds)",
+        " failed on a rank since, or settings of the model were changed (Model.update), or it was not used for"
+        f" {limits.retained_seconds:g} s (the server's setting retained_seconds)",
         reason="RETAINED_GONE",
     )
 

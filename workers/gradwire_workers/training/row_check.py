@@ -136,7 +136,16 @@ def _difference(
     if any(output.dim() == 0 or output.shape[0] != rows for output in expected.outputs):
         return _SHAPE  # all ranks see that, so none goes on to the collectives
     counts = 1.0 if part.count else 0.0
-    found = _run(replica, part, lambda index, _: weights(index, expected.outputs[index])[mine] * counts)
+
+    def have_rows(outputs: list[Tensor]) -> bool:
+        # The whole's may have had as many entries by chance. All ranks agree before a backward has them wait.
+        misfits = any(output.dim() == 0 or output.shape[0] != mine.stop - mine.start for output in outputs)
+        return not groups.all_reduce(torch.tensor([misfits], dtype=torch.uint8), largest=True).item()
+
+    try:
+        found = _run(replica, part, lambda index, _: weights(index, expected.outputs[index])[mine] * counts, have_rows)
+    except _RowsMissingError:
+        return _SHAPE
 
     trainable = _trainable(replica)
     shared = [index for index in expected.inputs if not has_rows(variant.input_leaves[index])]
@@ -212,8 +221,17 @@ def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked:
     return 0
 
 
-def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tensor]) -> _Result:
-    """One pass; buffers are as before after it."""
+class _RowsMissingError(Exception):
+    """An output does not have one entry for each row."""
+
+
+def _run(
+    replica: Replica,
+    shard: Shard,
+    cotangent: Callable[[int, Tensor], Tensor],
+    have_rows: Callable[[list[Tensor]], bool] | None = None,
+) -> _Result:
+    """One pass; buffers are as before after it. Raises _RowsMissingError where `have_rows(outputs)` is not true."""
     leaves = {index: leaf.detach().requires_grad_() for index, leaf in enumerate(shard.inputs) if has_rounding(leaf)}
     # Copies, because a graph may change its inputs in place.
     inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
@@ -221,6 +239,9 @@ def _run(replica: Replica, shard: Shard, cotangent: Callable[[int, Tensor], Tens
     before = Snapshot(mutated)
     outputs = replica.row_outputs(replica.outputs(replace(shard, inputs=tuple(inputs))))
     tensors = [output for output in outputs if isinstance(output, Tensor)]
+    if have_rows is not None and not have_rows(tensors):
+        before.restore()
+        raise _RowsMissingError
     buffers = [buffer.detach().clone() for buffer in mutated]
     trainable = _trainable(replica)
     heads = [(index, output) for index, output in enumerate(tensors) if output.requires_grad]

@@ -94,6 +94,7 @@ class Updater:
     def go_on_from(self, other: Updater) -> None:
         """Take over state, options and schedule of one with fewer parameters, for those that both hold.
 
+        LBFGS has one state for all: of it, only options and schedule are taken, whichever parameters the other held.
         InvalidArgument SCHEDULE_UNFIT where parameters make a group that is not in the other's schedule.
         """
         old, new = other._optimizer.param_groups, self._optimizer.param_groups
@@ -108,9 +109,10 @@ class Updater:
             for scheduler, counters in self._schedule.load(other._schedule.state(), field="schedule"):
                 scheduler.__dict__.update(counters)
         for group in old:
-            heir = next(each for each in new if any(group["params"][0] is member for member in each["params"]))
+            heir = new[0] if self.searches else next(each for each in new if _has(each, group["params"][0]))
             heir.update({name: value for name, value in group.items() if name != "params"})
-        self._optimizer.state.update(other._optimizer.state)
+        if not self.searches:
+            self._optimizer.state.update(other._optimizer.state)
 
     def check(self, lr: float | None, *, has_batch: bool) -> None:
         """Refuse an update that would need a batch, for its loss, where there is none; or with a wrong `lr`."""
@@ -255,3 +257,7 @@ class Updater:
             self._optimizer.state.clear()
             self._optimizer.state.update(kept)
             raise
+
+
+def _has(group: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    return any(each is parameter for each in group["params"])

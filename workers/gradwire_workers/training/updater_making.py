@@ -51,8 +51,8 @@ def updater_after(
 ) -> Updater | None:
     """The updater of a model once `trained` are the parameters that are trained; `updater` is as it was.
 
-    anew: it gets the optimizer of `spec` from its beginning. Otherwise it goes on, but for LBFGS, whose state is one
-    for all parameters and begins anew with them.
+    anew: it gets the optimizer of `spec` from its beginning. Otherwise it goes on, but for LBFGS, whose history is
+    one for all parameters and begins anew with them.
     """
     if not anew and updater is None:
         return None
@@ -65,7 +65,7 @@ def updater_after(
             return updater
         made = make_updater(spec, trained, aliases, loss_scale)
         assert made is not None
-        made.set_learning_rate(updater.lr)
+        made.go_on_from(updater)
         return made
     if trained.keys() <= updater.held.keys():
         return updater
