@@ -148,6 +148,18 @@ def test_a_cache_among_the_outputs_is_refused_with_what_to_do_about_it(gpt2):
         gpt2.forward({"input_ids": ids(2), "use_cache": True})
 
 
+def test_a_kind_that_a_clients_own_autograd_brings_stays(client):
+    x = torch.randn(4, 3)
+    model = client.create_model(layer("Linear", in_features=3, out_features=2), example=(x,), seed=3)
+    net = model.as_module()
+    torch.manual_seed(3)
+    module = nn.Linear(3, 2)
+    first, other = net(input=x), net(x[:2])
+    (first.sum() + other.sum() + net(input=x[:3]).sum()).backward()
+    (module(x).sum() + module(x[:2]).sum() + module(x[:3]).sum()).backward()
+    torch.testing.assert_close(net.weight.grad, module.weight.grad)
+
+
 def test_kinds_of_batches_are_bounded(client, gpt2):
     def use_them_up() -> None:
         for number in range(client.server_info().limits.variants):
