@@ -56,7 +56,7 @@ def find_weight(
     )
     check = _WeightCheck(wide, groups, variant, weights)
     with wide.program.without_randomness():
-        for batch in batches.of_rows(rows, more=more):
+        for batch in batches.of_rows(rows, more=more, is_told=lambda: check.is_told):
             check.try_on(batch)
             if not check.left:
                 return None
@@ -82,12 +82,14 @@ class _WeightCheck:
 
     def answer(self) -> int | None:
         """The weight that is left, if batches have told it from the others that are."""
+        return self.left[0] if self.is_told else None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether all that are left weigh alike, in everything that was tried."""
         first = self.left[0]
-        if not self._shares:
-            return None
-        if any(shares[other] != shares[first] for shares in self._shares for other in self.left):
-            return None
-        return first
+        alike = all(shares[other] == shares[first] for shares in self._shares for other in self.left)
+        return bool(self._shares) and alike
 
     def try_on(self, batch: TrialBatch) -> None:
         """Drop the weights that give another loss, or other gradients, than the whole batch."""
@@ -128,7 +130,7 @@ class _WeightCheck:
         ranges = [row_range(part.rows, self._groups.size, rank) for rank in range(self._groups.size)]
         return [
             tuple(
-                round(share_of(weight, each, sum(column), stop - start, part.rows), 9)
+                round(share_of(weight, each, column, stop - start, part.rows), 9)
                 for each, (start, stop) in zip(column, ranges, strict=True)
             )
             for weight, column in zip(self._weights, everyone.T.tolist(), strict=True)
