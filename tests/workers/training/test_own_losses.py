@@ -48,6 +48,13 @@ class Tagger(nn.Module):
                 return ((each * taken).sum(1) / taken.sum(1).clamp(min=1)).mean()
             case "padded" | "padded norm":
                 return (each * (labels != 3)).sum() / (labels != 3).sum()
+            case "at least zero":
+                known = labels >= 0
+                each = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+                return (each * known).sum() / known.sum()
+            case "one at least":
+                flat = F.cross_entropy(logits.reshape(-1, CLASSES), labels.reshape(-1), reduction="none")
+                return (flat * taken.reshape(-1)).sum() / taken.sum().clamp(min=1)
             case "tokens and norm of parameters":
                 return F.cross_entropy(logits.transpose(1, 2), labels) + 1e-3 * self.out.weight.square().sum()
             case "sum and norm of parameters":
@@ -88,6 +95,8 @@ SPREAD = {
     "classes norm": "by class weights",
     "masked norm": "not -100 in inputs[1]",
     "masked": "not -100 in inputs[1]",
+    "at least zero": "at least 0 in inputs[1]",
+    "one at least": "not -100 in inputs[1]",
     "sum": "a sum over rows",
     "rows": "a mean over rows",
     "padded": "not 3 in inputs[1]",
@@ -117,6 +126,8 @@ def test_its_own_loss_and_gradients_are_torchs_whatever_the_shards_have_to_learn
         ids, labels = tokens(rows)
         labels[torch.rand(labels.shape) < 0.4] = ignored
         labels[rows // 2 + 1 :] = ignored  # a shard, or more, without anything to learn
+        if kind == "at least zero":
+            labels[labels == ignored] = -torch.arange(1, 1 + int((labels == ignored).sum()))
         labels[0, 1] = 1
         loss, gradients = expected(module, ids, labels)
         report, _, outputs = group.compute_gradients((ids, labels), outputs=True)

@@ -70,7 +70,12 @@ def weights_to_try(program: BuiltProgram, variant: Variant) -> list[LossWeight]:
 
 def numbers_compared(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
     """The whole numbers to which a variant's graph compares something, and those that are ignored by custom."""
-    found = dict.fromkeys(_IGNORED)
+    return tuple(dict.fromkeys((*_IGNORED, *numbers_in(program, variant))))[:_MOST_NUMBERS]
+
+
+def numbers_in(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
+    """The whole numbers to which a variant's graph compares something."""
+    found: dict[int, None] = {}
     assert variant.graph is not None
     for operator, arguments in _calls(variant.graph):
         if operator in _COMPARISONS:

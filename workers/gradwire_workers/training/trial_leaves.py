@@ -28,7 +28,7 @@ class TrialBatch:
 class TrialBatches:
     """Batches like an example's. inputs, targets: its leaves, and what they are. ranks: over how many they are split.
 
-    numbers: the whole numbers that may mean something to the program, such as "ignored". Their neighbours may, too.
+    numbers: the whole numbers that may mean something to the program, such as "ignored".
     """
 
     inputs: Sequence[Any]
@@ -78,8 +78,7 @@ class TrialBatches:
         if leaf.dtype is torch.bool:
             return (0, 1)
         bounds = torch.iinfo(leaf.dtype)
-        near = [number + step for number in self.numbers for step in (-1, 1)]
-        return [each for each in dict.fromkeys((*self.numbers, -1, 1, *near)) if bounds.min <= each <= bounds.max]
+        return [each for each in dict.fromkeys((*self.numbers, 1)) if bounds.min <= each <= bounds.max]
 
     def _put(self, leaf: Tensor, number: int, where: Callable[[Tensor, int], Tensor]) -> Tensor:
         return leaf.masked_fill(where(leaf, self.ranks), number)
