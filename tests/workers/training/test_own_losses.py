@@ -31,6 +31,10 @@ class Tagger(nn.Module):
         return {"loss": self.loss(logits, labels), "logits": logits}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.kind == "at least zero":
+            known = labels >= 0
+            each = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+            return (each * known).sum() / known.sum()
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         taken = labels != -100
         match self.kind:
@@ -48,10 +52,6 @@ class Tagger(nn.Module):
                 return ((each * taken).sum(1) / taken.sum(1).clamp(min=1)).mean()
             case "padded" | "padded norm":
                 return (each * (labels != 3)).sum() / (labels != 3).sum()
-            case "at least zero":
-                known = labels >= 0
-                each = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
-                return (each * known).sum() / known.sum()
             case "one at least":
                 flat = F.cross_entropy(logits.reshape(-1, CLASSES), labels.reshape(-1), reduction="none")
                 return (flat * taken.reshape(-1)).sum() / taken.sum().clamp(min=1)
