@@ -121,6 +121,19 @@ def test_loss_weight_spreads_a_loss_that_no_trial_finds(client):
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
+def test_weights_that_cancel_give_the_infinity_that_torch_gives(client):
+    torch.manual_seed(0)
+    net = Focal().double()
+    model = client.create_model(net, example=(masked(4),), workers=2, loss_weight=lambda inputs: inputs[1].sum())
+    x, mask = masked(4)[0], torch.tensor([1.0, 1.0, -1.0, -1.0]).double()
+    for rows in (x, x.flip(0)):
+        assert model.compute_gradients((rows, mask)).loss == net(rows, mask).item()  # of either sign
+
+
+def mean_and_what_is_at_rest(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, targets) + F.relu(outputs.mean(0).abs() - 20).sum()
+
+
 def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Token-level cross entropy with class weights, as a callable of the outputs."""
     return F.cross_entropy(outputs.transpose(1, 2), targets, weight=torch.tensor([1.0, 2.0, 0.5]).double())
@@ -194,6 +207,8 @@ def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
     [
         (mean_of_rows, numbers, "sum"),
         (info_nce, numbers, "mean"),
+        (mean_and_what_is_at_rest, numbers, "mean"),
+        (lambda outputs, targets: F.mse_loss(outputs, targets).clamp(max=1e3), numbers, "mean"),
         (token_loss, tagged, "mean"),
         (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean"),
     ],

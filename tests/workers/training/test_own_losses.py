@@ -31,6 +31,10 @@ class Tagger(nn.Module):
         return {"loss": self.loss(logits, labels), "logits": logits}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.kind == "at least zero":
+            known = labels >= 0
+            each = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+            return (each * known).sum() / known.sum()
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         taken = labels != -100
         match self.kind:
@@ -48,6 +52,9 @@ class Tagger(nn.Module):
                 return ((each * taken).sum(1) / taken.sum(1).clamp(min=1)).mean()
             case "padded" | "padded norm":
                 return (each * (labels != 3)).sum() / (labels != 3).sum()
+            case "one at least":
+                flat = F.cross_entropy(logits.reshape(-1, CLASSES), labels.reshape(-1), reduction="none")
+                return (flat * taken.reshape(-1)).sum() / taken.sum().clamp(min=1)
             case "tokens and norm of parameters":
                 return F.cross_entropy(logits.transpose(1, 2), labels) + 1e-3 * self.out.weight.square().sum()
             case "sum and norm of parameters":
@@ -88,6 +95,8 @@ SPREAD = {
     "classes norm": "by class weights",
     "masked norm": "not -100 in inputs[1]",
     "masked": "not -100 in inputs[1]",
+    "at least zero": "at least 0 in inputs[1]",
+    "one at least": "not -100 in inputs[1]",
     "sum": "a sum over rows",
     "rows": "a mean over rows",
     "padded": "not 3 in inputs[1]",
@@ -117,6 +126,8 @@ def test_its_own_loss_and_gradients_are_torchs_whatever_the_shards_have_to_learn
         ids, labels = tokens(rows)
         labels[torch.rand(labels.shape) < 0.4] = ignored
         labels[rows // 2 + 1 :] = ignored  # a shard, or more, without anything to learn
+        if kind == "at least zero":
+            labels[labels == ignored] = -torch.arange(1, 1 + int((labels == ignored).sum()))
         labels[0, 1] = 1
         loss, gradients = expected(module, ids, labels)
         report, _, outputs = group.compute_gradients((ids, labels), outputs=True)
@@ -163,7 +174,14 @@ def test_a_batch_without_any_target_gives_the_number_that_torch_gives(kind, make
     assert report.loss != report.loss and outputs["loss"].isnan()
 
 
-WHOLE = ("sum and norm of parameters", "balance", "root of rows", "rows and tokens", "largest", "of parameters alone")
+WHOLE = {
+    "sum and norm of parameters": "loss_weight",
+    "balance": "depends on more than a row",
+    "root of rows": "pow",
+    "rows and tokens": "loss_weight",
+    "largest": "computed with max after rows were put together",
+    "of parameters alone": "loss_weight",
+}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -177,7 +195,7 @@ def test_a_loss_that_no_weight_fits_stays_whole_and_says_why(kind, zeros, make_g
     if zeros and kind == "sum and norm of parameters":
         nn.init.constant_(module.out.weight, 1e-2)
     group = make_group(module, None, (tokens(4), None))
-    assert "loss_weight" in group.whole["train"] and group.loss["train"] is None
+    assert WHOLE[kind] in group.whole["train"] and group.loss["train"] is None
     ids, labels = tokens(5)
     loss, _ = expected(module, ids, labels)
     assert group.train_step((ids, labels)) == pytest.approx(loss, rel=1e-6)
@@ -193,3 +211,86 @@ def test_rows_are_not_taken_for_tokens_though_no_target_of_the_example_is_ignore
         ids = torch.zeros(2, 5, dtype=torch.long)
         group = make_group(module, None, ((ids, ids + 1), None))
         assert words in group.loss["train"]
+
+
+class Regressor(nn.Module):
+    """A mean over rows, and what may become of it where a batch is unlike the example."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("coefficient", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        hidden = self.layer(x)
+        each = (hidden - y).square().mean(1)
+        return {"loss": self.loss(each, hidden), "hidden": hidden}
+
+    def loss(self, each: Tensor, hidden: Tensor) -> Tensor:
+        match self.kind:
+            case "clamped":
+                return each.mean().clamp(max=20.0)
+            case "without nan":
+                return each.mean().nan_to_num(posinf=1.0, nan=2.0)
+            case "chosen":
+                return torch.cond(hidden.mean() < 5, lambda x: x.mean(), lambda x: x.square().mean(), (each,))
+            case "scaled":
+                return (each / (hidden.norm().clamp(min=100.0) / 100)).mean()
+            case "flooded":
+                return (each.mean() - 0.05).abs() + 0.05
+            case "scheduled":
+                return each.mean() + self.coefficient * hidden.mean(0).square().sum()
+            case "scheduled sum":
+                return each.mean() + self.coefficient * each.sum()
+            case "relu":
+                return each.mean() + F.relu(hidden.mean(0).abs() - 20).sum()
+            case "two means":
+                return 0.5 * each.mean() + 2 * F.l1_loss(hidden, torch.zeros_like(hidden)) - each.mean() / 4
+            case "in place":
+                loss = each.mean()
+                loss += 0.1 * hidden.square().mean()
+                return loss
+        raise AssertionError(self.kind)
+
+
+def pairs(rows: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 4).double() * size, torch.randn(rows, 3).double()
+
+
+AT_REST = {
+    "clamped": "clamp",
+    "without nan": "nan_to_num",
+    "chosen": "cond",
+    "scaled": "depends on more than a row",
+    "flooded": "abs",
+    "scheduled": "depends on more than a row",
+    "scheduled sum": "loss_weight",
+    "relu": "depends on more than a row",
+}
+
+
+@pytest.mark.parametrize("kind", AT_REST)
+def test_what_is_at_rest_in_every_batch_like_the_example_is_seen_in_the_graph(kind, make_group, assert_close):
+    torch.manual_seed(0)
+    module = Regressor(kind).double()
+    group = make_group(module, None, (pairs(4), None))
+    assert AT_REST[kind] in group.whole["train"]
+    for batch in (pairs(5, 100.0), pairs(5, 1e-3)):
+        loss, gradients = expected(module, *batch)
+        report, _, _ = group.compute_gradients(batch)
+        assert report.loss == pytest.approx(loss, rel=1e-12)
+        assert_close(report.gradients, gradients)
+
+
+@pytest.mark.parametrize("kind", ["two means", "in place"])
+def test_means_that_are_added_up_are_spread(kind, make_group, assert_close):
+    torch.manual_seed(0)
+    module = Regressor(kind).double()
+    group = make_group(module, None, (pairs(4), None))
+    assert group.loss["train"] == "a mean over rows"
+    for batch in (pairs(5, 100.0), pairs(1)):
+        loss, gradients = expected(module, *batch)
+        report, _, _ = group.compute_gradients(batch)
+        assert report.loss == pytest.approx(loss, rel=1e-12)
+        assert_close(report.gradients, gradients)

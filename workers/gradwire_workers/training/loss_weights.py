@@ -5,10 +5,12 @@ A mean over something is the mean of its parts' means, weighed by how much of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradwire_proto.values import Graph, Leaf, NodeRef, TensorSpec, Variant, leaves
@@ -18,8 +20,10 @@ from gradwire_workers.sharding import has_rows
 
 _IGNORED = (-100, 0)
 """What targets that do not count hold in torch and transformers, and masks where they hide something."""
-_MOST_NUMBERS, _MOST_WEIGHTS, _SMALL_CONSTANT = 12, 96, 4
+_MOST_NUMBERS, _MOST_ORDERS, _MOST_WEIGHTS, _SMALL_CONSTANT = 12, 3, 128, 4
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
+_ORDERS = ("ge", "gt", "lt", "le")
+_COUNTED = {"ne": "not", "ge": "at least", "gt": "more than", "lt": "less than", "le": "at most"}
 _INTEGERS = frozenset({"int64", "int32", "int16", "int8", "uint8"})
 
 
@@ -66,7 +70,12 @@ def weights_to_try(program: BuiltProgram, variant: Variant) -> list[LossWeight]:
 
 def numbers_compared(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
     """The whole numbers to which a variant's graph compares something, and those that are ignored by custom."""
-    found = dict.fromkeys(_IGNORED)
+    return tuple(dict.fromkeys((*_IGNORED, *numbers_in(program, variant))))[:_MOST_NUMBERS]
+
+
+def numbers_in(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
+    """The whole numbers to which a variant's graph compares something."""
+    found: dict[int, None] = {}
     assert variant.graph is not None
     for operator, arguments in _calls(variant.graph):
         if operator in _COMPARISONS:
@@ -80,23 +89,42 @@ def numbers_compared(program: BuiltProgram, variant: Variant) -> tuple[int, ...]
 def _of_leaves(program: BuiltProgram, variant: Variant) -> Iterator[LossWeight]:
     names = [path for path, _ in leaves(variant.input_structure, "inputs")]
     classes = [None, *_class_weights(program, variant)]
-    for ignored in numbers_compared(program, variant):
+    for comparison, number in _what_counts(program, variant):
         for index, spec in enumerate(variant.input_leaves):
             if not isinstance(spec, TensorSpec) or not has_rows(spec) or spec.dtype not in (*_INTEGERS, "bool"):
                 continue
             for shift in (0, 1) if len(spec.shape) > 1 else (0,):
                 for weights in classes:
-                    words = f"a mean over what is not {ignored} in {names[index]}"
+                    words = f"a mean over what is {_COUNTED[comparison]} {number} in {names[index]}"
                     words += " but for its first column" if shift else ""
                     words += ", by class weights" if weights is not None else ""
-                    yield LossWeight(words=words, of=_counting(index, ignored, shift, weights))
+                    yield LossWeight(words=words, of=_counting(index, comparison, number, shift, weights))
 
 
-def _counting(index: int, ignored: int, shift: int, weights: Tensor | None) -> Callable[[Shard], Tensor]:
+def _what_counts(program: BuiltProgram, variant: Variant) -> Iterator[tuple[str, int]]:
+    """(operator that compares, number): what may be counted, the likeliest first."""
+    assert variant.graph is not None
+    for number in numbers_compared(program, variant):
+        yield "ne", number
+    ordered = {
+        int(each): None
+        for operator, arguments in _calls(variant.graph)
+        if operator in _ORDERS
+        for each in arguments
+        if _is_whole(each)
+    }
+    for number in tuple(ordered)[:_MOST_ORDERS]:
+        for comparison in _ORDERS:
+            yield comparison, number
+
+
+def _counting(
+    index: int, comparison: str, number: int, shift: int, weights: Tensor | None
+) -> Callable[[Shard], Tensor]:
     def of(shard: Shard) -> Tensor:
         leaf: Tensor = shard.inputs[index]
         leaf = leaf[:, shift:] if shift else leaf
-        counted = leaf != ignored
+        counted = getattr(torch, comparison)(leaf, number)
         if weights is None:
             return counted.sum()
         return weights.double()[leaf.long().clamp(0, len(weights) - 1)].where(counted, 0).sum()
@@ -149,12 +177,18 @@ def own_weight(weight: LossWeight, shard: Shard) -> float:
     return float(weight.of(shard)) if weight.of is not None and shard.count else 0.0
 
 
-def share_of(weight: LossWeight, own: float, everyones: float, count: int, rows: int) -> float:
+def share_of(weight: LossWeight, own: float, everyones: Sequence[float], count: int, rows: int) -> float:
     """By what a rank's loss is multiplied, so that all ranks' add up to the batch's.
 
-    own, everyones: what its `count` rows weigh, and what all `rows` of the batch do.
+    own, everyones: what its `count` rows weigh, and what each rank's do. rows: how many the batch has.
     """
     if weight.of is None:
         return float(count > 0)
-    # Where nothing counts at all, torch's answer is what each of the parts says: not a number, or zero.
-    return count / rows if everyones == 0 else own / everyones
+    if not any(everyones):
+        # Where nothing counts at all, torch's answer is what each of the parts says: not a number, or zero.
+        return count / rows
+    total = sum(everyones)
+    if total == 0:
+        # Weights that cancel: torch divides by zero, and so must this.
+        return math.copysign(math.inf, own) if own else 0.0
+    return own / total

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from gradwire_proto.values import OutputLossSpec
+from gradwire_proto.values import GraphLossSpec, OutputLossSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.sharding import least_rows
+from gradwire_workers.training.loss_proof import moved_coefficients, shape_of_loss, why_parts_depend
 from gradwire_workers.training.loss_weights import LossWeight, given_weight, weights_to_try
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_check import why_rows_depend
@@ -54,7 +56,15 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
     if given is not None and variant.target_leaves and not targets:
         return RowsReport(reason="the example has no targets to try the loss with")
     assert replica.groups is not None
-    wide = widened(replica, variant_name)
+    shape = None
+    if given is None or isinstance(replica.spec.loss, (OutputLossSpec, GraphLossSpec)):
+        shape = shape_of_loss(replica, variant)
+        not_proven = shape.reason or why_parts_depend(replica, variant, inputs, targets, shape)
+        if not_proven is not None:
+            return RowsReport(reason=not_proven, wrong=None if given is None else not_proven)
+    own = isinstance(replica.spec.loss, OutputLossSpec)
+    change = None if shape is None else partial(moved_coefficients, shape=shape, own=own)
+    wide = widened(replica, variant_name, change)
     rows = rows_to_try(variant, max(least_rows(variant), 2) * replica.groups.size + 1)
     if given is None:
         names, weights = weights_to_try(replica.graphs, variant), weights_to_try(wide.graphs, variant)

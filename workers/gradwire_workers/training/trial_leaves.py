@@ -38,21 +38,20 @@ class TrialBatches:
     ranks: int
     numbers: Sequence[int]
 
-    def of_rows(self, rows: int, *, more: int) -> Iterator[TrialBatch]:
+    def of_rows(self, rows: int, *, more: int, is_told: Callable[[], bool]) -> Iterator[TrialBatch]:
         """Batches of `rows` rows; and some of `more` rows.
 
-        First those that tell most: with each number in each leaf of whole numbers in turn, more of it in later rows,
-        then all over the last rank's rows, then all over; with zeros in each leaf of rounded numbers in the same way.
-        Then any numbers, and the example itself.
+        First those that tell most: with each number in each leaf of whole numbers in turn, more of it in later rows;
+        then, until `is_told` says that it is enough, all over the last rank's rows, and all over. Then any numbers, and
+        the example itself.
         """
-        count = len(self.inputs) + len(self.targets)
-        for index in range(count):
-            leaf = (*self.inputs, *self.targets)[index]
-            if not self._specs[index] or not isinstance(leaf, Tensor) or not leaf.numel():
-                continue
-            for number in self._numbers_for(leaf):
-                for where in (_more_and_more, _last_share, _everywhere):
-                    yield self._batch(rows, _varied_like, index, lambda x, n=number, w=where: self._put(x, n, w))
+        for where in (_more_and_more, _last_share, _everywhere):
+            for index, leaf in enumerate((*self.inputs, *self.targets)):
+                if not self._specs[index] or not isinstance(leaf, Tensor) or not leaf.numel() or has_rounding(leaf):
+                    continue
+                for number in self._numbers_for(leaf):
+                    if where is _more_and_more or not is_told():
+                        yield self._batch(rows, _varied_like, index, lambda x, n=number, w=where: self._put(x, n, w))
         for each in (rows, more):
             yield self._batch(each, any_like)
             yield self._batch(each, random_like)
@@ -76,8 +75,6 @@ class TrialBatches:
         return TrialBatch(rows=rows, inputs=leaves[: len(self.inputs)], targets=leaves[len(self.inputs) :])
 
     def _numbers_for(self, leaf: Tensor) -> Sequence[int]:
-        if has_rounding(leaf):
-            return (0,)
         if leaf.dtype is torch.bool:
             return (0, 1)
         bounds = torch.iinfo(leaf.dtype)

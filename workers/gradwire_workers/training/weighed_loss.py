@@ -20,15 +20,21 @@ def weighed(loss: Tensor, weight: LossWeight, shard: Shard, groups: ProcessGroup
     A shard that weighs nothing adds nothing, whatever its own loss is: the mean over no targets is no number.
     """
     own = own_weight(weight, shard)
-    everyones = own
+    everyones = [own]
     if weight.of is not None:
-        everyones = groups.all_reduce(torch.tensor([own], dtype=torch.float64)).item()
+        everyones = groups.all_gather(torch.tensor([own], dtype=torch.float64)).reshape(-1).tolist()
     share = share_of(weight, own, everyones, shard.count, shard.rows)
     if share == 0:
         _without_gradient(loss)
-        return loss * 0, torch.zeros_like(loss, requires_grad=False)
-    product = loss * share
-    return product, product.detach()
+        added = loss * 0, torch.zeros_like(loss, requires_grad=False)
+    else:
+        product = loss * share
+        added = product, product.detach()
+    if weight.of is None or sum(everyones) != 0 or not any(everyones):
+        return added
+    # Weights that cancel: what stands above the line, everybody's, tells which infinity it is, or that it is none.
+    above = groups.all_reduce((loss.detach().double() * own if share else torch.zeros_like(loss)).double())
+    return added[0], (above / 0 if shard.count else torch.zeros_like(above)).to(loss.dtype).detach()
 
 
 def _without_gradient(loss: Tensor) -> None:

@@ -48,9 +48,9 @@ def holds_alone(
         ranks=_PARTS,
         numbers=numbers_compared(wide.graphs, variant),
     )
-    trial = _Trial(wide, variant, weight)
+    trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
     with wide.program.without_randomness():
-        return all(trial.holds(batch) for batch in batches.of_rows(rows, more=rows_to_try(variant, rows + _PARTS)))
+        return all(trial.holds(batch) for batch in batches.of_rows(rows, more=more, is_told=lambda: False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,7 @@ class _Trial:
         if not all(map(self._are_rows_of, found, ranges, [expected] * _PARTS)):
             return True
         shares = [
-            share_of(self._weight, each, sum(own), part.count, batch.rows)
-            for each, part in zip(own, parts, strict=True)
+            share_of(self._weight, each, own, part.count, batch.rows) for each, part in zip(own, parts, strict=True)
         ]
         counted = [(share, each) for share, each in zip(shares, found, strict=True) if share != 0]
         loss = sum((share * each.loss for share, each in counted), torch.zeros_like(expected.loss))

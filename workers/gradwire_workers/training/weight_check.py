@@ -17,16 +17,20 @@ from torch import Tensor
 from gradwire_proto.errors import GradwireError, InternalError
 from gradwire_proto.values import Variant
 from gradwire_workers.process_group import ProcessGroups
+from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, row_range
 from gradwire_workers.training.closeness import are_close, has_rounding
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.index_check import indices_checked
-from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, own_weight, share_of
+from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, numbers_in, own_weight, share_of
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
 from gradwire_workers.training.widening import widen
+
+_MOST_NEIGHBOURS = 6
+"""The numbers whose neighbours are tried too, at most."""
 
 
 def find_weight(
@@ -52,15 +56,22 @@ def find_weight(
         input_leaves=variant.input_leaves,
         target_leaves=variant.target_leaves,
         ranks=groups.size,
-        numbers=numbers_compared(wide.graphs, variant),
+        numbers=_with_neighbours(wide.graphs, variant),
     )
     check = _WeightCheck(wide, groups, variant, weights)
     with wide.program.without_randomness():
-        for batch in batches.of_rows(rows, more=more):
+        for batch in batches.of_rows(rows, more=more, is_told=lambda: check.is_told):
             check.try_on(batch)
             if not check.left:
                 return None
     return check.answer()
+
+
+def _with_neighbours(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
+    """The numbers that may mean something, and on either side of those that the graph names."""
+    named = numbers_in(program, variant)[:_MOST_NEIGHBOURS]
+    around = [number + step for number in named for step in (-1, 1)]
+    return tuple(dict.fromkeys((*numbers_compared(program, variant), *around, -1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +93,14 @@ class _WeightCheck:
 
     def answer(self) -> int | None:
         """The weight that is left, if batches have told it from the others that are."""
+        return self.left[0] if self.is_told else None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether all that are left weigh alike, in everything that was tried."""
         first = self.left[0]
-        if not self._shares:
-            return None
-        if any(shares[other] != shares[first] for shares in self._shares for other in self.left):
-            return None
-        return first
+        alike = all(shares[other] == shares[first] for shares in self._shares for other in self.left)
+        return bool(self._shares) and alike
 
     def try_on(self, batch: TrialBatch) -> None:
         """Drop the weights that give another loss, or other gradients, than the whole batch."""
@@ -128,7 +141,7 @@ class _WeightCheck:
         ranges = [row_range(part.rows, self._groups.size, rank) for rank in range(self._groups.size)]
         return [
             tuple(
-                round(share_of(weight, each, sum(column), stop - start, part.rows), 9)
+                round(share_of(weight, each, column, stop - start, part.rows), 9)
                 for each, (start, stop) in zip(column, ranges, strict=True)
             )
             for weight, column in zip(self._weights, everyone.T.tolist(), strict=True)

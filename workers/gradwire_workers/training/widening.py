@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from gradwire_proto.values import (
     Variant,
 )
 from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.row_parts import with_operators
 
 _WIDE = {
     **dict.fromkeys(("float16", "bfloat16", "float32"), "float64"),
@@ -31,14 +33,16 @@ _WIDE = {
 }
 
 
-def widened(replica: Replica, variant_name: str) -> Replica:
+def widened(replica: Replica, variant_name: str, change: Callable[[Variant], Variant] | None = None) -> Replica:
     """A copy of the replica, as it is now, that computes one of its variants in double precision. Its ranks' too.
 
     It has tensors of its own, and is thrown away soon. Its parameters are others, near those of the replica: what these
-    hide (at zero, all rows may have one loss) training would bring out.
+    hide (at zero, all rows may have one loss) training would bring out. change: what else becomes of the variant.
     """
     program = replica.graphs.program
     variant = replica.program.variant(variant_name)
+    if change is not None:
+        program, variant = with_operators(program), change(variant)
     wide = Program(
         torch_version=program.torch_version,
         tensors=tuple(replace(each, dtype=_wide(each.dtype)) for each in program.tensors),
