@@ -207,7 +207,6 @@ def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
     [
         (mean_of_rows, numbers, "sum"),
         (info_nce, numbers, "mean"),
-        (mean_and_what_is_at_rest, numbers, "mean"),
         (lambda outputs, targets: F.mse_loss(outputs, targets).clamp(max=1e3), numbers, "mean"),
         (token_loss, tagged, "mean"),
         (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean"),
@@ -217,6 +216,18 @@ def test_loss_reduction_that_does_not_hold_is_refused_by_name(client, loss, batc
     net = nn.Linear(4, 3).double()
     with pytest.raises(InvalidArgument) as refused:
         client.create_model(net, loss=loss, example=batch(4), workers=ranks, loss_reduction=reduction)
+    assert (refused.value.field, refused.value.reason) == ("model.loss_reduction", "LOSS_REDUCTION_WRONG")
+
+
+def test_what_rests_in_every_batch_that_is_tried_is_seen_where_rows_are_split(client):
+    with pytest.raises(InvalidArgument) as refused:
+        client.create_model(
+            nn.Linear(4, 3).double(),
+            loss=mean_and_what_is_at_rest,
+            example=numbers(4),
+            workers=2,
+            loss_reduction="mean",
+        )
     assert (refused.value.field, refused.value.reason) == ("model.loss_reduction", "LOSS_REDUCTION_WRONG")
 
 

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradwire.exporting.custom_functions import Capture, LeavesUnknown
@@ -113,7 +114,15 @@ def _export(
 ) -> ExportedProgram:
     # Only what varies says so: a graph without open dimensions is exported as it stands.
     dynamic = (tuple(dict(opening) or None for opening in openings),) if any(openings) else None
-    with quiet(), capture.active(), torch.enable_grad(), autocast(precision), open_len(), TraceableLosses():
+    with (
+        quiet(),
+        capture.active(),
+        torch.enable_grad(),
+        autocast(precision),
+        open_len(),
+        open_masks(),
+        TraceableLosses(),
+    ):
         traced = Traced(function, module)
         exported = torch.export.export(traced, tuple(tensors), strict=False, dynamic_shapes=dynamic)
     if any(tensor.requires_grad for tensor in tensors):
@@ -158,6 +167,17 @@ class _OtherThreads(io.TextIOBase):
 
 def _nothing(record: logging.LogRecord) -> bool:
     return False
+
+
+@contextmanager
+def open_masks() -> Iterator[None]:
+    """Inside, torch.nn's transformers do not look into a mask for a hint that it is causal: it masks all the same."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 @contextmanager

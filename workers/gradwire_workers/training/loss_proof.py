@@ -46,7 +46,7 @@ def why_parts_depend(
         rows = rows_to_try(variant, 3)
         with torch.no_grad(), replica.program.without_randomness():
             outputs = replica.program(variant.name, *changed(repeated, variant, inputs, rows))
-        variant = loss_as_variant(variant, outputs)
+        variant = loss_as_variant(variant, outputs, targets)
         leaves = [*outputs, *targets]
     try:
         parts = with_outputs_of(replica, variant, shape.rows)

@@ -40,26 +40,32 @@ def with_outputs_of(replica: Replica, variant: Variant, names: Sequence[str]) ->
     return _of_variant(replica, made)
 
 
-def loss_as_variant(variant: Variant, outputs: Sequence[Any]) -> Variant:
-    """A variant whose graph is the loss graph: its inputs are outputs such as these, and the targets."""
+def loss_as_variant(variant: Variant, outputs: Sequence[Any], targets: Sequence[Any]) -> Variant:
+    """A variant whose graph is the loss graph: its inputs are like these outputs and targets, of any number of rows."""
     assert variant.loss_graph is not None
-    specs = [
-        TensorSpec(str(each.dtype).removeprefix("torch."), (ROWS, *each.shape[1:])) for each in outputs
-        if isinstance(each, Tensor)
-    ]  # fmt: skip
+    specs = [_like(each) for each in outputs if isinstance(each, Tensor)]
+    fixed = [
+        _like(target) if isinstance(target, Tensor) and has_rows(spec) else spec
+        for spec, target in zip(variant.target_leaves, targets, strict=True)
+    ]
     shift = {"output": 0, "target": len(outputs)}
     bound = tuple(
         each if each.kind == "tensor" else GraphInput("input", int(each.key) + shift[each.kind])
         for each in variant.loss_graph_inputs
     )
-    leaves = (*specs, *variant.target_leaves)
+    leaves = (*specs, *fixed)
     return replace(
         variant,
         graph=variant.loss_graph,
         graph_inputs=bound,
         input_leaves=leaves,
         input_structure=tuple(LeafRef(index) for index in range(len(leaves))),
+        symbols=tuple(each for each in variant.symbols if each.name == ROWS),
     )
+
+
+def _like(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(str(tensor.dtype).removeprefix("torch."), (ROWS, *tensor.shape[1:]))
 
 
 def with_something_added(graph: Graph, common: Sequence[str], steps: frozenset[str]) -> Graph:

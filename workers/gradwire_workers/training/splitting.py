@@ -95,6 +95,12 @@ def _tried_alone(replica: Replica, variant_name: str, inputs: Sequence[Any], tar
     variant = replica.program.variant(variant_name)
     if variant.target_leaves and not targets:
         return nothing
+    if given_weight(replica.graphs, variant, replica.spec.loss_reduction) is None:
+        return nothing
+    if isinstance(replica.spec.loss, (OutputLossSpec, GraphLossSpec)):
+        not_proven = shape_of_loss(replica, variant).reason
+        if not_proven is not None:
+            return RowsReport(reason=None, wrong=not_proven)
     wide = widened(replica, variant_name)
     given = given_weight(wide.graphs, wide.graphs.variant(variant_name), replica.spec.loss_reduction)
     if given is None or holds_alone(wide, variant, inputs, targets, given):
