@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,12 @@ A bias before batch norm is: its gradient is zero, and in float32 up to 1e-6 of 
 def are_close(pairs: Sequence[tuple[Tensor | None, Tensor | None]], computed_in: torch.dtype | None = None) -> bool:
     """Whether each (found, expected) is the same, to rounding. `computed_in`: a type that some of it passed through."""
     least = 0.0 if computed_in is None else _TOLERANCE[computed_in]
-    numbers = [expected for _, expected in pairs if expected is not None and has_rounding(expected)]
-    return all(_is_close(found, expected, _NEGLIGIBLE * _norm(numbers), least) for found, expected in pairs)
+    sizes = [_norm(expected) if expected is not None and has_rounding(expected) else 0.0 for _, expected in pairs]
+    everything = _NEGLIGIBLE * math.hypot(*sizes)
+    return all(
+        _is_close(found, expected, max(size, everything), least)
+        for (found, expected), size in zip(pairs, sizes, strict=True)
+    )
 
 
 def _is_close(found: Tensor | None, expected: Tensor | None, scale: float, least: float) -> bool:
@@ -30,14 +35,25 @@ def _is_close(found: Tensor | None, expected: Tensor | None, scale: float, least
         return found is expected
     if found.shape != expected.shape or not has_rounding(expected):
         return torch.equal(found, expected)
+    found, expected = found.detach(), expected.detach()
+    allowed = max(least, _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS)) * scale
+    difference = _plain_norm(found - expected)
+    if math.isfinite(difference):
+        return difference <= allowed
     if not torch.equal(found.isfinite(), expected.isfinite()):
         return False
-    tolerance = max(least, _TOLERANCE.get(expected.dtype, _TOLERANCE_OF_OTHERS))
-    return _norm([_finite(found) - _finite(expected)]) <= tolerance * max(_norm([expected]), scale)
+    return _norm(_finite(found) - _finite(expected)) <= allowed
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(_finite(each))) ** 2 for each in tensors) ** 0.5
+def _norm(tensor: Tensor) -> float:
+    """The Euclidean norm of what is finite in it."""
+    norm = _plain_norm(tensor.detach())
+    # A look at every number is dear, and where one is not finite the norm is not.
+    return norm if math.isfinite(norm) else _plain_norm(_finite(tensor))
+
+
+def _plain_norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
 
 
 def _finite(tensor: Tensor) -> Tensor:
