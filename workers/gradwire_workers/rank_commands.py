@@ -23,6 +23,7 @@ from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_answers import gradients_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
+from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
@@ -186,7 +187,9 @@ class RankCommands:
 
     def _check_rows(self, fields: Fields) -> Fields:
         inputs, targets = leaves_in(fields["inputs"]), leaves_in(fields["targets"])
-        return asdict(self._model.check_rows(fields["variant"], inputs, targets))
+        like = None if fields["like"] is None else (fields["like"]["variant"], RowsReport(**fields["like"]["found"]))
+        report = self._model.check_rows(fields["variant"], inputs, targets, seconds=fields["seconds"], like=like)
+        return asdict(report)
 
     def _train_step(self, fields: Fields) -> Fields:
         report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from gradwire_workers.training.reads import Reads
 from gradwire_workers.training.reports import StepReport
 from gradwire_workers.training.retained_commands import RetainedCommands
 from gradwire_workers.training.retained_forwards import RetainedForwards
-from gradwire_workers.training.splitting import find_split
+from gradwire_workers.training.splitting import find_split, split_like
 from gradwire_workers.training.trainable import set_trained, trained_parameters
 from gradwire_workers.training.updater import Update
 from gradwire_workers.training.updater_making import updater_after
@@ -65,14 +66,24 @@ class Trainer(Reads, RetainedCommands):
         with Attempt(None, (), changes=False):
             return self._program.open(variant, self._replica.moved(inputs))
 
-    def check_rows(self, variant_name: str, inputs: Sequence[Any], targets: Sequence[Any] = ()) -> RowsReport:
+    def check_rows(
+        self,
+        variant_name: str,
+        inputs: Sequence[Any],
+        targets: Sequence[Any] = (),
+        *,
+        seconds: float = inf,
+        like: tuple[str, RowsReport] | None = None,
+    ) -> RowsReport:
         """Whether the variant's batches may be split over the ranks; from here on its loss is combined accordingly.
 
         `inputs`, `targets`: an example's leaves, the same on every rank. All ranks call it together and get the same
-        answer. A single rank splits nothing, and tries what the client said of the loss.
+        answer. A single rank splits nothing, and tries what the client said of the loss. seconds: how long it may take,
+        about. like: another variant, and what the call before this found for it with the same leaves.
         """
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
-            return find_split(self._replica, variant_name, inputs, targets)
+            known = None if like is None else split_like(self._replica, variant_name, *like)
+            return known or find_split(self._replica, variant_name, inputs, targets, seconds=seconds)
 
     def update(
         self,

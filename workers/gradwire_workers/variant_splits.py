@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import Any, TypeAlias
 
 from gradwire_proto.batch_check import check_batch, flatten
@@ -12,6 +14,33 @@ from gradwire_workers.rows_report import RowsReport
 
 ExampleLeaves: TypeAlias = "tuple[tuple[Any, ...], tuple[Any, ...]]"
 """Of inputs, and of targets."""
+
+TRIAL_SECONDS = 20.0
+"""How long ranks may try the variants of a model, or one that is added, all together: a client waits 60 s by default.
+
+What they have not found out by then runs whole on one rank, which is right, and says so.
+"""
+
+
+class TrialTime:
+    """The time in which variants are tried, one after another. Begins when it is made."""
+
+    def __init__(self, seconds: float = TRIAL_SECONDS) -> None:
+        self._ends = monotonic() + seconds
+
+    @property
+    def seconds(self) -> float:
+        """What is left of it."""
+        return max(self._ends - monotonic(), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundBefore:
+    """What was found for a variant, with these leaves."""
+
+    variant: Variant
+    tried: ExampleLeaves | None
+    found: RowsReport
 
 
 class VariantSplits:
@@ -37,19 +66,41 @@ class VariantSplits:
             return None
         raise example_needed(len(self._ranks))
 
-    async def find(self, variant: Variant, tried: ExampleLeaves | None) -> RowsReport:
-        """Whether the variant's batches may be split. Ranks combine its loss accordingly from here on."""
+    async def find(
+        self, variant: Variant, tried: ExampleLeaves | None, time: TrialTime, *, like: FoundBefore | None = None
+    ) -> RowsReport:
+        """Whether the variant's batches may be split. Ranks combine its loss accordingly from here on.
+
+        time: in which to find it out. like: what was found just before for another variant.
+        """
         if len(self._ranks) == 1 and (tried is None or not self._is_said(variant)):
             return RowsReport(reason=None)
         if tried is None:
             return RowsReport(reason=None if varies(variant) else "the program was exported for one batch size")
-        fields = {"variant": variant.name, "inputs": tried[0], "targets": tried[1]}
+        before = None
+        if like is not None and like.tried is not None and _are_same(like.tried, tried):
+            before = {"variant": like.variant.name, "found": asdict(like.found)}
+        fields = {
+            "variant": variant.name,
+            "inputs": tried[0],
+            "targets": tried[1],
+            "seconds": time.seconds,
+            "like": before,
+        }
         answers = await self._ranks.call("check_rows", [fields] * len(self._ranks), changes=False)
         return RowsReport(**answers.fields[0])
 
     def _is_said(self, variant: Variant) -> bool:
         """Whether the client said what the loss is over the rows: a single rank tries that too."""
         return self._loss_is_given or variant.weight_graph is not None
+
+
+def _are_same(one: ExampleLeaves, other: ExampleLeaves) -> bool:
+    """Whether they are the very same objects, of one example."""
+    return all(
+        len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+        for some, others in zip(one, other, strict=True)
+    )
 
 
 def varies(variant: Variant) -> bool:

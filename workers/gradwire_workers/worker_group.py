@@ -39,7 +39,15 @@ from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import least_rows, split
-from gradwire_workers.variant_splits import ExampleLeaves, VariantSplits, example_needed, loss_weight_is_wrong, varies
+from gradwire_workers.variant_splits import (
+    ExampleLeaves,
+    FoundBefore,
+    TrialTime,
+    VariantSplits,
+    example_needed,
+    loss_weight_is_wrong,
+    varies,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +143,12 @@ class WorkerGroup:
                 raise example_needed(self.workers)
         leaves_of = [self._splits.example_leaves(variant, example) for variant in self._variants]
         decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
+        time, before = TrialTime(), None
         for index, (variant, tried) in enumerate(zip(self._variants, leaves_of, strict=True)):
             # An architecture's rows are guessed from sizes, which may be the same by chance: whole is always right.
             find = self._splits.find if self.opening is None else self._find_or_whole
-            found = await find(variant, tried)
+            found = await find(variant, tried, time, like=before)
+            before = FoundBefore(variant=variant, tried=tried, found=found)
             if found.wrong is not None:
                 raise loss_weight_is_wrong(variant, index, found.wrong)
             self._settle(variant, found)
@@ -265,14 +275,16 @@ class WorkerGroup:
         self._variants.append(variant)
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._whole[variant.name] = True
-        found = await self._find_or_whole(variant, tried)
+        found = await self._find_or_whole(variant, tried, TrialTime())
         if found.reason is not None:
             logger.info("batches of the variant %s are not split: %s", variant.name, found.reason)
         self._settle(variant, found)
 
-    async def _find_or_whole(self, variant: Variant, tried: ExampleLeaves | None) -> RowsReport:
+    async def _find_or_whole(
+        self, variant: Variant, tried: ExampleLeaves | None, time: TrialTime, *, like: FoundBefore | None = None
+    ) -> RowsReport:
         try:
-            return await self._splits.find(variant, tried)
+            return await self._splits.find(variant, tried, time, like=like)
         except GradwireError as error:
             if self.rank_lost is not None:
                 raise

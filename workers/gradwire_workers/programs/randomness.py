@@ -12,8 +12,8 @@ from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.graph_writes import parse_schema
 
 # Parameters that decide whether an operator is random, and the value that makes it deterministic.
-_SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, "dropout_p": 0.0}
-_SWITCHED = frozenset(
+SWITCHES: dict[str, Any] = {"train": False, "training": False, "dropout": 0.0, "dropout_p": 0.0}
+SWITCHED = frozenset(
     (
         *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
         *("dropout_", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_"),
@@ -64,7 +64,7 @@ def _draws(node: fx.Node) -> bool:
     if not operator.startswith("aten."):
         return False
     base = operator.split(".")[1]
-    if base in _SWITCHED:
+    if base in SWITCHED:
         settings = {name: value for name, value, _ in _switches(node)}
         training = settings.get("train", settings.get("training", True))
         probability = settings.get("dropout", settings.get("dropout_p", settings.get("p", 1.0)))
@@ -76,9 +76,9 @@ def _switches(node: fx.Node) -> list[tuple[str, Any, int]]:
     """(name, value, position) of each parameter that matters here."""
     found = []
     for index, parameter in enumerate(parse_schema(str(node.target._schema))):  # type: ignore[union-attr]
-        if parameter.name in _SWITCHES or parameter.name == "p":
+        if parameter.name in SWITCHES or parameter.name == "p":
             given = index < len(node.args)
-            default = 0.0 if parameter.name == "dropout_p" else _SWITCHES.get(parameter.name)
+            default = 0.0 if parameter.name == "dropout_p" else SWITCHES.get(parameter.name)
             value = node.args[index] if given else node.kwargs.get(parameter.name, default)
             found.append((parameter.name, value, index))
     return found
@@ -86,14 +86,14 @@ def _switches(node: fx.Node) -> list[tuple[str, Any, int]]:
 
 def _switch_off(node: fx.Node) -> None:
     base = node.meta["operator"].split(".")[1]
-    if base in _SWITCHED:
+    if base in SWITCHED:
         for name, _, index in _switches(node):
-            if name not in _SWITCHES:
+            if name not in SWITCHES:
                 continue
             if index < len(node.args):
-                node.update_arg(index, _SWITCHES[name])
+                node.update_arg(index, SWITCHES[name])
             else:
-                node.update_kwarg(name, _SWITCHES[name])
+                node.update_kwarg(name, SWITCHES[name])
     elif base in _STAND_INS:
         original = node.target
         node.target = _STAND_INS[base]

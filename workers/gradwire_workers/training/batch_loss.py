@@ -72,6 +72,10 @@ class BatchLoss:
         else:
             self._weights[variant] = weight
 
+    def weight_of(self, variant: str) -> LossWeight | None:
+        """What `weigh` was given last for the variant."""
+        return self._weights.get(variant)
+
     def is_weighed(self, variant: str) -> bool:
         """Whether losses of shards of the variant are combined by a weight."""
         return variant in self._weights

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import OutputLossSpec, Variant
@@ -17,6 +18,7 @@ from gradwire_workers.training.row_check import why_rows_depend
 from gradwire_workers.training.row_examples import changed, repeated, rows_to_try
 from gradwire_workers.training.row_parts import loss_as_variant, with_outputs_of, with_something_added
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.time_left import TimeLeft
 
 _TOGETHER = "what the loss sums over rows depends on more than a row each"
 
@@ -36,9 +38,15 @@ def shape_of_loss(replica: Replica, variant: Variant) -> LossShape:
 
 
 def why_parts_depend(
-    replica: Replica, variant: Variant, inputs: Sequence[Any], targets: Sequence[Any], shape: LossShape
+    replica: Replica,
+    variant: Variant,
+    inputs: Sequence[Any],
+    targets: Sequence[Any],
+    shape: LossShape,
+    time_left: TimeLeft,
 ) -> str | None:
-    """Why what the loss sums is not row by row; None where it is. Every rank calls it and gets the same answer."""
+    """Why what the loss sums is not row by row; None where it is. Every rank calls it and gets the same answer, or
+    OutOfTimeError."""
     leaves = list(inputs)
     if not shape.rows:
         return None
@@ -54,8 +62,30 @@ def why_parts_depend(
         return _TOGETHER
     if not _has_rows(parts, variant, leaves):
         return _TOGETHER
-    why = why_rows_depend(parts, variant.name, leaves)
+    why = why_rows_depend(parts, variant.name, leaves, time_left)
     return None if why is None else f"{_TOGETHER}: {why}"
+
+
+def all_is_row_by_row(
+    replica: Replica, variant: Variant, inputs: Sequence[Any], shape: LossShape, time_left: TimeLeft
+) -> bool:
+    """Whether the variant's outputs, and what the loss that is among them sums, are row by row: tried together.
+
+    False tells nothing. Every rank calls it and gets the same answer, or OutOfTimeError.
+    """
+    spec = replica.spec.loss
+    assert isinstance(spec, OutputLossSpec) and variant.graph is not None
+    # The backward of a function may depend on how large all that comes to it is.
+    if shape.reason is not None or not shape.rows or replica.program.has_functions(variant.name):
+        return False
+    beside = [output for place, output in enumerate(variant.graph.outputs) if place != spec.output_leaf]
+    try:
+        everything = with_outputs_of(replica, variant, shape.rows, beside=beside)
+    except GradwireError:
+        return False
+    if not _has_rows(everything, variant, inputs):
+        return False
+    return why_rows_depend(everything, variant.name, inputs, time_left) is None
 
 
 def _has_rows(parts: Replica, variant: Variant, leaves: Sequence[Any]) -> bool:
@@ -73,7 +103,7 @@ def _has_rows(parts: Replica, variant: Variant, leaves: Sequence[Any]) -> bool:
             return False
         finally:
             before.restore()
-        shapes.add(tuple(tuple(each.shape[1:]) for each in outputs))
+        shapes.add(tuple(tuple(each.shape[1:]) for each in outputs if isinstance(each, Tensor)))
     return len(shapes) == 1
 
 

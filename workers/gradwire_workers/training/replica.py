@@ -168,6 +168,10 @@ class Replica(nn.Module):
         assert self._loss is not None
         self._loss.weigh(variant, weight)
 
+    def weight_of(self, variant: str) -> LossWeight | None:
+        """By what losses of shards of the variant are combined; None: as the loss's kind tells."""
+        return None if self._loss is None else self._loss.weight_of(variant)
+
     def combines_outputs(self, variant: str) -> bool:
         """Whether ranks must talk to each other for the outputs of a split batch: they share the loss among them."""
         return self._loss is not None and self._loss.is_own and self._loss.is_weighed(variant)

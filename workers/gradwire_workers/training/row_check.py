@@ -26,6 +26,7 @@ from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import Change, changed, random_like, repeated, rows_to_try, shuffled
 from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trainable import differentiable_parameters, set_trained, trained_parameters
 
 _REASONS = (
@@ -41,12 +42,12 @@ _REASONS = (
 _SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL, _ASSERTED = 1, 2, 3, 4, 5, 6, 7
 
 
-def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) -> str | None:
+def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], time_left: TimeLeft) -> str | None:
     """None if a batch that is split over the ranks gives what the whole batch gives; otherwise why not, in words.
 
     Runs the variant on the example's leaves and on random ones like them, whole and split over all ranks, random
     operators off, and compares outputs (but for a loss among them), gradients and changed buffers. Then follows a row
-    through it and back. Every rank calls it and gets the same answer.
+    through it and back. Every rank calls it and gets the same answer, or OutOfTimeError.
     """
     groups = replica.groups
     assert groups is not None
@@ -62,6 +63,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
         for change in changes:
             leaves = changed(change, variant, inputs, rows)
             for scale in _scales(replica, variant):
+                time_left.check()
                 found[0] = _difference(replica, groups, variant, leaves, rows, scale)
                 groups.all_reduce(found, largest=True)
                 if found.item():
@@ -73,6 +75,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any]) 
             if found.item():
                 break
         else:
+            time_left.check()
             found[0] = _where_rows_reach(replica, variant, inputs, changes[-1])
             groups.all_reduce(found, largest=True)
     return _REASONS[int(found.item())]
@@ -171,12 +174,19 @@ def _difference(
 
 
 def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any], change: Change) -> int:
-    """Index of the reason for which the first or the last of some rows reaches others; 0 where neither does."""
+    """Index of the reason for which the first or the last of some rows reaches others, as far as this rank looks.
+
+    0 where it sees neither. The rows are shared out among the ranks, which do not wait for each other here.
+    """
+    groups = replica.groups
+    assert groups is not None
     symbol = next(symbol for symbol in variant.symbols if symbol.name == ROWS)
     sizes = {size for leaf in inputs if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
     sizes |= {size for tensor in replica.program.all_state().values() for size in tensor.shape}
     rows = rows_to_mark(max(symbol.min, 2), symbol.max, sizes)
     if rows is None:
+        return 0
+    if groups.rank >= 2:
         return 0
     leaves = changed(change, variant, inputs, rows)
     shard = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
@@ -187,7 +197,7 @@ def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any],
             if error.reason != "ASSERTION_FAILED":
                 raise
             return 0
-        for row in (0, rows - 1):
+        for row in (0, rows - 1)[groups.rank :: groups.size]:
             try:
                 if reason := _where_row_reaches(replica, shard, variant, MarkedRow(row=row, rows=rows), clean):
                     return reason

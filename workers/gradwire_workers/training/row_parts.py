@@ -9,7 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from gradwire_proto.operators import schema_of
-from gradwire_proto.values import ROWS, Graph, GraphInput, LeafRef, Node, NodeRef, Program, TensorSpec, Variant
+from gradwire_proto.values import (
+    ROWS,
+    Argument,
+    Graph,
+    GraphInput,
+    LeafRef,
+    Node,
+    NodeRef,
+    Program,
+    TensorSpec,
+    Variant,
+)
 from gradwire_workers.sharding import has_rows
 from gradwire_workers.training.replica import Replica
 
@@ -17,8 +28,13 @@ _SIZE, _SHAPED, _ADDED = "aten.sym_size.int", "aten.reshape.default", "aten.add.
 _SOMETHING = 0.7310585786300049
 
 
-def with_outputs_of(replica: Replica, variant: Variant, names: Sequence[str]) -> Replica:
-    """The replica's variant with these values of its graph for outputs, each with a row of numbers for each row."""
+def with_outputs_of(
+    replica: Replica, variant: Variant, names: Sequence[str], *, beside: Sequence[Argument] = ()
+) -> Replica:
+    """The replica's variant with these values of its graph for outputs, each with a row of numbers for each row.
+
+    beside: outputs of the graph that are put before them, as they are.
+    """
     assert variant.graph is not None
     first = next(
         name
@@ -29,10 +45,9 @@ def with_outputs_of(replica: Replica, variant: Variant, names: Sequence[str]) ->
     nodes = [Node("size_of_rows", _SIZE, (NodeRef(first), 0)), *variant.graph.nodes]
     for index, name in enumerate(names):
         nodes.append(Node(f"row_part_{index}", _SHAPED, (NodeRef(name), [NodeRef("size_of_rows"), -1])))
-    graph = replace(
-        variant.graph, nodes=tuple(nodes), outputs=tuple(NodeRef(f"row_part_{index}") for index in range(len(names)))
-    )
-    structure = tuple(LeafRef(index) for index in range(len(names)))
+    outputs = (*beside, *(NodeRef(f"row_part_{index}") for index in range(len(names))))
+    graph = replace(variant.graph, nodes=tuple(nodes), outputs=outputs)
+    structure = tuple(LeafRef(index) for index in range(len(outputs)))
     made = replace(
         variant, graph=graph, output_structure=structure, loss_graph=None, loss_graph_inputs=(), weight_graph=None,
         weight_graph_inputs=(), target_structure=None, target_leaves=(),

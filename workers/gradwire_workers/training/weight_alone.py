@@ -23,6 +23,7 @@ from gradwire_workers.training.loss_weights import LossWeight, numbers_compared,
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
 from gradwire_workers.training.widening import widen
 
@@ -30,11 +31,16 @@ _PARTS = 2
 
 
 def holds_alone(
-    wide: Replica, variant: Variant, inputs: Sequence[Any], targets: Sequence[Any], weight: LossWeight
+    wide: Replica,
+    variant: Variant,
+    inputs: Sequence[Any],
+    targets: Sequence[Any],
+    weight: LossWeight,
+    time_left: TimeLeft,
 ) -> bool:
     """False where parts of some batch, weighed, give another loss or other gradients than the whole of it.
 
-    wide: the replica in double precision. inputs, targets: an example's leaves.
+    wide: the replica in double precision. inputs, targets: an example's leaves. Raises OutOfTimeError.
     """
     rows = rows_to_try(variant, max(least_rows(variant), 2) * _PARTS + 1)
     # The backward of a function need not be linear: what its parts give tells nothing of the loss.
@@ -50,7 +56,11 @@ def holds_alone(
     )
     trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
     with wide.program.without_randomness():
-        return all(trial.holds(batch) for batch in batches.of_rows(rows, more=more, is_told=lambda: False))
+        for batch in batches.of_rows(rows, more=more, is_told=lambda: False):
+            time_left.check()
+            if not trial.holds(batch):
+                return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ no other one would do as well on them, for then they would show nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from gradwire_workers.training.index_check import indices_checked
 from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, numbers_in, own_weight, share_of
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
 from gradwire_workers.training.widening import widen
 
@@ -42,11 +44,12 @@ def find_weight(
     *,
     rows: int,
     more: int,
+    time_left: TimeLeft,
 ) -> int | None:
     """The index of the weight that holds for the variant's loss; None where none does, or nothing tells.
 
     wide: the replica in double precision. inputs, targets: an example's leaves. rows, more: how many to try.
-    Every rank calls it and gets the same answer.
+    Every rank calls it and gets the same answer, or OutOfTimeError.
     """
     groups = wide.groups
     assert groups is not None
@@ -61,6 +64,7 @@ def find_weight(
     check = _WeightCheck(wide, groups, variant, weights)
     with wide.program.without_randomness():
         for batch in batches.of_rows(rows, more=more, is_told=lambda: check.is_told):
+            time_left.check()
             check.try_on(batch)
             if not check.left:
                 return None
@@ -152,8 +156,7 @@ class _WeightCheck:
         failed = torch.zeros(1, dtype=torch.uint8)
         result = None
         try:
-            with indices_checked():
-                result = self._run(shard)
+            result = self._run(shard, checks_indices=True)
         except (RuntimeError, IndexError, ValueError, GradwireError) as error:
             if isinstance(error, InternalError):
                 raise
@@ -189,14 +192,16 @@ class _WeightCheck:
         self._groups.all_reduce(wrong, largest=True)
         return not wrong.item()
 
-    def _run(self, shard: Shard) -> _Result:
+    def _run(self, shard: Shard, *, checks_indices: bool = False) -> _Result:
         """Loss and gradients, of the parameters and of the inputs, as a command would have them."""
         inputs = [leaf.detach().requires_grad_() if has_rounding(leaf) else leaf for leaf in shard.inputs]
         before = Snapshot(self._replica.program.mutated_buffers(shard.variant))
         try:
             given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-            outputs = self._replica.outputs(replace(shard, inputs=tuple(given)))
-            loss = self._replica.loss(shard, outputs)
+            # The forward alone: a backward looks up what the forward did.
+            with indices_checked() if checks_indices else nullcontext():
+                outputs = self._replica.outputs(replace(shard, inputs=tuple(given)))
+                loss = self._replica.loss(shard, outputs)
             wanted = [*self._trainable, *(inputs[index] for index in _differentiable(inputs))]
             gradients: Sequence[Tensor | None] = [None] * len(wanted)
             if loss.differentiable.requires_grad and wanted:
