@@ -83,13 +83,21 @@ class RankProcesses:
 class Group:
     """The ranks of one model: what WorkerGroup does, in a few blocking lines."""
 
-    def __init__(self, processes: RankProcesses, spec: ModelSpec, tensors: dict[str, Tensor], example: Batch) -> None:
+    def __init__(
+        self,
+        processes: RankProcesses,
+        spec: ModelSpec,
+        tensors: dict[str, Tensor],
+        example: Batch,
+        seconds: float = float("inf"),
+    ) -> None:
         self.processes, self.spec, self.size = processes, spec, spec.workers
         self.variants = list(spec.program.variants)
         self.command = 0
         self.reports: list[Any] = []
         self.whole: dict[str, str | None] = {}
         self.loss: dict[str, str | None] = {}
+        self.reports_of: dict[str, Any] = {}
         processes.grow(self.size)
         epoch = processes.new_epoch()
         folder = str(processes.folder)
@@ -98,7 +106,8 @@ class Group:
         for variant in self.variants:
             self.whole[variant.name] = None
             if self.size > 1:
-                report, *_ = self.call_all("check_rows", variant.name, *_leaves(variant, example))
+                report, *_ = self.call_all("check_rows", variant.name, *_leaves(variant, example), seconds=seconds)
+                self.reports_of[variant.name] = report
                 self.whole[variant.name] = report.reason
                 self.loss[variant.name] = report.loss
 
@@ -239,6 +248,7 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
         optimizer: OptimizerSpec | None = None,
         loss_spec: LossSpec | None = None,
         processes: RankProcesses = rank_processes,
+        seconds: float = float("inf"),
         **spec: Any,
     ) -> Group:
         exported = ModuleExporter(module, loss, spec.get("precision", "fp32")).export_model(*example)
@@ -252,7 +262,7 @@ def make_group(rank_processes: RankProcesses) -> MakeGroup:
             workers=ranks,
             **spec,
         )
-        return Group(processes, model, dict(exported.tensors), exported.example)
+        return Group(processes, model, dict(exported.tensors), exported.example, seconds)
 
     return make
 

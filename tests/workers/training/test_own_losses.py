@@ -16,15 +16,15 @@ CLASSES = 7
 class Tagger(nn.Module):
     """A loss over the tokens of a batch, in one of many ways. Returns it beside the logits."""
 
-    def __init__(self, kind: str = "tokens", *, width: int = 4) -> None:
+    def __init__(self, kind: str = "tokens", *, width: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.dropout = kind, nn.Dropout(dropout)
         self.embedding, self.norm = nn.Embedding(CLASSES, width), nn.BatchNorm1d(width)
         self.out = nn.Linear(width, CLASSES)
         self.register_buffer("class_weights", torch.linspace(0.5, 2.0, CLASSES))
 
     def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = torch.tanh(self.embedding(ids))
+        hidden = self.dropout(torch.tanh(self.embedding(ids)))
         if "norm" in self.kind:
             hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
         logits = self.out(hidden)
@@ -200,6 +200,52 @@ def test_a_loss_that_no_weight_fits_stays_whole_and_says_why(kind, zeros, make_g
     loss, _ = expected(module, ids, labels)
     assert group.train_step((ids, labels)) == pytest.approx(loss, rel=1e-6)
     assert group.rank_rows() == [5, 0]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "rows", "sum"])
+def test_what_runs_out_of_time_runs_whole_and_says_so(kind, make_group):
+    torch.manual_seed(0)
+    module = Tagger(kind)
+    group = make_group(module, None, (tokens(4), None), seconds=0.0)
+    assert group.whole["train"] == group.whole["eval"]
+    assert "takes longer than a client is let wait" in group.whole["train"] and group.loss["train"] is None
+    ids, labels = tokens(5)
+    loss, _ = expected(module, ids, labels)
+    assert group.train_step((ids, labels)) == pytest.approx(loss, rel=1e-6)
+    assert group.rank_rows() == [5, 0]
+
+
+def test_time_that_runs_out_on_one_rank_alone_runs_out_on_all(make_group):
+    group = make_group(Tagger("tokens"), None, (tokens(4), None))
+    assert group.whole["train"] is None
+    example = [list(tokens(4)), []]
+    each = [(("train", *example), {"seconds": seconds}) for seconds in (float("inf"), 0.0)]
+    reports = group.call("check_rows", each)
+    assert all("takes longer" in report.reason for report in reports)
+
+
+def test_evaluation_that_differs_from_training_in_dropout_alone_is_not_tried_again(make_group, assert_close):
+    torch.manual_seed(0)
+    found = {}
+    for kind in ("tokens", "tokens norm"):
+        module = Tagger(kind, dropout=0.3)
+        group = make_group(module, None, (tokens(4), None))
+        group.call_all("run", "trainer._replica.weigh('eval', None)")
+        # No time at all: what is told is what was found for training.
+        report, *_ = group.call_all(
+            "check_rows", "eval", list(tokens(4)), seconds=0.0, like=("train", group.reports_of["train"])
+        )
+        found[kind] = report.reason
+        if report.reason is not None:
+            continue
+        batch = tokens(5)
+        batch[1][2:] = -100
+        loss, gradients = expected(module.eval(), *batch)
+        result, _, _ = group.compute_gradients(batch, training=False)
+        assert result.loss == pytest.approx(loss, rel=1e-5)
+        assert_close(result.gradients, gradients)
+    assert found["tokens"] is None
+    assert "takes longer" in found["tokens norm"]  # batch norm does something else in evaluation
 
 
 def test_rows_are_not_taken_for_tokens_though_no_target_of_the_example_is_ignored(make_group):

@@ -7,8 +7,8 @@ no other one would do as well on them, for then they would show nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,14 @@ class _Result:
     gradients: list[Tensor | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Forward:
+    """inputs: the leaves, to be differentiated by."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+
+
 class _WeightCheck:
     """left: the indices of the weights that no batch has shown to be wrong."""
 
@@ -132,10 +140,20 @@ class _WeightCheck:
         if expected.loss.isfinite():
             self._shares.append(shares)
         tried: dict[tuple[float, ...], bool] = {}
+        moves = bool(self._replica.program.mutated_buffers(part.variant))
+        run = None
         for index in self.left:
             # Those that weigh alike give the same.
-            if shares[index] not in tried:
-                tried[shares[index]] = self._holds(self._weights[index], part, expected, mine)
+            if shares[index] in tried:
+                continue
+            # A rank that weighs nothing lets no gradient through what it has computed, from then on.
+            if moves or 0.0 in shares[index]:
+                with self._unchanged(part):
+                    found = self._holds(self._weights[index], part, self._forward(part), expected, mine)
+            else:
+                run = run or self._forward(part)
+                found = self._holds(self._weights[index], part, run, expected, mine)
+            tried[shares[index]] = found
         self.left = [index for index in self.left if tried[shares[index]]]
 
     def _all_shares(self, part: Shard) -> list[tuple[float, ...]]:
@@ -156,7 +174,7 @@ class _WeightCheck:
         failed = torch.zeros(1, dtype=torch.uint8)
         result = None
         try:
-            result = self._run(shard, checks_indices=True)
+            result = self._run(shard)
         except (RuntimeError, IndexError, ValueError, GradwireError) as error:
             if isinstance(error, InternalError):
                 raise
@@ -164,11 +182,11 @@ class _WeightCheck:
         self._groups.all_reduce(failed, largest=True)
         return None if failed.item() else result
 
-    def _holds(self, weight: LossWeight, part: Shard, expected: _Result, mine: slice) -> bool:
+    def _holds(self, weight: LossWeight, part: Shard, run: _Forward, expected: _Result, mine: slice) -> bool:
         self._replica.weigh(part.variant, weight)
-        found = self._run(part)
+        own = self._replica.loss(part, run.outputs)
         self._replica.weigh(part.variant, None)
-        loss = self._groups.all_reduce(found.loss.to(torch.float64, copy=True))
+        loss = self._groups.all_reduce(own.value.to(torch.float64, copy=True))
         wrong = torch.zeros(1, dtype=torch.uint8)
         if not expected.loss.isfinite():
             wrong[0] = bool(loss.isfinite())  # what becomes of its gradients nobody needs to know
@@ -176,39 +194,53 @@ class _WeightCheck:
             return not wrong.item()
         pairs: list[tuple[Tensor | None, Tensor | None]] = [(loss, expected.loss.to(torch.float64))]
         wrong[0] = not are_close(pairs)
+        if self._groups.all_reduce(wrong, largest=True).item():
+            return False  # a backward would tell nothing more
+        gradients = self._gradients(run, own.differentiable)
         pairs = []
         count, inputs = len(self._trainable), _differentiable(part.inputs)
         specs = [self._variant.input_leaves[index] for index in inputs]
         shared = [place for place, spec in enumerate(specs) if not has_rows(spec)]
-        everyones = [*found.gradients[:count], *(found.gradients[count + place] for place in shared)]
+        everyones = [*gradients[:count], *(gradients[count + place] for place in shared)]
         like = [*self._trainable, *(part.inputs[inputs[place]] for place in shared)]
         references = [*expected.gradients[:count], *(expected.gradients[count + place] for place in shared)]
         pairs += zip(add_up(everyones, like, self._groups), references, strict=True)
         for place, spec in enumerate(specs):
             reference = expected.gradients[count + place]
             if has_rows(spec) and inputs[place] not in weight.reads and part.count:
-                pairs.append((found.gradients[count + place], None if reference is None else reference[mine]))
-        wrong[0] = max(int(wrong[0]), not are_close(pairs))
+                pairs.append((gradients[count + place], None if reference is None else reference[mine]))
+        wrong[0] = not are_close(pairs)
         self._groups.all_reduce(wrong, largest=True)
         return not wrong.item()
 
-    def _run(self, shard: Shard, *, checks_indices: bool = False) -> _Result:
+    def _run(self, shard: Shard) -> _Result:
         """Loss and gradients, of the parameters and of the inputs, as a command would have them."""
+        with self._unchanged(shard):
+            # The forward alone: a backward looks up what the forward did.
+            with indices_checked():
+                run = self._forward(shard)
+                loss = self._replica.loss(shard, run.outputs)
+            return _Result(loss=loss.value, gradients=self._gradients(run, loss.differentiable))
+
+    def _forward(self, shard: Shard) -> _Forward:
         inputs = [leaf.detach().requires_grad_() if has_rounding(leaf) else leaf for leaf in shard.inputs]
+        given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        return _Forward(inputs=inputs, outputs=self._replica.outputs(replace(shard, inputs=tuple(given))))
+
+    def _gradients(self, run: _Forward, loss: Tensor) -> list[Tensor | None]:
+        wanted = [*self._trainable, *(run.inputs[index] for index in _differentiable(run.inputs))]
+        if not loss.requires_grad or not wanted:
+            return [None] * len(wanted)
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))
+
+    @contextmanager
+    def _unchanged(self, shard: Shard) -> Iterator[None]:
+        """After, what running the shard's variant changes is as before."""
         before = Snapshot(self._replica.program.mutated_buffers(shard.variant))
         try:
-            given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-            # The forward alone: a backward looks up what the forward did.
-            with indices_checked() if checks_indices else nullcontext():
-                outputs = self._replica.outputs(replace(shard, inputs=tuple(given)))
-                loss = self._replica.loss(shard, outputs)
-            wanted = [*self._trainable, *(inputs[index] for index in _differentiable(inputs))]
-            gradients: Sequence[Tensor | None] = [None] * len(wanted)
-            if loss.differentiable.requires_grad and wanted:
-                gradients = torch.autograd.grad(loss.differentiable, wanted, allow_unused=True)
+            yield
         finally:
             before.restore()
-        return _Result(loss=loss.value, gradients=list(gradients))
 
 
 def _differentiable(leaves: Sequence[Any]) -> list[int]:
