@@ -198,3 +198,29 @@ class Constant(nn.Module):
 def test_an_output_with_by_chance_as_many_entries_as_the_rows_that_are_tried_keeps_batches_whole(make_group, entries):
     group = make_group(Constant(entries), lambda outputs, y: F.mse_loss(outputs[0], y), batch(), ranks=2)
     assert "one entry for each row" in group.whole["train"] and "one entry for each row" in group.whole["eval"]
+
+
+class Surprise(nn.Linear):
+    """Takes shares between 0 and 1 beside its input, and refuses other numbers."""
+
+    def forward(self, input: Tensor, share: Tensor) -> Tensor:
+        return F.binary_cross_entropy(super().forward(input).sigmoid(), share, reduction="none")
+
+
+class Margins(nn.Linear):
+    """Takes numbers of rows beside its input, which few rows do not have."""
+
+    def forward(self, input: Tensor, chosen: Tensor) -> Tensor:
+        return F.multilabel_margin_loss(super().forward(input).mean(1), chosen) * input
+
+
+def test_a_program_that_does_not_take_random_numbers_is_tried_with_the_examples(make_group):
+    example = ((torch.randn(6, 4), torch.rand(6, 3)), torch.randn(6, 3))
+    assert make_group(Surprise(4, 3), nn.MSELoss(), example).whole == {"train": None, "eval": None}
+
+
+def test_a_program_that_refuses_fewer_rows_than_the_examples_is_not_split(make_group):
+    chosen = torch.tensor([9, 8, 0, -1, -1, -1, -1, -1, -1, -1])
+    example = ((torch.randn(10, 4), chosen), torch.randn(10, 4))
+    group = make_group(Margins(4, 3), nn.MSELoss(), example)
+    assert group.whole["train"] is not None and group.whole["eval"] is not None

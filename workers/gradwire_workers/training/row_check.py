@@ -21,6 +21,7 @@ from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
 from gradwire_workers.training.closeness import are_close, has_rounding
+from gradwire_workers.training.failures import as_program_failure
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import Change, changed, random_like, repeated, rows_to_try, shuffled
@@ -37,9 +38,10 @@ _REASONS = (
     "what training changes in the buffers depends on how the batch is split",
     "an output that is no tensor depends on how the batch is split",
     "the batches that the program takes are too small to be split",
-    "the program asserts what some batches of the example's rows do not meet",
+    "the program refuses some batches that are made of the example's rows",
 )
-_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL, _ASSERTED = 1, 2, 3, 4, 5, 6, 7
+_NOT_TAKEN = frozenset({"ASSERTION_FAILED", "PROGRAM_FAILED", "INDEX_OUT_OF_RANGE", "TARGET_OUT_OF_RANGE"})
+_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL, _REFUSED = 1, 2, 3, 4, 5, 6, 7
 
 
 def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], time_left: TimeLeft) -> str | None:
@@ -68,7 +70,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], 
                 groups.all_reduce(found, largest=True)
                 if found.item():
                     break
-            if found.item() == _ASSERTED and change is not repeated:
+            if found.item() == _REFUSED and change is not repeated:
                 if change is random_like:
                     changes.append(shuffled)
                 found.zero_()
@@ -132,10 +134,10 @@ def _difference(
 
     try:
         expected = _run(replica, whole, weights)
-    except InvalidArgument as error:
-        if error.reason != "ASSERTION_FAILED":
+    except Exception as error:
+        if not _refuses(error):
             raise
-        return _ASSERTED  # all ranks see that, too
+        return _REFUSED  # all ranks see that, too
     if any(output.dim() == 0 or output.shape[0] != rows for output in expected.outputs):
         return _SHAPE  # all ranks see that, so none goes on to the collectives
     counts = 1.0 if part.count else 0.0
@@ -193,8 +195,8 @@ def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any],
     with replica.row_by_row():
         try:
             clean = _run(replica, shard, _weights_of_rows)
-        except InvalidArgument as error:
-            if error.reason != "ASSERTION_FAILED":
+        except Exception as error:
+            if not _refuses(error):
                 raise
             return 0
         for row in (0, rows - 1)[groups.rank :: groups.size]:
@@ -229,6 +231,12 @@ def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked:
         if marked.has_spread(gradient, reference):
             return _GRADIENTS
     return 0
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether an error says that a program does not take these numbers, as one that takes shares between 0 and 1."""
+    failure = as_program_failure(error)
+    return isinstance(failure, InvalidArgument) and failure.reason in _NOT_TAKEN
 
 
 class _RowsMissingError(Exception):
