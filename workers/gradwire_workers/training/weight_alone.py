@@ -19,11 +19,12 @@ from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
 from gradwire_workers.training.closeness import are_close
 from gradwire_workers.training.index_check import indices_checked
-from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, own_weight, share_of
+from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, numbers_in, own_weight, share_of
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
+from gradwire_workers.training.trial_sizes import of_other_sizes
 from gradwire_workers.training.widening import widen
 
 _PARTS = 2
@@ -40,17 +41,21 @@ def holds_alone(
     # The backward of a function need not be linear: what its parts give tells nothing of the loss.
     if smallest_share(rows, _PARTS) < least_rows(variant) or wide.program.has_functions(variant.name):
         return True
-    batches = TrialBatches(
-        inputs=[widen(each) for each in inputs],
-        targets=[widen(each) for each in targets],
-        input_leaves=variant.input_leaves,
-        target_leaves=variant.target_leaves,
-        ranks=_PARTS,
-        numbers=numbers_compared(wide.graphs, variant),
-    )
     trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
+    others = of_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
     with wide.program.without_randomness():
-        return all(trial.holds(batch) for batch in batches.of_rows(rows, more=more, is_told=lambda: False))
+        return all(
+            trial.holds(batch)
+            for these_inputs, these_targets in ((inputs, targets), *others)
+            for batch in TrialBatches(
+                inputs=[widen(each) for each in these_inputs],
+                targets=[widen(each) for each in these_targets],
+                input_leaves=variant.input_leaves,
+                target_leaves=variant.target_leaves,
+                ranks=_PARTS,
+                numbers=numbers_compared(wide.graphs, variant),
+            ).of_rows(rows, more=more, is_told=lambda: False)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,61 @@
+"""An example's leaves at other sizes than its own: what holds of a loss at one length need not hold at another.
+
+A mask of positions, or a term that only long rows have, rests in all that is short. Where it begins nobody knows; the
+numbers that a graph compares with, and the largest size that it takes, are looked at as far as that is not dear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwire_proto.values import ROWS, Symbol, TensorSpec, Variant
+from gradwire_workers.sharding import has_rows
+
+_TIMES, _ALWAYS, _NAMED = 4, 128, 1024
+"""Sizes are tried up to so many times the example's, up to so many in any case, and beyond numbers up to so many."""
+
+Leaves = tuple[list[Any], list[Any]]
+"""Inputs and targets."""
+
+
+def of_other_sizes(
+    variant: Variant, inputs: Sequence[Any], targets: Sequence[Any], numbers: Sequence[int]
+) -> Iterator[Leaves]:
+    """The leaves at the largest that are tried, and at the smallest that the variant takes; none if they are fixed.
+
+    numbers: those that the variant's graphs compare something with.
+    """
+    specs = (*variant.input_leaves, *variant.target_leaves[: len(targets)])
+    found: dict[str, int] = {}
+    for spec, leaf in zip(specs, (*inputs, *targets), strict=True):
+        if isinstance(spec, TensorSpec) and isinstance(leaf, Tensor):
+            found |= {name: leaf.shape[place] for place, name in enumerate(spec.shape) if isinstance(name, str)}
+    symbols = [each for each in variant.symbols if each.name in found and each.name != ROWS]
+    for sizes in (
+        {each.name: _largest(each, found[each.name], numbers) + index for index, each in enumerate(symbols)},
+        {each.name: max(each.min, 1) for each in symbols},
+    ):
+        sizes = {each.name: min(sizes[each.name], each.max or sizes[each.name]) for each in symbols}
+        if any(sizes[name] != found[name] for name in sizes):
+            resized = [_resized(leaf, spec, sizes) for leaf, spec in zip((*inputs, *targets), specs, strict=True)]
+            yield resized[: len(inputs)], resized[len(inputs) :]
+
+
+def _largest(symbol: Symbol, size: int, numbers: Sequence[int]) -> int:
+    end = symbol.max if symbol.max is not None and symbol.max <= max(_TIMES * size, _ALWAYS) else 0
+    return max(2 * size + 1, end, *(number + 2 for number in numbers if number <= _NAMED))
+
+
+def _resized(leaf: Any, spec: Any, sizes: dict[str, int]) -> Any:
+    """The leaf's content from its start, and again where it ends."""
+    if not isinstance(leaf, Tensor) or not isinstance(spec, TensorSpec):
+        return leaf
+    for place, name in enumerate(spec.shape):
+        if name in sizes and not (place == 0 and has_rows(spec)):
+            chosen = torch.arange(sizes[name], device=leaf.device) % leaf.shape[place]
+            leaf = leaf.index_select(place, chosen)
+    return leaf
