@@ -6,7 +6,7 @@ numbers that a graph compares with, and the largest size that it takes, are look
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ Leaves = tuple[list[Any], list[Any]]
 """Inputs and targets."""
 
 
-def of_other_sizes(
+def at_other_sizes(
     variant: Variant, inputs: Sequence[Any], targets: Sequence[Any], numbers: Sequence[int]
-) -> Iterator[Leaves]:
-    """The leaves at the largest that are tried, and at the smallest that the variant takes; none if they are fixed.
+) -> Leaves | None:
+    """The leaves at the largest sizes that are tried; None where they are fixed.
 
     numbers: those that the variant's graphs compare something with.
     """
@@ -35,14 +35,13 @@ def of_other_sizes(
         if isinstance(spec, TensorSpec) and isinstance(leaf, Tensor):
             found |= {name: leaf.shape[place] for place, name in enumerate(spec.shape) if isinstance(name, str)}
     symbols = [each for each in variant.symbols if each.name in found and each.name != ROWS]
-    for sizes in (
-        {each.name: _largest(each, found[each.name], numbers) + index for index, each in enumerate(symbols)},
-        {each.name: max(each.min, 1) for each in symbols},
-    ):
-        sizes = {each.name: min(sizes[each.name], each.max or sizes[each.name]) for each in symbols}
-        if any(sizes[name] != found[name] for name in sizes):
-            resized = [_resized(leaf, spec, sizes) for leaf, spec in zip((*inputs, *targets), specs, strict=True)]
-            yield resized[: len(inputs)], resized[len(inputs) :]
+    # Each by another number, so that none is mistaken for another.
+    sizes = {each.name: _largest(each, found[each.name], numbers) + index for index, each in enumerate(symbols)}
+    sizes = {each.name: min(sizes[each.name], each.max or sizes[each.name]) for each in symbols}
+    if all(sizes[name] == found[name] for name in sizes):
+        return None
+    resized = [_resized(leaf, spec, sizes) for leaf, spec in zip((*inputs, *targets), specs, strict=True)]
+    return resized[: len(inputs)], resized[len(inputs) :]
 
 
 def _largest(symbol: Symbol, size: int, numbers: Sequence[int]) -> int:

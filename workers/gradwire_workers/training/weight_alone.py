@@ -24,7 +24,7 @@ from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
-from gradwire_workers.training.trial_sizes import of_other_sizes
+from gradwire_workers.training.trial_sizes import at_other_sizes
 from gradwire_workers.training.widening import widen
 
 _PARTS = 2
@@ -42,20 +42,27 @@ def holds_alone(
     if smallest_share(rows, _PARTS) < least_rows(variant) or wide.program.has_functions(variant.name):
         return True
     trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
-    others = of_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
+    others = at_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
+    tried = [((inputs, targets), more, False)]
+    if others is not None:
+        tried.append((others, rows, True))
     with wide.program.without_randomness():
         return all(
             trial.holds(batch)
-            for these_inputs, these_targets in ((inputs, targets), *others)
-            for batch in TrialBatches(
-                inputs=[widen(each) for each in these_inputs],
-                targets=[widen(each) for each in these_targets],
-                input_leaves=variant.input_leaves,
-                target_leaves=variant.target_leaves,
-                ranks=_PARTS,
-                numbers=numbers_compared(wide.graphs, variant),
-            ).of_rows(rows, more=more, is_told=lambda: False)
+            for leaves, most, is_told in tried
+            for batch in _batches(wide, variant, *leaves).of_rows(rows, more=most, is_told=lambda told=is_told: told)
         )
+
+
+def _batches(wide: Replica, variant: Variant, inputs: Sequence[Any], targets: Sequence[Any]) -> TrialBatches:
+    return TrialBatches(
+        inputs=[widen(each) for each in inputs],
+        targets=[widen(each) for each in targets],
+        input_leaves=variant.input_leaves,
+        target_leaves=variant.target_leaves,
+        ranks=_PARTS,
+        numbers=numbers_compared(wide.graphs, variant),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
-from gradwire_workers.training.trial_sizes import of_other_sizes
+from gradwire_workers.training.trial_sizes import at_other_sizes
 from gradwire_workers.training.widening import widen
 
 _MOST_NEIGHBOURS = 6
@@ -52,7 +52,7 @@ def find_weight(
     """
     assert wide.groups is not None
     check = _WeightCheck(wide, wide.groups, variant, weights)
-    _try_all(check, wide, variant, inputs, targets, rows=rows, more=more)
+    _try_all(check, wide, variant, inputs, targets, _with_neighbours(wide.graphs, variant), rows=rows, more=more)
     if not check.left:
         return None
     found = check.answer()
@@ -64,13 +64,13 @@ def _holds_at_other_sizes(
 ) -> bool:
     """False where rows of other sizes than the example's show the weight to be wrong."""
     assert wide.groups is not None
+    others = at_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
+    if others is None:
+        return True
     rows = rows_to_try(variant, max(least_rows(variant), 2) * wide.groups.size + 1)
-    for other_inputs, other_targets in of_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant)):
-        check = _WeightCheck(wide, wide.groups, variant, [weight])
-        _try_all(check, wide, variant, other_inputs, other_targets, rows=rows, more=rows)
-        if not check.left:
-            return False
-    return True
+    check = _WeightCheck(wide, wide.groups, variant, [weight])
+    _try_all(check, wide, variant, *others, numbers_compared(wide.graphs, variant), rows=rows, more=rows)
+    return bool(check.left)
 
 
 def _try_all(
@@ -79,6 +79,7 @@ def _try_all(
     variant: Variant,
     inputs: Sequence[Any],
     targets: Sequence[Any],
+    numbers: Sequence[int],
     *,
     rows: int,
     more: int,
@@ -91,7 +92,7 @@ def _try_all(
         input_leaves=variant.input_leaves,
         target_leaves=variant.target_leaves,
         ranks=wide.groups.size,
-        numbers=_with_neighbours(wide.graphs, variant),
+        numbers=numbers,
     )
     with wide.program.without_randomness():
         for batch in batches.of_rows(rows, more=more, is_told=lambda: check.is_told):
