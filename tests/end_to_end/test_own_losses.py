@@ -250,7 +250,7 @@ def labelled(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, length, 4).double(), labels
 
 
-PLACES = [None, torch.where(torch.arange(40) < 8, 1.0, 3.0).double()]
+PLACES = [None, torch.where(torch.arange(140) < 60, 1.0, 3.0).double()]
 
 
 @pytest.mark.parametrize("weights", PLACES, ids=["the first six", "a table"])
@@ -259,7 +259,7 @@ def test_a_weight_that_holds_at_the_examples_length_alone_is_not_used(client, we
     net = Positions(weights).double()
     model = client.create_model(net, example=(labelled(6, 5),), workers=2)
     variants = len(model.info().variants)
-    for rows, length in ((7, 9), (5, 20), (6, 5)):
+    for rows, length in ((7, 9), (5, 90), (6, 5)):
         batch = labelled(rows, length)
         check(model, net, batch, net(*batch))
     assert len(model.info().variants) == variants  # one graph for all lengths, and so one weight

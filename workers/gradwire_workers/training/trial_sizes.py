@@ -1,7 +1,7 @@
 """An example's leaves at other sizes than its own: what holds of a loss at one length need not hold at another.
 
-A mask of positions, or a term that only long rows have, rests in all that is short. Where it begins nobody knows; the
-numbers that a graph compares with, and the largest size that it takes, are looked at as far as that is not dear.
+A mask of positions, or a term that only long rows have, rests in all that is short. Where it begins nobody knows: what
+is tried is longer than the example, and than the numbers that a graph compares with, as far as that is not dear.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwire_proto.values import ROWS, Symbol, TensorSpec, Variant
+from gradwire_proto.values import ROWS, TensorSpec, Variant
 from gradwire_workers.sharding import has_rows
 
-_TIMES, _ALWAYS, _NAMED = 4, 128, 1024
-"""Sizes are tried up to so many times the example's, up to so many in any case, and beyond numbers up to so many."""
+_ALWAYS, _NAMED = 128, 1024
+"""A length is tried up to so many where it is the only one, and sizes beyond numbers up to so many."""
 
 Leaves = tuple[list[Any], list[Any]]
 """Inputs and targets."""
@@ -36,7 +36,10 @@ def at_other_sizes(
             found |= {name: leaf.shape[place] for place, name in enumerate(spec.shape) if isinstance(name, str)}
     symbols = [each for each in variant.symbols if each.name in found and each.name != ROWS]
     # Each by another number, so that none is mistaken for another.
-    sizes = {each.name: _largest(each, found[each.name], numbers) + index for index, each in enumerate(symbols)}
+    sizes = {
+        each.name: _largest(found[each.name], numbers, is_only=len(symbols) == 1) + index
+        for index, each in enumerate(symbols)
+    }
     sizes = {each.name: min(sizes[each.name], each.max or sizes[each.name]) for each in symbols}
     if all(sizes[name] == found[name] for name in sizes):
         return None
@@ -44,9 +47,8 @@ def at_other_sizes(
     return resized[: len(inputs)], resized[len(inputs) :]
 
 
-def _largest(symbol: Symbol, size: int, numbers: Sequence[int]) -> int:
-    end = symbol.max if symbol.max is not None and symbol.max <= max(_TIMES * size, _ALWAYS) else 0
-    return max(2 * size + 1, end, *(number + 2 for number in numbers if number <= _NAMED))
+def _largest(size: int, numbers: Sequence[int], *, is_only: bool) -> int:
+    return max(2 * size + 1, _ALWAYS if is_only else 0, *(number + 2 for number in numbers if number <= _NAMED))
 
 
 def _resized(leaf: Any, spec: Any, sizes: dict[str, int]) -> Any:
