@@ -110,6 +110,9 @@ class ModuleExporter:
             of_weight = ReadValues((), self._loss_weight)
             train, read = self._finish(example, state, training=True, name="train")
             self._constants |= train.constants
+            if self._loss is not None and train.variant.loss_graph is not None:
+                # The service computes it by graphs, then: every variant brings one.
+                self._loss = replace(self._loss, spec=None)
             evaluation = None
             if not read and module_guard.modes_are_plain(self._module):
                 evaluation = self._same_in_eval_mode(train, state)

@@ -64,7 +64,8 @@ class _Through(torch.autograd.Function):
         leaves = [index for index, is_tensor in enumerate(step.is_tensor) if is_tensor]
         plain = [each for index, each in zip(leaves, outputs, strict=True) if index not in step.differentiable]
         ctx.mark_non_differentiable(*plain)
-        return tuple(outputs)
+        # Not views, as they came: torch refuses to change in place those that a function returns.
+        return tuple(each.new_empty(0).set_(each) for each in outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @staticmethod
     @once_differentiable

@@ -55,6 +55,15 @@ def test_jacobians_and_hessians_are_nested_as_torch_func_nests_them(client, argu
     assert_same(client.hessian(scalar, argnums)(*arguments), torch.func.hessian(scalar, places)(*arguments))
 
 
+def test_derivatives_of_one_number_and_of_mixed_types_look_as_torch_funcs(client) -> None:
+    number = random(1)[0]
+    assert_same(client.jacrev(torch.exp)(number), number.exp())
+    assert_same(client.hessian(lambda x: x**3)(number), 6 * number)
+    mixed = random(3).float(), random(3)
+    expected = torch.func.hessian(lambda a, b: (a * b).sum(), (0, 1))(*mixed)
+    assert_same(client.hessian(lambda a, b: (a * b).sum(), (0, 1))(*mixed), expected)
+
+
 def test_products_with_vectors_are_torch_funcs(client, arguments) -> None:
     vectors = pytree.tree_map(torch.randn_like, arguments)
     assert_same(client.jvp(function, arguments, vectors), torch.func.jvp(function, arguments, vectors))

@@ -64,3 +64,37 @@ def test_every_length_and_constant_trains_and_predicts_as_local_torch(client: gr
     found = client.get_model(model.id)
     inputs, targets = batch(7, 9)
     assert found.train_step(inputs, targets).loss == pytest.approx(loss(local(**inputs), targets).item(), rel=1e-10)
+
+
+class Alone(nn.Module):
+    """Does another thing with a row that is alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.linear(x) * (3 if x.shape[0] == 1 else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_single_row_that_the_module_treats_otherwise_has_a_graph_of_its_own(client: gradwire.Client, rows: int):
+    net = Alone().double()
+    example = torch.randn(rows, 3).double(), torch.randn(rows, 1).double()
+    model = client.create_model(net, loss=nn.MSELoss(), example=example, workers=2)
+    for count in (1, 4, 2, 1):
+        x, y = torch.randn(count, 3).double(), torch.randn(count, 1).double()
+        expected = nn.functional.mse_loss(net(x), y).item()
+        assert model.compute_gradients(x, y).loss == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("first", [0, 1])
+def test_targets_that_are_broadcast_and_such_that_are_not_fit_one_model(client: gradwire.Client, first: int):
+    net = nn.Linear(3, 1).double()
+    x = torch.randn(6, 3).double()
+    both = [torch.randn(6, 1).double(), torch.randn(6).double()]
+    model = client.create_model(net, loss=nn.MSELoss(), example=(x, both[first]), workers=2)
+    for y in (both[first], both[1 - first]):
+        expected = nn.functional.mse_loss(net(x), y).item()
+        assert model.compute_gradients(x, y).loss == pytest.approx(expected, rel=1e-10)

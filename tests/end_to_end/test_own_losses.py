@@ -231,6 +231,51 @@ def test_what_rests_in_every_batch_that_is_tried_is_seen_where_rows_are_split(cl
     assert (refused.value.field, refused.value.reason) == ("model.loss_reduction", "LOSS_REDUCTION_WRONG")
 
 
+class Positions(nn.Module):
+    """A token-level loss that weighs places; a table says how, or the first six count."""
+
+    def __init__(self, weights: Tensor | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("weights", weights)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1]) < 6 if self.weights is None else self.weights[: x.shape[1]]
+        counts = (labels != -100) * places
+        return (F.cross_entropy(self.layer(x).transpose(1, 2), labels, reduction="none") * counts).sum() / counts.sum()
+
+
+def labelled(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(0, 3, (rows, length)).masked_fill(torch.rand(rows, length) < 0.3, -100)
+    return torch.randn(rows, length, 4).double(), labels
+
+
+PLACES = [None, torch.where(torch.arange(140) < 60, 1.0, 3.0).double()]
+
+
+@pytest.mark.parametrize("weights", PLACES, ids=["the first six", "a table"])
+def test_a_weight_that_holds_at_the_examples_length_alone_is_not_used(client, weights):
+    torch.manual_seed(5)
+    net = Positions(weights).double()
+    model = client.create_model(net, example=(labelled(6, 5),), workers=2)
+    variants = len(model.info().variants)
+    for rows, length in ((7, 9), (5, 90), (6, 5)):
+        batch = labelled(rows, length)
+        check(model, net, batch, net(*batch))
+    assert len(model.info().variants) == variants  # one graph for all lengths, and so one weight
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("weights", PLACES, ids=["the first six", "a table"])
+def test_loss_weight_must_hold_at_other_lengths_too(client, weights, ranks):
+    net = Positions(weights).double()
+    with pytest.raises(InvalidArgument) as refused:
+        client.create_model(
+            net, example=(labelled(6, 5),), workers=ranks, loss_weight=lambda inputs: (inputs[1] != -100).sum()
+        )
+    assert refused.value.reason == "LOSS_WEIGHT_WRONG"
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_loss_weight_that_does_not_hold_is_refused_by_name(client, ranks):
     with pytest.raises(InvalidArgument, match="loss_weight does not hold") as refused:

@@ -187,6 +187,18 @@ def test_layers_here_before_and_after_the_model_train_with_it(make_pair: Callabl
     pair.assert_equal()
 
 
+def test_outputs_may_be_changed_in_place(make_pair: Callable[..., Pair]) -> None:
+    torch.manual_seed(4)
+    pair = make_pair()
+    x, y = batch()
+    for net, _ in pair.both:
+        outputs = net(x)
+        outputs.mul_(2)
+        outputs[:, 0] = 0.5
+        mean_square(outputs, y).backward()
+    pair.assert_same_gradients()
+
+
 def test_two_forwards_before_one_backward_and_accumulation_over_backwards(make_pair: Callable[..., Pair]) -> None:
     torch.manual_seed(5)
     pair = make_pair()

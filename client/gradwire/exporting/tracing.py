@@ -120,6 +120,7 @@ def _export(
         torch.enable_grad(),
         autocast(precision),
         open_len(),
+        sizes_fixed_in_text(),
         open_masks(),
         TraceableLosses(),
     ):
@@ -200,6 +201,33 @@ def open_len() -> Iterator[None]:
         yield
     finally:
         builtins.len = plain
+
+
+@contextmanager
+def sizes_fixed_in_text() -> Iterator[None]:
+    """Inside, an open dimension that code writes as text, such as a dictionary's key, is fixed to what it says.
+
+    torch would write a name there, and take nothing for granted: the text would be wrong for every size. What torch
+    itself writes is for its messages.
+    """
+    thread = threading.get_ident()
+    kinds = ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool))
+    before = [kind.__repr__ for kind, _ in kinds]
+
+    def fixing(number: Callable[[Any], Any], plain: Callable[[Any], str]) -> Callable[[Any], str]:
+        def text(value: Any) -> str:
+            is_users = not sys._getframe(1).f_code.co_filename.startswith(_TORCH)
+            return repr(number(value)) if is_users and threading.get_ident() == thread else plain(value)
+
+        return text
+
+    for (kind, number), plain in zip(kinds, before, strict=True):
+        setattr(kind, "__repr__", fixing(number, plain))  # noqa: B010
+    try:
+        yield
+    finally:
+        for (kind, _), plain in zip(kinds, before, strict=True):
+            setattr(kind, "__repr__", plain)  # noqa: B010
 
 
 def explain(error: Exception, subject: str) -> GradwireError:

@@ -57,6 +57,11 @@ class Finished:
     precision: str
     may_train: frozenset[str]
 
+    @property
+    def serves_one_row(self) -> bool:
+        """Whether a batch may have a single row."""
+        return all(symbol.min <= 1 for symbol in self.variant.symbols if symbol.name == ROWS)
+
     def agrees_with(self, module: nn.Module) -> bool:
         """Whether the module, in the mode in which it is now, gives the outputs that it gave when this was exported."""
         seed(self.devices)
@@ -91,7 +96,11 @@ class VariantExport:
         tries = [] if example.rows is None else [True, False] if enlarged.has_lengths else [False]
         for lengths in tries:
             try:
-                return self._attempt(enlarged, lengths=lengths)
+                found = self._attempt(enlarged, lengths=lengths)
+                if enlarged is not example and not found.serves_one_row:
+                    # With one row the module does something else.
+                    break
+                return found
             except GradwireError as error:
                 if lengths and error.reason in _OPEN_SIZES_MATTER:
                     continue

@@ -78,6 +78,17 @@ def test_where_module_and_graph_differ_at_other_sizes_they_are_fixed():
     assert shapes(found.input_leaves) == [("rows", 6)]
 
 
+@pytest.mark.parametrize("write", ["{}".format, str, lambda size: f"{size}"])
+def test_sizes_that_are_written_as_text_are_fixed(write: Callable[[Any], str]):
+    # Neither the smallest length nor a larger one is in the table: trying shows nothing.
+    lengths = variant(lambda m, x: x * {"4": 3.0}.get(write(x.shape[1]), 1.0), torch.randn(5, 6))
+    assert shapes(lengths.input_leaves) == [("rows", 6)]
+    rows = variant(lambda m, x: m.linear(x) * {"9": 3.0}.get(write(x.shape[0]), 1.0), torch.randn(5, 4))
+    assert shapes(rows.input_leaves) == [(5, 4)]
+    half = variant(lambda m, x: x * {"2.0": 3.0}.get(write(x.shape[1] / 2), 1.0), torch.randn(5, 6))
+    assert shapes(half.input_leaves) == [("rows", 6)]
+
+
 def test_a_size_at_which_the_module_alone_fails_is_none_of_the_graphs():
     def forward(m, x):
         if not torch.compiler.is_exporting() and x.shape[1] > 6:

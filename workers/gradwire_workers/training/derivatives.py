@@ -113,7 +113,7 @@ def _jacobian(heads: Sequence[Tensor], inputs: Sequence[Tensor], at_once: int) -
                 for block, gradient in zip(blocks, row, strict=True):
                     if gradient is not None:
                         block[index] = gradient
-        derivatives += [block.view(*head.shape, *each.shape) for block, each in zip(blocks, inputs, strict=True)]
+        derivatives += [block.view((*head.shape, *each.shape)) for block, each in zip(blocks, inputs, strict=True)]
     return derivatives
 
 

@@ -78,11 +78,7 @@ def _hessian(
     for position, head in enumerate(heads):
         pairs = [(one, other) for one in inputs for other in inputs]
         blocks = [
-            torch.zeros(
-                (head.numel(), one.numel(), other.numel()),
-                dtype=torch.promote_types(one.dtype, other.dtype),
-                device=head.device,
-            )
+            torch.zeros((head.numel(), one.numel(), other.numel()), dtype=one.dtype, device=head.device)
             for one, other in pairs
         ]
         together = at_once // head.numel() if head.numel() > 1 else 0
@@ -91,7 +87,8 @@ def _hessian(
                 gradient = _gradient_of(function, position, element)
                 _fill([block[element : element + 1] for block in blocks], gradient, primals, at_once)
         derivatives += [
-            block.view(*head.shape, *one.shape, *other.shape) for block, (one, other) in zip(blocks, pairs, strict=True)
+            block.view((*head.shape, *one.shape, *other.shape))
+            for block, (one, other) in zip(blocks, pairs, strict=True)
         ]
     return derivatives
 

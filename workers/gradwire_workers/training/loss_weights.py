@@ -74,12 +74,12 @@ def numbers_compared(program: BuiltProgram, variant: Variant) -> tuple[int, ...]
 
 
 def numbers_in(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
-    """The whole numbers to which a variant's graph compares something."""
+    """The whole numbers to which a variant's graphs compare something."""
     found: dict[int, None] = {}
-    assert variant.graph is not None
-    for operator, arguments in _calls(variant.graph):
-        if operator in _COMPARISONS:
-            found |= dict.fromkeys(int(each) for each in arguments if _is_whole(each))
+    for graph in (variant.graph, variant.loss_graph):
+        for operator, arguments in _calls(graph) if graph is not None else ():
+            if operator in _COMPARISONS:
+                found |= dict.fromkeys(int(each) for each in arguments if _is_whole(each))
     for tensor in program.all_state().values():
         if tensor.numel() <= _SMALL_CONSTANT and not (tensor.is_floating_point() or tensor.is_complex()):
             found |= dict.fromkeys(int(each) for each in tensor.reshape(-1).tolist())

@@ -52,7 +52,7 @@ class TrialBatches:
                 for number in self._numbers_for(leaf):
                     if where is _more_and_more or not is_told():
                         yield self._batch(rows, _varied_like, index, lambda x, n=number, w=where: self._put(x, n, w))
-        for each in (rows, more):
+        for each in dict.fromkeys((rows, more)):
             yield self._batch(each, any_like)
             yield self._batch(each, random_like)
             yield self._batch(each, repeated)

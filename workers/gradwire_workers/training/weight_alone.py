@@ -19,12 +19,13 @@ from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
 from gradwire_workers.training.closeness import are_close
 from gradwire_workers.training.index_check import indices_checked
-from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, own_weight, share_of
+from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, numbers_in, own_weight, share_of
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
+from gradwire_workers.training.trial_sizes import at_other_sizes
 from gradwire_workers.training.widening import widen
 
 _PARTS = 2
@@ -46,7 +47,22 @@ def holds_alone(
     # The backward of a function need not be linear: what its parts give tells nothing of the loss.
     if smallest_share(rows, _PARTS) < least_rows(variant) or wide.program.has_functions(variant.name):
         return True
-    batches = TrialBatches(
+    trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
+    others = at_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
+    tried = [((inputs, targets), more, False)]
+    if others is not None:
+        tried.append((others, rows, True))
+    with wide.program.without_randomness():
+        for leaves, most, is_told in tried:
+            for batch in _batches(wide, variant, *leaves).of_rows(rows, more=most, is_told=lambda told=is_told: told):
+                time_left.check()
+                if not trial.holds(batch):
+                    return False
+    return True
+
+
+def _batches(wide: Replica, variant: Variant, inputs: Sequence[Any], targets: Sequence[Any]) -> TrialBatches:
+    return TrialBatches(
         inputs=[widen(each) for each in inputs],
         targets=[widen(each) for each in targets],
         input_leaves=variant.input_leaves,
@@ -54,13 +70,6 @@ def holds_alone(
         ranks=_PARTS,
         numbers=numbers_compared(wide.graphs, variant),
     )
-    trial, more = _Trial(wide, variant, weight), rows_to_try(variant, rows + _PARTS)
-    with wide.program.without_randomness():
-        for batch in batches.of_rows(rows, more=more, is_told=lambda: False):
-            time_left.check()
-            if not trial.holds(batch):
-                return False
-    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,17 @@ from gradwire_proto.values import Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.shard import Shard
-from gradwire_workers.sharding import has_rows, row_range
+from gradwire_workers.sharding import has_rows, least_rows, row_range
 from gradwire_workers.training.closeness import are_close, has_rounding
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.index_check import indices_checked
 from gradwire_workers.training.loss_weights import LossWeight, numbers_compared, numbers_in, own_weight, share_of
 from gradwire_workers.training.replica import Replica
+from gradwire_workers.training.row_examples import rows_to_try
 from gradwire_workers.training.snapshots import Snapshot
 from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trial_leaves import TrialBatch, TrialBatches
+from gradwire_workers.training.trial_sizes import at_other_sizes
 from gradwire_workers.training.widening import widen
 
 _MOST_NEIGHBOURS = 6
@@ -51,24 +53,66 @@ def find_weight(
     wide: the replica in double precision. inputs, targets: an example's leaves. rows, more: how many to try.
     Every rank calls it and gets the same answer, or OutOfTimeError.
     """
-    groups = wide.groups
-    assert groups is not None
+    assert wide.groups is not None
+    check = _WeightCheck(wide, wide.groups, variant, weights)
+    numbers = _with_neighbours(wide.graphs, variant)
+    _try_all(check, wide, variant, inputs, targets, numbers, rows=rows, more=more, time_left=time_left)
+    if not check.left:
+        return None
+    found = check.answer()
+    if found is None or _holds_at_other_sizes(wide, variant, inputs, targets, weights[found], time_left):
+        return found
+    return None
+
+
+def _holds_at_other_sizes(
+    wide: Replica,
+    variant: Variant,
+    inputs: Sequence[Any],
+    targets: Sequence[Any],
+    weight: LossWeight,
+    time_left: TimeLeft,
+) -> bool:
+    """False where rows of other sizes than the example's show the weight to be wrong."""
+    assert wide.groups is not None
+    others = at_other_sizes(variant, inputs, targets, numbers_in(wide.graphs, variant))
+    if others is None:
+        return True
+    rows = rows_to_try(variant, max(least_rows(variant), 2) * wide.groups.size + 1)
+    check = _WeightCheck(wide, wide.groups, variant, [weight])
+    numbers = numbers_compared(wide.graphs, variant)
+    _try_all(check, wide, variant, *others, numbers, rows=rows, more=rows, time_left=time_left)
+    return bool(check.left)
+
+
+def _try_all(
+    check: _WeightCheck,
+    wide: Replica,
+    variant: Variant,
+    inputs: Sequence[Any],
+    targets: Sequence[Any],
+    numbers: Sequence[int],
+    *,
+    rows: int,
+    more: int,
+    time_left: TimeLeft,
+) -> None:
+    """Try the weights on batches like these leaves, until none is left."""
+    assert wide.groups is not None
     batches = TrialBatches(
         inputs=[widen(each) for each in inputs],
         targets=[widen(each) for each in targets],
         input_leaves=variant.input_leaves,
         target_leaves=variant.target_leaves,
-        ranks=groups.size,
-        numbers=_with_neighbours(wide.graphs, variant),
+        ranks=wide.groups.size,
+        numbers=numbers,
     )
-    check = _WeightCheck(wide, groups, variant, weights)
     with wide.program.without_randomness():
         for batch in batches.of_rows(rows, more=more, is_told=lambda: check.is_told):
             time_left.check()
             check.try_on(batch)
             if not check.left:
-                return None
-    return check.answer()
+                return
 
 
 def _with_neighbours(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
