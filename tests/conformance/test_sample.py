@@ -29,7 +29,7 @@ def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(
 
 
 @pytest.mark.parametrize(
-    "case", itertools.islice(optimizers.cases(torch.float64), 0, None, 6), ids=lambda case: case.name
+    "case", itertools.islice(optimizers.cases(torch.float64), 0, None, 14), ids=lambda case: case.name
 )
 def test_updates_are_torchs_before_and_after_a_move_to_a_new_model(client, case: optimizers.OptimizerCase):
     outcome = optimizers.check(client, case, ranks=2)

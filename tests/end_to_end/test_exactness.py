@@ -180,8 +180,7 @@ def rows_of_each_rank(rows: int, ranks: int) -> tuple[int, ...]:
     return tuple(rows // ranks + (rank < rows % ranks) for rank in range(ranks))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_rank_works_and_the_sum_is_what_torch_computes_on_the_whole_batch(client, name, ranks, dtype):
     case = CASES[name]

@@ -70,9 +70,7 @@ def batch(module: nn.Module, rows: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.randn(rows, *type(module).inputs, dtype=dtype), torch.randint(type(module).classes, (rows,))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "dtype"), [(1, torch.float64), (2, torch.float64), (3, torch.float64), (3, torch.float32)], ids=str
-)
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("kind", [Mlp, ConvNet, Lstm, Transformer])
 def test_five_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
     module = make(kind, dtype)
