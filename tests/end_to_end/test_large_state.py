@@ -63,6 +63,7 @@ def fill_with_random_bits(parts: nn.ParameterList) -> None:
         part.detach().view(torch.int32).copy_(bits).bitwise_xor_(index)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_gibibyte_of_weights_goes_up_and_comes_down_bit_identical_past_a_small_frontend(client, frontend_pid):
     net = Ballast(GIB)

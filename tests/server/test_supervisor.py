@@ -191,6 +191,7 @@ def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service])
     service.assert_nothing_is_left(within=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["guard", "supervisor"])
 def test_nothing_survives_a_killed(start: Callable[..., Service], victim: str) -> None:
     service = start(ranks=2)

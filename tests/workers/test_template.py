@@ -144,6 +144,7 @@ def test_a_variable_that_a_worker_was_started_without_is_not_in_its_environment(
     assert run("second", environment={"COLOUR": None})["colour"] is None
 
 
+@pytest.mark.slow
 def test_a_killed_template_is_replaced_by_one_for_all_workers_that_start_next_at_once(run) -> None:
     first = run()["parent"]
     os.kill(first, signal.SIGKILL)

@@ -72,19 +72,19 @@ def batch(module: nn.Module, rows: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("kind", [Mlp, ConvNet, Lstm, Transformer])
-def test_five_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
+def test_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
     module = make(kind, dtype)
     group = make_group(module, nn.CrossEntropyLoss(), batch(module, 4, dtype), ranks=ranks)
     assert group.whole["train"] is None
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     # One row a batch is too few for batch norm over it alone, but not over an image's pixels.
-    for rows in (1, 2, 7, 64):
+    for rows in (1, 7, 64):
         start = copy.deepcopy(module.state_dict())
         group.call_all("load_state_dict", {k: v.clone() for k, v in start.items()}, partial=False)
         group.call_all("load_optimizer_state", {**group.call_all("optimizer_state")[0], "state": {}})
         reference = copy.deepcopy(module)
         optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(5):
+        for _ in range(3):
             inputs, targets = batch(module, rows, dtype)
             report, _, _ = group.compute_gradients(inputs, targets)
             loss = group.train_step(inputs, targets)

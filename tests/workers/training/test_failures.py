@@ -250,6 +250,7 @@ def threads_and_descriptors(pids: list[int]) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_failed_commands_leave_neither_threads_nor_descriptors_behind(make_group, rank_processes):
     group = make_group(Words().double(), nn.CrossEntropyLoss(), batch(4), ranks=3)
     seen = []
