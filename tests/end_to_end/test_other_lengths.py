@@ -185,7 +185,7 @@ def test_a_language_model_with_labels_of_its_own_serves_every_length_and_refuses
         ignored[0] = False
         return {"input_ids": ids, "labels": ids.masked_fill(ignored, -100)}
 
-    model = create(client, copy.deepcopy(net), None, (batch(4, 6),), workers=2)
+    model = create(client, copy.deepcopy(net), None, (batch(4, 6),))
     variants = len(model.info().variants)
     for rows, length in ((3, 9), (2, 2), (5, 16)):
         given = batch(rows, length)

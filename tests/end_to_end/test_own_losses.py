@@ -20,7 +20,7 @@ def gpt2() -> nn.Module:
     import transformers as hf
 
     config = hf.GPT2Config(
-        n_embd=16, n_head=2, n_layer=2, vocab_size=31, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        n_embd=16, n_head=2, n_layer=1, vocab_size=31, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     config.use_cache = False
     return hf.GPT2LMHeadModel(config)
@@ -47,7 +47,7 @@ def check(model: Any, module: nn.Module, inputs: Any, loss: Tensor, targets: Any
         assert close(result.gradients[name], expected, everything), name
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)])
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_gpt2_with_labels_is_spread_over_ranks_and_exact(client, ranks, dtype):
     torch.manual_seed(ranks)
     net = gpt2().to(dtype)
@@ -60,7 +60,7 @@ def test_gpt2_with_labels_is_spread_over_ranks_and_exact(client, ranks, dtype):
     )
     sharding = model.info().sharding
     assert sharding.mode == "rows"
-    assert ranks == 1 or "not -100 in inputs.labels but for its first column" in sharding.reason
+    assert "not -100 in inputs.labels but for its first column" in sharding.reason
     for rows in (5, 2):
         batch = words(rows)
         batch["labels"][torch.rand(batch["labels"].shape) < 0.4] = -100
