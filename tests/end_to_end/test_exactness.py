@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(11, 8)
         self.position = nn.Parameter(0.1 * torch.randn(6, 8))
         layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embedding.weight
 
