@@ -7,7 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ PRINTS = {
 
 
 @pytest.fixture
-def run(service, monkeypatch, capsys) -> Callable[[str], str]:
+def run(service, monkeypatch, capsys) -> Iterator[Callable[[str], str]]:
     """Runs an example as a program, in this process: to import torch anew takes longer than all that it does."""
 
     def run(name: str) -> str:
