@@ -51,9 +51,15 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def client() -> Iterator[gradwire.Client]:
+def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it lie the weights that the service may read."""
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="session")
+def client(weights_folder: Path) -> Iterator[gradwire.Client]:
     """A client of an embedded service for eight ranks, which ends with the run."""
-    with gradwire.launch(workers=8) as client:
+    with gradwire.launch(workers=8, weights_folder=weights_folder) as client:
         yield client
 
 
