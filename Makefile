@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
 
 test: $(INSTALLED)
-	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10 $(ARGS); status=$$?; \
+	@GRADWIRE_TEST_RUN=$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10 $(ARGS); status=$$?; \
 	$(BIN)/python tests/leftovers.py $(RUN) && exit $$status
 
 conformance: $(INSTALLED)

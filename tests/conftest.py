@@ -14,6 +14,24 @@ import torch
 import gradwire
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files that mostly wait among those that compute: with two at once, one of each keeps both cores busy.
+
+    xdist by itself would leave them, which have few tests, for the end.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting = {path for path, its in files.items() if any(each.get_closest_marker("slow") for each in its)}
+    computing = [path for path in files if path not in waiting]
+    ordered: list[Path] = []
+    for index, path in enumerate(each for each in files if each in waiting):
+        first, last = (len(computing) * each // len(waiting) for each in (index, index + 1))
+        ordered += [path, *computing[first:last]]
+    if waiting:
+        items[:] = [item for path in ordered for item in files[path]]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """The machine's cores belong to the ranks; references here are small."""
@@ -33,9 +51,15 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def client() -> Iterator[gradwire.Client]:
+def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it lie the weights that the service may read."""
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="session")
+def client(weights_folder: Path) -> Iterator[gradwire.Client]:
     """A client of an embedded service for eight ranks, which ends with the run."""
-    with gradwire.launch(workers=8) as client:
+    with gradwire.launch(workers=8, weights_folder=weights_folder) as client:
         yield client
 
 
@@ -69,7 +93,7 @@ def service_processes(client: gradwire.Client) -> Callable[..., set[int]]:
     def settled_or_not(*, settled: bool = False, within: float = 30.0) -> set[int]:
         pids, since, deadline = now(), time.monotonic(), time.monotonic() + within
         # The warm pool refills itself in a few seconds: long enough without a change means that it is full.
-        while settled and time.monotonic() - since < 4.0:
+        while settled and time.monotonic() - since < 2.5:
             assert time.monotonic() < deadline, f"processes still come and go after {within} s"
             time.sleep(0.25)
             if (found := now()) != pids:

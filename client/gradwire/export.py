@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from gradwire.exporting import module_guard
 from gradwire.exporting.example import Example, as_example
+from gradwire.exporting.finished_variant import Finished
 from gradwire.exporting.loss_mapping import as_loss
 from gradwire.exporting.module_signature import Signature
 from gradwire.exporting.module_snapshot import Snapshot, preserved
 from gradwire.exporting.module_state import ModuleState, describe_state
 from gradwire.exporting.output_tree import OutputTree
 from gradwire.exporting.read_values import ReadValues
-from gradwire.exporting.variant_export import Finished, VariantExport
+from gradwire.exporting.variant_export import VariantExport
 from gradwire.exporting.weight_export import LossWeight
 from gradwire_proto.errors import ExportError, InvalidArgument
 from gradwire_proto.values import Batch, GraphLossSpec, LossSpec, OutputLossSpec, Program, StateTensor, Variant

@@ -20,6 +20,9 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits, ModelInfo, ServerInfo
 
 if TYPE_CHECKING:
+    from client.one_model import OneModel
+
+    from gradwire.client import Client
     from gradwire.model import Model
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
@@ -145,3 +148,32 @@ def held_model(rpc: Rpc) -> Callable[..., Model]:
         return Model(rpc, replace(described, **info))
 
     return make
+
+
+@pytest.fixture
+def hosted(scripted: ScriptedService) -> OneModel:
+    """The service holds what a client creates."""
+    from client.one_model import OneModel
+
+    return OneModel(scripted)
+
+
+@pytest.fixture
+def sdk(scripted: ScriptedService) -> Iterator[Client]:
+    """A client of that service."""
+    import gradwire
+
+    with gradwire.connect(scripted.target, timeout=5) as sdk:
+        yield sdk
+
+
+@pytest.fixture
+def model(sdk: Client, hosted: OneModel) -> Model:
+    """One that it created: models/mine, a classifier of two ranks with SGD."""
+    from client.one_model import batch, net
+
+    from gradwire import optim
+
+    return sdk.create_model(
+        net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch(), workers=2, model_id="mine"
+    )

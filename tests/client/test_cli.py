@@ -98,6 +98,7 @@ def test_models_can_be_listed_shown_and_deleted(client: gradwire.Client, service
     assert "linear-for-the-cli" in gone.stderr
 
 
+@pytest.mark.slow
 def test_serve_prints_where_it_listens_and_drains_on_sigterm() -> None:
     arguments = ["serve", "--listen", "127.0.0.1:0", "--workers", "1", "--spare-ranks=0", "--log-level=warning"]
     with subprocess.Popen([*GRADWIRE, *arguments], stdout=subprocess.PIPE, text=True) as process:

@@ -14,8 +14,10 @@ from conformance.plain_export import can_export
 
 
 def sample() -> Iterator[Case]:
-    yield from itertools.islice(module_database.cases(torch.float64), 5, None, 67)
-    yield from itertools.islice(losses.cases(torch.float64), 3, None, 13)
+    modules = itertools.islice(module_database.cases(torch.float64), 5, None, 67)
+    # A transformer takes as long as all others together, and Qwen3 is one.
+    yield from (each for each in modules if not each.name.startswith("Transformer"))
+    yield from itertools.islice(losses.cases(torch.float64), 3, None, 19)
     yield from (each for each in transformer_families.cases(torch.float64) if each.name == "Qwen3ForCausalLM")
 
 
@@ -29,7 +31,7 @@ def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(
 
 
 @pytest.mark.parametrize(
-    "case", itertools.islice(optimizers.cases(torch.float64), 0, None, 6), ids=lambda case: case.name
+    "case", itertools.islice(optimizers.cases(torch.float64), 0, None, 14), ids=lambda case: case.name
 )
 def test_updates_are_torchs_before_and_after_a_move_to_a_new_model(client, case: optimizers.OptimizerCase):
     outcome = optimizers.check(client, case, ranks=2)

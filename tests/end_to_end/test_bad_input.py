@@ -114,7 +114,7 @@ def test_extra_input_is_named(two_inputs):
 
 def test_wrong_input_size_of_a_deep_net_is_refused_within_a_second(client):
     layers = [nn.Conv2d(3, 8, 3, padding=1)]
-    for _ in range(50):
+    for _ in range(30):
         layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 10))
     model = client.create_model(

@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(11, 8)
         self.position = nn.Parameter(0.1 * torch.randn(6, 8))
         layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -180,8 +180,7 @@ def rows_of_each_rank(rows: int, ranks: int) -> tuple[int, ...]:
     return tuple(rows // ranks + (rank < rows % ranks) for rank in range(ranks))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_rank_works_and_the_sum_is_what_torch_computes_on_the_whole_batch(client, name, ranks, dtype):
     case = CASES[name]
@@ -206,8 +205,8 @@ def test_every_rank_works_and_the_sum_is_what_torch_computes_on_the_whole_batch(
             assert tuple(step.rank_rows) == rows_of_each_rank(rows, ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_model_that_mixes_rows_runs_whole_and_is_exact(client, ranks):
+def test_model_that_mixes_rows_runs_whole_and_is_exact(client):
+    ranks = 3
     torch.manual_seed(ranks)
     dtype, batch = torch.float64, of((4,), (2,))
     net = RowMixing().to(dtype)

@@ -39,6 +39,7 @@ def wait_for_ranks(root: psutil.Process, count: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
+@pytest.mark.slow
 def test_a_client_killed_with_sigkill_takes_its_service_with_it_within_ten_seconds(tmp_path: Path) -> None:
     # launch() in a thread that ends: the service belongs to the process, so it must outlive the thread.
     program = """

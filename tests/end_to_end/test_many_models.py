@@ -56,6 +56,7 @@ def usage(service_pids: set[int]) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_twenty_models_made_and_deleted_in_a_row_leave_no_trace(client, service_processes):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     example = (torch.randn(6, 4), torch.randn(6, 2))

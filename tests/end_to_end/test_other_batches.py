@@ -34,14 +34,13 @@ def batch(rows: int, length: int, **constants):
     return {"tokens": torch.randint(0, 20, (rows, length)), **constants}, torch.randint(0, 5, (rows, length))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_every_length_and_constant_trains_and_predicts_as_local_torch(client: gradwire.Client, workers: int):
-    torch.manual_seed(workers)
+def test_every_length_and_constant_trains_and_predicts_as_local_torch(client: gradwire.Client):
+    torch.manual_seed(2)
     net = Tagger().double()
     local = copy.deepcopy(net)
     optimizer = torch.optim.SGD(local.parameters(), lr=0.1, momentum=0.9)
     model = client.create_model(
-        net, loss=loss, optimizer=optim.SGD(lr=0.1, momentum=0.9), example=batch(4, 6), workers=workers
+        net, loss=loss, optimizer=optim.SGD(lr=0.1, momentum=0.9), example=batch(4, 6), workers=2
     )
     variants = len(model.info().variants)
     for rows, length, constants in ((4, 6, {}), (3, 9, {}), (5, 9, {}), (1, 6, {}), (4, 6, {"scale": 2.0})):

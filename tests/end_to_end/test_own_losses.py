@@ -20,7 +20,7 @@ def gpt2() -> nn.Module:
     import transformers as hf
 
     config = hf.GPT2Config(
-        n_embd=16, n_head=2, n_layer=2, vocab_size=31, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        n_embd=16, n_head=2, n_layer=1, vocab_size=31, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     config.use_cache = False
     return hf.GPT2LMHeadModel(config)
@@ -47,7 +47,7 @@ def check(model: Any, module: nn.Module, inputs: Any, loss: Tensor, targets: Any
         assert close(result.gradients[name], expected, everything), name
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)])
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_gpt2_with_labels_is_spread_over_ranks_and_exact(client, ranks, dtype):
     torch.manual_seed(ranks)
     net = gpt2().to(dtype)
@@ -60,7 +60,7 @@ def test_gpt2_with_labels_is_spread_over_ranks_and_exact(client, ranks, dtype):
     )
     sharding = model.info().sharding
     assert sharding.mode == "rows"
-    assert ranks == 1 or "not -100 in inputs.labels but for its first column" in sharding.reason
+    assert "not -100 in inputs.labels but for its first column" in sharding.reason
     for rows in (5, 2):
         batch = words(rows)
         batch["labels"][torch.rand(batch["labels"].shape) < 0.4] = -100
@@ -152,8 +152,7 @@ def weight_of(inputs: Tensor, targets: Tensor) -> Tensor:
     return (torch.tensor([1.0, 2.0, 0.5]).double()[targets.where(taken, 0)] * taken).sum()
 
 
-@pytest.mark.parametrize("given", [None, weight_of])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "given"), [(1, weight_of), (2, weight_of), (3, None)])
 def test_token_level_cross_entropy_of_the_outputs_is_exact_gathered_or_weighed(client, ranks, given):
     torch.manual_seed(ranks)
     net = Heads(4, 3).double()
@@ -201,15 +200,16 @@ def info_nce(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs @ targets.T, torch.arange(outputs.shape[0]))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("loss", "batch", "reduction"),
+    ("loss", "batch", "reduction", "ranks"),
     [
-        (mean_of_rows, numbers, "sum"),
-        (info_nce, numbers, "mean"),
-        (lambda outputs, targets: F.mse_loss(outputs, targets).clamp(max=1e3), numbers, "mean"),
-        (token_loss, tagged, "mean"),
-        (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean"),
+        (mean_of_rows, numbers, "sum", 1),
+        (mean_of_rows, numbers, "sum", 2),
+        (info_nce, numbers, "mean", 1),
+        (info_nce, numbers, "mean", 2),
+        (lambda outputs, targets: F.mse_loss(outputs, targets).clamp(max=1e3), numbers, "mean", 1),
+        (token_loss, tagged, "mean", 2),
+        (nn.CrossEntropyLoss(), lambda rows: (torch.randn(rows, 4).double(), torch.randint(3, (rows,))), "mean", 2),
     ],
 )
 def test_loss_reduction_that_does_not_hold_is_refused_by_name(client, loss, batch, reduction, ranks):

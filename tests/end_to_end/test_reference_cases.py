@@ -158,30 +158,18 @@ class Thermometer(nn.Module):
         return w * t_u + b
 
 
-@pytest.mark.slow
-def test_thermometer_is_calibrated_in_five_thousand_epochs(client):
+def test_thermometer_has_the_losses_and_gradients_of_its_first_thousand_epochs(client):
+    """Until the five thousandth it is trained by an example, see test_examples.py."""
     t_un = 0.1 * T_U
-    losses = {
-        500: 7.860116,
-        1000: 3.828538,
-        1500: 3.092191,
-        2000: 2.957697,
-        2500: 2.933134,
-        3000: 2.928648,
-        3500: 2.927830,
-        4000: 2.927679,
-        4500: 2.927652,
-        5000: 2.927647,
-    }
-    gradients = {500: [-0.2252, 1.2748], 1000: [-0.0962, 0.5448], 5000: [-9.7513e-05, 6.1291e-04]}
+    losses = {500: 7.860116, 1000: 3.828538}
+    gradients = {500: [-0.2252, 1.2748], 1000: [-0.0962, 0.5448]}
     model = client.create_model(
         Thermometer(), loss=nn.MSELoss(), optimizer=optim.SGD(lr=1e-2), example=(t_un, T_C), workers=1
     )
-    for epoch in range(1, 5001):
+    for epoch in range(1, 1001):
         if epoch in gradients:
             gradient = model.compute_gradients(t_un, T_C).gradients["params"]
             torch.testing.assert_close(gradient, torch.tensor(gradients[epoch]), atol=1e-4, rtol=0)
         result = model.train_step(t_un, T_C)
         if epoch in losses:
             assert result.loss == pytest.approx(losses[epoch], abs=1e-5)
-    torch.testing.assert_close(model.state_dict()["params"], torch.tensor([5.3671, -17.3012]), atol=1e-4, rtol=0)

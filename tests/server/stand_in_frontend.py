@@ -45,7 +45,9 @@ def start_ranks(address: str, count: int) -> list[Any]:
 
     rank_actor: Any = ray.remote(Rank)
     ranks = [
-        rank_actor.options(name=f"rank-{index}", num_cpus=0, lifetime="detached").remote() for index in range(count)
+        # Those of one that was killed are there yet.
+        rank_actor.options(name=f"rank-{index}", num_cpus=0, lifetime="detached", get_if_exists=True).remote()
+        for index in range(count)
     ]
     for pid in ray.get([rank.pid.remote() for rank in ranks]):
         trace(f"rank {pid}")

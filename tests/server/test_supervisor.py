@@ -50,7 +50,8 @@ class Service:
         flags = {name: value for name, _, value in (flag.partition("=") for flag in frontend.cmdline())}
         self.folders = [Path(flags["--runtime-dir"]).parent, Path(flags["--shared-memory-dir"])]
         assert all(folder.is_dir() and folder.stat().st_mode & 0o077 == 0 for folder in self.folders)
-        return host, int(port)
+        self.where = host, int(port)
+        return self.where
 
     def trace(self, what: str) -> list[int]:
         """The processes that have left this trace."""
@@ -58,9 +59,9 @@ class Service:
         return [int(pid) for pid, _, did in lines if did == what]
 
     def ranks(self) -> list[int]:
-        """The processes of the actors that the stand-in has made in Ray."""
+        """The processes of the actors that the stand-in which runs now has made in Ray."""
         lines = [line.split() for line in self._trace.read_text().splitlines()]
-        return [int(line[2]) for line in lines if line[1] == "rank"]
+        return [int(line[2]) for line in lines if line[1] == "rank" and line[0] == lines[-1][0]]
 
     def processes(self) -> dict[int, psutil.Process]:
         """Every process of the service that was seen since the start."""
@@ -91,6 +92,13 @@ def eventually(condition: Callable[[], object], within: float) -> None:
         time.sleep(0.05)
 
 
+def stop(service: Service) -> None:
+    service.process.terminate()
+    service.process.terminate()
+    service.process.wait(30)
+    service.assert_nothing_is_left()
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     services: list[Service] = []
@@ -101,10 +109,73 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     yield start_one
     for service in services:
-        service.process.terminate()
-        service.process.terminate()
-        service.process.wait(30)
-        service.assert_nothing_is_left()
+        stop(service)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with two ranks which outlives what tests kill of it. They share it: Ray takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What the caller's own Ray cluster and other services have left in the environment must not reach this one.
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        patch.setenv("RAY_AUTH_TOKEN", "not-this-one")
+        patch.setenv("GRADWIRE_WORKERS", "5")
+        service = Service(tmp_path_factory.mktemp("s"), ranks=2)
+    try:
+        service.address()
+        yield service
+    finally:
+        stop(service)
+
+
+def test_ray_keeps_to_loopback_and_to_the_services_own_settings(running: Service) -> None:
+    assert "--num-cpus=2" in command(running.named("ray.scripts.scripts")[0])
+    listening = [
+        connection.laddr.ip
+        for process in running.processes().values()
+        if alive(process)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_ranks_are_forks_of_one_process_that_outlives_them(running: Service) -> None:
+    (template,) = {psutil.Process(pid).ppid() for pid in running.ranks()}
+    (named,) = running.named("gradwire_workers.pool.template")
+    assert named.pid == template
+    assert any("libtorch" in file.path for file in named.memory_maps())
+    killed, other = (psutil.Process(pid) for pid in running.ranks())
+    killed.kill()
+    eventually(lambda: not alive(killed), within=5)
+    time.sleep(1)  # Ray ends the process group of a worker that is gone, and gives it a moment first
+    assert alive(other) and alive(named), "the end of a rank is its own"
+
+
+def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(running: Service) -> None:
+    ready = len(running.trace("ready"))
+    (raylet,) = running.named("raylet/raylet")
+    (template,) = running.named("gradwire_workers.pool.template")
+    ranks = [running.tree[pid] for pid in running.ranks()]
+    assert len(ranks) == 2
+    raylet.kill()
+    eventually(lambda: not alive(template), within=5)
+    eventually(lambda: len(running.trace("ready")) == ready + 1, within=60)
+    with socket.create_connection(running.where, timeout=2):
+        pass
+    (new_raylet,) = running.named("raylet/raylet")
+    assert new_raylet.pid != raylet.pid
+    assert not [process for process in ranks if alive(process)]
+
+
+def test_a_killed_frontend_is_started_again_on_the_same_port_with_the_same_ray(running: Service) -> None:
+    ready = running.trace("ready")
+    (raylet,) = running.named("raylet/raylet")
+    os.kill(ready[-1], signal.SIGKILL)
+    eventually(lambda: len(running.trace("ready")) == len(ready) + 1, within=30)
+    eventually(lambda: socket.create_connection(running.where, timeout=2).close() is None, within=2)
+    assert [process.pid for process in running.named("raylet/raylet")] == [raylet.pid]
 
 
 def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service]) -> None:
@@ -120,49 +191,7 @@ def test_sigterm_drains_and_leaves_nothing_behind(start: Callable[..., Service])
     service.assert_nothing_is_left(within=1.0)
 
 
-def test_ranks_are_forks_of_one_process_that_outlives_them_and_goes_with_ray(start: Callable[..., Service]) -> None:
-    service = start(ranks=2)
-    service.address()
-    (template,) = {psutil.Process(pid).ppid() for pid in service.ranks()}
-    (named,) = service.named("gradwire_workers.pool.template")
-    assert named.pid == template
-    assert any("libtorch" in file.path for file in named.memory_maps())
-    killed, other = (psutil.Process(pid) for pid in service.ranks())
-    killed.kill()
-    eventually(lambda: not alive(killed), within=5)
-    time.sleep(1)  # Ray ends the process group of a worker that is gone, and gives it a moment first
-    assert alive(other) and alive(named), "the end of a rank is its own"
-    (raylet,) = service.named("raylet/raylet")
-    raylet.kill()
-    eventually(lambda: not alive(named), within=5)
-    eventually(lambda: len(service.trace("ready")) == 2, within=60)
-
-
-def test_a_killed_frontend_is_started_again_on_the_same_port_with_the_same_ray(start: Callable[..., Service]) -> None:
-    service = start()
-    address = service.address()
-    (raylet,) = service.named("raylet/raylet")
-    os.kill(service.trace("ready")[0], signal.SIGKILL)
-    eventually(lambda: len(service.trace("ready")) == 2, within=30)
-    eventually(lambda: socket.create_connection(address, timeout=2).close() is None, within=2)
-    assert [process.pid for process in service.named("raylet/raylet")] == [raylet.pid]
-
-
-def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(start: Callable[..., Service]) -> None:
-    service = start(ranks=2)
-    address = service.address()
-    (raylet,) = service.named("raylet/raylet")
-    first_ranks = [service.tree[pid] for pid in service.ranks()]
-    raylet.kill()
-    eventually(lambda: len(service.trace("ready")) == 2, within=60)
-    with socket.create_connection(address, timeout=2):
-        pass
-    (new_raylet,) = service.named("raylet/raylet")
-    assert new_raylet.pid != raylet.pid
-    assert len(first_ranks) == 2
-    assert not [process for process in first_ranks if alive(process)]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["guard", "supervisor"])
 def test_nothing_survives_a_killed(start: Callable[..., Service], victim: str) -> None:
     service = start(ranks=2)
@@ -193,24 +222,3 @@ def test_a_port_in_use_ends_the_service_with_the_frontends_reason(start: Callabl
         service = start(f"--listen=127.0.0.1:{other.getsockname()[1]}")
         assert service.process.wait(60) == 1
     assert "Address already in use" in service.errors.read_text()
-
-
-def test_ray_keeps_to_loopback_and_to_the_services_own_settings(
-    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What the caller's own Ray cluster and other services have left in the environment must not reach this one.
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "not-this-one")
-    monkeypatch.setenv("GRADWIRE_WORKERS", "5")
-    service = start(ranks=1)
-    service.address()
-    assert "--num-cpus=2" in command(service.named("ray.scripts.scripts")[0])
-    listening = [
-        connection.laddr.ip
-        for process in service.processes().values()
-        if alive(process)
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-    assert len(listening) >= 4
-    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}

@@ -40,8 +40,7 @@ LAUNCH += "from gradwire_workers.pool import forked_worker as it;"
 LAUNCH += "it._PATIENCE_SECONDS = float(os.environ.get('PATIENCE', 25)); it.main(sys.argv[1], sys.argv[2:])"
 
 
-@pytest.fixture
-def ray_process() -> Iterator[subprocess.Popen]:
+def start_ray_process() -> subprocess.Popen:
     """A process that starts workers, as Ray's does, one for each line that it reads."""
     code = f"""
 import subprocess, sys, json
@@ -51,27 +50,38 @@ for line in sys.stdin:
         name: open(value, "w") if name in ("stdout", "stderr") else value for name, value in options.items()
     }})
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
-    yield process
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     assert process.stdin
     process.stdin.close()
 
 
-@pytest.fixture
-def socket_file(tmp_path: Path) -> Path:
-    return tmp_path / "template.sock"
+@pytest.fixture(scope="module")
+def ray_process() -> Iterator[subprocess.Popen]:
+    """The one whose workers all tests have, and so they share a template: that imports torch, which takes seconds."""
+    process = start_ray_process()
+    yield process
+    end(process)
+
+
+@pytest.fixture(scope="module")
+def socket_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("t") / "template.sock"
 
 
 @pytest.fixture
 def run(ray_process: subprocess.Popen, socket_file: Path, tmp_path: Path) -> Callable[..., dict]:
-    """Runs the program as a worker of that process; what it says of itself."""
+    """Runs the program as a worker of that process, or of another; what it says of itself."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
     def run(
         *arguments: str,
+        process: subprocess.Popen = ray_process,
         template: Path = socket_file,
         environment: dict[str, str | None] | None = None,
         score: int | None = None,
@@ -84,9 +94,9 @@ def run(ray_process: subprocess.Popen, socket_file: Path, tmp_path: Path) -> Cal
         given = {name: value for name, value in variables.items() if value is not None}
         files = {"stdout": str(out), "stderr": f"{out}.errors"}
         command = [str(program), *arguments]
-        assert ray_process.stdin
-        ray_process.stdin.write(json.dumps([command, {"env": given, "cwd": cwd, **files}]) + "\n")
-        ray_process.stdin.flush()
+        assert process.stdin
+        process.stdin.write(json.dumps([command, {"env": given, "cwd": cwd, **files}]) + "\n")
+        process.stdin.flush()
         errors = Path(files["stderr"])
         deadline = time.monotonic() + 60
         while not (errors.exists() and "and this is an error" in errors.read_text()):
@@ -134,26 +144,26 @@ def test_a_variable_that_a_worker_was_started_without_is_not_in_its_environment(
     assert run("second", environment={"COLOUR": None})["colour"] is None
 
 
-def test_workers_that_start_at_once_are_forks_of_one_template_and_differ_in_what_they_are(run) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        told = list(pool.map(run, "abcd"))
-    assert [worker["arguments"][1] for worker in told] == list("abcd")
-    assert len({worker["parent"] for worker in told}) == 1
-
-
-def test_a_killed_template_is_replaced_when_the_next_worker_starts(run) -> None:
+@pytest.mark.slow
+def test_a_killed_template_is_replaced_by_one_for_all_workers_that_start_next_at_once(run) -> None:
     first = run()["parent"]
     os.kill(first, signal.SIGKILL)
     assert gone(first, within=5)
-    told = run()
-    assert told["parent"] != first
-    assert told["had_torch"]
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(run, "abcd"))
+    assert [worker["arguments"][1] for worker in told] == list("abcd")
+    assert all(worker["had_torch"] for worker in told)
+    (template,) = {worker["parent"] for worker in told}
+    assert template != first
 
 
-def test_the_template_ends_with_the_process_that_started_its_workers(run, ray_process, socket_file: Path) -> None:
-    template = run()["parent"]
-    assert psutil.Process(template).cmdline()[1:4] == ["-P", "-m", "gradwire_workers.pool.template"]
-    ray_process.kill()
+def test_the_template_ends_with_the_process_that_started_its_workers(run, tmp_path: Path) -> None:
+    process = start_ray_process()
+    try:
+        template = run(process=process, template=tmp_path / "t")["parent"]
+        assert psutil.Process(template).cmdline()[1:4] == ["-P", "-m", "gradwire_workers.pool.template"]
+    finally:
+        end(process)
     assert gone(template, within=5)
 
 

@@ -32,6 +32,11 @@ class Example:
         """The example, nested."""
         return Batch(unflatten(self.input_structure, self.inputs), unflatten(self.target_structure, self.targets))
 
+    @property
+    def tensor_leaves(self) -> list[int]:
+        """The inputs that are tensors."""
+        return [index for index, leaf in enumerate(self.inputs) if isinstance(leaf, Tensor)]
+
     def has_rows(self, leaf: Any) -> bool:
         """Whether dimension 0 of a leaf is the batch's rows."""
         return self.rows is not None and isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.rows

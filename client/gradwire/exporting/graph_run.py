@@ -16,13 +16,12 @@ from gradwire_proto.errors import ExportError
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRun:
-    """A variant's raw graphs on an example. tensor_leaves: the inputs that are tensors."""
+    """A variant's raw graphs on an example."""
 
     loss: Loss | None
     example: Example
     graph: TracedGraph
     loss_graph: TracedGraph | None
-    tensor_leaves: list[int]
 
     @property
     def has_functions(self) -> bool:
@@ -35,7 +34,7 @@ class GraphRun:
 
     def forward(self, leaves: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
         """(flat outputs, loss) for input leaves."""
-        outputs = self.graph([leaves[index] for index in self.tensor_leaves])
+        outputs = self.graph([leaves[index] for index in self.example.tensor_leaves])
         if self.loss is None:
             return outputs, None
         targets = self.example.targets

@@ -34,24 +34,22 @@ class Lengths:
 class LengthSearch:
     """What is known when the graphs are traced.
 
-    forward: its sizes, of the inputs' `tensor_leaves`. compared: what a loss by name demands of its target's
-    dimensions, in the forward's sizes. others: the sizes of further graphs, such as the loss's, and what their leaves
-    are.
+    forward: its sizes. compared: what a loss by name demands of its target's dimensions, in the forward's sizes.
+    others: the sizes of further graphs, such as the loss's, and what their leaves are.
     """
 
     example: Example
     forward: OpenSizes
-    tensor_leaves: Sequence[int]
     compared: Sequence[tuple[int, Size]] = ()
     others: Sequence[tuple[OpenSizes, Sequence[GraphInput]]] = ()
 
     def find(self) -> Lengths:
         """The sizes that may vary. Raises LengthsNotOpen where rows may not, with other sizes open."""
         ties = _Ties()
-        rows = rows_symbol(self.example, self.forward, self.tensor_leaves)
+        rows = rows_symbol(self.example, self.forward)
         if rows is None:
             raise LengthsNotOpen("no input has rows that may vary")
-        for leaf, shape in zip(self.tensor_leaves, self.forward.leaves, strict=True):
+        for leaf, shape in zip(self.example.tensor_leaves, self.forward.leaves, strict=True):
             for dimension, size in enumerate(shape):
                 if dimension == 0 and self.example.has_rows(self.example.inputs[leaf]):
                     ties.require(size == rows)
@@ -103,7 +101,7 @@ class LengthSearch:
             if binding.kind == "output":
                 yield from zip(shape, self.forward.outputs[leaf] or (), strict=True)
             elif binding.kind == "input":
-                yield from zip(shape, self.forward.leaves[self.tensor_leaves.index(leaf)], strict=True)
+                yield from zip(shape, self.forward.leaves[self.example.tensor_leaves.index(leaf)], strict=True)
             else:
                 for dimension, size in enumerate(shape):
                     place = ("target", leaf, dimension)
@@ -140,9 +138,9 @@ class LengthSearch:
         return tensor.shape[dimension]
 
 
-def rows_symbol(example: Example, sizes: OpenSizes, tensor_leaves: Sequence[int]) -> sympy.Symbol | None:
+def rows_symbol(example: Example, sizes: OpenSizes) -> sympy.Symbol | None:
     """The open size that is the batch's rows, in a forward's trace; None where they are not open."""
-    for leaf, shape in zip(tensor_leaves, sizes.leaves, strict=True):
+    for leaf, shape in zip(example.tensor_leaves, sizes.leaves, strict=True):
         if example.has_rows(example.inputs[leaf]) and isinstance(shape[0], sympy.Symbol):
             return shape[0]
     return None

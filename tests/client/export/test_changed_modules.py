@@ -115,7 +115,7 @@ def test_variants_tell_that_the_module_changed_rather_than_blame_the_batch():
 
 def test_a_batch_that_a_deep_module_refuses_is_refused_without_an_export():
     layers = []
-    for index in range(50):
+    for index in range(30):
         layers += [nn.Conv2d(3 if index == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 10))
     exporter = ModuleExporter(module, "cross_entropy")

@@ -41,7 +41,7 @@ class Lstm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(6, 8, num_layers=2, batch_first=True)
+        self.lstm = nn.LSTM(6, 8, batch_first=True)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,23 +70,21 @@ def batch(module: nn.Module, rows: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.randn(rows, *type(module).inputs, dtype=dtype), torch.randint(type(module).classes, (rows,))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "dtype"), [(1, torch.float64), (2, torch.float64), (3, torch.float64), (3, torch.float32)], ids=str
-)
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float64), (2, torch.float32), (3, torch.float64)], ids=str)
 @pytest.mark.parametrize("kind", [Mlp, ConvNet, Lstm, Transformer])
-def test_five_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
+def test_momentum_steps_of_any_batch_size_equal_plain_torch(kind, ranks, dtype, make_group, assert_close):
     module = make(kind, dtype)
     group = make_group(module, nn.CrossEntropyLoss(), batch(module, 4, dtype), ranks=ranks)
     assert group.whole["train"] is None
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     # One row a batch is too few for batch norm over it alone, but not over an image's pixels.
-    for rows in (1, 2, 7, 64):
+    for rows in (1, 7, 64):
         start = copy.deepcopy(module.state_dict())
         group.call_all("load_state_dict", {k: v.clone() for k, v in start.items()}, partial=False)
         group.call_all("load_optimizer_state", {**group.call_all("optimizer_state")[0], "state": {}})
         reference = copy.deepcopy(module)
         optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(5):
+        for _ in range(3):
             inputs, targets = batch(module, rows, dtype)
             report, _, _ = group.compute_gradients(inputs, targets)
             loss = group.train_step(inputs, targets)

@@ -85,7 +85,7 @@ def assert_failed_together_and_at_once(group, began: float) -> None:
     assert sum(error.reason == "PEER_FAILED" for error in group.errors) == group.size - 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_training_goes_on_as_if_failed_commands_had_never_been_made(ranks, make_group, assert_close, fails_as):
     module = Words().double()
     group = make_group(module, nn.CrossEntropyLoss(), batch(4), ranks=ranks)
@@ -250,9 +250,9 @@ def threads_and_descriptors(pids: list[int]) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_failed_commands_leave_neither_threads_nor_descriptors_behind(ranks, make_group, rank_processes):
-    group = make_group(Words().double(), nn.CrossEntropyLoss(), batch(4), ranks=ranks)
+@pytest.mark.slow
+def test_failed_commands_leave_neither_threads_nor_descriptors_behind(make_group, rank_processes):
+    group = make_group(Words().double(), nn.CrossEntropyLoss(), batch(4), ranks=3)
     seen = []
     for rounds in (1, 4):
         for _ in range(rounds):
@@ -263,7 +263,7 @@ def test_failed_commands_leave_neither_threads_nor_descriptors_behind(ranks, mak
                         command(*make_batch(7))
                     group.call_all("run", FAIL_NO_MORE)
         group.train_step(*batch(7))
-        seen.append(threads_and_descriptors(rank_processes.pids[:ranks]))
+        seen.append(threads_and_descriptors(rank_processes.pids[:3]))
     # 24 failures came between. gloo may miss that a connection was closed, and wait on, now and then; never each time.
     for (threads, descriptors), (threads_later, descriptors_later) in zip(*seen, strict=True):
         assert threads_later <= threads + 12 and descriptors_later <= descriptors + 16, seen

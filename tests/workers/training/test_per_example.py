@@ -107,7 +107,7 @@ def gradients(group: Any, inputs: Any, targets: Any, **query: Any) -> dict[str, 
     return {name: torch.cat([report.gradients[name] for report in used]) for name in reports[0].gradients}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("rows", [7, 2, 1])
 def test_gradients_of_examples_equal_torchs_one_at_a_time(ranks, rows, make_group, assert_close) -> None:
     module = Net(nn.Tanh()).double()

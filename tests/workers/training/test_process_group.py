@@ -71,5 +71,6 @@ def test_ranks_join_again_after_one_gave_up(tmp_path, size):
     assert run(tmp_path, size, "all") == ["joined 7"] * size
 
 
+@pytest.mark.slow
 def test_rank_that_does_not_come_fails_the_others_in_time(tmp_path):
     assert run(tmp_path, 2, "missing") == ["PEER_FAILED True"] * 2

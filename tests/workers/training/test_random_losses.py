@@ -20,7 +20,7 @@ def batch(rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3).double(), torch.randn(rows, 2).double()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_gradients_are_of_the_loss_that_was_computed(make_group, ranks):
     module = nn.Linear(3, 2).double()
     group = make_group(module, factored, batch(4), ranks=ranks)

@@ -31,7 +31,7 @@ def backward(group, reports, cotangent, **query):
     return group.call("backward", [((BackwardQuery(retained="a", **query), [part]), {}) for part in parts])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("rows", [7, 2])
 def test_gradients_are_those_of_torch_for_the_whole_batch(ranks, rows, make_group, assert_close):
     module = make_module()

@@ -25,7 +25,7 @@ class MinusMean(nn.Module):
 
 
 def test_a_bias_before_batch_norm_whose_gradient_is_rounding_alone_does_not_keep_batches_whole(make_group):
-    for seed in range(20):
+    for seed in range(7):
         torch.manual_seed(seed)
         width = 2 + seed % 7
         module = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))

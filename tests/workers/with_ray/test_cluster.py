@@ -20,7 +20,7 @@ from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.values import OptimizerSpec
 from gradwire_workers.placement import Placement
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 X, Y = torch.randn(6, 10), torch.randn(6, 3)
 

@@ -18,7 +18,7 @@ from gradwire_proto.values import Batch, GradientQuery, Segment, TensorData, lea
 from gradwire_workers import segments
 from gradwire_workers.segments import SegmentWriter
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 
 def net() -> nn.Module:
@@ -33,7 +33,7 @@ def close(data: TensorData, expected: torch.Tensor) -> bool:
     return torch.allclose(to_torch(data), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 async def test_training_is_torchs_on_any_number_of_ranks(start, in_batch, workers):
     module, loss = net(), nn.CrossEntropyLoss()
     reference = copy.deepcopy(module)
