@@ -223,7 +223,7 @@ def test_time_that_runs_out_on_one_rank_alone_runs_out_on_all(make_group):
 def test_evaluation_that_differs_from_training_in_dropout_alone_is_not_tried_again(make_group, assert_close):
     torch.manual_seed(0)
     found = {}
-    for kind in ("tokens", "tokens norm"):
+    for kind in ("masked", "masked norm"):
         module = Tagger(kind, dropout=0.3)
         group = make_group(module, None, (tokens(4), None))
         group.call_all("run", "trainer._replica.weigh('eval', None)")
@@ -240,8 +240,8 @@ def test_evaluation_that_differs_from_training_in_dropout_alone_is_not_tried_aga
         result, _, _ = group.compute_gradients(batch, training=False)
         assert result.loss == pytest.approx(loss, rel=1e-5)
         assert_close(result.gradients, gradients)
-    assert found["tokens"] is None
-    assert "takes longer" in found["tokens norm"]  # batch norm does something else in evaluation
+    assert found["masked"] is None
+    assert "takes longer" in found["masked norm"]  # batch norm does something else in evaluation
 
 
 def test_rows_are_not_taken_for_tokens_though_no_target_of_the_example_is_ignored(make_group):
