@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,11 +22,22 @@ from gradwire_server.tensors.downloads import Downloads
 T = TypeVar("T")
 
 
-def with_times(result: T, call: Call, queue: float) -> T:
-    """`result` with the seconds that it waited and took in all, if it tells times."""
+def timed(call: Call, work: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
+    """`work`, whose result tells how long it waited from now until it began, and took in all."""
+    submitted = time.monotonic()
+
+    async def run(values: Any) -> T:
+        queue = time.monotonic() - submitted
+        return with_times(await work(values), call, queue)
+
+    return run
+
+
+def with_times(result: T, call: Call, queue: float, recovery: float = 0.0) -> T:
+    """`result` with the seconds that it waited, had to wait for lost ranks, and took in all, if it tells times."""
     if not isinstance(result, (StepResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)):
         return result
-    timing = replace(result.timing, queue=queue, total=time.monotonic() - call.arrived)
+    timing = replace(result.timing, queue=queue, recovery=recovery, total=time.monotonic() - call.arrived)
     return replace(result, timing=timing)
 
 
