@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from google.protobuf.empty_pb2 import Empty
 
 from gradwire_proto import codec
-from gradwire_proto.errors import InvalidArgument
+from gradwire_proto.errors import InvalidArgument, Unimplemented
 from gradwire_proto.names import parse_command_name, parse_model_name
+from gradwire_proto.v1 import checkpoint_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Batch, Limits
 from gradwire_server.calls import Call
 from gradwire_server.function_host import FunctionHost
@@ -194,13 +194,30 @@ class Servicer:
         codec.encode_value(state, response.state, "state")
         return response
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, call: Call) -> checkpoint_pb2.Checkpoint:
+        raise Unimplemented("this service takes no checkpoints yet")
+
+    async def GetCheckpoint(self, request: pb.GetCheckpointRequest, call: Call) -> checkpoint_pb2.Checkpoint:
+        raise Unimplemented("this service takes no checkpoints yet")
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, call: Call) -> pb.ListCheckpointsResponse:
+        raise Unimplemented("this service takes no checkpoints yet")
+
+    async def DeleteCheckpoint(self, request: pb.DeleteCheckpointRequest, call: Call) -> Empty:
+        raise Unimplemented("this service takes no checkpoints yet")
+
+    async def RestoreModel(self, request: pb.RestoreModelRequest, call: Call) -> model_pb2.Model:
+        raise Unimplemented("this service takes no checkpoints yet")
+
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 
     async def UploadTensors(
         self, requests: AsyncIterator[pb.UploadTensorsRequest], call: Call
     ) -> pb.UploadTensorsResponse:
-        types = await read_manifest(requests, self._limits)
-        return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests)))
+        types, name = await read_manifest(requests, self._limits)
+        return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests), name))
 
     def DownloadTensors(
         self, request: pb.DownloadTensorsRequest, call: Call

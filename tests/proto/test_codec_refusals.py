@@ -212,6 +212,9 @@ def test_leaf_that_is_a_constant_tensor_is_refused() -> None:
     assert refusal(lambda: codec.decode_leaf(message)).reason == "VALUE_TYPE_UNSUPPORTED"
 
 
+NOT_DURABLE = model_pb2.DURABILITY_NONE
+
+
 def model_message(**fields: object) -> model_pb2.Model:
     program = values.Program(torch_version="2", tensors=(), variants=(smallest_variant(),), operators={})
     message = codec.encode_model_spec(values.ModelSpec(program=program))
@@ -227,6 +230,11 @@ def model_message(**fields: object) -> model_pb2.Model:
         ({"on_nan": 9}, "ENUM_VALUE_UNKNOWN", "model.on_nan"),
         ({"precision": 9}, "ENUM_VALUE_UNKNOWN", "model.precision"),
         ({"loss_reduction": 9}, "ENUM_VALUE_UNKNOWN", "model.loss_reduction"),
+        ({"durability": 9}, "ENUM_VALUE_UNKNOWN", "model.durability"),
+        ({"checkpoint_every": -1}, "INTEGER_OUT_OF_RANGE", "model.checkpoint_every"),
+        ({"keep_checkpoints": -1}, "INTEGER_OUT_OF_RANGE", "model.keep_checkpoints"),
+        ({"durability": NOT_DURABLE, "checkpoint_every": 5}, "CHECKPOINTS_NOT_TAKEN", "model.checkpoint_every"),
+        ({"durability": NOT_DURABLE, "keep_checkpoints": 5}, "CHECKPOINTS_NOT_TAKEN", "model.keep_checkpoints"),
         ({"gpus_per_worker": -1.0}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": float("nan")}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": 1.0, "device": model_pb2.DEVICE_CPU}, "GPUS_ON_CPU", "model.gpus_per_worker"),
@@ -454,6 +462,43 @@ def test_query_that_contradicts_itself_is_refused(
 ) -> None:
     error = refusal(lambda: codec.decode_gradient_query(request_))
     assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.RestoreModelRequest(), "NAME_INVALID", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="../etc"), "NAME_INVALID", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/.."), "CHECKPOINT_NOT_FOUND", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/c", model_id="9"), "MODEL_ID_INVALID", "model_id"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/c", workers=-1), "INTEGER_OUT_OF_RANGE", "workers"),
+    ],
+)
+def test_restoration_of_what_cannot_be_is_refused(request_: pb.RestoreModelRequest, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_restoration(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.CreateCheckpointRequest(), "NAME_INVALID", "parent"),
+        (pb.CreateCheckpointRequest(parent="models/m", checkpoint_id="a/b"), "CHECKPOINT_ID_INVALID", "checkpoint_id"),
+        (pb.CreateCheckpointRequest(parent="models/m", checkpoint_id="A"), "CHECKPOINT_ID_INVALID", "checkpoint_id"),
+    ],
+)
+def test_checkpoint_of_a_name_that_could_leave_its_folder_is_refused(
+    request_: pb.CreateCheckpointRequest, reason: str, field: str
+) -> None:
+    error = refusal(lambda: codec.decode_new_checkpoint(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+def test_what_a_checkpoint_request_leaves_out_is_none() -> None:
+    assert codec.decode_new_checkpoint(pb.CreateCheckpointRequest(parent="models/m")) == ("m", None)
+    asked = pb.RestoreModelRequest(checkpoint="models/m/checkpoints/7", model_id="copy", workers=3)
+    assert codec.decode_restoration(asked) == ("m/7", "copy", 3)
+    assert codec.decode_restoration(pb.RestoreModelRequest(checkpoint="checkpoints/c")) == ("c", None, None)
 
 
 def test_inline_bound_of_zero_means_none() -> None:

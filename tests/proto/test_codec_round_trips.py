@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwire_proto import codec, values
+from gradwire_proto import codec, names, values
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import program_pb2
 
@@ -220,6 +220,12 @@ ARCHITECTURES = st.builds(
     config=st.dictionaries(NAMES, nested(CONSTANTS), max_size=3),
     weights=st.none() | st.sampled_from(["gpt2", "team/gpt2-1.0_b"]),
 )
+KEEPING = {
+    "durability": st.sampled_from(["", "process", "disk"]),
+    "checkpoint_every": st.integers(0, 2**31 - 1),
+    "keep_checkpoints": st.integers(0, 2**31 - 1),
+    "deterministic": st.booleans(),
+}
 REDUCTIONS = st.sampled_from([None, "mean", "sum"])
 MODEL_SPECS = st.builds(
     values.ModelSpec,
@@ -237,11 +243,12 @@ MODEL_SPECS = st.builds(
     clip_grad_value=CLIPS,
     precision=PRECISIONS,
     loss_reduction=REDUCTIONS,
+    **KEEPING,
 )
 MODEL_INFOS = st.builds(
     values.ModelInfo,
     id=NAMES,
-    state=st.sampled_from(["creating", "ready", "failed", "deleting"]),
+    state=st.sampled_from(["creating", "ready", "recovering", "failed", "deleting"]),
     step=COUNTS,
     workers=st.integers(0, 1000),
     sharding=st.none() | st.builds(values.Sharding, st.sampled_from(["rows", "whole"]), TEXTS),
@@ -262,6 +269,19 @@ MODEL_INFOS = st.builds(
     precision=PRECISIONS,
     architecture=st.none() | NAMES,
     loss_reduction=REDUCTIONS,
+    **KEEPING,
+)
+MODEL_IDS = st.from_regex(r"[a-z][a-z0-9-]{0,62}", fullmatch=True)
+CHECKPOINT_IDS = st.from_regex(r"[a-z0-9-]{1,63}", fullmatch=True)
+CHECKPOINTS = st.builds(
+    values.Checkpoint,
+    name=CHECKPOINT_IDS | st.builds(names.automatic_checkpoint, MODEL_IDS, st.integers(0, 10**18 - 1)),
+    model_id=MODEL_IDS,
+    step=COUNTS,
+    command=COUNTS,
+    created_at=st.floats(1e9, 4e9),
+    nbytes=COUNTS,
+    automatic=st.booleans(),
 )
 STEP_RESULTS = st.builds(
     values.StepResult,
@@ -306,6 +326,7 @@ SERVER_INFOS = st.builds(
 )
 
 PAIRS = {
+    "checkpoint": CHECKPOINTS,
     "tensor": tensors(),
     "value": VALUES,
     "batch": st.builds(values.Batch, VALUES, VALUES),
@@ -492,6 +513,11 @@ def test_derivative_query_comes_back_with_its_vectors(kind, wrt, outputs, bound,
     vectors = tuple(data.draw(tensors()) for _ in range(count))
     request = codec.encode_derivative_query(query, vectors, pb.DifferentiateFunctionRequest())
     assert repr(codec.decode_derivative_query(through_the_wire(request))) == repr((query, vectors))
+
+
+def test_model_that_is_not_durable_comes_back_so() -> None:
+    spec = values.ModelSpec(program=values.ArchitectureSpec(name="gpt2"), durability="none")
+    assert codec.decode_model_spec(through_the_wire(codec.encode_model_spec(spec))) == spec
 
 
 def test_filling_a_field_in_place_gives_the_same_message() -> None:

@@ -289,11 +289,13 @@ class Frontend:
         codec.encode_batch(Batch(inputs), request.batch)
         return request
 
-    async def upload(self, *tensors: TensorData, chunks: list[bytes] | None = None, pause: float = 0) -> str:
+    async def upload(
+        self, *tensors: TensorData, chunks: list[bytes] | None = None, pause: float = 0, upload_id: str = ""
+    ) -> str:
         """Upload tensors, or other bytes under their headers."""
 
         async def messages() -> AsyncIterator[pb.UploadTensorsRequest]:
-            manifest = pb.UploadManifest()
+            manifest = pb.UploadManifest(upload_id=upload_id)
             for tensor in tensors:
                 message = codec.encode_tensor(tensor)
                 manifest.tensors.add(dtype=message.dtype, shape=message.shape)

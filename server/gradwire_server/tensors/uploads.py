@@ -57,8 +57,13 @@ class Uploads:
         self._held = held
         self._complete: dict[str, _Upload] = {}
 
-    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes]) -> str:
-        """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays."""
+    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes], name: str | None = None) -> str:
+        """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays.
+
+        name: what it is to be called; one of that name that is complete is answered as it is, without reading `chunks`.
+        """
+        if name is not None and self._is_repeat(name, types):
+            return name
         nbytes = sum(kind.nbytes for kind in types)
         self._held.reserve(nbytes)
         file = None
@@ -72,9 +77,24 @@ class Uploads:
                 file.discard()
             self._held.release(nbytes)
             raise
-        name = f"uploads/{secrets.token_hex(16)}"
+        name = name or f"uploads/{secrets.token_hex(16)}"
+        if name in self._complete:
+            # A repeat came while the first one, whose client is gone, was not known to be cut off; or the other way.
+            remove_files(segment_paths(tensors))
+            self._held.release(nbytes)
+            return name
         self._complete[name] = _Upload(tensors, nbytes, set(range(len(tensors))), self._timer(name))
         return name
+
+    def _is_repeat(self, name: str, types: Sequence[TensorType]) -> bool:
+        upload = self._complete.get(name)
+        if upload is None:
+            return False
+        if [(kind.dtype, kind.shape) for kind in types] != [(each.dtype, each.shape) for each in upload.tensors]:
+            raise InvalidArgument(
+                f"{name} is complete, with other tensors", field="manifest.upload_id", reason="UPLOAD_ID_REUSED"
+            )
+        return True
 
     def claim(self, value: T, field: str = "") -> Claim[T]:
         """`value` with every handle in it turned into the segment of the uploaded tensor, for one request.
