@@ -13,11 +13,12 @@ from gradwire_proto.values import TensorData
 class Replay:
     """A command of the journal that is applied once more, to ranks that have not seen it. `number`: the one it had.
 
-    `uploads`: the tensors that its handles named, by upload.
+    `uploads`: the tensors that its handles named, by upload. `answered`: whether somebody may ask for its answer.
     """
 
     number: int
     uploads: Mapping[str, Sequence[TensorData]]
+    answered: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import floor
 
 from gradwire_proto import codec
+from gradwire_proto.encoding.scalar_codec import decode_time, encode_time
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import ArchitectureSpec, ModelSpec, ModelUpdate, OptimizerSpec, StateTensor, Variant
 
@@ -26,7 +26,7 @@ class CurrentSpec:
     def decode(cls, raw: bytes) -> CurrentSpec:
         """The spec that `encoded` wrote."""
         message = model_pb2.Model.FromString(raw)
-        created_at = message.create_time.seconds + message.create_time.nanos / 1e9
+        created_at = decode_time(message.create_time)
         message.ClearField("create_time")
         return cls(codec.decode_model_spec(message), created_at)
 
@@ -34,20 +34,14 @@ class CurrentSpec:
         """The spec with all graphs, and when the model was made."""
         if self._encoded is None:
             message = codec.encode_model_spec(self.value)
-            message.create_time.seconds = floor(self.created_at)
-            message.create_time.nanos = min(round((self.created_at - floor(self.created_at)) * 1e9), 999_999_999)
+            encode_time(self.created_at, message.create_time)
             self._encoded = message.SerializeToString()
         return self._encoded
 
-    def updated(self, update: ModelUpdate, trained: Sequence[str] | None) -> None:
-        """Settings were changed. `trained`: names of the parameters that are trained now, None where none changed."""
-        spec = self.value
-        program = spec.program
-        if trained is not None and not isinstance(program, ArchitectureSpec):
-            program = replace(program, tensors=trained_only(program.tensors, trained))
-        labels = spec.labels if update.labels is None else update.labels
-        optimizer = updated_optimizer(spec.optimizer, update)
-        self._change(replace(spec, program=program, optimizer=optimizer, labels=labels))
+    def updated(self, update: ModelUpdate) -> None:
+        """Settings were changed. Which parameters are trained is no part of the spec: it stays what it was at first."""
+        labels = self.value.labels if update.labels is None else update.labels
+        self._change(replace(self.value, optimizer=updated_optimizer(self.value.optimizer, update), labels=labels))
 
     def add_variant(self, variant: Variant, tensors: Sequence[StateTensor], operators: Mapping[str, str]) -> None:
         """The program has another variant, further constants, and names further operators."""

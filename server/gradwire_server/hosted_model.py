@@ -41,35 +41,46 @@ class HostedModel:
     """A model and its ranks. Commands and reads run one at a time in the order in which they came.
 
     A command that gives a request id runs once: a repeat waits for it, or gets its reply. One that nobody waits for any
-    more when its turn comes is not applied; one that was begun ends, whoever waits.
+    more when its turn comes is not applied; one that was begun ends, whoever waits. Ranks that are lost are replaced.
     """
 
-    def __init__(
-        self,
-        workers: Workers,
-        description: ModelDescription,
-        tensors: TensorStore,
-        limits: Limits,
-        stored_replies: int,
-        delete_seconds: float,
-    ) -> None:
-        self._workers = workers
-        self._tensors = tensors
-        self._limits = limits
-        self._delete_seconds = delete_seconds
-        self._number = 0
-        self._queue = WorkQueue(tensors.uploads, limits.requests_per_model)
-        # What waits or runs is never forgotten, however few replies are to be stored.
-        capacity = max(stored_replies, limits.requests_per_model)
-        self._commands: RequestLog[Job[Any]] = RequestLog(capacity, limits.message_bytes)
-        turns = Turns(command=self._command, read=self._read, begin=self._submit, weigh=self._commands.weigh)
-        self.autograd = AutogradCommands(turns, workers.retained, tensors.downloads, limits)
-        """What clients need whose own autograd goes through the model."""
+    def __init__(self, description: ModelDescription, hosting: Hosting) -> None:
         self.description = description
-        if description.info.architecture is not None:
-            description.built(workers.tensors, workers.variants)
-        description.ready(workers.sharding, workers.device)
-        workers.on_lost = description.met
+        self._hosting = hosting
+        self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
+        # What waits or runs is never forgotten, however few replies are to be stored.
+        capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
+        log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
+        self._ranks = LiveRanks(self._regain, self._ranks_lost)
+        self._records = ModelRecords(self._save_now, self._in_turn)
+        self._commands = Commands(
+            description,
+            self._queue,
+            log,
+            self._ranks,
+            self._records,
+            released=lambda: self.autograd.take_released(),
+            applied=lambda: None,
+        )
+        self._there = asyncio.Event()
+        self._restorer: Restorer | None = None
+        self._restoring: asyncio.Task[None] | None = None
+        turns = Turns(
+            command=self._commands.run, read=self._commands.read, begin=self._commands.begin, weigh=log.weigh
+        )
+        self.autograd = AutogradCommands(
+            turns,
+            lambda: self._ranks.workers.retained,
+            hosting.tensors.downloads,
+            hosting.limits,
+            f"{self.id}/{description.info.created_at}",
+        )
+        """What clients need whose own autograd goes through the model."""
+
+    @property
+    def id(self) -> str:
+        """The last segment of its name."""
+        return self.description.info.id
 
     # --- commands -------------------------------------------------------------------------------------------------
 

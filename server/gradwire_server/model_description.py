@@ -47,6 +47,7 @@ class ModelDescription:
                 loss=None,
                 labels={},
                 created_at=created_at,
+                durability="process",
             )
         else:
             self._begin(model_id, CurrentSpec(spec, created_at), "creating")
@@ -77,6 +78,10 @@ class ModelDescription:
             precision=spec.precision,
             architecture=spec.program.name if isinstance(spec.program, ArchitectureSpec) else None,
             loss_reduction=spec.loss_reduction,
+            durability=spec.durability,
+            checkpoint_every=spec.checkpoint_every,
+            keep_checkpoints=spec.keep_checkpoints,
+            deterministic=spec.deterministic,
         )
 
     @property
@@ -119,11 +124,19 @@ class ModelDescription:
         self._begin(self._info.id, spec, state)
         self._info = replace(self._info, step=step, last_error=last_error)
 
-    def ready(self, sharding: Sharding, device: str) -> None:
+    def trains(self, names: Sequence[str]) -> None:
+        """The parameters of these names are trained, and no others."""
+        self._info = replace(self._info, tensors=trained_only(self._info.tensors, names))
+
+    def has_ranks(self, sharding: Sharding, device: str) -> None:
+        """Ranks hold the model, or will when commands were applied to them once more."""
+        self._info = replace(self._info, sharding=sharding, device=device)
+
+    def ready(self) -> None:
         """The ranks have the model. One that is being deleted stays so."""
-        state = "ready" if self._info.state in ("creating", "recovering") else self._info.state
         self._shown = None
-        self._info = replace(self._info, state=state, sharding=sharding, device=device)
+        if self._info.state in ("creating", "recovering"):
+            self._info = replace(self._info, state="ready")
 
     def built(self, tensors: Sequence[StateTensor], variants: Sequence[Variant]) -> None:
         """The ranks have built the module that the client named, which has these."""
@@ -157,7 +170,7 @@ class ModelDescription:
 
     def updated(self, update: ModelUpdate, trained: Sequence[str] | None) -> None:
         """Settings were changed. `trained`: names of the parameters that are trained now, None where none changed."""
-        self.spec.updated(update, trained)
+        self.spec.updated(update)
         info = self._info
         tensors = info.tensors if trained is None else trained_only(info.tensors, trained)
         labels = info.labels if update.labels is None else update.labels

@@ -18,6 +18,7 @@ from gradwire_proto.values import (
 )
 from gradwire_server.calls import Call
 from gradwire_server.tensors.downloads import Downloads
+from gradwire_server.tensors.held_files import remove_files, segment_paths
 
 T = TypeVar("T")
 
@@ -60,6 +61,18 @@ async def deliver_derivatives(
 async def deliver_outputs(result: ForwardResult, downloads: Downloads, max_inline_bytes: int | None) -> ForwardResult:
     """The same for outputs."""
     return replace(result, outputs=await downloads.deliver(result.outputs, max_inline_bytes))
+
+
+def without_tensors(result: T) -> T:
+    """A result that nobody asks for: its tensors' files are removed."""
+    if isinstance(result, ForwardResult):
+        remove_files(segment_paths(tensor for _, tensor in leaves(result.outputs) if isinstance(tensor, TensorData)))
+        return replace(result, outputs=())
+    if isinstance(result, BackwardResult):
+        tensors = [tensor for _, tensor in leaves(result.input_gradients) if isinstance(tensor, TensorData)]
+        remove_files(segment_paths(tensors))
+        return replace(result, input_gradients=None)
+    return result
 
 
 def inline_bytes(value: Any) -> int:

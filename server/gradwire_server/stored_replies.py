@@ -14,9 +14,7 @@ from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgu
 from gradwire_proto.values import Handle, TensorData, leaves
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
-
-REPLY_BYTES = 4 << 20
-"""Replies with more bytes are not stored: what became of their command is known, and no more."""
+from gradwire_server.storage.records import REPLY_BYTES
 
 SMALL_REPLY_BYTES = 64 << 10
 """More than a reply without tensors has."""
@@ -56,31 +54,36 @@ def room_for_reply(method: str) -> int:
 
 
 @dataclass(slots=True)
-class StoredReply:
-    """A command that has ended, as it is stored: its reply's bytes, or the error that refused it.
+class EndedCommand:
+    """A command that has ended, as it is stored: its number, and its reply's bytes or the error that refused it.
 
-    `reply` None and `error` None: it was applied, and its reply was not stored.
+    `reply` None and `error` None: it was applied, and its reply was not stored; `answer` is what it answered where
+    that is known all the same, because it was applied once more to ranks that had not seen it.
     """
 
+    number: int
     method: str
     reply: bytes | None
     error: GradwireError | None = None
+    answer: Any = None
     ended: bool = True
 
     async def wait(self) -> None:
         """It has ended."""
 
     async def result(self, deadline: float | None) -> Any:
-        """What it answered. Raises FailedPrecondition REPLY_FORGOTTEN (outcome applied) where that was not stored."""
+        """What it answered. Raises FailedPrecondition REPLY_FORGOTTEN (outcome applied) where that is not known."""
         if self.error is not None:
             raise copy.copy(self.error)
-        if self.reply is None:
-            raise FailedPrecondition(
-                "the command was applied, and its reply was too large to be stored",
-                reason="REPLY_FORGOTTEN",
-                outcome="applied",
-            )
-        return decode_reply(self.method, self.reply)
+        if self.reply is not None:
+            return decode_reply(self.method, self.reply)
+        if self.answer is not None:
+            return self.answer
+        raise FailedPrecondition(
+            "the command was applied, and its reply was too large to be stored",
+            reason="REPLY_FORGOTTEN",
+            outcome="applied",
+        )
 
 
 def kills_ranks(text: str) -> InvalidArgument:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, ResourceExhausted
+from gradwire_proto.values import TensorData
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.tensors.uploads import Claim, Uploads
@@ -57,6 +58,11 @@ class Job(Generic[T]):
     def on_end(self, callback: Callable[[Job[T]], None]) -> None:
         """Have `callback` called soon after the end, before those who wait are woken."""
         self._ended.add_done_callback(lambda _: callback(self))
+
+    @property
+    def uploads(self) -> dict[str, list[TensorData]]:
+        """The uploads that it uses, by name, while it waits or runs."""
+        return self._claim.used
 
     @property
     def ended(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -36,6 +36,11 @@ class Claim(Generic[T]):
     value: T
     uploads: Uploads
     taken: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def used(self) -> dict[str, list[TensorData]]:
+        """All tensors of the uploads that it uses some of, by the upload's name."""
+        return {name: self.uploads.tensors(name) for name in self.taken}
 
     def spend(self) -> None:
         """The tensors were used: they can go."""
@@ -119,6 +124,10 @@ class Uploads:
         claim.value = map_leaves(lambda leaf: resolved[leaf.data.name] if _has_handle(leaf) else leaf, value)
         return claim
 
+    def tensors(self, name: str) -> list[TensorData]:
+        """Those of a complete upload."""
+        return self._complete[name].tensors
+
     def _resolve(self, handle: Handle, path: str, taken: dict[str, set[int]]) -> TensorData:
         name, _, index_text = handle.name.rpartition("/tensors/")
         index = int(index_text)
@@ -181,6 +190,18 @@ def _has_handle(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_handle, value.values()))
     return isinstance(value, (tuple, list)) and any(map(_has_handle, value))
+
+
+def resolve(value: T, uploads: Mapping[str, Sequence[TensorData]]) -> T:
+    """`value` with every handle in it turned into the tensor that it names of `uploads`."""
+
+    def tensor(leaf: Any) -> Any:
+        if not _has_handle(leaf):
+            return leaf
+        name, _, index = leaf.data.name.rpartition("/tensors/")
+        return uploads[name][int(index)]
+
+    return map_leaves(tensor, value)
 
 
 def _check_same_type(asked: TensorData, uploaded: TensorData, path: str) -> None:

@@ -1,0 +1,273 @@
+"""A model from its making to its end: its ranks, its journal and its checkpoints, and how they come back."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.names import automatic_checkpoint
+from gradwire_proto.values import ModelInfo
+from gradwire_server.autograd_commands import AutogradCommands, Turns
+from gradwire_server.calls import Call
+from gradwire_server.commands import Commands
+from gradwire_server.current_spec import CurrentSpec
+from gradwire_server.hosting import Hosting
+from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.model_description import ModelDescription, deleted
+from gradwire_server.model_records import ModelRecords
+from gradwire_server.request_log import RequestLog
+from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
+from gradwire_server.storage.checkpoint_store import key_of
+from gradwire_server.storage.journal import Journal
+from gradwire_server.storage.records import Entry
+from gradwire_server.storage.saved_model import SavedModel, StoredReply
+from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLife:
+    """See the module. `commands` runs its requests; `autograd` those of clients whose own autograd goes through it."""
+
+    def __init__(self, description: ModelDescription, hosting: Hosting) -> None:
+        self.description = description
+        self._hosting = hosting
+        self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
+        self.ranks = LiveRanks(self._regain, self._ranks_lost)
+        self._records = ModelRecords(self._save_now, self._in_turn)
+        # What waits or runs is never forgotten, however few replies are to be stored.
+        capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
+        log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
+        self.commands = Commands(
+            description,
+            self._queue,
+            log,
+            self.ranks,
+            self._records,
+            released=lambda: self.autograd.take_released(),
+            applied=self._applied,
+        )
+        turns = Turns(
+            command=self.commands.run, read=self.commands.read, begin=self.commands.begin, weigh=log.weigh
+        )
+        self.autograd = AutogradCommands(
+            turns,
+            lambda: self.ranks.workers.retained,
+            hosting.tensors.downloads,
+            hosting.limits,
+            lambda: f"{self.id}/{description.info.created_at}",
+        )
+        self._there = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        """The last segment of its name."""
+        return self.description.info.id
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether anything of it outlives its ranks."""
+        return self.description.info.durability != "none"
+
+    # --- making and ending ----------------------------------------------------------------------------------------
+
+    async def begin(self, workers: Workers, call: Call, *, number: int = 0, trained: tuple[str, ...] = ()) -> ModelInfo:
+        """Serve a new model that these ranks have, once it outlives what it should. `call`: the request that makes it.
+
+        number: that of the last command that it has applied. trained: as in `adopt`. Whatever fails, nothing of it is
+        left in the storage; the ranks are the caller's.
+        """
+        self.commands.number = number
+        self.adopt(workers, trained)
+        if self.is_durable:
+            try:
+                await self._enter_storage(call)
+            except BaseException:
+                self._records.close()
+                await asyncio.shield(asyncio.to_thread(self._hosting.storage.delete, self.id))
+                raise
+        self.description.ready()
+        self._there.set()
+        return self.description.info
+
+    async def _enter_storage(self, call: Call) -> None:
+        saved = await self.snapshot()
+        await self._write(saved)
+        storage, number, made_by = self._hosting.storage, self.commands.number, None
+        if call.request_id is not None:
+            reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
+            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(number, call.method, reply))
+        await asyncio.to_thread(storage.make, self.id, made_by)
+        durability = self.description.info.durability
+        journal, _ = await asyncio.to_thread(storage.open_journal, self.id, durability, number)
+        self.takes_journal(journal)
+
+    def restore(self) -> None:
+        """Serve a model of the storage, once it has been brought back, in the background."""
+
+        async def work(_: Any) -> None:
+            try:
+                await self._restorer.regain(None, salvage=False)
+                self.description.ready()
+                logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
+            except GradwireError as error:
+                self.description.failed(error)
+                logger.error("models/%s cannot be brought back: %s", self.id, error)
+            finally:
+                self._there.set()
+
+        self.commands.take_turn(Call(), None, work)
+
+    async def there(self, call: Call) -> None:
+        """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
+        if call.replay is None and not self._there.is_set():
+            await self._there.wait()
+
+    async def idle(self) -> None:
+        """Return when no request waits or runs."""
+        await self._queue.idle()
+
+    async def close(self) -> None:
+        """Refuse what waits and what still comes, and free the ranks, after what runs has ended. Idempotent.
+
+        What runs for longer than the setting delete_seconds ends with the ranks' processes. The storage keeps all.
+        """
+        self.ranks.leave()
+        self.autograd.close()
+        ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
+        if self.ranks.there:
+            await self.ranks.workers.close(reuse=ended and not self.description.has_failed)
+        if not ended:
+            await self._queue.cut()
+            if self.ranks.there:
+                # Others may have taken their place meanwhile.
+                await self.ranks.workers.close(reuse=False)
+        self._there.set()
+        self._records.close()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    async def snapshot(self, name: str | None = None, request_id: str | None = None) -> SavedModel:
+        """The model as it is, in a turn. name: of a checkpoint that `request_id` asked for; None: nobody did.
+
+        Its tensors are files that belong to the caller.
+        """
+        state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
+        info, number = self.description.info, self.commands.number
+        try:
+            spec = await asyncio.to_thread(self.description.spec.encoded)
+        except BaseException:
+            remove_files_of(state)
+            raise
+        return SavedModel(
+            name=name or automatic_checkpoint(self.id, number),
+            model_id=self.id,
+            automatic=name is None,
+            created_at=time.time(),
+            request_id=request_id,
+            spec=spec,
+            layout=info.tensors,
+            workers=info.workers,
+            state=replace(state, command=number),
+            replies=tuple(stored_reply_of(*each) for each in self.commands.log.stored()),
+        )
+
+    async def _write(self, saved: SavedModel) -> None:
+        try:
+            await asyncio.to_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
+        finally:
+            saved.remove_files()
+
+    async def _save_now(self) -> None:
+        """Take a checkpoint in the turn of a request, and start the journal anew behind it."""
+        await self._write(await self.snapshot())
+        assert self._records.journal is not None
+        self._records.journal.restart(self.commands.number)
+
+    def _applied(self) -> None:
+        pass
+
+    # --- how it comes back ----------------------------------------------------------------------------------------
+
+    @property
+    def _restorer(self) -> Restorer:
+        storage = self._hosting.storage if self.is_durable else None
+        return Restorer(self, self._hosting.cluster, storage, self._hosting.replayer)
+
+    def _ranks_lost(self, lost: RankLost) -> None:
+        """Nobody may be at work: the ranks are replaced all the same."""
+        self.description.met(lost)
+        self.description.recovering()
+        try:
+            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure())
+        except GradwireError:
+            return  # The next of those that wait replaces them, or the model is on its way out.
+
+    async def _regain(self, lost: RankLost, salvage: bool) -> None:
+        started = time.monotonic()
+        logger.warning("models/%s lost its ranks: %s", self.id, lost)
+        self.description.met(lost)
+        self.description.recovering()
+        try:
+            await self._restorer.regain(self.ranks.workers, salvage=salvage)
+        except GradwireError as error:
+            logger.error("models/%s cannot be brought back: %s", self.id, error)
+            self.description.failed(error if self.is_durable else lost)
+            if not self.is_durable:
+                raise copy.copy(lost) from None
+            self.description.check_usable()
+        self.description.ready()
+        logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
+
+    async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
+        await self.commands.take_turn(Call(), None, lambda _: work()).wait_for_result()
+
+    @property
+    def spec(self) -> CurrentSpec:
+        """The spec as of the last command."""
+        return self.description.spec
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where commands are recorded; None: nowhere."""
+        return self._records.journal
+
+    def takes_journal(self, journal: Journal) -> None:
+        """Commands are recorded here."""
+        self._records.journal = journal
+
+    def goes_back_to(self, saved: SavedModel, spec: CurrentSpec) -> None:
+        """What follows is applied to this checkpoint."""
+        self.description.goes_back_to(spec, saved.state.step)
+        self.autograd.goes_back()
+        self._records.goes_back()
+        self.commands.number = saved.state.command
+        for reply in saved.replies:
+            self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
+
+    def adopt(self, workers: Workers, trained: tuple[str, ...]) -> None:
+        """Commands run on these ranks from now on. trained: the parameters that they train; (): as they were made."""
+        self.ranks.adopt(workers)
+        if self.description.info.architecture is not None:
+            self.description.built(workers.tensors, workers.variants)
+        if trained:
+            self.description.trains(trained)
+        self.description.has_ranks(workers.sharding, workers.device)
+
+    async def release_again(self, names: tuple[str, ...]) -> None:
+        """Let go of retained forwards on ranks to which commands are applied once more."""
+        await self.autograd.release_again(names)
+
+    def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
+        """This command of the journal was applied once more."""
+        self.commands.number = entry.number
+        if entry.request_id is not None:
+            self.commands.log.restore(entry.request_id, entry.body, ended)
