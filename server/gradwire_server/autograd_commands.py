@@ -52,7 +52,7 @@ class AutogradCommands:
         workers: Callable[[], RetainedWorkers],
         downloads: Downloads,
         limits: Limits,
-        model: str,
+        model: Callable[[], str],
     ) -> None:
         self._turns = turns
         self._workers = workers
@@ -76,7 +76,7 @@ class AutogradCommands:
             self._retained.forget(retention.release)
             try:
                 self._retained.check_room()
-                name = hashlib.sha256(f"{self._model}/{number}".encode()).hexdigest()[:32]
+                name = hashlib.sha256(f"{self._model()}/{number}".encode()).hexdigest()[:32]
                 result = await self._workers().forward(
                     values["inputs"], retention, name, training=training, seed=seed, command=number
                 )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
-from gradwire_proto.values import TensorData
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
@@ -129,11 +127,15 @@ class Commands:
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
-        self._records.reserve(len(call.raw) + room_for_reply(call.method))
+        before = self.number
         try:
+            self._records.reserve(len(call.raw) + room_for_reply(call.method))
             result, recovery = await self._ranks.run(lambda: work(values, self.number + 1), changes=True)
-        except GradwireError as error:
-            await self._record_error(call, uploads, error)
+        except BaseException as error:
+            if isinstance(error, GradwireError):
+                await self._record_error(call, uploads, error)
+            if self.number == before:
+                self._records.drop(uploads)
             raise
         self._description.applied(result)
         try:
@@ -194,9 +196,3 @@ class Commands:
         if deliver is None:
             return result
         return await deliver(result) if call.replay.answered else without_tensors(result)
-
-    def restore(self, number: int, ended: Mapping[str, tuple[bytes, EndedCommand]]) -> None:
-        """Go on after command `number`; `ended`: by request id, the body of earlier requests and what became of them."""
-        self.number = number
-        for request_id, (body, command) in ended.items():
-            self.log.restore(request_id, body, command)

@@ -97,7 +97,7 @@ class ModelDescription:
 
     @property
     def shown(self) -> ModelInfo:
-        """The whole description for clients. While ranks are brought back to it, as of the last command all the same."""
+        """The whole description for clients: as of the last command, also while ranks are brought back to it."""
         if self._shown is None:
             return self._info
         return replace(self._shown, state=self._info.state, last_error=self._info.last_error)
@@ -197,10 +197,15 @@ class ModelDescription:
                 reason="MODEL_FAILED",
             )
         if state == "creating":
-            raise FailedPrecondition(
-                f"{self.name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
-            )
+            raise not_ready(self.name)
         raise deleted(self.name)
+
+
+def not_ready(name: str) -> FailedPrecondition:
+    """The error of requests that come while the model is made."""
+    return FailedPrecondition(
+        f"{name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
+    )
 
 
 def deleted(name: str) -> FailedPrecondition:

@@ -6,15 +6,17 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.names import automatic_checkpoint
-from gradwire_proto.values import ModelInfo
+from gradwire_proto.values import Checkpoint, ModelInfo
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
+from gradwire_server.checkpoint_source import CheckpointSource
+from gradwire_server.checkpointer import Checkpointer, CheckpointPolicy
 from gradwire_server.commands import Commands
 from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosting import Hosting
@@ -22,14 +24,17 @@ from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.request_log import RequestLog
-from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
+from gradwire_server.restoring import Restorer, ended_command, state_files, stored_reply_of
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.storage.saved_model import SavedModel, StoredReply
+from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.work_queue import Job, WorkQueue
 from gradwire_server.workers import Workers
+
+Trained: TypeAlias = "tuple[str, ...] | None"
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ class ModelLife:
         self._hosting = hosting
         self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
         self.ranks = LiveRanks(self._regain, self._ranks_lost)
-        self._records = ModelRecords(self._save_now, self._in_turn)
+        self._records = ModelRecords(self._begin_anew, self._in_turn)
         # What waits or runs is never forgotten, however few replies are to be stored.
         capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
         log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
@@ -55,9 +60,7 @@ class ModelLife:
             released=lambda: self.autograd.take_released(),
             applied=self._applied,
         )
-        turns = Turns(
-            command=self.commands.run, read=self.commands.read, begin=self.commands.begin, weigh=log.weigh
-        )
+        turns = Turns(command=self.commands.run, read=self.commands.read, begin=self.commands.begin, weigh=log.weigh)
         self.autograd = AutogradCommands(
             turns,
             lambda: self.ranks.workers.retained,
@@ -66,11 +69,17 @@ class ModelLife:
             lambda: f"{self.id}/{description.info.created_at}",
         )
         self._there = asyncio.Event()
+        self._checkpointer: Checkpointer | None = None
 
     @property
     def id(self) -> str:
         """The last segment of its name."""
         return self.description.info.id
+
+    @property
+    def number(self) -> int:
+        """The number of the last command that was applied."""
+        return self.commands.number
 
     @property
     def is_durable(self) -> bool:
@@ -79,7 +88,7 @@ class ModelLife:
 
     # --- making and ending ----------------------------------------------------------------------------------------
 
-    async def begin(self, workers: Workers, call: Call, *, number: int = 0, trained: tuple[str, ...] = ()) -> ModelInfo:
+    async def begin(self, workers: Workers, call: Call, *, number: int = 0, trained: Trained = None) -> ModelInfo:
         """Serve a new model that these ranks have, once it outlives what it should. `call`: the request that makes it.
 
         number: that of the last command that it has applied. trained: as in `adopt`. Whatever fails, nothing of it is
@@ -94,20 +103,20 @@ class ModelLife:
                 self._records.close()
                 await asyncio.shield(asyncio.to_thread(self._hosting.storage.delete, self.id))
                 raise
+        self._watch([number] if self.is_durable else ())
         self.description.ready()
         self._there.set()
         return self.description.info
 
     async def _enter_storage(self, call: Call) -> None:
-        saved = await self.snapshot()
-        await self._write(saved)
-        storage, number, made_by = self._hosting.storage, self.commands.number, None
+        await self._save_here()
+        storage, made_by = self._hosting.storage, None
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
-            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(number, call.method, reply))
+            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
         await asyncio.to_thread(storage.make, self.id, made_by)
         durability = self.description.info.durability
-        journal, _ = await asyncio.to_thread(storage.open_journal, self.id, durability, number)
+        journal, _ = await asyncio.to_thread(storage.open_journal, self.id, durability, self.number)
         self.takes_journal(journal)
 
     def restore(self) -> None:
@@ -116,6 +125,7 @@ class ModelLife:
         async def work(_: Any) -> None:
             try:
                 await self._restorer.regain(None, salvage=False)
+                self._watch(await asyncio.to_thread(self._hosting.storage.checkpoints.automatic, self.id))
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
@@ -142,6 +152,7 @@ class ModelLife:
         """
         self.ranks.leave()
         self.autograd.close()
+        no_more_checkpoints = asyncio.ensure_future(self._end_checkpoints())
         ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
         if self.ranks.there:
             await self.ranks.workers.close(reuse=ended and not self.description.has_failed)
@@ -151,49 +162,83 @@ class ModelLife:
                 # Others may have taken their place meanwhile.
                 await self.ranks.workers.close(reuse=False)
         self._there.set()
+        await no_more_checkpoints
         self._records.close()
+
+    async def _end_checkpoints(self) -> None:
+        if self._checkpointer is not None:
+            await self._checkpointer.close()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    async def snapshot(self, name: str | None = None, request_id: str | None = None) -> SavedModel:
-        """The model as it is, in a turn. name: of a checkpoint that `request_id` asked for; None: nobody did.
+    async def save(self, name: str | None, call: Call) -> Checkpoint:
+        """Save the model under a name; None: one is made up. See Checkpointer.save."""
+        assert self._checkpointer is not None
+        return await self._checkpointer.save(name, call.request_id)
 
-        Its tensors are files that belong to the caller.
-        """
+    def needs_checkpoint(self, number: int) -> bool:
+        """Whether it would be brought back from its automatic checkpoint of that number."""
+        return self._checkpointer is None or number == self._checkpointer.newest
+
+    async def _capture(self, automatic: bool) -> SavedModel | None:
+        """The model in its turn. See SavableModel."""
+
+        async def work(_: Any) -> SavedModel | None:
+            return None if automatic and self.ranks.workers.retains else await self._snapshot()
+
+        return await self.commands.take_turn(Call(), None, work).result(None)
+
+    async def _snapshot(self) -> SavedModel:
+        """The model as it is, in a turn. Its tensors are files that belong to the caller."""
         state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
-        info, number = self.description.info, self.commands.number
         try:
-            spec = await asyncio.to_thread(self.description.spec.encoded)
+            spec = await asyncio.to_thread(self.spec.encoded)
         except BaseException:
-            remove_files_of(state)
+            remove_files(state_files(state))
             raise
         return SavedModel(
-            name=name or automatic_checkpoint(self.id, number),
+            name=automatic_checkpoint(self.id, self.number),
             model_id=self.id,
-            automatic=name is None,
+            automatic=True,
             created_at=time.time(),
-            request_id=request_id,
+            request_id=None,
             spec=spec,
-            layout=info.tensors,
-            workers=info.workers,
-            state=replace(state, command=number),
+            layout=self.description.info.tensors,
+            workers=self.description.info.workers,
+            state=replace(state, command=self.number),
             replies=tuple(stored_reply_of(*each) for each in self.commands.log.stored()),
         )
 
-    async def _write(self, saved: SavedModel) -> None:
+    async def _save_here(self) -> None:
+        """Take an automatic checkpoint in the turn that it is."""
+        saved = await self._snapshot()
         try:
             await asyncio.to_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
         finally:
             saved.remove_files()
 
-    async def _save_now(self) -> None:
-        """Take a checkpoint in the turn of a request, and start the journal anew behind it."""
-        await self._write(await self.snapshot())
+    async def _begin_anew(self) -> None:
+        """Take a checkpoint in the turn that it is, and start the journal anew behind it."""
         assert self._records.journal is not None
-        self._records.journal.restart(self.commands.number)
+        await self._save_here()
+        self._records.journal.restart(self.number)
 
     def _applied(self) -> None:
-        pass
+        if self._checkpointer is not None:
+            self._checkpointer.applied()
+
+    def _watch(self, kept: Sequence[int]) -> None:
+        """Take checkpoints from now on. kept: the numbers of those that there are."""
+        info, keeping, policy = self.description.info, self._hosting.keeping, None
+        if self.is_durable:
+            policy = CheckpointPolicy(
+                commands=info.checkpoint_every,
+                journal_bytes=keeping.checkpoint_bytes,
+                seconds=keeping.checkpoint_seconds,
+                keep=info.keep_checkpoints,
+            )
+        source = CheckpointSource(self.id, lambda: self.number, lambda: self.journal, self._capture)
+        self._checkpointer = Checkpointer(source, self._hosting.storage.checkpoints, policy, kept)
 
     # --- how it comes back ----------------------------------------------------------------------------------------
 
@@ -228,7 +273,7 @@ class ModelLife:
         logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
 
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
-        await self.commands.take_turn(Call(), None, lambda _: work()).wait_for_result()
+        await self.commands.take_turn(Call(), None, lambda _: work()).result(None)
 
     @property
     def spec(self) -> CurrentSpec:
@@ -253,12 +298,12 @@ class ModelLife:
         for reply in saved.replies:
             self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
 
-    def adopt(self, workers: Workers, trained: tuple[str, ...]) -> None:
-        """Commands run on these ranks from now on. trained: the parameters that they train; (): as they were made."""
+    def adopt(self, workers: Workers, trained: Trained) -> None:
+        """Commands run on these ranks from now on. trained: the parameters that they train; None: as the spec says."""
         self.ranks.adopt(workers)
         if self.description.info.architecture is not None:
             self.description.built(workers.tensors, workers.variants)
-        if trained:
+        if trained is not None:
             self.description.trains(trained)
         self.description.has_ranks(workers.sharding, workers.device)
 

@@ -64,6 +64,13 @@ class ModelRecords:
             file = await move_bytes(nbytes, journal.keep_upload, Path(path), name)
         return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)))
 
+    def drop(self, uploads: Sequence[StoredUpload]) -> None:
+        """The command that they were kept for leaves no record."""
+        if self.journal is not None:
+            for upload in uploads:
+                if upload.file:
+                    self.journal.drop_upload(upload.file)
+
     def reserve(self, nbytes: int) -> None:
         """See that a record with so many bytes of request and reply can be written."""
         if self.journal is not None:
@@ -148,7 +155,7 @@ def _undone(error: GradwireError | None) -> GradwireError:
 
 def stored_tensors(upload: StoredUpload, journal: Journal) -> list[TensorData]:
     """The tensors of an upload that a record names."""
-    path = str(journal.blob(upload.file)) if upload.file else ""
+    path = str(journal.blobs.path(upload.file)) if upload.file else ""
     return [
         TensorData(each.dtype, each.shape, Segment(path, each.offset, each.nbytes) if each.nbytes else b"")
         for each in upload.tensors

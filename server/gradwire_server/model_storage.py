@@ -94,10 +94,6 @@ class ModelStorage:
         shutil.rmtree(gone, ignore_errors=True)
         self.checkpoints.delete_automatic(model_id)
 
-    def close(self) -> None:
-        """Let another service in. The journals are closed before."""
-        self._lock.release()
-
 
 def _is_model_id(name: str) -> bool:
     try:

@@ -10,11 +10,10 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire_server.calls import Call, Replay
+from gradwire_server.model_records import stored_tensors
 from gradwire_server.rpc_handlers import SERVICE
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.stored_replies import encode_reply
-from gradwire_server.model_records import stored_tensors
 
 logger = logging.getLogger(__name__)
 

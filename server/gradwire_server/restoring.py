@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost, ResourceExhausted, Unavailable
+from gradwire_proto.names import automatic_checkpoint
 from gradwire_proto.values import ModelState, TensorData, leaves
 from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.failures import public_error
 from gradwire_server.model_storage import ModelStorage
 from gradwire_server.replaying import Replayer, check_same
+from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel, StoredReply
@@ -71,9 +75,7 @@ class Restored(Protocol):
 class Restorer:
     """Finds ranks for one model. `storage` None: of a model that outlives nothing."""
 
-    def __init__(
-        self, model: Restored, cluster: Cluster, storage: ModelStorage | None, replayer: Replayer
-    ) -> None:
+    def __init__(self, model: Restored, cluster: Cluster, storage: ModelStorage | None, replayer: Replayer) -> None:
         self._model = model
         self._cluster = cluster
         self._storage = storage
@@ -91,7 +93,7 @@ class Restorer:
             await self._try_until_there(state)
         finally:
             if state is not None:
-                remove_files(_files(state))
+                remove_files(state_files(state))
 
     async def _salvage(self, lost: Workers) -> ModelState | None:
         try:
@@ -148,25 +150,22 @@ class Restorer:
             raise
 
     def _read_newest(self, storage: ModelStorage) -> tuple[SavedModel, CurrentSpec]:
-        key = storage.checkpoints.newest(self._model.id)
-        if key is None:
-            raise FailedPrecondition("it has no checkpoint", reason="CHECKPOINT_CORRUPT")
-        saved = storage.checkpoints.read(key)
-        try:
-            return saved, CurrentSpec.decode(saved.spec)
-        except BaseException:
-            saved.remove_files()
-            raise
+        """The newest checkpoint that is whole: the journal goes back to the one before."""
+        numbers = storage.checkpoints.automatic(self._model.id)
+        first: GradwireError | None = None
+        for number in numbers:
+            try:
+                return _decoded(storage.checkpoints.read(key_of(automatic_checkpoint(self._model.id, number))))
+            except FailedPrecondition as error:
+                logger.error("%s", error)
+                first = first or error
+        raise first or FailedPrecondition("it has no checkpoint", reason="CHECKPOINT_CORRUPT")
 
-    async def _entries(
-        self, storage: ModelStorage, spec: CurrentSpec, after: int
-    ) -> tuple[Journal, Iterator[Entry]]:
+    async def _entries(self, storage: ModelStorage, spec: CurrentSpec, after: int) -> tuple[Journal, Iterator[Entry]]:
         journal = self._model.journal
         if journal is not None:
             return journal, journal.entries(after)
-        journal, entries = await asyncio.to_thread(
-            storage.open_journal, self._model.id, spec.value.durability, after
-        )
+        journal, entries = await asyncio.to_thread(storage.open_journal, self._model.id, spec.value.durability, after)
         self._model.takes_journal(journal)
         return journal, entries
 
@@ -203,6 +202,31 @@ class Restorer:
         self._model.applied_again(entry, ended)
 
 
+def _decoded(saved: SavedModel) -> tuple[SavedModel, CurrentSpec]:
+    try:
+        return saved, CurrentSpec.decode(saved.spec)
+    except BaseException:
+        saved.remove_files()
+        raise
+
+
+def read_checkpoint(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
+    """A checkpoint for a new model of so many ranks, None for as many as it had. Its files belong to the caller. Blocks."""
+    saved, spec = _decoded(store.read(key_of(name)))
+    value = spec.value
+    if workers is not None and workers != value.workers:
+        value = replace(value, workers=workers)
+        saved = replace(saved, state=_untried(saved.state) if saved.workers == 1 else saved.state)
+    return saved, CurrentSpec(value, time.time())
+
+
+def _untried(state: ModelState) -> ModelState:
+    """The state of a model of one rank for several: nobody has tried whether its rows are independent."""
+    reason = "the model was saved from one rank, which computes every batch whole"
+    splits = {name: replace(each, whole=reason) for name, each in state.splits.items()}
+    return replace(state, splits=splits)
+
+
 def ended_command(reply: StoredReply) -> EndedCommand:
     """What a checkpoint says of a request."""
     error = None if reply.refused is None else kills_ranks(reply.refused)
@@ -221,7 +245,7 @@ def stored_reply_of(request_id: str, body: bytes, ended: EndedCommand) -> Stored
     )
 
 
-def _files(state: ModelState) -> set[str]:
+def state_files(state: ModelState) -> set[str]:
     """The files that hold a state's tensors."""
     values = (dict(state.tensors), state.optimizer, [dict(held or {}) for held in state.held])
     return segment_paths(leaf for value in values for _, leaf in leaves(value) if isinstance(leaf, TensorData))

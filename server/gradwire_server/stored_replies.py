@@ -11,9 +11,9 @@ from google.protobuf.message import Message
 
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument
-from gradwire_proto.values import Handle, TensorData, leaves
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import Handle, TensorData, leaves
 from gradwire_server.storage.records import REPLY_BYTES
 
 SMALL_REPLY_BYTES = 64 << 10

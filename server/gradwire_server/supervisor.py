@@ -97,7 +97,11 @@ class Supervisor:
         self, config: ServerConfig, service: str, folders: ServiceFolders, frontend_command: Sequence[str]
     ) -> None:
         self._config = config.model_copy(
-            update={"runtime_dir": folders.frontend, "shared_memory_dir": folders.shared_memory}
+            update={
+                "runtime_dir": folders.frontend,
+                "shared_memory_dir": folders.shared_memory,
+                "storage": folders.storage,
+            }
         )
         self._service = service
         self._folders = folders

@@ -30,6 +30,7 @@ from gradwire_proto.values import (
     GraphInput,
     LeafRef,
     ModelSpec,
+    ModelState,
     ModelUpdate,
     Node,
     NodeRef,
@@ -37,6 +38,7 @@ from gradwire_proto.values import (
     Program,
     Segment,
     Sharding,
+    SplitDecision,
     StateTensor,
     StepResult,
     Symbol,
@@ -45,7 +47,10 @@ from gradwire_proto.values import (
     Variant,
 )
 from gradwire_server.config import ServerConfig, load_config
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.service import Service
+from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.storage_lock import StorageLock
 
 MUL = "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor"
 
@@ -128,9 +133,16 @@ class FakeRetained:
 
 
 class FakeWorkers:
-    """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call."""
+    """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
-    def __init__(self) -> None:
+    `weights` are the first weight plus what each command has added: they tell which commands were applied, and how often.
+    `kept` is what `salvage` gives.
+    """
+
+    def __init__(self, state: ModelState | None = None) -> None:
+        self.applied = 0
+        self.kept: ModelState | None = None
+        self.salvaged: list[int] = []
         self.sharding = Sharding("rows", "fake")
         self.device = "cpu"
         self.on_lost = None
@@ -146,6 +158,36 @@ class FakeWorkers:
         self.busy = False
         self.closed: list[bool] = []
         self.retained = FakeRetained(self)
+        if state is not None:
+            self.weights, self.step = state.tensors["w"], state.step
+            self.weights = TensorData("float32", (1, 2), read(self.weights))
+
+    @property
+    def retains(self) -> bool:
+        return bool(self.retained.kept)
+
+    async def state(self) -> ModelState:
+        await self._call("state")
+        return self.now()
+
+    def now(self) -> ModelState:
+        """The state after what was called so far."""
+        decision = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
+        return ModelState(
+            tensors={"w": self.weights},
+            optimizer=None,
+            step=self.step,
+            command=0,
+            trained=("w",),
+            held=(None,),
+            splits={"train": decision},
+            opened=(),
+            threads=1,
+        )
+
+    async def salvage(self, applied: int) -> ModelState | None:
+        self.salvaged.append(applied)
+        return self.kept
 
     async def _call(self, *what: Any) -> None:
         assert not self.busy, "calls overlap"
@@ -162,6 +204,7 @@ class FakeWorkers:
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         await self._call("train_step", read(batch.inputs), command, lr)
         self.step += 1
+        self.applied += 1
         return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
@@ -225,19 +268,24 @@ class FakeCluster:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     starting: int = 0
+    started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def start_group(self, spec: Any, tensors: Any, example: Any, *, model_id: str) -> FakeWorkers:
+    async def start_group(
+        self, spec: Any, tensors: Any, example: Any, *, model_id: str, state: ModelState | None = None
+    ) -> FakeWorkers:
         self.starting += 1
         try:
             self.values = {name: read(value) for name, value in tensors.items()}
             await self.gate.wait()
             if self.error is not None:
                 raise self.error
-            return self.groups.setdefault(model_id, FakeWorkers())
+            self.started.append((model_id, state))
+            group = self.groups[model_id] = FakeWorkers(state)
+            return group
         finally:
             self.starting -= 1
 
@@ -328,11 +376,13 @@ class Frontend:
 
 
 @asynccontextmanager
-async def _running(folder: Path, settings: dict[str, Any]) -> AsyncIterator[Frontend]:
+async def _running(folder: Path, storage: Path, settings: dict[str, Any]) -> AsyncIterator[Frontend]:
     config: ServerConfig = load_config(None, {"listen": "127.0.0.1:0"} | settings)
     folder.mkdir(exist_ok=True)
     cluster = FakeCluster()
-    service = Service(cluster, folder, config)
+    lock = StorageLock.take(storage, 1.0)
+    checkpoints = CheckpointStore(str(storage / "checkpoints"), storage / "fetched", fence=lock.check)
+    service = Service(cluster, folder, config, ModelStorage(lock, checkpoints))
     target = f"127.0.0.1:{await service.start()}"
     try:
         async with grpc.aio.insecure_channel(target) as channel:
@@ -342,12 +392,13 @@ async def _running(folder: Path, settings: dict[str, Any]) -> AsyncIterator[Fron
             group.gate.set()
         async with asyncio.timeout(10):
             await service.close()
+        lock.release()
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Any]:
     """`async with start(models=1) as frontend`: a frontend with these settings."""
-    return lambda **settings: _running(tmp_path / "held", settings)
+    return lambda **settings: _running(tmp_path / "held", tmp_path / "storage", settings)
 
 
 @pytest.fixture
