@@ -1,4 +1,4 @@
-"""When a model is saved, and what becomes of what was saved before."""
+"""Saves a model: by itself when it is time, by name when it is asked to; and drops what newer checkpoints replace."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, GradwireError
 from gradwire_proto.names import automatic_checkpoint, check_checkpoint_id
 from gradwire_proto.values import Checkpoint
+from gradwire_server.checkpoint_policy import CheckpointPolicy, Checkpoints, SavableModel
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
 
@@ -28,70 +29,11 @@ _RETAINED_WAIT = 2.0
 """Seconds until it is looked again whether a model still retains forwards."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointPolicy:
-    """When a model is saved by itself: after so many commands, bytes of journal or seconds, whatever comes first.
-
-    keep: how many of these checkpoints are kept.
-    """
-
-    commands: int
-    journal_bytes: int
-    seconds: float
-    keep: int
-
-    def __post_init__(self) -> None:
-        for name in ("commands", "journal_bytes", "seconds", "keep"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)!r}")
-
-
-class CutJournal(Protocol):
-    """What is asked of a model's journal."""
-
-    def size_after(self, number: int) -> int:
-        """Bytes behind command `number`."""
-        ...
-
-    def cut(self, number: int) -> None:
-        """Forget what is needed for nothing behind command `number`. Called in the event loop, as appending is."""
-        ...
-
-
-class SavableModel(Protocol):
-    """A model that can be saved. `number`: of its last command; `journal`: None where it has none."""
-
-    @property
-    def model_id(self) -> str: ...
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def journal(self) -> CutJournal | None: ...
-
-    def capture(self, *, automatic: bool) -> Awaitable[SavedModel | None]:
-        """The model as it is in its turn, between two commands. The turn is that of this call, not of its awaiting.
-
-        The files are the caller's. None for an automatic one while forwards are retained: what comes behind it could not
-        be done again. Of the result, `name`, `created_at` and `request_id` are not looked at.
-        """
-        ...
-
-
-class Checkpoints(Protocol):
-    """Where they are kept: CheckpointStore. Calls block."""
-
-    def write(self, key: str, saved: SavedModel) -> Checkpoint: ...
-
-    def delete(self, key: str) -> None: ...
-
-
 class Checkpointer:
     """Saves one model, in the background, one checkpoint at a time. Commands wait for `capture` only.
 
-    kept: the numbers of its automatic checkpoints. policy None: none are taken by themselves. A checkpoint that fails is
-    logged and tried again, ever more seldom; the model goes on, and the journal grows.
+    kept: the numbers of its automatic checkpoints. policy None: none are taken by themselves. A checkpoint that fails
+    is logged and tried again, ever more seldom; the model goes on, and the journal grows.
     """
 
     def __init__(
@@ -112,7 +54,7 @@ class Checkpointer:
         self._not_before = clock()
         self._wait = _FIRST_WAIT
         self._writing = asyncio.Lock()
-        self._tasks: set[asyncio.Future[object]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._background: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -153,7 +95,7 @@ class Checkpointer:
     async def save(self, name: str | None, request_id: str | None) -> Checkpoint:
         """Save the model as it is when its turn comes, under a name (None: one is made up), until somebody deletes it.
 
-        AlreadyExists CHECKPOINT_EXISTS; a repeat of the request that made it gets the first answer. Errors of the store.
+        AlreadyExists CHECKPOINT_EXISTS; a repeat of the request that made it gets the first answer. The store's errors.
         """
         model_id = self._model.model_id
         if name is None:
@@ -277,7 +219,7 @@ class Checkpointer:
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
-    def _ended(self, task: asyncio.Future[object]) -> None:
+    def _ended(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.info("model %s was not saved: %s", self._model.model_id, error)
