@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError
-
-from gradwire_proto import codec
 from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, InvalidArgument
 from gradwire_proto.names import checkpoint_name
-from gradwire_proto.v1 import program_pb2
-from gradwire_proto.values import Checkpoint, ModelState, NamedTensors, StateTensor, TensorData, Variant
-from gradwire_server.storage.checkpoint_folders import Draft, Folders, storage_errors, taken
+from gradwire_proto.values import Checkpoint
+from gradwire_server.storage.checkpoint_files import check_file, read_files, write_files
+from gradwire_server.storage.checkpoint_folders import Folders, storage_errors, taken
 from gradwire_server.storage.local_folders import LocalFolders
 from gradwire_server.storage.manifest import (
-    EXTRA,
-    MODEL,
-    OPENED,
-    OPTIMIZER,
-    OPTIMIZER_TENSORS,
-    REPLIES,
-    WEIGHTS,
     Manifest,
-    StoredFile,
-    corrupt,
     decode_manifest,
     encode_manifest,
 )
-from gradwire_server.storage.nested_values import decode_nested, encode_nested
 from gradwire_server.storage.object_folders import ObjectFolders
-from gradwire_server.storage.saved_model import SavedModel, decode_replies, encode_replies
-from gradwire_server.storage.tensor_files import Sink, holds, read_tensors, write_tensors
+from gradwire_server.storage.saved_model import SavedModel
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-_IN_STATE_DICT = ("parameter", "buffer")
-_PIECE_BYTES = 1 << 20
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, DecodeError)
-"""What bytes can raise that some program put there with all digests right."""
 
 
 def key_of(name: str) -> str:
@@ -94,7 +73,7 @@ class CheckpointStore:
             if not saved.automatic and (first := self.answered(key, saved.model_id, saved.request_id)):
                 return first
             with self._folders.draft(key, replace=saved.automatic) as draft:
-                manifest = Manifest.of(saved, _write_files(draft, saved))
+                manifest = Manifest.of(saved, write_files(draft, saved))
                 draft.commit(encode_manifest(manifest))
         return manifest.checkpoint()
 
@@ -128,8 +107,8 @@ class CheckpointStore:
         try:
             with storage_errors(str(folder)):
                 for name, expected in manifest.files.items():
-                    _check_file(folder / name, expected, _name(key))
-                return _read_files(folder, manifest, _name(key))
+                    check_file(folder / name, expected, _name(key))
+                return read_files(folder, manifest, _name(key))
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, FailedPrecondition) and self._folders.manifest(key) is None:
@@ -193,162 +172,6 @@ class CheckpointStore:
         finally:
             with self._lock:
                 self._claims.remove(key)
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-class _Digested:
-    """Passes bytes on, counts them, and takes their digest."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._digest = hashlib.sha256()
-        self._nbytes = 0
-
-    def write(self, piece: bytes | memoryview) -> None:
-        self._sink.write(piece)
-        self._digest.update(piece)
-        self._nbytes += len(piece)
-
-    @property
-    def stored(self) -> StoredFile:
-        return StoredFile(self._nbytes, self._digest.hexdigest())
-
-
-def _write_files(draft: Draft, saved: SavedModel) -> dict[str, StoredFile]:
-    optimizer, optimizer_tensors = encode_nested(saved.state.optimizer)
-    weights, extra = _divided(saved.state, saved.layout)
-    files: dict[str, StoredFile] = {}
-
-    @contextmanager
-    def file(name: str) -> Iterator[_Digested]:
-        with draft.file(name) as sink:
-            digested = _Digested(sink)
-            yield digested
-        files[name] = digested.stored
-
-    for name, content in ((MODEL, saved.spec), (OPENED, _encode_variants(saved.state.opened)), (OPTIMIZER, optimizer)):
-        with file(name) as sink:
-            sink.write(content)
-    with file(REPLIES) as sink:
-        for piece in encode_replies(saved.replies):
-            sink.write(piece)
-    for name, tensors in ((WEIGHTS, weights), (EXTRA, extra), (OPTIMIZER_TENSORS, optimizer_tensors)):
-        with file(name) as sink:
-            write_tensors(sink, tensors)
-    return files
-
-
-def _divided(state: ModelState, layout: tuple[StateTensor, ...]) -> tuple[NamedTensors, NamedTensors]:
-    """(what the module's state_dict has, by its names and under all of them, the rest)."""
-    own = {each.name for each in layout if each.alias_of is None}
-    assert own == state.tensors.keys(), own ^ state.tensors.keys()
-    weights = {each.name: state.tensors[each.alias_of or each.name] for each in layout if _is_weight(each)}
-    extra = {f"state/{name}": tensor for name, tensor in state.tensors.items() if name not in weights}
-    for rank, held in enumerate(state.held):
-        extra |= {f"held/{rank}/{name}": tensor for name, tensor in (held or {}).items()}
-    return weights, extra
-
-
-def _is_weight(tensor: StateTensor) -> bool:
-    return tensor.role in _IN_STATE_DICT and holds(tensor.name, tensor.dtype)
-
-
-def _check_file(path: Path, expected: StoredFile, where: str) -> None:
-    """Raises FailedPrecondition CHECKPOINT_CORRUPT where a file is not as it was written."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise corrupt(where, path.name, "it is missing") from None
-    if size != expected.nbytes:
-        raise corrupt(where, path.name, f"it has {size} bytes, and {expected.nbytes} were written")
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    if digest.hexdigest() != expected.sha256:
-        raise corrupt(where, path.name, "its bytes are not those that were written")
-
-
-def _read_files(folder: Path, manifest: Manifest, where: str) -> SavedModel:
-    def read(name: str, decode: Callable[[Path], T]) -> T:
-        if name not in manifest.files:
-            raise corrupt(where, name, "it is missing")
-        try:
-            return decode(folder / name)
-        except _UNREADABLE as error:
-            raise corrupt(where, name, f"{error!r:.200}") from error
-
-    weights, extra = read(WEIGHTS, read_tensors), read(EXTRA, read_tensors)
-    optimizer_tensors = read(OPTIMIZER_TENSORS, read_tensors)
-    if manifest.torch != version("torch"):
-        logger.warning(
-            "checkpoint %s was written under torch %s, and this is %s: what is computed from here on may differ in its"
-            " last bits",
-            where,
-            manifest.torch,
-            version("torch"),
-        )
-    return SavedModel(
-        name=manifest.name,
-        model_id=manifest.model_id,
-        automatic=manifest.automatic,
-        created_at=manifest.created_at,
-        request_id=manifest.request_id,
-        spec=read(MODEL, Path.read_bytes),
-        layout=manifest.tensors,
-        workers=manifest.workers,
-        state=ModelState(
-            tensors=read(WEIGHTS, lambda _: _joined(manifest.tensors, weights, extra)),
-            optimizer=read(OPTIMIZER, lambda path: decode_nested(path.read_bytes(), optimizer_tensors)),
-            step=manifest.step,
-            command=manifest.command,
-            trained=manifest.trained,
-            held=read(EXTRA, lambda _: _held(manifest.held, extra)),
-            splits=manifest.splits,
-            opened=read(OPENED, lambda path: _decode_variants(path.read_bytes())),
-            threads=manifest.threads,
-        ),
-        replies=read(REPLIES, lambda path: decode_replies(path.read_bytes())),
-        torch_version=manifest.torch,
-        folder=folder,
-    )
-
-
-def _joined(layout: tuple[StateTensor, ...], weights: NamedTensors, extra: NamedTensors) -> NamedTensors:
-    """The tensors of a state, without aliases."""
-    tensors = {}
-    for each in layout:
-        if each.alias_of is None:
-            found = weights[each.name] if _is_weight(each) else extra[f"state/{each.name}"]
-            if (found.dtype, found.shape) != (each.dtype, each.shape):
-                raise ValueError(f"{each.name!r:.80} is {found.dtype}{list(found.shape)}, not what the manifest says")
-            tensors[each.name] = found
-    return tensors
-
-
-def _held(names: tuple[tuple[str, ...] | None, ...], extra: NamedTensors) -> tuple[dict[str, TensorData] | None, ...]:
-    return tuple(
-        None if each is None else {name: extra[f"held/{rank}/{name}"] for name in each}
-        for rank, each in enumerate(names)
-    )
-
-
-def _encode_variants(variants: tuple[Variant, ...]) -> bytes:
-    message = program_pb2.GraphProgram()
-    for variant in variants:
-        codec.encode_variant(variant, message.variants.add())
-    return message.SerializeToString()
-
-
-def _decode_variants(content: bytes) -> tuple[Variant, ...]:
-    message = program_pb2.GraphProgram.FromString(content)
-    return tuple(codec.decode_variant(item, require_graph=False) for item in message.variants)
-
-
-# --- keys ---------------------------------------------------------------------------------------------------------
 
 
 def _checked(key: str) -> str:
