@@ -36,9 +36,9 @@ class CheckpointSource:
         journal = self._journal()
         return None if journal is None else LoopJournal(journal, self._loop)
 
-    async def capture(self, *, automatic: bool) -> SavedModel | None:
+    def capture(self, *, automatic: bool) -> Awaitable[SavedModel | None]:
         """See SavableModel."""
-        return await self._capture(automatic)
+        return self._capture(automatic)
 
 
 class LoopJournal:

@@ -16,7 +16,8 @@ from gradwire_proto.values import Checkpoint, ModelInfo
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_source import CheckpointSource
-from gradwire_server.checkpointer import Checkpointer, CheckpointPolicy
+from gradwire_server.checkpoint_policy import CheckpointPolicy
+from gradwire_server.checkpointer import Checkpointer
 from gradwire_server.commands import Commands
 from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosting import Hosting
@@ -180,13 +181,13 @@ class ModelLife:
         """Whether it would be brought back from its automatic checkpoint of that number."""
         return self._checkpointer is None or number == self._checkpointer.newest
 
-    async def _capture(self, automatic: bool) -> SavedModel | None:
+    def _capture(self, automatic: bool) -> Awaitable[SavedModel | None]:
         """The model in its turn. See SavableModel."""
 
         async def work(_: Any) -> SavedModel | None:
             return None if automatic and self.ranks.workers.retains else await self._snapshot()
 
-        return await self.commands.take_turn(Call(), None, work).result(None)
+        return self.commands.take_turn(Call(), None, work).result(None)
 
     async def _snapshot(self) -> SavedModel:
         """The model as it is, in a turn. Its tensors are files that belong to the caller."""

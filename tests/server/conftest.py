@@ -168,6 +168,7 @@ class FakeWorkers:
 
     async def state(self) -> ModelState:
         await self._call("state")
+        self.calls.pop()
         return self.now()
 
     def now(self) -> ModelState:

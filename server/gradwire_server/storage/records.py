@@ -58,6 +58,7 @@ class Entry:
 
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
+    released: names of retained forwards that were let go of since the command before.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Entry:
     body: bytes
     refused: str | None = None
     uploads: tuple[StoredUpload, ...] = ()
+    released: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             body=bytes.fromhex(words["body"]),
             refused=words.get("refused"),
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
+            released=tuple(words.get("released", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"the record of command {header.number} has no description that is known here") from error
@@ -144,6 +147,8 @@ def _describe(entry: Entry) -> dict[str, Any]:
         words["refused"] = entry.refused
     if entry.uploads:
         words["uploads"] = [[upload.name, upload.file, _rows(upload)] for upload in entry.uploads]
+    if entry.released:
+        words["released"] = entry.released
     return words
 
 
