@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 from gradwire_server.storage.journal import Journal
@@ -23,7 +22,6 @@ class CheckpointSource:
         self._number = number
         self._journal = journal
         self._capture = capture
-        self._loop = asyncio.get_running_loop()
 
     @property
     def number(self) -> int:
@@ -31,30 +29,10 @@ class CheckpointSource:
         return self._number()
 
     @property
-    def journal(self) -> LoopJournal | None:
+    def journal(self) -> Journal | None:
         """Where commands are recorded; None: nowhere."""
-        journal = self._journal()
-        return None if journal is None else LoopJournal(journal, self._loop)
+        return self._journal()
 
     def capture(self, *, automatic: bool) -> Awaitable[SavedModel | None]:
         """See SavableModel."""
         return self._capture(automatic)
-
-
-class LoopJournal:
-    """A journal for other threads than the event loop's, which alone writes to it."""
-
-    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
-        self._journal = journal
-        self._loop = loop
-
-    def size_after(self, number: int) -> int:
-        """Bytes behind command `number`. For the event loop's thread."""
-        return self._journal.size_after(number)
-
-    def cut(self, number: int) -> None:
-        """See Journal.cut. For any other thread."""
-        asyncio.run_coroutine_threadsafe(self._cut(number), self._loop).result()
-
-    async def _cut(self, number: int) -> None:
-        self._journal.cut(number)

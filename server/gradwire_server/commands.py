@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
@@ -130,7 +130,9 @@ class Commands:
         before = self.number
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method))
-            result, recovery = await self._ranks.run(lambda: work(values, self.number + 1), changes=True)
+            result, recovery = await self._ranks.run(
+                lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
+            )
         except BaseException as error:
             if isinstance(error, GradwireError):
                 await self._record_error(call, uploads, error)

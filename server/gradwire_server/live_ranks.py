@@ -63,17 +63,24 @@ class LiveRanks:
         if self._lost is not None:
             await self._regain(self._lost, True)
 
-    async def run(self, work: Callable[[], Awaitable[T]], *, changes: bool) -> tuple[T, float]:
+    async def _ensure_timed(self) -> float:
+        if self._lost is None:
+            return 0.0
+        started = time.monotonic()
+        await self.ensure()
+        return time.monotonic() - started
+
+    async def run(
+        self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None
+    ) -> tuple[T, float]:
         """What `work` returns, and the seconds that it had to wait for ranks. `changes`: whether it changes the model.
 
         Raises what `work` raises, where the model is as before, and InvalidArgument COMMAND_KILLS_RANKS where it loses
         the ranks twice.
         """
-        started = time.monotonic()
-        await self.ensure()
-        recovery = time.monotonic() - started
+        recovery = await self._ensure_timed()
         try:
-            return await self._try(work, changes), recovery
+            return await self._try(work, changes, request_id), recovery
         except RankLost as lost:
             if self._left:
                 raise
@@ -81,14 +88,14 @@ class LiveRanks:
             await self._regain(lost, True)
             recovery += time.monotonic() - started
         try:
-            return await self._try(work, changes), recovery
+            return await self._try(work, changes, request_id), recovery
         except RankLost as lost:
             if self._left:
                 raise
             await self._regain(lost, True)
             raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied") from None
 
-    async def _try(self, work: Callable[[], Awaitable[T]], changes: bool) -> T:
+    async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
             return await work()
         except RankLost:
@@ -96,7 +103,7 @@ class LiveRanks:
         except Exception as error:
             if not changes or (isinstance(error, GradwireError) and error.outcome != "unknown"):
                 raise
-            refusal = public_error(error, getattr(error, "request_id", None), outcome="unknown")
+            refusal = public_error(error, request_id, outcome="unknown")
         # Nobody knows what it left behind: no rank's state can be trusted.
         await self._regain(RankLost(f"a command failed halfway: {refusal}", outcome="unknown"), False)
         refusal.outcome = "not_applied"

@@ -15,8 +15,8 @@ from gradwire_proto.names import automatic_checkpoint
 from gradwire_proto.values import Checkpoint, ModelInfo
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
-from gradwire_server.checkpoint_source import CheckpointSource
 from gradwire_server.checkpoint_policy import CheckpointPolicy
+from gradwire_server.checkpoint_source import CheckpointSource
 from gradwire_server.checkpointer import Checkpointer
 from gradwire_server.commands import Commands
 from gradwire_server.current_spec import CurrentSpec
@@ -110,6 +110,7 @@ class ModelLife:
         return self.description.info
 
     async def _enter_storage(self, call: Call) -> None:
+        await self._hosting.storage.swept()
         await self._save_here()
         storage, made_by = self._hosting.storage, None
         if call.request_id is not None:
@@ -125,6 +126,7 @@ class ModelLife:
 
         async def work(_: Any) -> None:
             try:
+                await self._hosting.storage.swept()
                 await self._restorer.regain(None, salvage=False)
                 self._watch(await asyncio.to_thread(self._hosting.storage.checkpoints.automatic, self.id))
                 self.description.ready()

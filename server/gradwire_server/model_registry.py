@@ -39,7 +39,7 @@ class ModelRegistry:
         self._creations: dict[str, ModelCreation] = {}
         self._hosted: dict[str, HostedModel] = {}
         self._deletions: dict[str, asyncio.Task[None]] = {}
-        self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, 0)
+        self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, hosting.limits.message_bytes)
         self._made_by: dict[str, str] = {}
 
     def open(self) -> None:
@@ -51,6 +51,7 @@ class ModelRegistry:
                 self._made_by[made_by.request_id] = model_id
                 self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by))
             model.life.restore()
+        self._hosting.storage.begin_sweep()
 
     async def create(
         self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -25,7 +26,7 @@ _MADE_BY = "made-by.bin"
 
 
 class ModelStorage:
-    """See the module. Every method but `folder` may block.
+    """See the module. Methods may block, but for `folder` and those of the sweep, which belong to the event loop.
 
     A model is there when its folder is: that is made last, behind its first checkpoint, and goes first. Errors are
     those of `storage_error` and of CheckpointStore.
@@ -35,6 +36,7 @@ class ModelStorage:
         self._lock = lock
         self._models = lock.storage / "models"
         self.checkpoints = checkpoints
+        self._swept: asyncio.Future[None] | None = None
 
     def open(self) -> dict[str, StoredReply | None]:
         """All models: by id, the request that made each, where it had an id. Removes what was cut off half-way."""
@@ -54,12 +56,23 @@ class ModelStorage:
             logger.warning("models/%s: the request that made it cannot be read: %s", model_id, error)
             return None
 
-    def sweep(self) -> None:
-        """Remove checkpoints that no model has any more, and what was left half-written."""
-        self.checkpoints.sweep()
-        for model_id in {each.model_id for each in self.checkpoints.list("auto/")}:
-            if not self.folder(model_id).exists():
-                self.checkpoints.delete_automatic(model_id)
+    def begin_sweep(self) -> None:
+        """Remove, in the background, checkpoints that no model has any more, and what was left half-written."""
+        self._swept = asyncio.ensure_future(asyncio.to_thread(self._sweep))
+
+    async def swept(self) -> None:
+        """Return when nothing is removed in the background any more: only then may checkpoints be written."""
+        if self._swept is not None:
+            await asyncio.wait([self._swept])
+
+    def _sweep(self) -> None:
+        try:
+            self.checkpoints.sweep()
+            for model_id in {each.model_id for each in self.checkpoints.list("auto/")}:
+                if not self.folder(model_id).exists():
+                    self.checkpoints.delete_automatic(model_id)
+        except GradwireError as error:
+            logger.warning("checkpoints that nobody needs could not be removed: %s", error)
 
     def folder(self, model_id: str) -> Path:
         """The model's own folder."""

@@ -126,9 +126,7 @@ class Servicer:
         query, cotangents = codec.decode_backward_query(request), codec.decode_cotangents(request, self._limits)
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
         model = await self._model(request.name, call)
-        result = await model.autograd.backward(
-            query, cotangents, max_inline_bytes, call
-        )
+        result = await model.autograd.backward(query, cotangents, max_inline_bytes, call)
         return codec.encode_backward_result(result)
 
     async def Release(self, request: pb.ReleaseRequest, call: Call) -> pb.ReleaseResponse:
@@ -140,9 +138,7 @@ class Servicer:
     async def SetGradients(self, request: pb.SetGradientsRequest, call: Call) -> pb.SetGradientsResponse:
         gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits)
         model = await self._model(request.name, call)
-        step = await model.autograd.set_gradients(
-            gradients, tuple(request.dropped), call
-        )
+        step = await model.autograd.set_gradients(gradients, tuple(request.dropped), call)
         return pb.SetGradientsResponse(step=step)
 
     # --- reads ----------------------------------------------------------------------------------------------------
@@ -192,9 +188,7 @@ class Servicer:
         wrt = tuple(request.wrt) or None
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
         model = await self._model(request.name, call)
-        gradients, step = await model.autograd.held_gradients(
-            wrt, max_inline_bytes, call
-        )
+        gradients, step = await model.autograd.held_gradients(wrt, max_inline_bytes, call)
         response = pb.GetGradientsResponse(step=step)
         codec.encode_named_tensors(gradients, response.gradients)
         return response

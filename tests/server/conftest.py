@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError
+from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
@@ -139,7 +139,8 @@ class FakeWorkers:
     `kept` is what `salvage` gives.
     """
 
-    def __init__(self, state: ModelState | None = None) -> None:
+    def __init__(self, state: ModelState | None = None, cluster: FakeCluster | None = None) -> None:
+        self.cluster = cluster
         self.applied = 0
         self.kept: ModelState | None = None
         self.salvaged: list[int] = []
@@ -203,7 +204,10 @@ class FakeWorkers:
             self.busy = False
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
-        await self._call("train_step", read(batch.inputs), command, lr)
+        value = read(batch.inputs)
+        if self.cluster is not None and self.cluster.deadly and value.startswith(self.cluster.deadly):
+            raise RankLost("rank 0 died", outcome="unknown")
+        await self._call("train_step", value, command, lr)
         self.step += 1
         self.applied += 1
         return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
@@ -261,13 +265,14 @@ class FakeWorkers:
 
 @dataclass
 class FakeCluster:
-    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start."""
+    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. Batches that begin with `deadly` kill ranks."""
 
     capacity: Any = field(default_factory=lambda: SimpleNamespace(workers=2, free_workers=1, gpus=0.0))
     groups: dict[str, FakeWorkers] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
+    deadly: bytes = b""
     starting: int = 0
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
@@ -285,7 +290,7 @@ class FakeCluster:
             if self.error is not None:
                 raise self.error
             self.started.append((model_id, state))
-            group = self.groups[model_id] = FakeWorkers(state)
+            group = self.groups[model_id] = FakeWorkers(state, self)
             return group
         finally:
             self.starting -= 1
@@ -377,10 +382,14 @@ class Frontend:
 
 
 @asynccontextmanager
-async def _running(folder: Path, storage: Path, settings: dict[str, Any]) -> AsyncIterator[Frontend]:
+async def _running(
+    folder: Path, storage: Path, settings: dict[str, Any], held: bool = False
+) -> AsyncIterator[Frontend]:
     config: ServerConfig = load_config(None, {"listen": "127.0.0.1:0"} | settings)
     folder.mkdir(exist_ok=True)
     cluster = FakeCluster()
+    if held:
+        cluster.gate.clear()
     lock = StorageLock.take(storage, 1.0)
     checkpoints = CheckpointStore(str(storage / "checkpoints"), storage / "fetched", fence=lock.check)
     service = Service(cluster, folder, config, ModelStorage(lock, checkpoints))
@@ -398,8 +407,14 @@ async def _running(folder: Path, storage: Path, settings: dict[str, Any]) -> Asy
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Any]:
-    """`async with start(models=1) as frontend`: a frontend with these settings."""
-    return lambda **settings: _running(tmp_path / "held", tmp_path / "storage", settings)
+    """`async with start(models=1) as frontend`: a frontend with these settings. held: no ranks start until told so."""
+    return lambda held=False, **settings: _running(tmp_path / "held", tmp_path / "storage", settings, held)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """Where frontends that `start` starts keep models."""
+    return tmp_path / "storage"
 
 
 @pytest.fixture
