@@ -110,9 +110,11 @@ class ModelLife:
         return self.description.info
 
     async def _enter_storage(self, call: Call) -> None:
-        await self._hosting.storage.swept()
-        await self._save_here()
         storage, made_by = self._hosting.storage, None
+        await storage.swept()
+        # Of an earlier model of this name, should it be that they could not be removed with it.
+        await asyncio.to_thread(storage.checkpoints.delete_automatic, self.id)
+        await self._save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
             made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))

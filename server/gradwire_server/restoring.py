@@ -211,7 +211,7 @@ def _decoded(saved: SavedModel) -> tuple[SavedModel, CurrentSpec]:
 
 
 def read_checkpoint(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
-    """A checkpoint for a new model of so many ranks, None for as many as it had. Its files belong to the caller. Blocks."""
+    """A checkpoint for a new model of so many ranks; None: as many as it had. Its files are the caller's. Blocks."""
     saved, spec = _decoded(store.read(key_of(name)))
     value = spec.value
     if workers is not None and workers != value.workers:

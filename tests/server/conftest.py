@@ -135,7 +135,6 @@ class FakeRetained:
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
-    `weights` are the first weight plus what each command has added: they tell which commands were applied, and how often.
     `kept` is what `salvage` gives.
     """
 
@@ -265,7 +264,7 @@ class FakeWorkers:
 
 @dataclass
 class FakeCluster:
-    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. Batches that begin with `deadly` kill ranks."""
+    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. `deadly` batches kill ranks."""
 
     capacity: Any = field(default_factory=lambda: SimpleNamespace(workers=2, free_workers=1, gpus=0.0))
     groups: dict[str, FakeWorkers] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Handle, Retention, TensorData
 from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.tensors.uploads import resolve
 
 
 def steps(workers: Any) -> list[tuple[bytes, int]]:
@@ -35,7 +37,7 @@ def get_command(request_id: str) -> pb.GetCommandRequest:
     return pb.GetCommandRequest(name=f"models/m/commands/{request_id}", wait=True)
 
 
-# --- a frontend that is started again --------------------------------------------------------------------------------
+# --- a frontend that is started again ------------------------------------------------------------------------------
 
 
 async def test_model_comes_back_with_every_command_in_order_and_goes_on_with_the_next_number(start: Any) -> None:
@@ -228,7 +230,7 @@ async def test_checkpoints_shorten_what_is_applied_again_and_replies_are_kept(st
         assert await frontend.stub.TrainStep(request) == first
 
 
-# --- storage that does not do what it should ---------------------------------------------------------------------------
+# --- storage that does not do what it should -----------------------------------------------------------------------
 
 
 async def test_full_disk_refuses_a_command_before_it_changes_the_model(
@@ -301,8 +303,6 @@ async def test_outcome_is_unknown_while_nothing_can_be_saved_and_settled_when_it
 
 
 async def test_at_disk_the_model_goes_on_while_answers_wait_for_their_fsync(start: Any, monkeypatch: Any) -> None:
-    import threading
-
     may_sync, synced = threading.Event(), SegmentWriter.sync
 
     def sync(self: Any) -> None:
@@ -322,7 +322,7 @@ async def test_at_disk_the_model_goes_on_while_answers_wait_for_their_fsync(star
         assert (await read).step == 3
 
 
-# --- ranks that are lost -----------------------------------------------------------------------------------------------
+# --- ranks that are lost -------------------------------------------------------------------------------------------
 
 
 async def test_command_that_meets_a_lost_rank_runs_again_on_new_ranks_and_takes_longer(
@@ -402,7 +402,7 @@ async def test_backward_of_a_forward_that_lost_ranks_had_retained_works(frontend
     assert [call[0] for call in frontend.cluster.groups["m"].calls] == ["retained_forward", "backward"]
 
 
-# --- checkpoints that clients ask for ----------------------------------------------------------------------------------
+# --- checkpoints that clients ask for ------------------------------------------------------------------------------
 
 
 async def save(frontend: Any, name: str, request_id: str = "") -> Any:
@@ -466,8 +466,6 @@ async def test_description_tells_what_an_answer_promises(start: Any, durability:
 
 
 def test_handles_name_what_they_named(fakes: Any) -> None:
-    from gradwire_server.tensors.uploads import resolve
-
     value = {"x": [TensorData("float32", (1, 2), Handle("uploads/u/tensors/1")), 3]}
     assert resolve(value, {"uploads/u": [fakes.two_floats(b"a" * 8), fakes.two_floats()]}) == {
         "x": [fakes.two_floats(), 3]
