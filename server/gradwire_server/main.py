@@ -64,7 +64,8 @@ async def run(config: ServerConfig) -> None:
     with ExitStack() as folders:
         runtime = folders.enter_context(private_folder("runtime_dir", config.runtime_dir))
         memory = folders.enter_context(private_folder("shared_memory_dir", config.shared_memory_dir, SHARED_MEMORY))
-        place = folders.enter_context(private_folder("storage", config.storage))
+        # One that was named is the user's: who may read it is for them to say.
+        place = config.storage or folders.enter_context(private_folder("storage", None))
         # First of all: from here on no other frontend changes what this one is about to read.
         lock = await asyncio.to_thread(StorageLock.take, place, LOCK_SECONDS)
         try:
