@@ -159,16 +159,21 @@ class ModelLife:
         self.autograd.close()
         no_more_checkpoints = asyncio.ensure_future(self._end_checkpoints())
         ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
-        if self.ranks.there:
-            await self.ranks.workers.close(reuse=ended and not self.description.has_failed)
+        first = await self._free_ranks(reuse=ended and not self.description.has_failed)
         if not ended:
             await self._queue.cut()
-            if self.ranks.there:
-                # Others may have taken their place meanwhile.
-                await self.ranks.workers.close(reuse=False)
+            if self.ranks.there and self.ranks.workers is not first:
+                # They had just taken the place of lost ones.
+                await self._free_ranks(reuse=False)
         self._there.set()
         await no_more_checkpoints
         self._records.close()
+
+    async def _free_ranks(self, *, reuse: bool) -> Workers | None:
+        if not self.ranks.there:
+            return None
+        await self.ranks.workers.close(reuse=reuse)
+        return self.ranks.workers
 
     async def _end_checkpoints(self) -> None:
         if self._checkpointer is not None:

@@ -21,6 +21,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import (
+    ArchitectureSpec,
     BackwardResult,
     Batch,
     DerivativeResult,
@@ -87,11 +88,14 @@ def variant(name: str = "train") -> Variant:
     )
 
 
+WEIGHT = StateTensor(name="w", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True)
+
+
 def model_spec(**changes: Any) -> ModelSpec:
     """A model of one parameter."""
     program = Program(
         torch_version="2.13.0",
-        tensors=(StateTensor(name="w", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True),),
+        tensors=(WEIGHT,),
         variants=(variant(),),
         operators={"aten.mul.Tensor": MUL},
     )
@@ -159,7 +163,7 @@ class FakeWorkers:
         self.closed: list[bool] = []
         self.retained = FakeRetained(self)
         if state is not None:
-            self.weights, self.step = state.tensors["w"], state.step
+            self.weights, self.step = next(iter(state.tensors.values())), state.step
             self.weights = TensorData("float32", (1, 2), read(self.weights))
 
     @property
@@ -175,7 +179,7 @@ class FakeWorkers:
         """The state after what was called so far."""
         decision = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
         return ModelState(
-            tensors={"w": self.weights},
+            tensors={each.name: self.weights for each in self.tensors or (WEIGHT,)},
             optimizer=None,
             step=self.step,
             command=0,
@@ -272,6 +276,7 @@ class FakeCluster:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     deadly: bytes = b""
+    built: tuple[tuple[StateTensor, ...], tuple[Variant, ...]] = ((WEIGHT,), ())
     starting: int = 0
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
@@ -290,6 +295,8 @@ class FakeCluster:
                 raise self.error
             self.started.append((model_id, state))
             group = self.groups[model_id] = FakeWorkers(state, self)
+            if isinstance(spec.program, ArchitectureSpec):
+                group.tensors, group.variants = self.built
             return group
         finally:
             self.starting -= 1
