@@ -110,7 +110,7 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         late = await frontend.error(frontend.stub.TrainStep(frontend.train(b"c"), timeout=0.1))
         assert late.reason == "DEADLINE_EXCEEDED" and not waiting.done() and not read.done()
         frontend.cluster.gate.set()
-        assert (await waiting).result.step == 2 and (await read).step == 2
+        assert (await waiting).result.step == 2 and (await read).step in (1, 2)
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
