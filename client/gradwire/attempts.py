@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 
 from gradwire.errors import GradwireError, Unavailable
 
@@ -39,19 +40,23 @@ class Attempts:
         """Until the deadline; not above 0 where it has passed."""
         return self._deadline - time.monotonic()
 
-    def wait(self, retry_after: float | None = None) -> bool:
-        """Wait before another attempt. False where there is no time for one.
+    def wait(self, error: GradwireError, until_connected: Callable[[float], None]) -> bool:
+        """Wait before another attempt, as `error` asks for. False where there is no time for one.
 
-        retry_after: seconds to wait at least, as the service said.
+        until_connected: waits for a connection, so many seconds at most; called where there was none.
         """
         left = self.seconds_left
         if left < _TOO_LATE:
             return False
         # Full jitter: clients that lost the same service do not come back all at once.
-        wait = _RANDOM.uniform(0, self._longest) + (retry_after or 0.0)
+        wait = _RANDOM.uniform(0, self._longest) + (error.retry_after or 0.0)
         self._longest = min(_LONGEST_WAIT, 2 * self._longest)
         # Half of what is left at most: the last attempt has time to succeed.
-        return not self._closed.wait(min(wait, left / 2))
+        wait = min(wait, left / 2)
+        if error.reason == "NOT_CONNECTED":
+            until_connected(wait)
+            return not self._closed.is_set()
+        return not self._closed.wait(wait)
 
 
 def is_passing(error: GradwireError) -> bool:

@@ -37,6 +37,8 @@ class Sender(Protocol):
 
     def ask(self, method: str, request: Any, timeout: float) -> Any: ...
 
+    def until_connected(self, seconds: float) -> None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
@@ -131,15 +133,15 @@ class _Running:
         """Wait, and bring again what is gone, where another attempt may go better. False: it is over."""
         if not self._exchange.repeat:
             return False
-        if isinstance(failure, _Unfetched):
-            return self._attempts.wait()
-        error = failure.error if isinstance(failure, Lost) else failure
-        if error.reason == "UPLOAD_NOT_FOUND" and self._exchange.send_again is not None:
-            if not self._attempts.wait():
-                return False
+        error = failure if isinstance(failure, GradwireError) else failure.error
+        is_upload_gone = error.reason == "UPLOAD_NOT_FOUND" and self._exchange.send_again is not None
+        if not (is_upload_gone or isinstance(failure, _Unfetched) or is_passing(error)):
+            return False
+        if not self._attempts.wait(error, self._sender.until_connected):
+            return False
+        if is_upload_gone and self._exchange.send_again is not None:
             self._exchange.send_again(self._deadline)
-            return True
-        return is_passing(error) and self._attempts.wait(error.retry_after)
+        return True
 
     def _explain(self, failure: Lost | _Unfetched | GradwireError) -> GradwireError:
         """The error of the last attempt, with what the service says about the command."""

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -75,7 +76,7 @@ class Rpc:
             try:
                 return self._upload_once(messages(), None if deadline is None else max(attempts.seconds_left, 0.001))
             except GradwireError as error:
-                if not is_passing(error) or not attempts.wait(error.retry_after):
+                if not is_passing(error) or not attempts.wait(error, self.until_connected):
                     raise
 
     def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
@@ -93,11 +94,11 @@ class Rpc:
                 call.cancel()
                 raise
 
-    def send(self, method: str, body: bytes, timeout: float, command: str | None = None) -> Any:
+    def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
         call: Any = None
         try:
-            call = self._method(method)(body, timeout=max(timeout, 0.001), metadata=self._metadata)
+            call = self._method(method)(body, timeout=max(timeout, 0.001), metadata=self._metadata, **options)
             # To the end: a stream that is not read to its end is never freed, nor is its connection.
             (reply,) = call
             return reply
@@ -113,6 +114,12 @@ class Rpc:
             return self.send(method, request.SerializeToString(), timeout)
         except Lost as lost:
             raise lost.error from None
+
+    def until_connected(self, seconds: float) -> None:
+        """Return when the service is there, or after `seconds`."""
+        # A channel looks for its service only while a call waits on it; others fail as the last attempt to connect did.
+        with suppress(Lost, GradwireError):
+            self.send("GetServerInfo", b"", seconds, wait_for_ready=True)
 
     def close(self) -> None:
         """Close the channel. Calls in flight raise Cancelled. Does nothing in a forked child: its parent goes on."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
 INFO = ServerInfo(version="0", torch_version="2", workers=4, free_workers=4, gpus=0.0, limits=Limits())
 
+Answers = dict[str, Callable[[Any, grpc.ServicerContext], Any]]
+
 
 class ScriptedService:
     """Answers each RPC with what `answers[method]` returns, given (request, context); GradwireErrors are sent as such.
@@ -32,17 +37,18 @@ class ScriptedService:
     `calls` holds (method, request) in order of arrival; `tokens` each call's authorization.
     """
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
-        self.answers: dict[str, Callable[[Any, grpc.ServicerContext], Any]] = {
-            "GetServerInfo": lambda request, context: codec.encode_server_info(INFO)
-        }
+    def __init__(
+        self, credentials: grpc.ServerCredentials | None = None, *, port: int = 0, answers: Answers | None = None
+    ) -> None:
+        self.answers: Answers = {"GetServerInfo": lambda request, context: codec.encode_server_info(INFO)}
+        self.answers |= answers or {}
         self.calls: list[tuple[str, Any]] = []
         self.tokens: list[str | None] = []
         self.release = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_Handlers(self),))
         if credentials is None:
-            self.port = self._server.add_insecure_port("127.0.0.1:0")
+            self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         else:
             self.port = self._server.add_secure_port("localhost:0", credentials)
         self._server.start()
@@ -91,13 +97,50 @@ class _Handlers(grpc.GenericRpcHandler):
         )
 
 
+FREE_SERVER = """
+import sys; sys.path.insert(0, sys.argv[1])
+from conftest import ScriptedService
+service = ScriptedService(port=int(sys.argv[2]))
+print(service.port, flush=True)
+sys.stdin.read()
+"""
+
+
+class FreeServer:
+    """A scripted service in a process of its own, so that it can be stopped and killed."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on the port that it had before."""
+        command = [sys.executable, "-c", FREE_SERVER, str(Path(__file__).parent), str(self.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.target = f"127.0.0.1:{self.port}"
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def free_server() -> Iterator[FreeServer]:
+    server = FreeServer()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def start_scripted() -> Iterator[Callable[..., ScriptedService]]:
-    """Starts a ScriptedService, with server credentials where given; it stops with the test."""
+    """Starts a ScriptedService, which takes the arguments; it stops with the test."""
     services: list[ScriptedService] = []
 
-    def start(credentials: grpc.ServerCredentials | None = None) -> ScriptedService:
-        services.append(ScriptedService(credentials))
+    def start(credentials: grpc.ServerCredentials | None = None, **options: Any) -> ScriptedService:
+        services.append(ScriptedService(credentials, **options))
         return services[-1]
 
     yield start
