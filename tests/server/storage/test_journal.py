@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -324,6 +325,19 @@ async def test_at_disk_a_command_is_durable_when_its_future_is_done(open_journal
         await future
         assert synced[-1] >= journal.size_after(0)
     assert open_journal()[1] == [entry(1), entry(2), entry(3)]
+
+
+async def test_files_and_their_folder_are_fsynced_at_disk_alone(open_journal, entry, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "fdatasync", lambda file: asked.append("file"))
+    monkeypatch.setattr("gradwire_server.storage.segment_writer.sync_folder", lambda folder: asked.append(folder.name))
+    journal, _ = open_journal(durability="disk")
+    await journal.append(entry(1))
+    await journal.append(entry(2))
+    assert asked == ["file", "journal", "file"]
+    journal, _ = open_journal()
+    assert journal.append(entry(3)) is None
+    assert len(asked) == 3
 
 
 async def test_at_disk_a_rolled_segment_is_synced_before_what_follows_it(open_journal, entry, monkeypatch):

@@ -46,7 +46,7 @@ def joined(entry: Entry, seed: int = SEED) -> bytes:
     return b"".join(encode(entry, seed))
 
 
-def read(record: bytes, seed: int = SEED) -> Entry:
+def read(record: bytes | bytearray, seed: int = SEED) -> Entry:
     header = decode_header(memoryview(record), seed)
     if header.nbytes != len(record):
         raise BadRecord("another length")
