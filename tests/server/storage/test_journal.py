@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -377,3 +378,61 @@ async def test_failed_fsync_breaks_the_journal_and_is_never_tried_again(open_jou
     journal.reserve(100)
     await journal.append(entry(4))
     assert open_journal(3)[1] == [entry(4)]
+
+
+async def test_fsync_that_waits_behind_a_failed_one_is_not_tried_either(open_journal, entry, monkeypatch):
+    journal, _ = open_journal(durability="disk")
+    begun, go, tries = threading.Event(), threading.Event(), []
+
+    def fail(self):
+        tries.append(self.first)
+        begun.set()
+        assert go.wait(10.0)
+        raise OSError(errno.EIO, "as the test wants it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentWriter, "sync", fail)
+        first = journal.append(entry(1))
+        assert await asyncio.to_thread(begun.wait, 10.0)
+        second = journal.append(entry(2))
+        go.set()
+        assert all(
+            isinstance(error, Unavailable) for error in await asyncio.gather(first, second, return_exceptions=True)
+        )
+        assert tries == [1]
+
+
+async def test_restart_waits_for_what_the_old_segment_still_owes(open_journal, entry, monkeypatch):
+    journal, _ = open_journal(durability="disk")
+    begun, go, tries = threading.Event(), threading.Event(), []
+    sync = SegmentWriter.sync
+
+    def fail_once(self):
+        tries.append(self.first)
+        if self.first != 1:
+            return sync(self)
+        begun.set()
+        assert go.wait(10.0)
+        raise OSError(errno.EIO, "as the test wants it")
+
+    monkeypatch.setattr(SegmentWriter, "sync", fail_once)
+    futures = [journal.append(entry(1))]
+    assert await asyncio.to_thread(begun.wait, 10.0)
+    futures.append(journal.append(entry(2)))
+    threading.Timer(0.2, go.set).start()
+    journal.restart(2)
+    assert go.is_set() and journal.broken is None
+    await journal.append(entry(3))
+    assert all(isinstance(error, Unavailable) for error in await asyncio.gather(*futures, return_exceptions=True))
+    assert tries == [1, 3]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 41, 100])
+def test_short_writes_are_gone_on_with(open_journal, entry, monkeypatch, limit):
+    pwritev, pwrite = os.pwritev, os.pwrite
+    monkeypatch.setattr(os, "pwritev", lambda file, parts, at: pwrite(file, b"".join(parts)[:limit], at))
+    monkeypatch.setattr(os, "pwrite", lambda file, part, at: pwritev(file, [part[:limit]], at))
+    journal, _ = open_journal()
+    written = fill(journal, entry, range(1, 4))
+    monkeypatch.undo()
+    assert open_journal()[1] == written
