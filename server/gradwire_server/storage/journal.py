@@ -188,7 +188,8 @@ class Journal:
             raise storage_error(error, "hold another command") from error
         self.broken = None
         self._sizes = RecordSizes(self._next)
-        self.cut(after)
+        with suppress(GradwireError):  # The next cut tries again.
+            self.cut(after)
 
     def close(self) -> None:
         """Wait until all is durable that is to be, and close the file. What is in the folder stays."""
