@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def saved_model(folder: Path, module: nn.Module | None = None, **changes: Any) -
         "schedule": {"name": "StepLR", "state": {"last_epoch": 3, "best": math.inf, "worst": -0.0, "no": math.nan}},
         "scaler": {"scale": 65536.0, "growing": True},
     }
-    writer = SegmentWriter(folder, "rank-0")
+    writer = SegmentWriter(folder, f"rank-{secrets.token_hex(4)}")
     moments = writer.write([from_torch(state["state"]["embed.weight"]["exp_avg"])])[0]
     state["state"]["embed.weight"] = {"step": from_torch(torch.tensor(3.0)), "exp_avg": moments}
     held = {"embed.weight": from_torch(torch.randn(7, 5)), "scale": from_torch(torch.randn(()))}
