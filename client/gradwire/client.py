@@ -51,7 +51,8 @@ def connect(
     )
     client = Client(rpc)
     try:
-        client.server_info()
+        # Once: whoever connects to what is not there learns of it at once.
+        rpc.call("GetServerInfo", pb.GetServerInfoRequest(), repeat=False)
     except BaseException:
         client.close()
         raise

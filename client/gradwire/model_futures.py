@@ -23,9 +23,9 @@ class ModelFutures:
     """The calls of a model, returned at once. They run one after another, in the order in which they were made.
 
     Arguments and errors are those of `Model`; a call that cannot be made raises from its future too. What a call was
-    given has been read when its future is there: tensors that have more than 4 MiB together are sent before that, and a
-    batch that fits no graph of the model is exported first. A blocking call runs after those that wait here; in a
-    future's done callback it runs at once instead.
+    given has been read when its future is there: tensors that have more than 4 MiB together are sent before that, and
+    copied, for they may have to be sent again; a batch that fits no graph of the model is exported first. A blocking
+    call runs after those that wait here; in a future's done callback it runs at once instead.
     """
 
     def __init__(self, rpc: Rpc, calls: ModelCalls, autograd: AutogradCalls, queue: CallQueue) -> None:
@@ -135,6 +135,7 @@ class ModelFutures:
     def _submit(self, make: Callable[[], Call[R]]) -> Future[R]:
         try:
             call = make()
+            call.own_tensors()
             return self._queue.submit(lambda: call.run(self._rpc))
         except Exception as error:
             failed: Future[R] = Future()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
 INFO = ServerInfo(version="0", torch_version="2", workers=4, free_workers=4, gpus=0.0, limits=Limits())
 
+Answers = dict[str, Callable[[Any, grpc.ServicerContext], Any]]
+
 
 class ScriptedService:
     """Answers each RPC with what `answers[method]` returns, given (request, context); GradwireErrors are sent as such.
@@ -32,17 +40,18 @@ class ScriptedService:
     `calls` holds (method, request) in order of arrival; `tokens` each call's authorization.
     """
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
-        self.answers: dict[str, Callable[[Any, grpc.ServicerContext], Any]] = {
-            "GetServerInfo": lambda request, context: codec.encode_server_info(INFO)
-        }
+    def __init__(
+        self, credentials: grpc.ServerCredentials | None = None, *, port: int = 0, answers: Answers | None = None
+    ) -> None:
+        self.answers: Answers = {"GetServerInfo": lambda request, context: codec.encode_server_info(INFO)}
+        self.answers |= answers or {}
         self.calls: list[tuple[str, Any]] = []
         self.tokens: list[str | None] = []
         self.release = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_Handlers(self),))
         if credentials is None:
-            self.port = self._server.add_insecure_port("127.0.0.1:0")
+            self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         else:
             self.port = self._server.add_secure_port("localhost:0", credentials)
         self._server.start()
@@ -91,13 +100,105 @@ class _Handlers(grpc.GenericRpcHandler):
         )
 
 
+class Proxy:
+    """Passes connections on to `port`, and cuts them: at once, or after so many bytes of one direction."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.up_left: int | None = None
+        self.down_left: int | None = None
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Reset every connection, both ways."""
+        for each in self._open:
+            with suppress(OSError):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.port))
+                except OSError:
+                    near.close()
+                    continue
+                self._open += [near, far]
+                threading.Thread(target=self._pump, args=(near, far, "up_left"), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, "down_left"), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, bound: str) -> None:
+        with suppress(OSError):
+            while piece := source.recv(1 << 16):
+                left = getattr(self, bound)
+                if left is not None and left < len(piece):
+                    setattr(self, bound, None)
+                    sink.sendall(piece[:left])
+                    self.cut()
+                    return
+                if left is not None:
+                    setattr(self, bound, left - len(piece))
+                sink.sendall(piece)
+        source.close()
+        sink.close()
+
+
+FREE_SERVER = """
+import sys; sys.path.insert(0, sys.argv[1])
+from conftest import ScriptedService
+service = ScriptedService(port=int(sys.argv[2]))
+print(service.port, flush=True)
+sys.stdin.read()
+"""
+
+
+class FreeServer:
+    """A scripted service in a process of its own, so that it can be stopped and killed."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on the port that it had before."""
+        command = [sys.executable, "-c", FREE_SERVER, str(Path(__file__).parent), str(self.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.target = f"127.0.0.1:{self.port}"
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def free_server() -> Iterator[FreeServer]:
+    server = FreeServer()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def start_scripted() -> Iterator[Callable[..., ScriptedService]]:
-    """Starts a ScriptedService, with server credentials where given; it stops with the test."""
+    """Starts a ScriptedService, which takes the arguments; it stops with the test."""
     services: list[ScriptedService] = []
 
-    def start(credentials: grpc.ServerCredentials | None = None) -> ScriptedService:
-        services.append(ScriptedService(credentials))
+    def start(credentials: grpc.ServerCredentials | None = None, **options: Any) -> ScriptedService:
+        services.append(ScriptedService(credentials, **options))
         return services[-1]
 
     yield start
@@ -113,6 +214,22 @@ def scripted(start_scripted: Callable[..., ScriptedService]) -> ScriptedService:
 @pytest.fixture
 def rpc(scripted: ScriptedService) -> Iterator[Rpc]:
     rpc = Rpc(scripted.target, timeout=5.0)
+    yield rpc
+    rpc.close()
+
+
+@pytest.fixture
+def proxy(scripted: ScriptedService) -> Iterator[Proxy]:
+    proxy = Proxy(scripted.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def cut_rpc(proxy: Proxy) -> Iterator[Rpc]:
+    """Connected through `proxy`."""
+    rpc = Rpc(proxy.target, timeout=8.0)
+    rpc.call("GetServerInfo", pb.GetServerInfoRequest())
     yield rpc
     rpc.close()
 
