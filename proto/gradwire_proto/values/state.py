@@ -16,6 +16,7 @@ class SplitDecision:
     whole: why one rank computes them whole; None where each rank has rows. inputs_whole: each rank is given all inputs.
     returns_loss: the program returns the loss itself. loss: how the loss is put together, in words for `Sharding`;
     None where there is nothing to say. weight: what each rank's loss weighs, as the ranks name it; None for rows.
+    written: the buffers that an architecture's variant changes, by name; None where that is not known, or graphs tell.
     """
 
     whole: str | None
@@ -23,6 +24,7 @@ class SplitDecision:
     returns_loss: bool
     loss: str | None
     weight: str | None
+    written: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,7 @@ def find_split(replica: Replica, variant_name: str, inputs: Sequence[Any], targe
         loss=names[found].words,
         inputs_whole=bool(names[found].reads),
         returns_loss=isinstance(replica.spec.loss, OutputLossSpec),
+        weight=names[found].key,
     )
 
 
