@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -100,7 +101,8 @@ class Checkpointer:
         model_id = self._model.model_id
         if name is None:
             # A repeat of the request finds the same name.
-            name = f"{model_id[:50]}-{(request_id or secrets.token_hex(16)).replace('-', '')[:12]}"
+            digest = hashlib.sha256((request_id or secrets.token_hex(16)).encode()).hexdigest()
+            name = f"{model_id[:50]}-{digest[:12]}"
         check_checkpoint_id(name)
         # At once: the state is that of the caller's turn, however long another checkpoint is being written.
         captured = self._model.capture(automatic=False)

@@ -23,7 +23,7 @@ Fields = Mapping[str, Any]
 
 
 async def salvage(ranks: Ranks, applied: int) -> tuple[Fields, list[Any]] | None:
-    """(the whole state of a rank that has applied just so many commands, each rank's held gradients); None: none has."""
+    """(the whole state of a rank that applied just so many commands, each rank's held gradients); None: none has."""
     processes = ranks.processes
     for process in processes:
         if process.channel.lost is not None:

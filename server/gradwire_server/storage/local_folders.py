@@ -60,10 +60,7 @@ class LocalFolders:
 
     def keys(self, prefix: str) -> list[str]:
         with self._errors():
-            named = [f"named/{name}" for name in _names(self._root / "named")]
-            models = [f"auto/{model_id}" for model_id in _names(self._root / "auto")]
-            numbered = [f"{model}/{number}" for model in models for number in _names(self._root / model)]
-            keys = (key for key in named + numbered if key.startswith(prefix))
+            keys = (key for key in self._folders() if key.startswith(prefix))
             return sorted(key for key in keys if (self._root / key / MANIFEST).is_file())
 
     def fetch(self, key: str, names: list[str]) -> Path:
@@ -96,6 +93,9 @@ class LocalFolders:
                     os.rename(self._root / _REPLACED / name, self._root / name.replace("@", "/"))
             for name in (_PARTIAL, _READING, _REPLACED):
                 shutil.rmtree(self._root / name, ignore_errors=True)
+            for key in self._folders():
+                if not (self._root / key / MANIFEST).is_file():
+                    shutil.rmtree(self._root / key)
             for model_id in _names(self._root / "auto"):
                 with contextlib.suppress(OSError):
                     # Of a model that has none any more.
@@ -122,6 +122,12 @@ class LocalFolders:
             if folder == self._root:
                 break
         shutil.rmtree(aside, ignore_errors=True)
+
+    def _folders(self) -> list[str]:
+        """Every key that there may be."""
+        named = [f"named/{name}" for name in _names(self._root / "named")]
+        models = [f"auto/{model_id}" for model_id in _names(self._root / "auto")]
+        return named + [f"{model}/{number}" for model in models for number in _names(self._root / model)]
 
     def _new(self, below: str) -> Path:
         path = self._root / below / secrets.token_hex(8)

@@ -290,8 +290,8 @@ def added_variant(make: Any) -> tuple[Any, list[Command]]:
 def architecture(make: Any) -> tuple[Any, list[Command]]:
     """Dropout, batch norm, and batches of a kind that was not there at first."""
     del make
-    config = {
-        "args": [
+    config: Any = {
+        "layers": [
             {"name": "torch.nn.Linear", "config": {"in_features": 10, "out_features": 16}},
             {"name": "torch.nn.BatchNorm1d", "config": {"num_features": 16}},
             {"name": "torch.nn.Dropout", "config": {"p": 0.3}},

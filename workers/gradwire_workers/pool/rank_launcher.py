@@ -64,11 +64,12 @@ class RankLauncher:
         Path(started["endpoint"].removeprefix("ipc://")).unlink(missing_ok=True)
         return process
 
-    async def in_thread_briefly(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Calls a function that blocks on Ray, and goes on without it where Ray does not answer."""
+    async def in_thread_briefly(self, function: Callable[..., Any], *arguments: Any) -> bool:
+        """Calls a function that blocks on Ray, and goes on without it where Ray does not answer: then False."""
         calling = asyncio.ensure_future(self.in_thread(function, *arguments))
         calling.add_done_callback(_forget_failure)
-        await asyncio.wait({calling}, timeout=_RAY_SECONDS)
+        done, _ = await asyncio.wait({calling}, timeout=_RAY_SECONDS)
+        return bool(done)
 
     def _end(self, handle: ProcessHandle, process: RankProcess) -> asyncio.Task[None]:
         self._processes.discard(process)
@@ -82,8 +83,8 @@ class RankLauncher:
 
     async def _end_process(self, handle: ProcessHandle, process: RankProcess) -> None:
         # Ray first: a rank that leaves because its connection ended looks like a crash to Ray, which would say so.
-        await self.in_thread_briefly(self._placement.kill, process.name)
-        await handle.gone(timeout=_RAY_SECONDS)
+        if await self.in_thread_briefly(self._placement.kill, process.name):
+            await handle.gone(timeout=_RAY_SECONDS)
         handle.kill()
         process.channel.close()
         await handle.gone(timeout=5.0)
