@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradwire.export import ModuleExporter
-from gradwire_proto.tensors import from_any, from_nested
+from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.values import (
     ArchitectureSpec,
     Batch,
@@ -258,6 +258,49 @@ def own_loss(make: Any) -> tuple[Any, list[Command]]:
     return (spec, *made[1:]), [step(*batch) for batch in batches]
 
 
+def class_weights(make: Any) -> tuple[Any, list[Command]]:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(10, 3)
+            self.register_buffer("of:classes", torch.tensor([1.0, 2.0, 0.5]))
+
+        def forward(self, x, y):
+            return nn.functional.cross_entropy(self.linear(x), y, weight=self.get_buffer("of:classes"))
+
+    batches = [(batch,) for batch in rows(12, 7, 9, 12)]
+    made = make(Weighted(), None, batches[0][0])
+    return (replace(made[0], loss=OutputLossSpec(0)), *made[1:]), [step(*batch) for batch in batches]
+
+
+def given_weight(make: Any) -> tuple[Any, list[Command]]:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(10, 1)
+
+        def forward(self, x, mask):
+            return (self.linear(x)[:, 0].square() * mask).sum() / mask.sum()
+
+    del make
+    batches = [((torch.randn(count, 10), torch.rand(count)),) for count in (12, 7, 9, 12)]
+    exporter = ModuleExporter(Masked(), None, loss_weight=lambda inputs: inputs[1].sum())
+    exported = exporter.export_model(batches[0][0], None)
+    spec = ModelSpec(
+        program=exported.program, loss=OutputLossSpec(0), optimizer=OptimizerSpec("SGD", {"lr": 0.1}), device="cpu"
+    )
+    tensors = {name: from_any(tensor) for name, tensor in exported.tensors.items()}
+    return (spec, tensors, Batch(from_nested(batches[0][0]))), [step(*batch) for batch in batches]
+
+
+def said_to_be_a_sum(make: Any) -> tuple[Any, list[Command]]:
+    def loss(outputs, targets):
+        return (outputs - targets).square().sum()
+
+    batches = [(torch.randn(count, 10), torch.randn(count, 3)) for count in (12, 7, 9)]
+    return make(mlp(), loss, *batches[0], loss_reduction="sum"), [step(*batch) for batch in batches]
+
+
 def added_variant(make: Any) -> tuple[Any, list[Command]]:
     module, loss = Recurrent(), nn.CrossEntropyLoss()
     short = [(torch.randn(count, 5, 4), torch.randint(0, 3, (count,))) for count in (6, 7)]
@@ -332,6 +375,9 @@ CASES = [
     options_of_groups,
     line_search,
     own_loss,
+    class_weights,
+    given_weight,
+    said_to_be_a_sum,
     added_variant,
     architecture,
 ]
@@ -371,3 +417,53 @@ async def test_a_model_goes_on_from_its_state_as_if_it_had_never_stopped(start, 
     assert found == expected
     assert bits(await group.state()) == last
     assert group.sharding == sharding
+
+
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        (own_loss, "ne:2:1:0:"),
+        (class_weights, "ne:-100:1:0:of:classes"),
+        (given_weight, "given"),
+        (said_to_be_a_sum, "sum"),
+    ],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+async def test_what_rows_weigh_in_a_loss_is_taken_over_and_not_tried_again(start, drop, make_spec, case, key):
+    torch.manual_seed(7)
+    (spec, tensors, example), commands = case(make_spec)
+    spec = replace(spec, workers=2)
+    group = await start((spec, tensors, example))
+    state = await group.state()
+    assert state.splits["train"].weight == key
+    await group.close()
+    other = await start((spec, tensors, None), state=state)
+    drop(state)
+    result = await commands[0].run(other, 1)
+    assert result.rank_rows == (6, 6)
+
+
+async def test_a_state_of_one_rank_goes_on_on_two_and_says_that_batches_are_not_split(start, drop, make_spec):
+    (spec, tensors, example), commands = accumulated(make_spec)
+    group = await start((spec, tensors, example))
+    results = [await command.run(group, number) for number, command in enumerate(commands[:2], 1)]
+    state = await group.state()
+    other = await start((replace(spec, workers=2), tensors, None), state=state)
+    drop(state)
+    assert other.sharding.mode == "whole"
+    assert (await commands[2].run(other, 3)).step == results[-1].step + 1
+
+
+async def test_a_state_of_two_ranks_with_gradients_that_are_held_goes_on_on_one(start, drop, make_spec):
+    (spec, tensors, example), commands = accumulated(make_spec)
+    group = await start((replace(spec, workers=2), tensors, example))
+    for number, command in enumerate(commands[:2], 1):
+        await command.run(group, number)
+    state = await group.state()
+    expected, _ = await group.retained.held_gradients(None)
+    await group.close()
+    other = await start((spec, tensors, None), state=state)
+    drop(state)
+    found, _ = await other.retained.held_gradients(None)
+    for name, gradient in expected.items():
+        assert torch.allclose(to_torch(found[name]), to_torch(gradient), rtol=1e-6, atol=1e-8)
