@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakSet
 
 from gradwire.arguments import as_bool, as_mapping
+from gradwire.checkpoints import creation_request
 from gradwire.errors import InvalidArgument
 from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
 from gradwire.optim.checks import check_not_negative
@@ -24,7 +25,16 @@ from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Batch, GradientQuery, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
+from gradwire_proto.values import (
+    Batch,
+    Checkpoint,
+    GradientQuery,
+    GradientResult,
+    ModelInfo,
+    NamedTensors,
+    StepResult,
+    Variant,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -274,6 +284,11 @@ class ModelCalls:
         codec.encode_named_tensors(values, request.values)
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
         return self._command("AddVariant", request, codec.decode_model_info, uploads)
+
+    def save(self, name: str | None) -> Call[Checkpoint]:
+        request = creation_request(self._name, name)
+        # Not a change of the model: what was read of it stays true.
+        return Call("CreateCheckpoint", request, codec.decode_checkpoint, command_name(self._id, request.request_id))
 
     def info(self) -> Call[ModelInfo]:
         return Call("GetModel", pb.GetModelRequest(name=self._name), codec.decode_model_info)

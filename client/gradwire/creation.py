@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gradwire.architecture import Architecture
-from gradwire.arguments import as_bool, as_int, as_number, as_text
+from gradwire.arguments import as_bool, as_count, as_int, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
@@ -51,6 +51,10 @@ def create_model(
     precision: str,
     loss_reduction: str | None,
     loss_weight: LossWeight | None,
+    durability: str | None,
+    checkpoint_every: int | None,
+    keep_checkpoints: int | None,
+    deterministic: bool,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -64,6 +68,10 @@ def create_model(
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": {} if labels is None else as_labels(labels, "model.labels"),
         "precision": check_precision(as_text(precision, "model.precision"), "model.precision"),
+        "durability": "" if durability is None else as_text(durability, "model.durability"),
+        "checkpoint_every": as_count(checkpoint_every, "model.checkpoint_every") or 0,
+        "keep_checkpoints": as_count(keep_checkpoints, "model.keep_checkpoints") or 0,
+        "deterministic": as_bool(deterministic, "model.deterministic"),
         "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):

@@ -11,7 +11,7 @@ from gradwire.futures import CallQueue, Future
 from gradwire.gradient_queries import names_of
 from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
-from gradwire_proto.values import GradientResult, ModelInfo, StepResult
+from gradwire_proto.values import Checkpoint, GradientResult, ModelInfo, StepResult
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +121,9 @@ class ModelFutures:
 
     def held_gradients(self, wrt: str | Sequence[str] | None = None) -> Future[dict[str, torch.Tensor]]:
         return self._submit(lambda: self._autograd.held_gradients(names_of(wrt)))
+
+    def save(self, name: str | None = None) -> Future[Checkpoint]:
+        return self._submit(lambda: self._calls.save(name))
 
     def info(self) -> Future[ModelInfo]:
         return self._submit(self._calls.info)
