@@ -162,9 +162,14 @@ def _decode(fields: dict[str, Any]) -> Manifest:
         tensors=tuple(StateTensor(**{**each, "shape": tuple(each["shape"])}) for each in fields["tensors"]),
         trained=tuple(fields["trained"]),
         held=tuple(None if names is None else tuple(names) for names in fields["held"]),
-        splits={name: SplitDecision(**each) for name, each in fields["splits"].items()},
+        splits={name: _split(each) for name, each in fields["splits"].items()},
         files={name: _file(name, each) for name, each in fields["files"].items()},
     )
+
+
+def _split(fields: dict[str, Any]) -> SplitDecision:
+    written = fields["written"]
+    return SplitDecision(**{**fields, "written": None if written is None else tuple(written)})
 
 
 def _typed(fields: dict[str, Any], name: str, *types: type) -> Any:

@@ -84,7 +84,15 @@ def saved_model(folder: Path, module: nn.Module | None = None, **changes: Any) -
         command=5,
         trained=("embed.weight", "scale"),
         held=(held, None),
-        splits={"train": SplitDecision(whole=None, inputs_whole=False, returns_loss=True, loss="mean", weight="rows")},
+        splits={
+            "train": SplitDecision(
+                whole=None, inputs_whole=False, returns_loss=True, loss="mean", weight="rows", written=("scratch",)
+            ),
+            "eval": SplitDecision(whole="it says so", inputs_whole=True, returns_loss=False, loss=None, weight=None),
+            "none": SplitDecision(
+                whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None, written=()
+            ),
+        },
         opened=(opened(),),
         threads=1,
     )
