@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,14 +58,29 @@ def new_model(client: gradwire.Client, name: str) -> gradwire.Model:
     )
 
 
-def train(model: gradwire.Model, disturb: Callable[[int], None] = lambda _: None) -> list[float]:
+def train(
+    model: gradwire.Model,
+    disturb: Callable[[int], None] = lambda _: None,
+    recovered: Callable[[float], None] = lambda _: None,
+) -> list[float]:
+    """The losses. disturb: called before each step; recovered: after it, with the seconds that ranks were replaced."""
     losses = []
     for step, (x, y) in enumerate(batches()):
         disturb(step)
         result = model.train_step(x, y)
         assert result.step == step + 1
         losses.append(result.loss)
+        recovered(result.timing.recovery)
     return losses
+
+
+@pytest.fixture(autouse=True)
+def one_model_at_a_time(mortal: gradwire.Client, undisturbed: tuple[list[float], gradwire.Model]) -> Iterator[None]:
+    """The ranks are for the undisturbed model, and one more."""
+    yield
+    for model in mortal.list_models():
+        if model.id != "calm":
+            mortal.get_model(model.id).delete()
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +124,6 @@ def processes(word: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def ranks_at_work(count: int) -> list[int]:
-    """The ranks that have used most of the processor lately."""
-
-    def used(process: psutil.Process) -> float:
-        return process.cpu_times().user
-
-    ranks = processes("RankActor")
-    before = {rank.pid: used(rank) for rank in ranks}
-    time.sleep(0.05)
-    return sorted(before, key=lambda pid: -before[pid])[:count]
-
-
 def kill_soon(pid: int, after: float = 0.002) -> None:
     """Kill a process while the next call is in flight."""
     threading.Timer(after, os.kill, (pid, signal.SIGKILL)).start()
@@ -133,15 +135,20 @@ def test_ranks_killed_in_the_middle_of_steps(mortal: gradwire.Client, undisturbe
     recoveries = []
 
     def disturb(step: int) -> None:
-        if step in KILLED_AT:
-            # The newest ranks are the spare ones; whichever of the model's own is hit, it has to be replaced.
-            for pid in ranks_at_work(1):
-                kill_soon(pid)
+        ranks = processes("RankActor")
+        if step == KILLED_AT[0]:
+            # All of them: nobody is left who knows the state.
+            for rank in ranks:
+                kill_soon(rank.pid)
+        elif step >= KILLED_AT[1] and not any(recoveries[KILLED_AT[1] :]):
+            # One of the model's, sooner or later.
+            kill_soon(ranks[step % len(ranks)].pid)
 
-    assert train(model, disturb) == losses
+    found = train(model, disturb, recoveries.append)
+    assert found == losses
     assert_same(model, calm)
+    assert any(recoveries[: KILLED_AT[1]]) and any(recoveries[KILLED_AT[1] :])
     assert model.info().state == "ready"
-    assert recoveries == []
 
 
 def test_frontend_killed_in_the_middle_of_training_and_the_same_client_goes_on(
@@ -170,3 +177,49 @@ def test_raylet_killed_in_the_middle_of_training(mortal: gradwire.Client, undist
 
     assert train(model, disturb) == losses
     assert_same(model, calm)
+
+
+def test_training_loop_of_ones_own_over_killed_ranks(mortal: gradwire.Client) -> None:
+    def loop(disturb: Callable[[int], None]) -> dict[str, torch.Tensor]:
+        model = mortal.create_model(network(), optimizer=optim.SGD(lr=0.05), example=batches()[0][:1], workers=2)
+        net, optimizer = model.as_module(), model.as_optimizer()
+        for step, (x, y) in enumerate(batches()):
+            disturb(step)
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(net(x), y)
+            if step == KILLED_AT[0]:
+                # Between a forward that is retained and its backward.
+                for rank in processes("RankActor"):
+                    rank.kill()
+            loss.backward()
+            optimizer.step()
+        state = dict(model.state_dict())
+        model.delete()
+        return state
+
+    def disturb(step: int) -> None:
+        if step == KILLED_AT[1]:
+            for rank in processes("RankActor"):
+                kill_soon(rank.pid)
+
+    first, second = loop(lambda _: None), loop(disturb)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_saved_model_opens_with_plain_safetensors_and_is_restored(
+    mortal: gradwire.Client, storage: Path, undisturbed: tuple
+) -> None:
+    _, calm = undisturbed
+    calm.save("best")
+    net = network()
+    net.load_state_dict(load_file(storage / "checkpoints/named/best/weights.safetensors"), strict=True)
+    for name, value in calm.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    again = mortal.restore_model("best", model_id="again")
+    x, y = batches()[0]
+    assert_same(again, calm)
+    net.eval()
+    torch.testing.assert_close(again.forward(x), net(x))
+    again.train_step(x, y)
+    assert again.info().step == STEPS + 1
