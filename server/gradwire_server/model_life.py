@@ -31,6 +31,7 @@ from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.work_queue import Job, WorkQueue
 from gradwire_server.workers import Workers
@@ -102,7 +103,7 @@ class ModelLife:
                 await self._enter_storage(call)
             except BaseException:
                 self._records.close()
-                await asyncio.shield(asyncio.to_thread(self._hosting.storage.delete, self.id))
+                await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
                 raise
         self._watch([number] if self.is_durable else ())
         self.description.ready()
@@ -113,14 +114,14 @@ class ModelLife:
         storage, made_by = self._hosting.storage, None
         await storage.swept()
         # Of an earlier model of this name, should it be that they could not be removed with it.
-        await asyncio.to_thread(storage.checkpoints.delete_automatic, self.id)
+        await in_thread(storage.checkpoints.delete_automatic, self.id)
         await self._save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
             made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
-        await asyncio.to_thread(storage.make, self.id, made_by)
+        await in_thread(storage.make, self.id, made_by)
         durability = self.description.info.durability
-        journal, _ = await asyncio.to_thread(storage.open_journal, self.id, durability, self.number)
+        journal, _ = await in_thread(storage.open_journal, self.id, durability, self.number)
         self.takes_journal(journal)
 
     def restore(self) -> None:
@@ -130,7 +131,7 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, salvage=False)
-                self._watch(await asyncio.to_thread(self._hosting.storage.checkpoints.automatic, self.id))
+                self._watch(await in_thread(self._hosting.storage.checkpoints.automatic, self.id))
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
@@ -147,8 +148,9 @@ class ModelLife:
             await self._there.wait()
 
     async def idle(self) -> None:
-        """Return when no request waits or runs."""
-        await self._queue.idle()
+        """Return when no request waits or runs. To be brought back is no request."""
+        if self._there.is_set():
+            await self._queue.idle()
 
     async def close(self) -> None:
         """Refuse what waits and what still comes, and free the ranks, after what runs has ended. Idempotent.
@@ -202,7 +204,7 @@ class ModelLife:
         """The model as it is, in a turn. Its tensors are files that belong to the caller."""
         state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
         try:
-            spec = await asyncio.to_thread(self.spec.encoded)
+            spec = await in_thread(self.spec.encoded)
         except BaseException:
             remove_files(state_files(state))
             raise
@@ -223,7 +225,7 @@ class ModelLife:
         """Take an automatic checkpoint in the turn that it is."""
         saved = await self._snapshot()
         try:
-            await asyncio.to_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
+            await in_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
         finally:
             saved.remove_files()
 
@@ -316,6 +318,10 @@ class ModelLife:
         if trained is not None:
             self.description.trains(trained)
         self.description.has_ranks(workers.sharding, workers.device)
+
+    def waits_for(self, error: GradwireError) -> None:
+        """It cannot be brought back yet, because of this."""
+        self.description.met(error)
 
     async def release_again(self, names: tuple[str, ...]) -> None:
         """Let go of retained forwards on ranks to which commands are applied once more."""

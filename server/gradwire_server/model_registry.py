@@ -26,7 +26,9 @@ from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info
 from gradwire_server.restoring import ended_command, read_checkpoint
+from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.workers import Workers
 
 
@@ -99,15 +101,16 @@ class ModelRegistry:
         """
         creation = self._seen.find(call)
         if creation is None:
-            saved, spec = await asyncio.to_thread(read_checkpoint, self._hosting.storage.checkpoints, name, workers)
-            try:
-                creation = self._seen.find(call)
-                if creation is None:
-                    creation = self._restore(saved, spec, model_id or saved.model_id, call)
-                    saved = None
-            finally:
-                if saved is not None:
-                    saved.remove_files()
+            store = self._hosting.storage.checkpoints
+            model_id = model_id or (await in_thread(store.get, key_of(name))).model_id
+            self._check_new(model_id)
+            saved, spec = await in_thread(read_checkpoint, store, name, workers)
+            # Again: others came meanwhile, this request's repeat perhaps.
+            creation = self._seen.find(call)
+            if creation is not None:
+                saved.remove_files()
+            else:
+                creation = self._restore(saved, spec, model_id, call)
         return await creation.result(call.deadline)
 
     def _restore(self, saved: SavedModel, spec: CurrentSpec, model_id: str, call: Call) -> ModelCreation:
@@ -119,7 +122,11 @@ class ModelRegistry:
             )
             return await _begun(new, workers, call, number=state.command, trained=state.trained)
 
-        self._check_new(model_id)
+        try:
+            self._check_new(model_id)
+        except GradwireError:
+            saved.remove_files()
+            raise
         return self._begin(spec.value, model_id, make, lambda _: saved.remove_files(), call)
 
     def _begin(
@@ -223,7 +230,7 @@ class ModelRegistry:
             return
         await model.life.close()
         try:
-            await asyncio.to_thread(self._hosting.storage.delete, model_id)
+            await in_thread(self._hosting.storage.delete, model_id)
         except GradwireError as error:
             # It is still in the storage, and deleting it may be tried again.
             model.description.failed(error)

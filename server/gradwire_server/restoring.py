@@ -22,6 +22,7 @@ from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel, StoredReply
 from gradwire_server.stored_replies import EndedCommand, decode_reply, kills_ranks
+from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files, segment_paths
 from gradwire_server.workers import Cluster, Workers
 
@@ -61,6 +62,10 @@ class Restored(Protocol):
 
     def adopt(self, workers: Workers, trained: tuple[str, ...]) -> None:
         """Commands run on these ranks. trained: the parameters that they train."""
+        ...
+
+    def waits_for(self, error: GradwireError) -> None:
+        """It cannot be brought back yet, because of this."""
         ...
 
     async def release_again(self, names: tuple[str, ...]) -> None:
@@ -116,8 +121,11 @@ class Restorer:
                 if losses == ATTEMPTS:
                     raise
                 logger.warning("models/%s: ranks were lost while it was brought back: %s", self._model.id, lost)
+                if self._storage is not None:
+                    state = None
             except (Unavailable, ResourceExhausted) as error:
                 logger.warning("models/%s waits to be brought back: %s", self._model.id, error)
+                self._model.waits_for(error)
             except GradwireError:
                 raise
             except Exception as error:
@@ -133,7 +141,7 @@ class Restorer:
     async def _from_storage(self) -> None:
         if self._storage is None:
             raise FailedPrecondition("its ranks are lost, and at durability none nothing else has it")
-        saved, spec = await asyncio.to_thread(self._read_newest, self._storage)
+        saved, spec = await in_thread(self._read_newest, self._storage)
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(self._storage, spec, saved.state.command)
@@ -165,7 +173,7 @@ class Restorer:
         journal = self._model.journal
         if journal is not None:
             return journal, journal.entries(after)
-        journal, entries = await asyncio.to_thread(storage.open_journal, self._model.id, spec.value.durability, after)
+        journal, entries = await in_thread(storage.open_journal, self._model.id, spec.value.durability, after)
         self._model.takes_journal(journal)
         return journal, entries
 

@@ -84,10 +84,10 @@ def one_model_at_a_time(mortal: gradwire.Client, undisturbed: tuple[list[float],
 
 
 @pytest.fixture(scope="module")
-def undisturbed(mortal: gradwire.Client) -> Iterator[tuple[list[float], gradwire.Model]]:
+def undisturbed(mortal: gradwire.Client) -> tuple[list[float], gradwire.Model]:
     """The losses of a run during which nothing happened, and its model."""
     model = new_model(mortal, "calm")
-    yield train(model), model
+    return train(model), model
 
 
 def assert_same(first: gradwire.Model, second: gradwire.Model) -> None:
@@ -180,14 +180,16 @@ def test_raylet_killed_in_the_middle_of_training(mortal: gradwire.Client, undist
 
 
 def test_training_loop_of_ones_own_over_killed_ranks(mortal: gradwire.Client) -> None:
-    def loop(disturb: Callable[[int], None]) -> dict[str, torch.Tensor]:
+    def loop(*, disturbed: bool) -> dict[str, torch.Tensor]:
         model = mortal.create_model(network(), optimizer=optim.SGD(lr=0.05), example=batches()[0][:1], workers=2)
         net, optimizer = model.as_module(), model.as_optimizer()
         for step, (x, y) in enumerate(batches()):
-            disturb(step)
             optimizer.zero_grad()
+            if disturbed and step == KILLED_AT[1]:
+                for rank in processes("RankActor"):
+                    kill_soon(rank.pid)
             loss = nn.functional.mse_loss(net(x), y)
-            if step == KILLED_AT[0]:
+            if disturbed and step == KILLED_AT[0]:
                 # Between a forward that is retained and its backward.
                 for rank in processes("RankActor"):
                     rank.kill()
@@ -197,12 +199,7 @@ def test_training_loop_of_ones_own_over_killed_ranks(mortal: gradwire.Client) ->
         model.delete()
         return state
 
-    def disturb(step: int) -> None:
-        if step == KILLED_AT[1]:
-            for rank in processes("RankActor"):
-                kill_soon(rank.pid)
-
-    first, second = loop(lambda _: None), loop(disturb)
+    first, second = loop(disturbed=False), loop(disturbed=True)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -223,3 +220,19 @@ def test_saved_model_opens_with_plain_safetensors_and_is_restored(
     torch.testing.assert_close(again.forward(x), net(x))
     again.train_step(x, y)
     assert again.info().step == STEPS + 1
+
+
+def test_service_that_is_started_again_on_its_storage_serves_the_same_models(tmp_path: Path) -> None:
+    x, y = batches()[0]
+    with gradwire.launch(workers=1, spare_ranks=1, storage=tmp_path) as client:
+        model = client.create_model(
+            network(), loss=nn.MSELoss(), optimizer=optim.Adam(lr=0.01), example=(x, y), model_id="kept"
+        )
+        losses = [model.train_step(x, y).loss for _ in range(4)]
+        weights = model.state_dict()
+    with gradwire.launch(workers=1, spare_ranks=1, storage=tmp_path) as client:
+        model = client.get_model("kept")
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        result = model.train_step(x, y)
+        assert result.step == 5 and result.loss < losses[0]

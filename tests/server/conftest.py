@@ -278,6 +278,7 @@ class FakeCluster:
     deadly: bytes = b""
     built: tuple[tuple[StateTensor, ...], tuple[Variant, ...]] = ((WEIGHT,), ())
     starting: int = 0
+    tries: int = 0
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
 
@@ -288,6 +289,7 @@ class FakeCluster:
         self, spec: Any, tensors: Any, example: Any, *, model_id: str, state: ModelState | None = None
     ) -> FakeWorkers:
         self.starting += 1
+        self.tries += 1
         try:
             self.values = {name: read(value) for name, value in tensors.items()}
             await self.gate.wait()

@@ -6,16 +6,18 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import InvalidArgument, RankLost
+from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Handle, Retention, TensorData
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.tensors.uploads import resolve
 
@@ -201,6 +203,61 @@ async def test_retained_forwards_are_there_again_under_their_names_and_released_
         kept = (await frontend.stub.Forward(forward())).retained
     async with start(retained_forwards=2) as frontend:
         assert (await ready(frontend)).retained.kept == [kept]
+
+
+async def test_reply_that_was_too_large_to_be_stored_is_made_anew(start: Any, fakes: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("gradwire_server.stored_replies.REPLY_BYTES", 100)
+    request = pb.ForwardRequest(name="models/m", training=True, request_id=fakes.request_id())
+    codec.encode_value(fakes.two_floats(), request.inputs)
+    async with start() as frontend:
+        await frontend.create()
+        first = await frontend.stub.Forward(request)
+        assert await frontend.stub.Forward(request) == first
+    async with start() as frontend:
+        again = await frontend.stub.Forward(request)
+        assert again.outputs == first.outputs and again.step == first.step
+        assert [call[0] for call in frontend.cluster.groups["m"].calls] == ["forward"]
+
+
+async def test_model_that_is_brought_back_tells_what_it_waits_for_and_can_be_deleted(
+    start: Any, storage: Path
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.create("other")
+    async with start(held=True) as frontend:
+        frontend.cluster.error = ResourceExhausted("no free ranks", reason="WORKERS_EXHAUSTED")
+        frontend.cluster.gate.set()
+        await frontend.until(lambda: frontend.cluster.tries > 2)
+        model = await frontend.model()
+        assert model.state == model_pb2.MODEL_STATE_RECOVERING and "no free ranks" in model.last_error.message
+        waiting = asyncio.ensure_future(frontend.error(frontend.stub.TrainStep(frontend.train())))
+        await asyncio.sleep(0.05)
+        await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
+        assert (await waiting).reason == "MODEL_DELETED"
+        frontend.cluster.error = None
+        await ready(frontend, "other")
+        assert [path.name for path in (storage / "models").iterdir()] == ["other"]
+
+
+async def test_creation_that_is_given_up_while_it_is_saved_leaves_nothing(
+    start: Any, storage: Path, monkeypatch: Any
+) -> None:
+    made, make = threading.Event(), ModelStorage.make
+
+    def slowly(self: Any, *arguments: Any) -> None:
+        made.set()
+        time.sleep(0.2)
+        make(self, *arguments)
+
+    monkeypatch.setattr(ModelStorage, "make", slowly)
+    async with start() as frontend:
+        call = frontend.stub.CreateModel(frontend.creation())
+        await frontend.until(made.is_set)
+        call.cancel()
+        await frontend.until(lambda: frontend.cluster.groups["m"].closed)
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
+        await frontend.create()
 
 
 async def test_model_that_outlives_nothing_is_gone_after_a_restart(start: Any, storage: Path) -> None:

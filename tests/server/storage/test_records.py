@@ -39,6 +39,7 @@ entries = st.builds(
     body=st.binary(max_size=32),
     refused=st.none() | st.text(max_size=20),
     uploads=st.lists(uploads, max_size=2).map(tuple),
+    released=st.lists(st.text(max_size=8), max_size=3).map(tuple),
 )
 
 
