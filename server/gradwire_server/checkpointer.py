@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,8 +34,9 @@ _RETAINED_WAIT = 2.0
 class Checkpointer:
     """Saves one model, in the background, one checkpoint at a time. Commands wait for `capture` only.
 
-    kept: the numbers of its automatic checkpoints. policy None: none are taken by themselves. A checkpoint that fails
-    is logged and tried again, ever more seldom; the model goes on, and the journal grows.
+    kept: the numbers of its automatic checkpoints. policy None: none are taken by themselves. threads: where it writes;
+    a store that does not answer holds some of them for a while, so they are better nobody else's. A checkpoint that
+    fails is logged and tried again, ever more seldom; the model goes on, and the journal grows.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Checkpointer:
         policy: CheckpointPolicy | None,
         kept: Sequence[int] = (),
         *,
+        threads: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._store = store
         self._policy = policy
+        self._threads = threads
         self._clock = clock
         self._kept = sorted(kept)
         self._taken_at = clock()
@@ -123,9 +127,9 @@ class Checkpointer:
         try:
             async with self._writing:
                 saved = replace(saved, name=name, automatic=False, created_at=time.time(), request_id=request_id)
-                return await asyncio.to_thread(self._store.write, key_of(name), saved)
+                return await self._in_thread(self._store.write, key_of(name), saved)
         finally:
-            await asyncio.to_thread(saved.remove_files)
+            await self._in_thread(saved.remove_files)
 
     async def _take(self, at_least: int) -> bool:
         """Whether there is a checkpoint of command `at_least` or later now."""
@@ -139,9 +143,9 @@ class Checkpointer:
             name = automatic_checkpoint(self._model.model_id, number)
             try:
                 saved = replace(saved, name=name, automatic=True, created_at=time.time(), request_id=None)
-                await asyncio.to_thread(self._store.write, key_of(name), saved)
+                await self._in_thread(self._store.write, key_of(name), saved)
             finally:
-                await asyncio.to_thread(saved.remove_files)
+                await self._in_thread(saved.remove_files)
             # Only now is the new one durable, and may older ones go.
             self._kept = sorted({*self._kept, number})
             self._taken_at = self._clock()
@@ -155,7 +159,7 @@ class Checkpointer:
         old, kept = self._kept[:-keep], self._kept[-keep:]
         try:
             for number in old:
-                await asyncio.to_thread(self._delete, number)
+                await self._in_thread(self._delete, number)
                 self._kept.remove(number)
             if self._model.journal is not None:
                 # Behind the last but one: should the newest prove unreadable, nothing is lost.
@@ -213,6 +217,9 @@ class Checkpointer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def _shielded(self, work: Awaitable[T]) -> T:
         """Wait for what goes on to its end whoever waits."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -499,6 +500,28 @@ async def test_closing_waits_for_what_is_being_written_and_takes_no_more(bench):
     await bench.run(checkpointer, 5)
     await settled()
     assert len(bench.model.captures) == 2
+
+
+async def test_writers_that_wait_hold_nobody_elses_threads(bench):
+    with ThreadPoolExecutor(2, "checkpoints") as threads:
+        policy = CheckpointPolicy(commands=1, journal_bytes=1, seconds=1, keep=1)
+        checkpointer = Checkpointer(bench.model, bench.store, policy, threads=threads)
+        names = []
+        write, delete = bench.store.write, bench.store.delete
+
+        def recorded(call: Any) -> Any:
+            def run(*arguments: Any) -> Any:
+                names.append(threading.current_thread().name)
+                return call(*arguments)
+
+            return run
+
+        bench.store.write, bench.store.delete = recorded(write), recorded(delete)
+        await checkpointer.save("best", None)
+        for number in (1, 2):
+            bench.model.number = number
+            await checkpointer.take()
+        assert len(names) == 4 and all(name.startswith("checkpoints") for name in names)
 
 
 async def test_refusal_of_the_capture_is_the_callers(bench):

@@ -161,6 +161,19 @@ def test_deleting_takes_nothing_from_a_reader(storage, segments):
     assert content(read) == content(saved)
 
 
+def test_one_that_is_deleted_while_it_is_read_is_not_found(storage, segments, monkeypatch):
+    storage.store.write(NAMED, saved_model(segments))
+    fetch = storage.store._folders.fetch
+
+    def too_late(key: str, names: list[str]) -> Path:
+        storage.opened().delete(key)
+        return fetch(key, names)
+
+    monkeypatch.setattr(storage.store._folders, "fetch", too_late)
+    assert isinstance(refusal(lambda: storage.store.read(NAMED)), CheckpointNotFound)
+    assert not storage.leftovers()
+
+
 def test_files_of_a_saved_model_are_removed_with_it(segments):
     saved = saved_model(segments)
     assert any(segments.iterdir())

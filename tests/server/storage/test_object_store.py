@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from fsspec import AbstractFileSystem
-from server.storage.checkpoint_cases import automatic, content, saved_model
+from server.storage.checkpoint_cases import automatic, content, net, saved_model
 
 from gradwire_proto.errors import (
     FailedPrecondition,
@@ -188,7 +188,7 @@ def test_store_that_goes_away_at_any_moment_shows_nothing_by_halves(store, segme
 
 
 def test_replaced_one_is_old_or_new_or_not_there(store, segments, objects):
-    old, new = automatic(segments, 4, step=1), automatic(segments, 4, step=2)
+    old, new = automatic(segments, 4), automatic(segments, 4, module=net(1), spec=b"another")
     store.write("auto/digits/4", old)
     for after in range(len(calls_of(objects, lambda: store.write("auto/digits/4", new)))):
         store.write("auto/digits/4", old)
