@@ -70,7 +70,7 @@ class ServerConfig(BaseSettings):
         ByteSize(256 << 20), ge=1 << 20, description="bytes of journal from one checkpoint to the next, at most"
     )
     checkpoint_seconds: float = Field(
-        600.0, gt=0, le=86400, description="how long a change of a model may wait for a checkpoint"
+        60.0, gt=0, le=86400, description="how long a change of a model may wait for a checkpoint"
     )
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="automatic checkpoints kept of each model")
     ray_address: Address | None = Field(None, description="HOST:PORT of a running Ray; none: start one")

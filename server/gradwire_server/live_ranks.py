@@ -30,6 +30,8 @@ class LiveRanks:
         self._workers: Workers | None = None
         self._lost: RankLost | None = None
         self._left = False
+        self.applied = 0
+        """What the ranks counted when the last request ended: whoever counted more was in the middle of one."""
 
     @property
     def workers(self) -> Workers:
@@ -44,7 +46,7 @@ class LiveRanks:
 
     def adopt(self, workers: Workers) -> None:
         """These are the model's ranks from now on."""
-        self._workers, self._lost = workers, None
+        self._workers, self._lost, self.applied = workers, None, workers.applied
         workers.on_lost = lambda lost: self._note(workers, lost)
 
     def _note(self, workers: Workers, lost: RankLost) -> None:
@@ -97,11 +99,14 @@ class LiveRanks:
 
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
-            return await work()
+            result = await work()
+            self.applied = self.workers.applied
+            return result
         except RankLost:
             raise
         except Exception as error:
             if not changes or (isinstance(error, GradwireError) and error.outcome != "unknown"):
+                self.applied = self.workers.applied
                 raise
             refusal = public_error(error, request_id, outcome="unknown")
         # Nobody knows what it left behind: no rank's state can be trusted.

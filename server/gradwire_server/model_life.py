@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -130,7 +131,7 @@ class ModelLife:
         async def work(_: Any) -> None:
             try:
                 await self._hosting.storage.swept()
-                await self._restorer.regain(None, salvage=False)
+                await self._restorer.regain(None, None)
                 self._watch(await in_thread(self._hosting.storage.checkpoints.automatic, self.id))
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
@@ -269,12 +270,15 @@ class ModelLife:
             return  # The next of those that wait replaces them, or the model is on its way out.
 
     async def _regain(self, lost: RankLost, salvage: bool) -> None:
+        if not self._there.is_set():
+            # Nobody has been told of it yet.
+            raise copy.copy(lost)
         started = time.monotonic()
         logger.warning("models/%s lost its ranks: %s", self.id, lost)
         self.description.met(lost)
         self.description.recovering()
         try:
-            await self._restorer.regain(self.ranks.workers, salvage=salvage)
+            await self._restorer.regain(self.ranks.workers, self.ranks.applied if salvage else None)
         except GradwireError as error:
             logger.error("models/%s cannot be brought back: %s", self.id, error)
             self.description.failed(error if self.is_durable else lost)
@@ -282,6 +286,8 @@ class ModelLife:
                 raise copy.copy(lost) from None
             self.description.check_usable()
         self.description.ready()
+        with suppress(RankLost):
+            await self.autograd.release_again()
         logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
 
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:

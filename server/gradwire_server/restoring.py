@@ -86,12 +86,13 @@ class Restorer:
         self._storage = storage
         self._replayer = replayer
 
-    async def regain(self, lost: Workers | None, *, salvage: bool) -> None:
-        """Bring the model back to its last command. lost: the ranks that it had; salvage: whether they can be trusted.
+    async def regain(self, lost: Workers | None, applied: int | None) -> None:
+        """Bring the model back to its last command. lost: the ranks that it had; applied: what a rank has counted whose
+        state is that of this command, None where none can be trusted.
 
         Waits for ranks and storage that are not there. Raises why the model cannot be brought back.
         """
-        state = await self._salvage(lost) if lost is not None and salvage else None
+        state = None if lost is None or applied is None else await self._salvage(lost, applied)
         if lost is not None:
             await lost.close(reuse=False)
         try:
@@ -100,9 +101,9 @@ class Restorer:
             if state is not None:
                 remove_files(state_files(state))
 
-    async def _salvage(self, lost: Workers) -> ModelState | None:
+    async def _salvage(self, lost: Workers, applied: int) -> ModelState | None:
         try:
-            return await lost.salvage(lost.applied)
+            return await lost.salvage(applied)
         except Exception:
             logger.exception("models/%s: what a rank still had could not be read", self._model.id)
             return None

@@ -415,8 +415,15 @@ async def _running(
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Any]:
-    """`async with start(models=1) as frontend`: a frontend with these settings. held: no ranks start until told so."""
-    return lambda held=False, **settings: _running(tmp_path / "held", tmp_path / "storage", settings, held)
+    """`async with start(models=1) as frontend`: a frontend with these settings.
+
+    held: no ranks start until told so. place: the name of the folder that keeps its models.
+    """
+
+    def running(held: bool = False, place: str = "storage", **settings: Any) -> Any:
+        return _running(tmp_path / "held", tmp_path / place, settings, held)
+
+    return running
 
 
 @pytest.fixture

@@ -219,9 +219,7 @@ async def test_reply_that_was_too_large_to_be_stored_is_made_anew(start: Any, fa
         assert [call[0] for call in frontend.cluster.groups["m"].calls] == ["forward"]
 
 
-async def test_model_that_is_brought_back_tells_what_it_waits_for_and_can_be_deleted(
-    start: Any, storage: Path
-) -> None:
+async def test_model_that_is_brought_back_tells_what_it_waits_for_and_can_be_deleted(start: Any, storage: Path) -> None:
     async with start() as frontend:
         await frontend.create()
         await frontend.create("other")
