@@ -65,7 +65,7 @@ def serve(
     context: typer.Context,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 picks one.")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="How many ranks models may hold together.")] = None,
-    storage: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for log files, which stay.")] = None,
+    storage: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that keeps models and log files.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings from a TOML file.")] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Join this Ray instead of starting one.")

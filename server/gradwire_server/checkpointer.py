@@ -86,6 +86,11 @@ class Checkpointer:
         elif self._timer is None:
             self._wake_at(self._taken_at + policy.seconds)
 
+    def took(self, number: int) -> None:
+        """Somebody else has taken the automatic checkpoint of that number: it is one of those that are kept."""
+        self._kept = sorted({*self._kept, number})
+        self._taken_at = self._clock()
+
     async def take(self) -> int:
         """Save the model by itself now; the number of the newest checkpoint, which holds all that was applied so far.
 

@@ -197,7 +197,9 @@ class ModelLife:
         """The model in its turn. See SavableModel."""
 
         async def work(_: Any) -> SavedModel | None:
-            return None if automatic and self.ranks.workers.retains else await self._snapshot()
+            # A model that is ahead of its journal may still go back.
+            ahead = self.journal is not None and self.journal.broken is not None
+            return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
 
         return self.commands.take_turn(Call(), None, work).result(None)
 
@@ -235,6 +237,8 @@ class ModelLife:
         assert self._records.journal is not None
         await self._save_here()
         self._records.journal.restart(self.number)
+        if self._checkpointer is not None:
+            self._checkpointer.took(self.number)
 
     def _applied(self) -> None:
         if self._checkpointer is not None:

@@ -29,7 +29,10 @@ from gradwire_server.workers import Cluster, Workers
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often ranks may be lost while commands are applied once more: then it is the commands that end them."""
+"""How often a model fails to come back for another reason than that ranks, or the storage, are not there.
+
+Ranks are lost by chance; and a checkpoint that is read may be replaced meanwhile. What fails each time is to blame.
+"""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between two attempts to find ranks, or storage, that were not there."""
@@ -109,7 +112,7 @@ class Restorer:
             return None
 
     async def _try_until_there(self, state: ModelState | None) -> None:
-        pause, losses = FIRST_PAUSE, 0
+        pause, failures = FIRST_PAUSE, 0
         while True:
             try:
                 if state is not None:
@@ -117,20 +120,16 @@ class Restorer:
                 else:
                     await self._from_storage()
                 return
-            except RankLost as lost:
-                losses += 1
-                if losses == ATTEMPTS:
-                    raise
-                logger.warning("models/%s: ranks were lost while it was brought back: %s", self._model.id, lost)
-                if self._storage is not None:
-                    state = None
-            except (Unavailable, ResourceExhausted) as error:
-                logger.warning("models/%s waits to be brought back: %s", self._model.id, error)
-                self._model.waits_for(error)
-            except GradwireError:
-                raise
             except Exception as error:
-                raise public_error(error, None) from None
+                waits = isinstance(error, Unavailable | ResourceExhausted) and not isinstance(error, RankLost)
+                failures += not waits
+                if failures == ATTEMPTS:
+                    raise public_error(error, None) from None
+                logger.warning("models/%s cannot be brought back yet: %s", self._model.id, error)
+                if waits:
+                    self._model.waits_for(public_error(error, None))
+                elif self._storage is not None:
+                    state = None
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
