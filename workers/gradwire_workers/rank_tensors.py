@@ -32,7 +32,7 @@ def leaves_in(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def incoming(tensors: Mapping[str, TensorData], *, writable: bool = False) -> dict[str, torch.Tensor]:
     """Tensors by name. Views of the message where they can be, unless `writable`."""
-    return {name: owned(tensor) if writable else to_torch(tensor) for name, tensor in tensors.items()}
+    return {name: owned(tensor) if writable else _aligned(to_torch(tensor)) for name, tensor in tensors.items()}
 
 
 def owned(value: TensorData) -> torch.Tensor:

@@ -210,9 +210,11 @@ class WorkerGroup:
         return None if found is None else self._state_of(*found)
 
     def _state_of(self, whole: Mapping[str, Any], held: Sequence[Any]) -> ModelState:
-        opened = [each for each in self._variants if each is not self._untried] if self.opening is not None else ()
+        known = [each for each in self._variants if each is not self._untried]
+        decisions = {each.name: self._decisions[each.name] for each in known if each.name in self._decisions}
+        opened = known if self.opening is not None else ()
         whole, held = self._writer.adopt((dict(whole), list(held)))
-        return model_state(whole, held, decisions=self._decisions, opened=opened, threads=self._threads)
+        return model_state(whole, held, decisions=decisions, opened=opened, threads=self._threads)
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""

@@ -403,7 +403,7 @@ async def test_a_model_goes_on_from_its_state_as_if_it_had_never_stopped(start, 
     await group.close()
 
     chance = random.Random(f"{case.__name__} {workers}")
-    stops = set(chance.sample(range(1, len(commands)), 2))
+    stops = set(chance.sample(range(1, len(commands)), len(commands) // 2))
     group, found = await start((spec, tensors, example)), []
     for number, command in enumerate(commands, 1):
         found.append(told(await command.run(group, number)))
