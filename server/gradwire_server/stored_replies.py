@@ -41,6 +41,8 @@ def decode_reply(method: str, raw: bytes) -> Any:
 
 def stored_reply(method: str, result: Any) -> bytes | None:
     """The bytes to store; None where they are too many, or name a download, which no restart survives."""
+    if not _FORMS[method].large:
+        return encode_reply(method, result).SerializeToString()
     tensors = [leaf for _, leaf in leaves(_tensors_of(result)) if isinstance(leaf, TensorData)]
     if any(isinstance(tensor.data, Handle) for tensor in tensors) or sum(t.nbytes for t in tensors) > REPLY_BYTES:
         return None
