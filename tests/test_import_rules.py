@@ -133,9 +133,9 @@ def test_workers_know_neither_grpc_nor_the_service_stubs():
         assert not {name for name in source.all if "_pb2_grpc" in name or "gradient_service_pb2" in name}, module
 
 
-def test_only_the_file_named_rpc_knows_grpc_in_the_sdk():
+def test_only_the_connection_knows_grpc_in_the_sdk():
     knows = {module for module, source in modules_of("gradwire").items() if "grpc" in map(package_of, source.all)}
-    assert knows == {"gradwire.rpc"}
+    assert knows == {"gradwire.channel", "gradwire.rpc"}
 
 
 def test_frontend_and_its_side_of_the_workers_never_import_torch_at_module_level():

@@ -22,7 +22,16 @@ from gradwire import errors, optim
 from gradwire.architecture import Architecture
 from gradwire.embedded_service import launch
 from gradwire.tls import TLS
-from gradwire_proto.values import GradientResult, Limits, ModelInfo, ServerInfo, Sharding, StepResult, Timing
+from gradwire_proto.values import (
+    Checkpoint,
+    GradientResult,
+    Limits,
+    ModelInfo,
+    ServerInfo,
+    Sharding,
+    StepResult,
+    Timing,
+)
 
 if TYPE_CHECKING:
     from gradwire.client import Client, connect
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TLS",
     "Architecture",
+    "Checkpoint",
     "Client",
     "Future",
     "GradientResult",

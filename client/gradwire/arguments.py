@@ -24,8 +24,8 @@ def as_int(value: Any, field: str) -> int:
     raise wrong_type(value, field, "an int")
 
 
-def as_chunk_size(value: Any, field: str = "chunk_size") -> int | None:
-    """`value` as how many of something are taken at once: None, or an int of at least 1."""
+def as_count(value: Any, field: str = "chunk_size") -> int | None:
+    """`value` as how many there are to be of something: None, or an int of at least 1."""
     number = None if value is None else as_int(value, field)
     if number is not None and number < 1:
         raise InvalidArgument(f"expected at least 1, got {number}", field=field, reason="NUMBER_OUT_OF_RANGE")

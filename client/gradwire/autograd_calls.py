@@ -11,7 +11,7 @@ import torch
 from gradwire.calls import Call
 from gradwire.gradient_queries import fresh_seed
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.transfer import INLINE_BYTES, Uploads, receive
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
@@ -62,7 +62,8 @@ class AutogradCalls:
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
         variant = self._variants.choose(batch, given, training=training, targets=False)
-        codec.encode_value(send_apart(self._rpc, (batch.inputs,))[0], request.inputs, "inputs")
+        uploads = Uploads(self._rpc)
+        codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
         wanted = {
             index: leaf
             for index, leaf in enumerate(_in_order(variant, inputs))
@@ -81,7 +82,7 @@ class AutogradCalls:
                 rebuild=lambda flat: self._variants.rebuild(variant, _refilled(outputs, flat)),
             )
 
-        return self._command("Forward", request, finish)
+        return self._command("Forward", request, finish, uploads)
 
     def backward(
         self, query: BackwardQuery, cotangents: Sequence[torch.Tensor | None]
@@ -90,19 +91,21 @@ class AutogradCalls:
         request = pb.BackwardRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
         codec.encode_backward_query(query, request)
         values = [None if each is None else from_any(each) for each in cotangents]
-        codec.encode_cotangents(send_apart(self._rpc, (values,))[0], request)
+        uploads = Uploads(self._rpc)
+        codec.encode_cotangents(uploads.send_apart((values,))[0], request)
 
         def finish(reply: pb.BackwardResponse) -> list[torch.Tensor | None] | None:
             return receive(self._rpc, (codec.decode_backward_result(reply).input_gradients,))[0]
 
-        return self._command("Backward", request, finish)
+        return self._command("Backward", request, finish, uploads)
 
     def releaser(self) -> Callable[[Sequence[str]], None]:
         """A function that lets go of retained forwards at once, and that keeps nothing of the model alive."""
         rpc, name = self._rpc, self._name
 
         def release(names: Sequence[str]) -> None:
-            rpc.call("Release", pb.ReleaseRequest(name=name, retained=names))
+            # Once: a forward may be waiting for this, and what is not released expires.
+            rpc.call("Release", pb.ReleaseRequest(name=name, retained=names), repeat=False)
 
         return release
 
@@ -119,8 +122,9 @@ class AutogradCalls:
         """Replaces gradients that the service holds, and drops others."""
         request = pb.SetGradientsRequest(name=self._name, dropped=dropped)
         values = {name: from_any(each, f'gradients["{name}"]') for name, each in gradients.items()}
-        codec.encode_named_tensors(send_apart(self._rpc, (values,))[0], request.gradients)
-        return self._command("SetGradients", request, lambda _: None)
+        uploads = Uploads(self._rpc)
+        codec.encode_named_tensors(uploads.send_apart((values,))[0], request.gradients)
+        return self._command("SetGradients", request, lambda _: None, uploads)
 
     def optimizer_step(self, groups: Sequence[Mapping[str, Value]]) -> Call[StepResult]:
         """Applies the held gradients, after the parameter groups took these options."""
@@ -129,10 +133,12 @@ class AutogradCalls:
             codec.encode_group_options(groups, request)
         return self._command("OptimizerStep", request, lambda reply: codec.decode_step_result(reply.result))
 
-    def _command(self, method: str, request: Any, finish: Callable[[Any], Any]) -> Call[Any]:
+    def _command(
+        self, method: str, request: Any, finish: Callable[[Any], Any], uploads: Uploads | None = None
+    ) -> Call[Any]:
         self._changed()
         request.request_id = new_request_id()
-        return Call(method, request, finish, command_name(self._id, request.request_id))
+        return Call(method, request, finish, command_name(self._id, request.request_id), uploads)
 
 
 def _refilled(value: Any, flat: Sequence[Any]) -> Any:

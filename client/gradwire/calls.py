@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakSet
 
 from gradwire.arguments import as_bool, as_mapping
+from gradwire.checkpoints import creation_request
 from gradwire.errors import InvalidArgument
 from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.transfer import INLINE_BYTES, Uploads, receive
 from gradwire.updates import model_update
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
@@ -24,7 +25,16 @@ from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Batch, GradientQuery, GradientResult, ModelInfo, NamedTensors, StepResult, Variant
+from gradwire_proto.values import (
+    Batch,
+    Checkpoint,
+    GradientQuery,
+    GradientResult,
+    ModelInfo,
+    NamedTensors,
+    StepResult,
+    Variant,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +46,33 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[R]):
-    """One request to `method`. `command`: its name where it changes the model. `finish`: reply -> result."""
+    """One request to `method`. `command`: its name where it changes the model. `finish`: reply -> result.
+
+    `uploads`: the tensors that went ahead of it. `deletes`: whether finding nothing, when it is sent again, is success.
+    """
 
     method: str
     request: Any
     finish: Callable[[Any], R]
     command: str | None = None
+    uploads: Uploads | None = None
+    deletes: bool = False
 
     def run(self, rpc: Rpc) -> R:
-        """Send the request and return the result."""
-        return self.finish(rpc.call(self.method, self.request, command=self.command))
+        """Send the request, again where that helps, and return the result."""
+        return rpc.call(
+            self.method,
+            self.request,
+            command=self.command,
+            finish=self.finish,
+            send_again=self.uploads.send_again if self.uploads else None,
+            deletes=self.deletes,
+        )
+
+    def own_tensors(self) -> None:
+        """Keep copies of the tensors that went ahead: after this, what the user gave may change."""
+        if self.uploads is not None:
+            self.uploads.own_tensors()
 
 
 class ModelCalls:
@@ -75,17 +102,19 @@ class ModelCalls:
     def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
         request = pb.TrainStepRequest(name=self._name)
         _set_learning_rate(request, lr)
-        self._set_batch(request, *self._read(inputs, targets), training=True)
-        return self._command("TrainStep", request, _step_result)
+        uploads = Uploads(self._rpc)
+        self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
+        return self._command("TrainStep", request, _step_result, uploads)
 
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)
-        self._set_batch(request, *self._read(inputs, targets), training=True)
+        uploads = Uploads(self._rpc)
+        self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
         self.gradient_changes += 1
-        return self._command("ForwardBackward", request, _step_result)
+        return self._command("ForwardBackward", request, _step_result, uploads)
 
     def optimizer_step(self, gradients: Mapping[str, Any] | None, lr: float | None) -> Call[StepResult]:
-        request = pb.OptimizerStepRequest(name=self._name)
+        request, uploads = pb.OptimizerStepRequest(name=self._name), Uploads(self._rpc)
         _set_learning_rate(request, lr)
         if gradients is not None:
             given = as_mapping(gradients, "gradients")
@@ -95,8 +124,8 @@ class ModelCalls:
                 raise InvalidArgument(message, field="gradients", reason="GRADIENTS_EMPTY")
             if self._refuses_nan:
                 _check_finite(values)
-            self._set_tensors(request.gradients, values)
-        return self._command("OptimizerStep", request, _step_result)
+            codec.encode_named_tensors(uploads.send_apart((values,))[0], request.gradients)
+        return self._command("OptimizerStep", request, _step_result, uploads)
 
     def zero_grad(self) -> Call[None]:
         self.gradient_changes += 1
@@ -117,7 +146,8 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
         )
-        request, variant = self._gradient_request(query, inputs, targets)
+        uploads = Uploads(self._rpc)
+        request, variant = self._gradient_request(query, uploads, inputs, targets)
 
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
             result = codec.decode_gradient_result(reply)
@@ -125,7 +155,7 @@ class ModelCalls:
             rebuilt = self._variants.rebuild(variant, parts[2]) if outputs else None
             return replace(result, gradients=parts[0], input_gradients=parts[1], outputs=rebuilt)
 
-        return Call("ComputeGradients", request, finish)
+        return Call("ComputeGradients", request, finish, uploads=uploads)
 
     def per_example_gradients(
         self,
@@ -140,8 +170,9 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=False, outputs=False, dtype=dtype, training=training, seed=seed, per_example=True
         )
-        request, _ = self._gradient_request(query, inputs, targets)
-        return Call("ComputeGradients", request, self._gradients_alone)
+        uploads = Uploads(self._rpc)
+        request, _ = self._gradient_request(query, uploads, inputs, targets)
+        return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
 
     def hvp(
         self, inputs: Any, targets: Any, vectors: Mapping[str, Any], *, training: bool, seed: int | None
@@ -151,18 +182,19 @@ class ModelCalls:
             message = "expected a vector for at least one parameter"
             raise InvalidArgument(message, field="vectors", reason="VECTORS_MISMATCH")
         query = gradient_query(wrt=None, input_gradients=False, outputs=False, dtype=None, training=training, seed=seed)
-        request, _ = self._gradient_request(query, inputs, targets)
-        self._set_tensors(request.vectors, values)
-        return Call("ComputeGradients", request, self._gradients_alone)
+        uploads = Uploads(self._rpc)
+        request, _ = self._gradient_request(query, uploads, inputs, targets)
+        codec.encode_named_tensors(uploads.send_apart((values,))[0], request.vectors)
+        return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
 
     def _gradient_request(
-        self, query: GradientQuery, inputs: Any, targets: Any
+        self, query: GradientQuery, uploads: Uploads, inputs: Any, targets: Any
     ) -> tuple[pb.ComputeGradientsRequest, Variant | None]:
         request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
         codec.encode_gradient_query(query, request)
         given, batch = self._read(inputs, targets)
         check_keeps_imaginary_parts(query, self.tensors, batch.inputs)
-        return request, self._set_batch(request, given, batch, training=query.training)
+        return request, self._set_batch(request, uploads, given, batch, training=query.training)
 
     def _gradients_alone(self, reply: pb.ComputeGradientsResponse) -> dict[str, torch.Tensor]:
         return receive(self._rpc, (dict(codec.decode_gradient_result(reply).gradients),))[0]
@@ -178,12 +210,15 @@ class ModelCalls:
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
         variant = self._variants.choose(batch, given, training=training, targets=False)
-        codec.encode_value(send_apart(self._rpc, (batch.inputs,))[0], request.inputs, "inputs")
+        uploads = Uploads(self._rpc)
+        codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
 
         def finish(reply: pb.ForwardResponse) -> Any:
             return self._variants.rebuild(variant, receive(self._rpc, (codec.decode_forward_result(reply).outputs,))[0])
 
-        return self._command("Forward", request, finish) if training else Call("Forward", request, finish)
+        if training:
+            return self._command("Forward", request, finish, uploads)
+        return Call("Forward", request, finish, uploads=uploads)
 
     def state_dict(self) -> Call[dict[str, torch.Tensor]]:
         request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
@@ -197,8 +232,10 @@ class ModelCalls:
 
     def load_state_dict(self, tensors: Mapping[str, Any], partial: bool) -> Call[None]:
         request = pb.LoadStateDictRequest(name=self._name, partial=as_bool(partial, "partial"))
-        self._set_tensors(request.tensors, _tensors(as_mapping(tensors, "state_dict"), "tensors"))
-        return self._command("LoadStateDict", request, _nothing)
+        uploads = Uploads(self._rpc)
+        values = _tensors(as_mapping(tensors, "state_dict"), "tensors")
+        codec.encode_named_tensors(uploads.send_apart((values,))[0], request.tensors)
+        return self._command("LoadStateDict", request, _nothing, uploads)
 
     def optimizer_state_dict(self) -> Call[dict[str, Any]]:
         request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
@@ -209,10 +246,10 @@ class ModelCalls:
         return Call("GetOptimizerState", request, finish)
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Call[None]:
-        request = pb.LoadOptimizerStateRequest(name=self._name)
-        codec.encode_value(send_apart(self._rpc, (from_nested(state_dict, "state"),))[0], request.state, "state")
+        request, uploads = pb.LoadOptimizerStateRequest(name=self._name), Uploads(self._rpc)
+        codec.encode_value(uploads.send_apart((from_nested(state_dict, "state"),))[0], request.state, "state")
         self.settings_changes += 1
-        return self._command("LoadOptimizerState", request, _nothing)
+        return self._command("LoadOptimizerState", request, _nothing, uploads)
 
     def update(
         self,
@@ -242,25 +279,33 @@ class ModelCalls:
         for tensor in exported.tensors:
             codec.encode_state_tensor(tensor, request.tensors.add())
         values: NamedTensors = {name: from_any(tensor) for name, tensor in exported.values.items()}
-        values, inputs, targets = send_apart(self._rpc, (values, batch.inputs, batch.targets))
+        uploads = Uploads(self._rpc)
+        values, inputs, targets = uploads.send_apart((values, batch.inputs, batch.targets))
         codec.encode_named_tensors(values, request.values)
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
-        return self._command("AddVariant", request, codec.decode_model_info)
+        return self._command("AddVariant", request, codec.decode_model_info, uploads)
+
+    def save(self, name: str | None) -> Call[Checkpoint]:
+        request = creation_request(self._name, name)
+        # Not a change of the model: what was read of it stays true.
+        return Call("CreateCheckpoint", request, codec.decode_checkpoint, command_name(self._id, request.request_id))
 
     def info(self) -> Call[ModelInfo]:
         return Call("GetModel", pb.GetModelRequest(name=self._name), codec.decode_model_info)
 
     def delete(self) -> Call[None]:
-        return Call("DeleteModel", pb.DeleteModelRequest(name=self._name), _nothing)
+        return Call("DeleteModel", pb.DeleteModelRequest(name=self._name), _nothing, deletes=True)
 
     def changed(self) -> None:
         """Note that a call was made that changes the model."""
         self.changes += 1
 
-    def _command(self, method: str, request: Any, finish: Callable[[Any], R]) -> Call[R]:
+    def _command(
+        self, method: str, request: Any, finish: Callable[[Any], R], uploads: Uploads | None = None
+    ) -> Call[R]:
         self.changed()
         request.request_id = new_request_id()
-        return Call(method, request, finish, command_name(self._id, request.request_id))
+        return Call(method, request, finish, command_name(self._id, request.request_id), uploads)
 
     def _read(self, inputs: Any, targets: Any) -> tuple[Batch, Batch]:
         """The batch with torch's tensors, and as the contract has it."""
@@ -269,13 +314,12 @@ class ModelCalls:
         given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
         return given, Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
 
-    def _set_batch(self, request: Any, given: Batch, batch: Batch, *, training: bool) -> Variant | None:
+    def _set_batch(
+        self, request: Any, uploads: Uploads, given: Batch, batch: Batch, *, training: bool
+    ) -> Variant | None:
         variant = self._variants.choose(batch, given, training=training, targets=True)
-        codec.encode_batch(Batch(*send_apart(self._rpc, (batch.inputs, batch.targets))), request.batch)
+        codec.encode_batch(Batch(*uploads.send_apart((batch.inputs, batch.targets))), request.batch)
         return variant
-
-    def _set_tensors(self, field: Any, values: NamedTensors) -> None:
-        codec.encode_named_tensors(send_apart(self._rpc, (values,))[0], field)
 
 
 def _tensors(given: Mapping[str, Any], path: str) -> NamedTensors:

@@ -1,4 +1,4 @@
-"""The command line: `gradwire serve`, `gradwire models`, `gradwire demo`.
+"""The command line: `gradwire serve`, `gradwire models`, `gradwire checkpoints`, `gradwire demo`.
 
 Exit codes: 0 done; 1 failed; 2 wrong use; 3 the service cannot be reached; 4 no such thing. What a command prints on
 stdout is its result; everything else goes to stderr. Commands import what they need when they run, so that `--help`
@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gradwire.errors import DeadlineExceeded, FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
+from gradwire.errors import (
+    CheckpointNotFound,
+    DeadlineExceeded,
+    FailedPrecondition,
+    GradwireError,
+    InvalidArgument,
+    ModelNotFound,
+)
 from gradwire.errors import Unavailable as ServiceUnavailable
 
 if TYPE_CHECKING:
@@ -32,12 +39,18 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The models of a running service.", no_args_is_help=True)
 app.add_typer(models, name="models")
+checkpoints = typer.Typer(help="The checkpoints of a running service.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoints")
 
 Target = Annotated[
     str | None,
     typer.Option("--target", metavar="HOST:PORT", help="The service. Default: $GRADWIRE_TARGET, then localhost:50051."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+CheckpointName = Annotated[
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="Its name; MODEL/NUMBER of one that the service took by itself."),
+]
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
 
 
@@ -52,7 +65,7 @@ def serve(
     context: typer.Context,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 picks one.")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="How many ranks models may hold together.")] = None,
-    storage: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for log files, which stay.")] = None,
+    storage: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder that keeps models and log files.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings from a TOML file.")] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Join this Ray instead of starting one.")
@@ -114,6 +127,40 @@ def delete(model: ModelId, target: Target = None) -> None:
     typer.echo(f"deleted {model}", err=True)
 
 
+@checkpoints.command("list")
+def list_checkpoints(target: Target = None, as_json: Json = False) -> None:
+    """List the checkpoints."""
+    from gradwire.checkpoint_tables import checkpoints_table, summary
+
+    with _connected(target) as client:
+        found = client.list_checkpoints()
+    if as_json:
+        _print_json([summary(each) for each in found])
+    else:
+        _print_table(checkpoints_table(found))
+
+
+@checkpoints.command("show")
+def show_checkpoint(checkpoint: CheckpointName, target: Target = None, as_json: Json = False) -> None:
+    """Describe one checkpoint."""
+    from gradwire.checkpoint_tables import checkpoint_table, summary
+
+    with _connected(target) as client:
+        found = client.get_checkpoint(checkpoint)
+    if as_json:
+        _print_json(summary(found))
+    else:
+        _print_table(checkpoint_table(found))
+
+
+@checkpoints.command("delete")
+def delete_checkpoint(checkpoint: CheckpointName, target: Target = None) -> None:
+    """Delete a checkpoint: its files are gone. Models that were made of it live on."""
+    with _connected(target) as client:
+        client.delete_checkpoint(checkpoint)
+    typer.echo(f"deleted {checkpoint}", err=True)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("gradwire-demo"),
@@ -151,7 +198,7 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _exit_code(error: GradwireError) -> int:
-    if isinstance(error, ModelNotFound):
+    if isinstance(error, (ModelNotFound, CheckpointNotFound)):
         return NOT_FOUND
     if isinstance(error, (ServiceUnavailable, DeadlineExceeded)):
         return UNAVAILABLE

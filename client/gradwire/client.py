@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from gradwire.architecture import Architecture
 from gradwire.arguments import as_function
+from gradwire.checkpoints import delete_checkpoint, get_checkpoint, list_checkpoints, restore_model
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
 from gradwire.function_transforms import FunctionTransforms
@@ -20,7 +21,7 @@ from gradwire.tls import TLS
 from gradwire_proto import codec
 from gradwire_proto.names import check_model_id, model_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import ModelInfo, ServerInfo
+from gradwire_proto.values import Checkpoint, ModelInfo, ServerInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,12 +36,13 @@ def connect(
 
     target: "host:port"; $GRADWIRE_TARGET where left out, then localhost:50051. token: proves who calls. tls: None is
     plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call
-    takes at most; one that is not answered in time raises DeadlineExceeded. Tensors above 4 MiB together travel in a
-    stream of their own, before the call or after it: that may take longer, as long as it never stands still for
-    `timeout` seconds.
+    takes at most; one that is not answered in time raises DeadlineExceeded. Until then, a call whose answer is lost, or
+    that meets a service that is away, starts, recovers or is full, is sent again, and the service runs it once. Tensors
+    above 4 MiB together travel in a stream of their own, before the call or after it: that may take longer, as long as
+    it never stands still for `timeout` seconds.
 
-    Raises Unavailable, within the timeout, where no service answers; Unauthenticated where it asks for another token;
-    InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.
+    Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
+    token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.
     """
     given = target if target not in (None, "") else os.environ.get("GRADWIRE_TARGET")
     rpc = Rpc(
@@ -51,7 +53,8 @@ def connect(
     )
     client = Client(rpc)
     try:
-        client.server_info()
+        # Once: whoever connects to what is not there learns of it at once.
+        rpc.call("GetServerInfo", pb.GetServerInfoRequest(), repeat=False)
     except BaseException:
         client.close()
         raise
@@ -96,6 +99,10 @@ class Client(FunctionTransforms):
         precision: str = "fp32",
         loss_reduction: str | None = None,
         loss_weight: Callable[..., Tensor] | None = None,
+        durability: str | None = None,
+        checkpoint_every: int | None = None,
+        keep_checkpoints: int | None = None,
+        deterministic: bool = False,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -131,6 +138,12 @@ class Client(FunctionTransforms):
             This and loss_reduction are tried on batches like the example; where they do not hold, InvalidArgument. One
             worker tries them too, but for modules whose batch norm trains or that have functions of their own. The
             loss that a module returns is tried anyway for sums, and for means over rows and over targets that count.
+        durability: what an answered command outlives: "process" is every process of the service, "disk" the machine,
+            "none" nothing; None is the server's setting of that name, as for the next two.
+        checkpoint_every: commands from one automatic checkpoint to the next: fewer make for a quicker recovery.
+        keep_checkpoints: how many automatic checkpoints stay, the newest ones. Neither goes with durability "none".
+        deterministic: the same state and command give the same bits on CUDA too, by slower kernels; an operator that
+            has none fails. On the CPU they do so always.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -155,6 +168,10 @@ class Client(FunctionTransforms):
             precision=precision,
             loss_reduction=loss_reduction,
             loss_weight=loss_weight,
+            durability=durability,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            deterministic=deterministic,
         )
         self._models.add(model)
         return model
@@ -180,6 +197,40 @@ class Client(FunctionTransforms):
             if not reply.next_page_token:
                 return models
             request.page_token = reply.next_page_token
+
+    def restore_model(
+        self, checkpoint: Checkpoint | str, *, model_id: str | None = None, workers: int | None = None
+    ) -> Model:
+        """Make a model of a checkpoint, which goes on as the saved one would have. Returns when it is ready.
+
+        As with `get_model`, its module is not at hand.
+
+        checkpoint: what `Model.save` or `list_checkpoints` gave, or its name. model_id: the saved model's where left
+        out. workers: how many ranks; as many as it had where left out. With another number, sums may round differently
+        from here on.
+
+        Raises CheckpointNotFound; AlreadyExists where the id is taken; ResourceExhausted where the service has no room;
+        FailedPrecondition where the files cannot be read: CHECKPOINT_CORRUPT, or CHECKPOINT_VERSION for those of
+        another version of the service.
+        """
+        model = Model(self._rpc, restore_model(self._rpc, checkpoint, model_id, workers))
+        self._models.add(model)
+        return model
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint of the service, ordered by name; those that it took by itself come last."""
+        return list(list_checkpoints(self._rpc))
+
+    def get_checkpoint(self, name: str) -> Checkpoint:
+        """The checkpoint of that name. Raises CheckpointNotFound."""
+        return get_checkpoint(self._rpc, name)
+
+    def delete_checkpoint(self, name: Checkpoint | str) -> None:
+        """Delete a checkpoint. Models that were made of it live on.
+
+        Raises CheckpointNotFound; FailedPrecondition for one that a model would be brought back from after a failure.
+        """
+        delete_checkpoint(self._rpc, name)
 
     def server_info(self) -> ServerInfo:
         """Versions, limits and capacity of the service."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gradwire.architecture import Architecture
-from gradwire.arguments import as_bool, as_int, as_number, as_text
+from gradwire.arguments import as_bool, as_count, as_int, as_number, as_text
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
@@ -17,7 +17,7 @@ from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import send_apart
+from gradwire.transfer import Uploads
 from gradwire.updates import as_labels, as_optimizer
 from gradwire.user_values import normalize
 from gradwire_proto import codec
@@ -51,6 +51,10 @@ def create_model(
     precision: str,
     loss_reduction: str | None,
     loss_weight: LossWeight | None,
+    durability: str | None,
+    checkpoint_every: int | None,
+    keep_checkpoints: int | None,
+    deterministic: bool,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -64,6 +68,10 @@ def create_model(
         "require_sharding": as_bool(require_sharding, "model.require_sharding"),
         "labels": {} if labels is None else as_labels(labels, "model.labels"),
         "precision": check_precision(as_text(precision, "model.precision"), "model.precision"),
+        "durability": "" if durability is None else as_text(durability, "model.durability"),
+        "checkpoint_every": as_count(checkpoint_every, "model.checkpoint_every") or 0,
+        "keep_checkpoints": as_count(keep_checkpoints, "model.keep_checkpoints") or 0,
+        "deterministic": as_bool(deterministic, "model.deterministic"),
         "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
@@ -82,7 +90,7 @@ def create_model(
         spec = ModelSpec(program=module.spec(), loss=_loss_by_name(loss, targets), **settings)
         batch = Batch(normalize(inputs, "example.inputs"), normalize(targets, "example.targets"))
         # Always with the example: a batch that the module does not take is refused at once.
-        return Model(rpc, codec.decode_model_info(_send(rpc, _request(rpc, spec, {}, batch, chosen_id))))
+        return Model(rpc, codec.decode_model_info(_create(rpc, spec, {}, batch, chosen_id)))
     exporter = ModuleExporter(module, loss, settings["precision"], loss_weight)
     exported = exporter.export_model(inputs, targets)
     if exported.loss is None and loss_weight is not None:
@@ -92,7 +100,7 @@ def create_model(
     # One rank has nothing to split: what the caller says of the loss is all that there is to check.
     is_tried = spec.workers > 1 or loss_reduction is not None or loss_weight is not None
     batch = exported.example if is_tried else None
-    reply = _send(rpc, _request(rpc, spec, exported.tensors, batch, chosen_id))
+    reply = _create(rpc, spec, exported.tensors, batch, chosen_id)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 
 
@@ -123,27 +131,23 @@ def _loss_by_name(loss: Any, targets: Any) -> LossSpec:
     return known.spec
 
 
-def _request(
-    rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str
-) -> pb.CreateModelRequest:
+def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str) -> Any:
     request = pb.CreateModelRequest(model_id=model_id, request_id=new_request_id())
     codec.encode_model_spec(spec, request.model)
     tensors = {name: from_torch(tensor, f'tensors["{name}"]') for name, tensor in values.items()}
     batch = example or Batch(None)
     inputs, targets = from_nested(batch.inputs, "example.inputs"), from_nested(batch.targets, "example.targets")
-    tensors, inputs, targets = send_apart(rpc, (tensors, inputs, targets))
+    uploads = Uploads(rpc)
+    tensors, inputs, targets = uploads.send_apart((tensors, inputs, targets))
     codec.encode_named_tensors(tensors, request.tensors)
     if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
-    return request
-
-
-def _send(rpc: Rpc, request: pb.CreateModelRequest) -> Any:
+    command = command_name(model_id, request.request_id)
     try:
-        return rpc.call("CreateModel", request, command=command_name(request.model_id, request.request_id))
+        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again)
     except (GradwireError, Interrupted) as error:
         # Nobody would hold what is made after all, and its ranks would be taken.
         if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
             with suppress(GradwireError):
-                rpc.call("DeleteModel", pb.DeleteModelRequest(name=model_name(request.model_id)), timeout=2.0)
+                rpc.call("DeleteModel", pb.DeleteModelRequest(name=model_name(model_id)), timeout=2.0, repeat=False)
         raise

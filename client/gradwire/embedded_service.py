@@ -37,10 +37,10 @@ def launch(
     The service ends with the client (`close()` or the end of its `with` block) or with this process, even by SIGKILL;
     its processes and temporary files are gone within seconds.
 
-    workers: how many ranks the service can host, all models together. storage: a folder for the service's log files,
-    which stay; None keeps none. timeout: seconds that each call takes at most, as in `connect`. start_timeout: seconds
-    until the service must be ready. server_options: settings of the server by name, such as `spare_ranks=4` or
-    `log_level="debug"`; see `gradwire serve --all-settings`.
+    workers: how many ranks the service can host, all models together. storage: a folder that keeps models, checkpoints
+    and log files, for a later service too; None: they go with this one. timeout: seconds that each call takes at most,
+    as in `connect`. start_timeout: seconds until the service must be ready. server_options: settings of the server by
+    name, such as `spare_ranks=4` or `log_level="debug"`; see `gradwire serve --all-settings`.
 
     Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`; InvalidArgument for a wrong
     argument, before anything starts, and for wrong options; and Unavailable (LAUNCH_FAILED) with the end of the
@@ -67,7 +67,7 @@ def launch(
 class EmbeddedService:
     """A local Ray and a frontend on a free loopback port, which end with this process, however it ends.
 
-    workers: how many ranks the service can host. storage: a folder for its log files, which stay; None keeps none.
+    workers: how many ranks the service can host. storage: a folder that keeps models and logs; None keeps none.
     options: settings of the server by name, such as `spare_ranks=1` or `log_level="debug"`.
 
     The constructor returns as soon as the process runs; FailedPrecondition (SERVER_NOT_INSTALLED) where the server

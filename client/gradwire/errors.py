@@ -11,6 +11,7 @@ from __future__ import annotations
 from gradwire_proto.errors import (
     AlreadyExists,
     Cancelled,
+    CheckpointNotFound,
     DeadlineExceeded,
     ExportError,
     FailedPrecondition,
@@ -29,6 +30,7 @@ from gradwire_proto.errors import (
 __all__ = [
     "AlreadyExists",
     "Cancelled",
+    "CheckpointNotFound",
     "DeadlineExceeded",
     "ExportError",
     "FailedPrecondition",

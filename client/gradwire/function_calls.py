@@ -9,7 +9,7 @@ from typing import Any
 from gradwire.function_arguments import tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.transfer import INLINE_BYTES, Uploads, receive
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_nested
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -63,13 +63,16 @@ class FunctionCalls:
             seed=prepared.fresh_seed(),
         )
 
-        def request() -> pb.ComputeGradientsRequest:
+        def request(uploads: Uploads) -> pb.ComputeGradientsRequest:
             message = pb.ComputeGradientsRequest(max_inline_bytes=INLINE_BYTES)
             codec.encode_gradient_query(query, message)
             inputs = from_nested(tensor_leaves(args), "args")
-            codec.encode_batch(Batch(send_apart(self._rpc, (inputs,))[0]), message.batch)
+            codec.encode_batch(Batch(uploads.send_apart((inputs,))[0]), message.batch)
             return message
 
-        result = codec.decode_gradient_result(prepared.call("ComputeGradients", request))
-        gradients, outputs = receive(self._rpc, (result.input_gradients, result.outputs))
+        def fetch(reply: pb.ComputeGradientsResponse) -> list[Any]:
+            result = codec.decode_gradient_result(reply)
+            return receive(self._rpc, (result.input_gradients, result.outputs))
+
+        gradients, outputs = prepared.call("ComputeGradients", request, fetch)
         return prepared.exported.finish(gradients, outputs, with_value)

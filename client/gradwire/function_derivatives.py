@@ -15,7 +15,7 @@ from gradwire.function_arguments import normal_leaf, tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.functions import ExportedFunction
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, receive, send_apart
+from gradwire.transfer import INLINE_BYTES, Uploads, receive
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_nested
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -136,15 +136,18 @@ class FunctionDerivatives:
             seed=seed,
         )
 
-        def request() -> pb.DifferentiateFunctionRequest:
+        def request(uploads: Uploads) -> pb.DifferentiateFunctionRequest:
             message = pb.DifferentiateFunctionRequest(max_inline_bytes=INLINE_BYTES)
             inputs = from_nested(tensor_leaves(args), "args")
-            inputs, given = send_apart(self._rpc, (inputs, from_nested(tuple(vectors), "vectors")))
+            inputs, given = uploads.send_apart((inputs, from_nested(tuple(vectors), "vectors")))
             codec.encode_batch(Batch(inputs), message.batch)
             return codec.encode_derivative_query(query, given, message)
 
-        result = codec.decode_derivative_result(prepared.call("DifferentiateFunction", request))
-        outputs, derivatives = receive(self._rpc, (result.outputs, result.derivatives))
+        def fetch(reply: pb.DifferentiateFunctionResponse) -> list[Any]:
+            result = codec.decode_derivative_result(reply)
+            return receive(self._rpc, (result.outputs, result.derivatives))
+
+        outputs, derivatives = prepared.call("DifferentiateFunction", request, fetch)
         return list(outputs), list(derivatives)
 
 

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -15,11 +15,13 @@ from gradwire.errors import FailedPrecondition
 from gradwire.function_arguments import check_argnums
 from gradwire.functions import ExportedFunction, export_function
 from gradwire.rpc import Rpc
-from gradwire.transfer import send_apart
+from gradwire.transfer import Uploads
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, FunctionSpec
+
+R = TypeVar("R")
 
 _REMEMBERED = 256
 """Exports kept at most. They hold no tensors, and nothing of the user's but code objects."""
@@ -100,16 +102,20 @@ class PreparedFunction:
         """A seed from torch's generator, if the function draws random numbers."""
         return int(torch.randint(2**62, ())) if self.exported.is_random else None
 
-    def call(self, method: str, request: Callable[[], _Request]) -> Any:
-        """The reply to a request about the function, which `request` makes without it, anew each time that it is asked.
+    def call(self, method: str, request: Callable[[Uploads], _Request], finish: Callable[[Any], R]) -> R:
+        """What `finish` makes of the reply to a request about the function.
+
+        request: makes the message without the function, anew each time that it is asked, given what to send tensors
+        apart with.
 
         Raises FailedPrecondition FUNCTION_CHANGED where the service has forgotten the function, and it reads other
         values now than when it was prepared.
         """
-        message = request()
+        uploads = Uploads(self._rpc)
+        message = request(uploads)
         codec.encode_function(self.exported.spec, message.function)
         try:
-            return self._rpc.call(method, message)
+            return self._rpc.call(method, message, finish=finish, send_again=uploads.send_again)
         except FailedPrecondition as error:
             if error.reason != "FUNCTION_UNKNOWN":
                 raise
@@ -120,10 +126,11 @@ class PreparedFunction:
                 reason="FUNCTION_CHANGED",
             )
         # Handles serve one request, so that big arguments go up again.
-        message = request()
+        uploads = Uploads(self._rpc)
+        message = request(uploads)
         constants = {name: from_torch(tensor) for name, tensor in whole.constants.items()}
-        codec.encode_function(replace(whole.spec, tensors=send_apart(self._rpc, (constants,))[0]), message.function)
-        return self._rpc.call(method, message)
+        codec.encode_function(replace(whole.spec, tensors=uploads.send_apart((constants,))[0]), message.function)
+        return self._rpc.call(method, message, finish=finish, send_again=uploads.send_again)
 
 
 def positions_of(argnums: int | tuple[int, ...], count: int) -> int | tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gradwire.arguments import as_bool, as_chunk_size, as_function
+from gradwire.arguments import as_bool, as_count, as_function
 from gradwire.function_calls import FunctionCalls
 from gradwire.function_derivatives import FunctionDerivatives
 from gradwire.function_exports import FunctionExports
@@ -89,7 +89,7 @@ class FunctionTransforms:
         many rows of it are computed at once at most; the service chooses where left out. A Jacobian of more bytes than
         the service's limit `tensor_bytes` is refused before it is computed (ResourceExhausted DERIVATIVE_TOO_LARGE).
         """
-        chunk = as_chunk_size(chunk_size)
+        chunk = as_count(chunk_size)
         return self._derivatives.jacrev(as_function(fn, "fn"), argnums, as_bool(has_aux, "has_aux"), chunk)
 
     def hessian(self, fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0) -> Callable[..., Any]:

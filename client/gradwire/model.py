@@ -18,7 +18,7 @@ from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants, without_graph
-from gradwire_proto.values import Batch, GradientResult, ModelInfo, StepResult
+from gradwire_proto.values import Batch, Checkpoint, GradientResult, ModelInfo, StepResult
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,9 @@ class Model:
 
     Calls raise InvalidArgument (with `.field` and the bound) for input that does not fit, FailedPrecondition where the
     model has no loss, optimizer or gradients that the call needs, ModelNotFound once it is deleted, Unavailable where
-    the service does not answer, DeadlineExceeded where it takes longer than the client's timeout. `.outcome` of an
-    error says whether a command was applied. Threads may share a model; the service runs its commands one by one.
+    the service did not answer within the client's timeout, however often it was asked, DeadlineExceeded where it takes
+    longer. A call that is sent again runs once; `.outcome` of an error says whether a command was applied. Threads may
+    share a model; the service runs its commands one by one.
     """
 
     def __init__(
@@ -307,6 +308,18 @@ class Model:
         made = RemoteOptimizer(self._remote_module(), self._calls, self._autograd, self._run)
         self._optimizers.add(made)
         return made
+
+    def save(self, name: str | None = None) -> Checkpoint:
+        """Save the model as it is after the calls before this one: all that `Client.restore_model` goes on from.
+
+        The service goes on training meanwhile; when this returns, the checkpoint is whole and stays until it is
+        deleted, whatever becomes of the model. Its files open with plain safetensors, too.
+
+        name: 1 to 63 of [a-z0-9-]; chosen where left out. Raises AlreadyExists (CHECKPOINT_EXISTS);
+        ResourceExhausted (STORAGE_FULL), FailedPrecondition (STORAGE_READ_ONLY) or Unavailable (STORAGE_UNREACHABLE)
+        where the service cannot keep it.
+        """
+        return self._run(self._calls.save(name))
 
     def info(self) -> ModelInfo:
         """State, step, sharding and settings, as the service has them now."""

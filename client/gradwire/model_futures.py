@@ -11,7 +11,7 @@ from gradwire.futures import CallQueue, Future
 from gradwire.gradient_queries import names_of
 from gradwire.optim import Optimizer
 from gradwire.rpc import Rpc
-from gradwire_proto.values import GradientResult, ModelInfo, StepResult
+from gradwire_proto.values import Checkpoint, GradientResult, ModelInfo, StepResult
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,9 @@ class ModelFutures:
     """The calls of a model, returned at once. They run one after another, in the order in which they were made.
 
     Arguments and errors are those of `Model`; a call that cannot be made raises from its future too. What a call was
-    given has been read when its future is there: tensors that have more than 4 MiB together are sent before that, and a
-    batch that fits no graph of the model is exported first. A blocking call runs after those that wait here; in a
-    future's done callback it runs at once instead.
+    given has been read when its future is there: tensors that have more than 4 MiB together are sent before that, and
+    copied, for they may have to be sent again; a batch that fits no graph of the model is exported first. A blocking
+    call runs after those that wait here; in a future's done callback it runs at once instead.
     """
 
     def __init__(self, rpc: Rpc, calls: ModelCalls, autograd: AutogradCalls, queue: CallQueue) -> None:
@@ -122,6 +122,9 @@ class ModelFutures:
     def held_gradients(self, wrt: str | Sequence[str] | None = None) -> Future[dict[str, torch.Tensor]]:
         return self._submit(lambda: self._autograd.held_gradients(names_of(wrt)))
 
+    def save(self, name: str | None = None) -> Future[Checkpoint]:
+        return self._submit(lambda: self._calls.save(name))
+
     def info(self) -> Future[ModelInfo]:
         return self._submit(self._calls.info)
 
@@ -135,6 +138,7 @@ class ModelFutures:
     def _submit(self, make: Callable[[], Call[R]]) -> Future[R]:
         try:
             call = make()
+            call.own_tensors()
             return self._queue.submit(lambda: call.run(self._rpc))
         except Exception as error:
             failed: Future[R] = Future()

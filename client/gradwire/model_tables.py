@@ -33,6 +33,10 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "precision": info.precision,
         "loss": _loss_name(info.loss),
         "sharding": info.sharding and {"mode": info.sharding.mode, "reason": info.sharding.reason},
+        "durability": info.durability or None,
+        "checkpoint_every": info.checkpoint_every or None,
+        "keep_checkpoints": info.keep_checkpoints or None,
+        "deterministic": info.deterministic,
         "labels": dict(info.labels),
         "created_at": info.created_at,
         "last_error": info.last_error,
@@ -46,7 +50,7 @@ def models_table(infos: Sequence[ModelInfo]) -> Table:
         optimizer = info.optimizer.name if info.optimizer else "-"
         parameters = f"{info.num_parameters:,}"
         table.add_row(
-            info.id, info.state, str(info.step), str(info.workers), parameters, optimizer, _time(info.created_at)
+            info.id, info.state, str(info.step), str(info.workers), parameters, optimizer, time_text(info.created_at)
         )
     return table
 
@@ -63,7 +67,7 @@ def model_table(info: ModelInfo) -> Table:
 
 def _text(name: str, value: Any) -> str:
     if name == "created_at":
-        return _time(value)
+        return time_text(value)
     if name == "sharding":
         return f"{value['mode']} ({value['reason']})" if value["reason"] else value["mode"]
     if name == "schedule":
@@ -93,5 +97,6 @@ def _loss_name(loss: LossSpec | None) -> str | None:
     return "graph" if isinstance(loss, GraphLossSpec) else loss.name
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Seconds since 1970 as the local date and time."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,7 +1,8 @@
-"""Calls to the service, and the only file of the SDK that knows grpc: channel, deadlines, credentials, errors.
+"""Calls to the service: the connection, deadlines, credentials, errors. With channel.py, all that knows grpc.
 
-`Rpc.call` sends one request and returns the reply or raises a GradwireError; it never outlives its timeout. Where the
-answer of a command was lost, the service is asked what became of it, and the error's `outcome` says so.
+`Rpc.call` returns the result of one request or raises a GradwireError; it never outlives its timeout. A call whose
+answer was lost, or that the service cannot take now, is sent again until then; where that does not help, the service is
+asked what became of a command, and the error's `outcome` says so.
 """
 
 from __future__ import annotations
@@ -10,47 +11,22 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 import grpc
-from google.protobuf.message_factory import GetMessageClass
-from grpc.experimental import ChannelOptions
 
-from gradwire import outcome
-from gradwire.errors import DeadlineExceeded, FailedPrecondition, GradwireError, Interrupted, Unavailable
+from gradwire.attempts import Attempts, Lost, is_passing
+from gradwire.channel import bind, open_channel, translate
+from gradwire.errors import FailedPrecondition, GradwireError, Unavailable
+from gradwire.exchange import Exchange
 from gradwire.stall_watch import StallWatch
-from gradwire.tls import TLS, read_pem
-from gradwire_proto.status import from_rpc_error
+from gradwire.tls import TLS
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-
-_SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
-
-_OPTIONS: list[tuple[str, Any]] = [
-    # A frozen server or a cut cable is noticed within 20 s, however long the call's timeout.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # A server that comes back is found again within a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # The service's limit on messages is the one that counts.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Each client has a connection of its own, as it has a timeout and a token of its own.
-    ("grpc.use_local_subchannel_pool", 1),
-    # The thread that waits for an answer reads it: faster than a hop between threads, and Ctrl-C can cancel the call.
-    (ChannelOptions.SingleThreadedUnaryStream, 1),
-]
-
-_NEVER_CONNECTED = ("failed to connect", "DNS resolution failed")
-"""What grpc says of a call that was never sent; nothing but its words tells."""
 
 _ABANDONED: list[grpc.Channel] = []
 """Channels in which a call was interrupted by Ctrl-C: see `Rpc._break_off`."""
-
-_INTERRUPT_PATIENCE = 5.0
-"""Seconds that Ctrl-C waits to learn what became of a command. A second Ctrl-C ends the wait."""
 
 
 def new_request_id() -> str:
@@ -68,52 +44,44 @@ class Rpc:
     def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
         self.target = target
         self.timeout = timeout
+        self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls = tls
-        self._channel = _open_channel(target, tls)
+        self._channel = open_channel(target, tls)
         self._methods: dict[str, Any] = {}
         self._process = os.getpid()
-        self._closed = False
 
-    def call(self, method: str, request: Any, *, timeout: float | None = None, command: str | None = None) -> Any:
-        """Send `request` to `method` and return the reply, within `timeout` seconds.
+    def call(self, method: str, request: Any, *, timeout: float | None = None, **how: Any) -> Any:
+        """Send `request` to `method`, again where that helps, and return the reply, within `timeout` seconds.
 
-        command: "models/{model}/commands/{request_id}" where the request changes a model.
+        how: what `Exchange` takes besides, such as command="models/{model}/commands/{request_id}".
 
         Raises the GradwireError that the service answered; Unavailable where no live service answers; DeadlineExceeded
         where a live one was too slow; Interrupted on Ctrl-C during a command.
         """
-        budget = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + budget
-        try:
-            return self._send(method, request, budget - outcome.reserve(budget), command)
-        except _Lost as lost:
-            error = self._explain(lost.error, command, deadline, budget)
-        except GradwireError as said_by_service:
-            error = said_by_service
-        except KeyboardInterrupt:
-            if command is None:
-                raise
-            self._interrupted(command)
-        raise error from None
+        # Serialized once: every attempt has the same bytes.
+        exchange = Exchange(method=method, body=request.SerializeToString(), **how)
+        return exchange.run(self, self.timeout if timeout is None else timeout)
 
-    def upload(self, messages: Iterable[pb.UploadTensorsRequest]) -> pb.UploadTensorsResponse:
-        """Stream the messages of UploadTensors. The timeout bounds the wait for each, not for all."""
-        method = self._method("UploadTensors")
-        call: Any = None
-        with StallWatch(self.timeout, lambda: call.cancel()) as watch:
-            call = method.future(watch.over(messages), metadata=self._metadata)
+    def upload(
+        self, messages: Callable[[], Iterable[pb.UploadTensorsRequest]], *, deadline: float | None = None
+    ) -> None:
+        """Stream the messages of UploadTensors. The timeout bounds the wait for each, not for all.
+
+        A stream that breaks is begun anew until the timeout has passed. deadline: when all must be over, in monotonic
+        seconds; None where it may go on as long as it moves.
+        """
+        attempts = Attempts(time.monotonic() + self.timeout if deadline is None else deadline, self.closed)
+        while True:
             try:
-                return call.result()
-            except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                raise self._stream_error(error, watch) from None
-            except KeyboardInterrupt:
-                self._break_off(call)
-                raise
+                return self._upload_once(messages(), None if deadline is None else max(attempts.seconds_left, 0.001))
+            except GradwireError as error:
+                if not is_passing(error) or not attempts.wait(error, self.until_connected):
+                    raise
 
     def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
         """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
-        call = self._method("DownloadTensors")(request, metadata=self._metadata)
+        call = self._method("DownloadTensors")(request.SerializeToString(), metadata=self._metadata)
         with StallWatch(self.timeout, call.cancel) as watch:
             try:
                 yield from watch.over(call)
@@ -126,10 +94,37 @@ class Rpc:
                 call.cancel()
                 raise
 
+    def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
+        """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
+        call: Any = None
+        try:
+            call = self._method(method)(body, timeout=max(timeout, 0.001), metadata=self._metadata, **options)
+            # To the end: a stream that is not read to its end is never freed, nor is its connection.
+            (reply,) = call
+            return reply
+        except grpc.RpcError as error:
+            raise translate(error, self.target, command, closed=self.closed.is_set()) from None
+        except KeyboardInterrupt:
+            self._break_off(call)
+            raise
+
+    def ask(self, method: str, request: Any, timeout: float) -> Any:
+        """One attempt, which raises a GradwireError where it fails."""
+        try:
+            return self.send(method, request.SerializeToString(), timeout)
+        except Lost as lost:
+            raise lost.error from None
+
+    def until_connected(self, seconds: float) -> None:
+        """Return when the service is there, or after `seconds`."""
+        # A channel looks for its service only while a call waits on it; others fail as the last attempt to connect did.
+        with suppress(Lost, GradwireError):
+            self.send("GetServerInfo", b"", seconds, wait_for_ready=True)
+
     def close(self) -> None:
         """Close the channel. Calls in flight raise Cancelled. Does nothing in a forked child: its parent goes on."""
-        if self.is_owner and not self._closed:
-            self._closed = True
+        if self.is_owner and not self.closed.is_set():
+            self.closed.set()
             self._channel.close()
 
     @property
@@ -137,19 +132,30 @@ class Rpc:
         """Whether this is the process that opened the channel, not a forked child of it."""
         return os.getpid() == self._process
 
-    def _send(self, method: str, request: Any, timeout: float, command: str | None = None) -> Any:
-        """One attempt. Raises _Lost where the service did not say what went wrong, GradwireError where it did."""
+    def check_usable(self) -> None:
+        """Raise FailedPrecondition where no call can be made: CLIENT_CLOSED, or CLIENT_FORKED in a forked child."""
+        if self.closed.is_set():
+            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
+        if not self.is_owner:
+            message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
+            raise FailedPrecondition(message, reason="CLIENT_FORKED")
+
+    def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], timeout: float | None) -> None:
+        method = self._method("UploadTensors")
         call: Any = None
-        try:
-            call = self._method(method)(request, timeout=timeout, metadata=self._metadata)
-            # To the end: a stream that is not read to its end is never freed, nor is its connection.
-            (reply,) = call
-            return reply
-        except grpc.RpcError as error:
-            raise _translate(error, self.target, command) from None
-        except KeyboardInterrupt:
-            self._break_off(call)
-            raise
+        with StallWatch(self.timeout, lambda: call.cancel()) as watch:
+            bodies = (message.SerializeToString() for message in watch.over(messages))
+            call = method.future(bodies, timeout=timeout, metadata=self._metadata)
+            try:
+                call.result()
+            except grpc.RpcError as error:
+                raise self._stream_error(error, watch) from None
+            except grpc.FutureCancelledError:
+                # Which says nothing; the call itself does.
+                raise self._stream_error(call, watch) from None
+            except KeyboardInterrupt:
+                self._break_off(call)
+                raise
 
     def _break_off(self, call: Any) -> None:
         """Cancel a call that Ctrl-C has interrupted, and let the calls to come have a channel of their own.
@@ -159,103 +165,20 @@ class Rpc:
         """
         if call is not None:
             threading.Thread(target=call.cancel, name="gradwire-cancel", daemon=True).start()
-        if not self._closed:
+        if not self.closed.is_set():
             _ABANDONED.append(self._channel)
-            self._methods, self._channel = {}, _open_channel(self.target, self._tls)
-
-    def _explain(self, error: GradwireError, command: str | None, deadline: float, budget: float) -> GradwireError:
-        """`error`, with what the service says about `command`; Unavailable where the service is dead, not slow."""
-        if error.reason == "NOT_CONNECTED" or self._closed:
-            return error
-        standing = outcome.ask(self._send_quietly, command, deadline)
-        attributes: dict[str, Any] = error.attributes() | {"outcome": standing.outcome}
-        if not isinstance(error, DeadlineExceeded):
-            return type(error)(error.message, **attributes)
-        if not standing.alive:
-            attributes |= {"reason": "NO_ANSWER", "retryable": True}
-            return Unavailable(f"{self.target} did not answer within {budget:g} s", **attributes)
-        words = {"applied": "; it was applied", "unknown": "; it may be applied yet"}.get(standing.outcome, "")
-        return DeadlineExceeded(f"the call did not end within {budget:g} s{words}", **attributes)
-
-    def _interrupted(self, command: str) -> NoReturn:
-        standing = outcome.ask(self._send_quietly, command, time.monotonic() + _INTERRUPT_PATIENCE)
-        words = {"applied": "was applied", "not_applied": "was not applied", "unknown": "may have been applied"}
-        request_id = _request_id(command)
-        message = f"interrupted: the command {words[standing.outcome]} (request {request_id})"
-        raise Interrupted(message, outcome=standing.outcome, request_id=request_id) from None
-
-    def _send_quietly(self, method: str, request: Any, timeout: float) -> Any:
-        try:
-            return self._send(method, request, max(timeout, 0.001))
-        except _Lost as lost:
-            raise lost.error from None
-
-    def check_usable(self) -> None:
-        """Raise FailedPrecondition where no call can be made: CLIENT_CLOSED, or CLIENT_FORKED in a forked child."""
-        if self._closed:
-            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
-        if not self.is_owner:
-            message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
-            raise FailedPrecondition(message, reason="CLIENT_FORKED")
+            self._methods, self._channel = {}, open_channel(self.target, self._tls)
 
     def _method(self, name: str) -> Any:
         self.check_usable()
         method = self._methods.get(name)
         if method is None:
-            method = self._methods[name] = _bind(self._channel, name)
+            method = self._methods[name] = bind(self._channel, name)
         return method
 
-    def _stream_error(self, error: Exception, watch: StallWatch) -> GradwireError:
+    def _stream_error(self, error: Any, watch: StallWatch) -> GradwireError:
         if watch.stalled:
             message = f"{self.target} took or sent no bytes for {self.timeout:g} s"
             return Unavailable(message, reason="NO_ANSWER")
-        translated = _translate(error, self.target)
-        return translated.error if isinstance(translated, _Lost) else translated
-
-
-class _Lost(Exception):
-    """The answer was lost: `error` is what grpc makes of it; the service said nothing."""
-
-    def __init__(self, error: GradwireError) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-def _translate(error: Any, target: str, command: str | None = None) -> _Lost | GradwireError:
-    translated = from_rpc_error(error, command=command is not None, request_id=_request_id(command))
-    said_by_service = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-    if said_by_service or not isinstance(translated, (DeadlineExceeded, Unavailable)):
-        return translated
-    attributes: dict[str, Any] = translated.attributes()
-    if isinstance(translated, DeadlineExceeded):
-        attributes["reason"] = "NO_ANSWER"
-        return _Lost(DeadlineExceeded("no answer in time", **attributes))
-    if any(words in error.details() for words in _NEVER_CONNECTED):
-        attributes |= {"reason": "NOT_CONNECTED", "outcome": "not_applied"}
-        return _Lost(Unavailable(f"no gradwire service answers at {target}: {error.details()}", **attributes))
-    attributes["reason"] = "CONNECTION_LOST"
-    return _Lost(Unavailable(f"the connection to {target} was lost: {error.details()}", **attributes))
-
-
-def _request_id(command: str | None) -> str | None:
-    return command.rpartition("/")[2] if command else None
-
-
-def _open_channel(target: str, tls: TLS | None) -> grpc.Channel:
-    options = list(_OPTIONS)
-    if target.startswith(("127.", "localhost", "[::1]")):
-        options.append(("grpc.enable_http_proxy", 0))
-    if tls is None:
-        return grpc.insecure_channel(target, options=options)
-    certificate, key = read_pem(tls.certificate, "tls.certificate"), read_pem(tls.key, "tls.key")
-    credentials = grpc.ssl_channel_credentials(read_pem(tls.ca, "tls.ca"), key, certificate)
-    return grpc.secure_channel(target, credentials, options=options)
-
-
-def _bind(channel: grpc.Channel, name: str) -> Any:
-    """The callable of one RPC. Unary ones are read as streams of one: see SingleThreadedUnaryStream above."""
-    method = _SERVICE.methods_by_name[name]
-    make = channel.stream_unary if method.client_streaming else channel.unary_stream
-    request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-    path = f"/{_SERVICE.full_name}/{name}"
-    return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)
+        translated = translate(error, self.target, None, closed=self.closed.is_set())
+        return translated.error if isinstance(translated, Lost) else translated

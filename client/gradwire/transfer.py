@@ -7,16 +7,19 @@ results'.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from gradwire.errors import InternalError
-from gradwire.rpc import Rpc
+from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.encoding.enum_words import DTYPES
+from gradwire_proto.names import handle_name, upload_name
 from gradwire_proto.tensors import to_torch, torch_dtype
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Handle, TensorData, map_leaves
+from gradwire_proto.values import Handle, Segment, TensorData, map_leaves
 
 INLINE_BYTES = 4 << 20
 """Tensors that have more bytes than this together travel apart from their request or reply."""
@@ -25,20 +28,42 @@ CHUNK_BYTES = 1 << 20
 """Bytes of one message of a stream."""
 
 
-def send_apart(rpc: Rpc, values: Sequence[Any]) -> Sequence[Any]:
-    """`values` (nested, with TensorData leaves) as they should stand in one request.
-
-    Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles. When this returns, the
-    memory of the tensors has been read.
+class Uploads:
+    """What one request brings to the service ahead of it. The names are the client's choice, so that the tensors can
+    be sent again for the same request where the service has lost them: they are kept as long as this is.
     """
-    found: list[TensorData] = []
-    for value in values:
-        _collect(value, found)
-    if sum(tensor.nbytes for tensor in found) <= INLINE_BYTES:
-        return values
-    name = rpc.upload(_upload_messages(found)).name
-    handles = iter([TensorData(item.dtype, item.shape, Handle(f"{name}/tensors/{i}")) for i, item in enumerate(found)])
-    return [map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, value) for value in values]
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+        self._sent: list[tuple[str, list[TensorData]]] = []
+
+    def send_apart(self, values: Sequence[Any]) -> Sequence[Any]:
+        """`values` (nested, with TensorData leaves) as they should stand in the request.
+
+        Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles.
+        """
+        found: list[TensorData] = []
+        for value in values:
+            _collect(value, found)
+        if sum(tensor.nbytes for tensor in found) <= INLINE_BYTES:
+            return values
+        upload_id = new_request_id()
+        self._rpc.upload(lambda: _upload_messages(upload_id, found))
+        self._sent.append((upload_id, found))
+        handles = iter(
+            TensorData(item.dtype, item.shape, Handle(handle_name(upload_name(upload_id), index)))
+            for index, item in enumerate(found)
+        )
+        return [map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, it) for it in values]
+
+    def send_again(self, deadline: float) -> None:
+        """Upload all once more, under the same names, until `deadline` (monotonic seconds). What is there stays."""
+        for upload_id, tensors in self._sent:
+            self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline=deadline)
+
+    def own_tensors(self) -> None:
+        """Keep copies from here on: the memory that was given may change."""
+        self._sent = [(upload_id, list(map(_copied, tensors))) for upload_id, tensors in self._sent]
 
 
 def receive(rpc: Rpc, values: Sequence[Any]) -> list[Any]:
@@ -67,8 +92,13 @@ def _collect(value: Any, found: list[TensorData]) -> None:
             _collect(item, found)
 
 
-def _upload_messages(tensors: Sequence[TensorData]) -> Iterator[pb.UploadTensorsRequest]:
-    manifest = pb.UploadManifest()
+def _copied(tensor: TensorData) -> TensorData:
+    assert not isinstance(tensor.data, (Segment, Handle))
+    return replace(tensor, data=bytes(tensor.data))
+
+
+def _upload_messages(upload_id: str, tensors: Sequence[TensorData]) -> Iterator[pb.UploadTensorsRequest]:
+    manifest = pb.UploadManifest(upload_id=upload_id)
     for tensor in tensors:
         manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
     yield pb.UploadTensorsRequest(manifest=manifest)

@@ -18,6 +18,12 @@ from gradwire_proto.encoding.autograd_codec import (
     encode_group_options,
     encode_retention,
 )
+from gradwire_proto.encoding.checkpoint_codec import (
+    decode_checkpoint,
+    decode_new_checkpoint,
+    decode_restoration,
+    encode_checkpoint,
+)
 from gradwire_proto.encoding.derivative_codec import (
     decode_derivative_query,
     decode_derivative_result,
@@ -112,6 +118,7 @@ __all__ = [
     "decode_backward_query",
     "decode_backward_result",
     "decode_batch",
+    "decode_checkpoint",
     "decode_command_info",
     "decode_cotangents",
     "decode_derivative_query",
@@ -133,12 +140,14 @@ __all__ = [
     "decode_model_spec",
     "decode_model_update",
     "decode_named_tensors",
+    "decode_new_checkpoint",
     "decode_node",
     "decode_operators",
     "decode_optimizer",
     "decode_optimizer_state",
     "decode_options",
     "decode_program",
+    "decode_restoration",
     "decode_retained_names",
     "decode_retention",
     "decode_server_info",
@@ -156,6 +165,7 @@ __all__ = [
     "encode_backward_query",
     "encode_backward_result",
     "encode_batch",
+    "encode_checkpoint",
     "encode_command_info",
     "encode_cotangents",
     "encode_derivative_query",

@@ -4,7 +4,8 @@ GradwireError
 ├── InvalidArgument            the request is wrong; `field` says where and the message names the bound
 │   └── ExportError            a module, loss or function cannot become a program (raised in the SDK)
 ├── ModelNotFound              no such model (or command, upload, download)
-├── AlreadyExists              that model id is taken
+├── CheckpointNotFound         no such checkpoint
+├── AlreadyExists              that model id, or name of a checkpoint, is taken
 ├── FailedPrecondition         right request, wrong moment: no optimizer, no held gradients, a failed model ...
 ├── ResourceExhausted          a limit of the service was reached; the message names the setting
 ├── DeadlineExceeded           the timeout ran out
@@ -97,6 +98,12 @@ class ModelNotFound(GradwireError, LookupError):
     """No such model, command, upload or download."""
 
     default_reason = "NOT_FOUND"
+
+
+class CheckpointNotFound(GradwireError, LookupError):
+    """No such checkpoint."""
+
+    default_reason = "CHECKPOINT_NOT_FOUND"
 
 
 class AlreadyExists(GradwireError):

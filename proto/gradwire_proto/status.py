@@ -21,6 +21,7 @@ STATUS_OF: dict[type[GradwireError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ExportError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.CheckpointNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -96,8 +97,13 @@ def _details(error: GradwireError) -> Iterable[Message]:
             )
             yield error_details_pb2.PreconditionFailure(violations=[violation])
         else:
-            kind = "gradwire.dev/Command" if "/commands/" in resource else "gradwire.dev/Model"
-            yield error_details_pb2.ResourceInfo(resource_type=kind, resource_name=resource)
+            yield error_details_pb2.ResourceInfo(resource_type=_resource_type(resource), resource_name=resource)
+
+
+def _resource_type(name: str) -> str:
+    if "checkpoints/" in name:
+        return "gradwire.dev/Checkpoint"
+    return "gradwire.dev/Command" if "/commands/" in name else "gradwire.dev/Model"
 
 
 def abort_arguments(error: GradwireError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,13 +40,26 @@ class Turns:
 
 
 class AutogradCommands:
-    """See the module. `workers`: the model's ranks."""
+    """See the module. `workers`: the model's ranks, as they are now. `model`: what no other model is known by.
 
-    def __init__(self, turns: Turns, workers: RetainedWorkers, downloads: Downloads, limits: Limits) -> None:
+    A retained forward is named after its model and its number: ranks to which it is applied once more retain it under
+    the same name. What lets go of one is no command of its own; the journal has it with the next one.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        workers: Callable[[], RetainedWorkers],
+        downloads: Downloads,
+        limits: Limits,
+        model: Callable[[], str],
+    ) -> None:
         self._turns = turns
         self._workers = workers
         self._downloads = downloads
+        self._model = model
         self._retained = RetainedForwards(limits, self._begin_release)
+        self._released: list[str] = []
 
     async def forward(
         self,
@@ -61,8 +75,9 @@ class AutogradCommands:
         async def work(values: Any, number: int) -> ForwardResult:
             self._retained.forget(retention.release)
             try:
-                name = self._retained.new_name()
-                result = await self._workers.forward(
+                self._retained.check_room()
+                name = hashlib.sha256(f"{self._model()}/{number}".encode()).hexdigest()[:32]
+                result = await self._workers().forward(
                     values["inputs"], retention, name, training=training, seed=seed, command=number
                 )
             except BaseException:
@@ -92,7 +107,7 @@ class AutogradCommands:
 
         async def work(values: Any, _: int) -> BackwardResult:
             self._retained.check(query.retained)
-            result = await self._workers.backward(query, values["cotangents"])
+            result = await self._workers().backward(query, values["cotangents"])
             if query.keep:
                 self._retained.keep(query.retained)
             else:
@@ -116,7 +131,7 @@ class AutogradCommands:
         """(held gradients by name, step)."""
 
         async def work(_: Any) -> tuple[NamedTensors, int]:
-            gradients, step = await self._workers.held_gradients(wrt)
+            gradients, step = await self._workers().held_gradients(wrt)
             return await self._downloads.deliver(gradients, max_inline_bytes), step
 
         return await self._turns.read(call, None, work)
@@ -126,11 +141,27 @@ class AutogradCommands:
         return await self._turns.command(
             call,
             {"gradients": gradients},
-            lambda values, _: self._workers.set_gradients(values["gradients"], dropped),
+            lambda values, _: self._workers().set_gradients(values["gradients"], dropped),
         )
 
     def settings_changed(self) -> None:
         """Forget what is retained, as the ranks have: it was for what was trained before."""
+        self._retained.close()
+
+    def take_released(self) -> tuple[str, ...]:
+        """Which forwards were let go of since this was called last."""
+        released, self._released = tuple(self._released), []
+        return released
+
+    async def release_again(self, names: Sequence[str] | None = None) -> None:
+        """Let go of forwards on ranks to which commands are applied once more; None: of those not yet taken."""
+        names = tuple(self._released) if names is None else names
+        if names:
+            self._retained.forget(names)
+            await self._workers().release(names)
+
+    def goes_back(self) -> None:
+        """Forget what is retained: commands are applied once more, and retain it again."""
         self._retained.close()
 
     def close(self) -> None:
@@ -140,7 +171,8 @@ class AutogradCommands:
     def _release(self, names: tuple[str, ...]) -> Callable[[Any], Awaitable[None]]:
         async def work(_: Any) -> None:
             self._retained.forget(names)
-            await self._workers.release(names)
+            await self._workers().release(names)
+            self._released.extend(names)
 
         return work
 

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from gradwire_proto.values import TensorData
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A command of the journal that is applied once more, to ranks that have not seen it. `number`: the one it had.
+
+    `uploads`: the tensors that its handles named, by upload. `answered`: whether somebody may ask for its answer.
+    """
+
+    number: int
+    uploads: Mapping[str, Sequence[TensorData]]
+    answered: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One request. `arrived` and `deadline` are seconds of time.monotonic(); `deadline` None: there is none.
 
-    `request_id` is the caller's, None where it gave none; `body` is a digest of method and message: the same request id
-    with another body is another request.
+    `method` is the RPC's name, `raw` the message as it arrived. `request_id` is the caller's, None where it gave none;
+    `body` is a digest of method and message: the same request id with another body is another request. `replay`: None
+    for what a client sends.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     deadline: float | None = None
+    method: str = ""
+    raw: bytes = b""
     request_id: str | None = None
     body: bytes = b""
+    replay: Replay | None = None

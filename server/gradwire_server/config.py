@@ -19,6 +19,7 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError
 
 from gradwire_proto.values import Limits
+from gradwire_server.keeping import Keeping
 
 ENVIRONMENT_PREFIX = "GRADWIRE_"
 CONFIG_FILE_VARIABLE = "GRADWIRE_CONFIG"
@@ -52,8 +53,26 @@ class ServerConfig(BaseSettings):
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks a free one")
     workers: int = Field(2, ge=1, le=4096, description="ranks that models may hold together")
     storage: Path | None = Field(
-        None, description="folder whose logs/ gets the service's and Ray's log files, which stay; none: none stay"
+        None,
+        description="folder that keeps models, checkpoints and log files, and another service finds them in; none: a"
+        " temporary one",
     )
+    checkpoint_url: str | None = Field(
+        None, min_length=1, description="folder or fsspec URL that keeps checkpoints; none: checkpoints/ in the storage"
+    )
+    durability: Literal["none", "process", "disk"] = Field(
+        "process", description="what answered commands outlive: nothing, every process, or the machine"
+    )
+    checkpoint_commands: int = Field(
+        1000, ge=1, le=1_000_000, description="commands of a model from one checkpoint to the next, at most"
+    )
+    checkpoint_bytes: ByteSize = Field(
+        ByteSize(256 << 20), ge=1 << 20, description="bytes of journal from one checkpoint to the next, at most"
+    )
+    checkpoint_seconds: float = Field(
+        60.0, gt=0, le=86400, description="how long a change of a model may wait for a checkpoint"
+    )
+    keep_checkpoints: int = Field(2, ge=1, le=1000, description="automatic checkpoints kept of each model")
     ray_address: Address | None = Field(None, description="HOST:PORT of a running Ray; none: start one")
     ray_namespace: str = Field("gradwire", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Ray namespace of the ranks")
     spare_ranks: int = Field(2, ge=0, le=256, description="warm rank processes kept ready for the next model")
@@ -121,6 +140,17 @@ class ServerConfig(BaseSettings):
             retained_bytes=int(self.retained_bytes),
             retained_forwards=self.retained_forwards,
             retained_seconds=self.retained_seconds,
+        )
+
+    @property
+    def keeping(self) -> Keeping:
+        """How models are kept where they do not say so themselves."""
+        return Keeping(
+            durability=self.durability,
+            checkpoint_commands=self.checkpoint_commands,
+            checkpoint_bytes=int(self.checkpoint_bytes),
+            checkpoint_seconds=self.checkpoint_seconds,
+            keep_checkpoints=self.keep_checkpoints,
         )
 
     def flags(self) -> list[str]:

@@ -19,7 +19,7 @@ from gradwire_proto.values import (
 )
 from gradwire_server.calls import Call
 from gradwire_server.program_checks import check_function
-from gradwire_server.replies import deliver_derivatives, deliver_gradients
+from gradwire_server.replies import deliver_derivatives, deliver_gradients, timed
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.work_queue import WorkQueue
 from gradwire_server.workers import Cluster
@@ -102,7 +102,7 @@ class FunctionHost:
             "vectors": vectors,
         }
         try:
-            return await self._queue.submit(call, tensors, work).result(call.deadline)
+            return await self._queue.submit(call, tensors, timed(call, work)).result(call.deadline)
         except asyncio.CancelledError:
             given_up.set()
             raise

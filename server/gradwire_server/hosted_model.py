@@ -1,20 +1,19 @@
-"""One model's commands, each once and in order."""
+"""What can be asked of one model, and what its ranks do for it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from gradwire_proto.errors import GradwireError
 from gradwire_proto.names import command_name
 from gradwire_proto.values import (
     Batch,
+    Checkpoint,
     CommandInfo,
     ForwardResult,
     GradientQuery,
     GradientResult,
-    Limits,
     ModelInfo,
     ModelUpdate,
     NamedTensors,
@@ -23,59 +22,42 @@ from gradwire_proto.values import (
     Value,
     Variant,
 )
-from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
-from gradwire_server.model_description import ModelDescription, deleted
+from gradwire_server.hosting import Hosting
+from gradwire_server.model_description import ModelDescription
+from gradwire_server.model_life import ModelLife
 from gradwire_server.program_checks import check_new_variant, check_variant_fits
 from gradwire_server.replies import deliver_gradients, deliver_outputs, inline_bytes
-from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.tensors.tensor_store import TensorStore
-from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.request_log import command_info
 from gradwire_server.workers import Workers
-
-T = TypeVar("T")
 
 
 class HostedModel:
-    """A model and its ranks. Commands and reads run one at a time in the order in which they came.
+    """The commands and reads of a model, which run one at a time in the order in which they came.
 
     A command that gives a request id runs once: a repeat waits for it, or gets its reply. One that nobody waits for any
     more when its turn comes is not applied; one that was begun ends, whoever waits.
     """
 
-    def __init__(
-        self,
-        workers: Workers,
-        description: ModelDescription,
-        tensors: TensorStore,
-        limits: Limits,
-        stored_replies: int,
-        delete_seconds: float,
-    ) -> None:
-        self._workers = workers
-        self._tensors = tensors
-        self._limits = limits
-        self._delete_seconds = delete_seconds
-        self._number = 0
-        self._queue = WorkQueue(tensors.uploads, limits.requests_per_model)
-        # What waits or runs is never forgotten, however few replies are to be stored.
-        capacity = max(stored_replies, limits.requests_per_model)
-        self._commands: RequestLog[Job[Any]] = RequestLog(capacity, limits.message_bytes)
-        turns = Turns(command=self._command, read=self._read, begin=self._submit, weigh=self._commands.weigh)
-        self.autograd = AutogradCommands(turns, workers.retained, tensors.downloads, limits)
-        """What clients need whose own autograd goes through the model."""
+    def __init__(self, description: ModelDescription, hosting: Hosting) -> None:
         self.description = description
-        if description.info.architecture is not None:
-            description.built(workers.tensors, workers.variants)
-        description.ready(workers.sharding, workers.device)
-        workers.on_lost = description.met
+        self.life = ModelLife(description, hosting)
+        self.autograd = self.life.autograd
+        """The commands of clients whose own autograd goes through the model."""
+        self._commands = self.life.commands
+        self._tensors = hosting.tensors
+        self._limits = hosting.limits
+
+    @property
+    def _workers(self) -> Workers:
+        """Its ranks, as they are now."""
+        return self.life.ranks.workers
 
     # --- commands -------------------------------------------------------------------------------------------------
 
     async def train_step(self, batch: Batch, lr: float | None, call: Call) -> StepResult:
         """Forward, backward and update."""
-        return await self._command(
+        return await self._commands.run(
             call,
             _tree(batch),
             lambda values, number: self._workers.train_step(_batch(values), command=number, lr=lr),
@@ -83,7 +65,7 @@ class HostedModel:
 
     async def forward_backward(self, batch: Batch, call: Call) -> StepResult:
         """Add the gradients of a batch to those that are held."""
-        return await self._command(
+        return await self._commands.run(
             call,
             _tree(batch),
             lambda values, number: self._workers.forward_backward(_batch(values), command=number),
@@ -97,7 +79,7 @@ class HostedModel:
         call: Call,
     ) -> StepResult:
         """Apply `gradients`, or those that are held where None. groups: options that the groups take, and keep."""
-        return await self._command(
+        return await self._commands.run(
             call,
             {"gradients": gradients},
             lambda values, _: self._workers.optimizer_step(values["gradients"], lr=lr, groups=groups),
@@ -105,11 +87,11 @@ class HostedModel:
 
     async def zero_grad(self, call: Call) -> None:
         """Drop the held gradients."""
-        await self._command(call, None, lambda _, __: self._workers.zero_grad())
+        await self._commands.run(call, None, lambda _, __: self._workers.zero_grad())
 
     async def load_state_dict(self, tensors: NamedTensors, partial: bool, call: Call) -> int:
         """Replace parameters and buffers; returns the step."""
-        return await self._command(
+        return await self._commands.run(
             call,
             {"tensors": tensors},
             lambda values, _: self._workers.load_state_dict(values["tensors"], partial=partial),
@@ -117,7 +99,7 @@ class HostedModel:
 
     async def load_optimizer_state(self, state: Value, call: Call) -> int:
         """Replace the state of the optimizer and its schedule; returns the step."""
-        return await self._command(
+        return await self._commands.run(
             call,
             {"state": state},
             lambda values, _: self._workers.load_optimizer_state(values["state"]),
@@ -134,7 +116,7 @@ class HostedModel:
             self.description.updated(update, trained)
             return self.description.info
 
-        return await self._command(call, None, work)
+        return await self._commands.run(call, None, work)
 
     async def add_variant(
         self,
@@ -144,16 +126,16 @@ class HostedModel:
         operators: Mapping[str, str],
         example: Batch | None,
         call: Call,
-    ) -> None:
-        """Add a graph, and constants that it alone uses."""
+    ) -> ModelInfo:
+        """Add a graph, and constants that it alone uses; returns the model as it is after that."""
         known = self.description
         # Not of a repeat: its variant is there already.
-        if self._commands.find(call) is None:
+        if call.replay is not None or self._commands.log.find(call) is None:
             await asyncio.to_thread(
                 check_new_variant, known.info, known.operators, variant, tensors, operators, values, self._limits
             )
 
-        async def work(claimed: Any, _: int) -> None:
+        async def work(claimed: Any, _: int) -> ModelInfo:
             # Again: others may have added variants meanwhile.
             check_variant_fits(known.info, variant, self._limits)
             await self._workers.add_variant(
@@ -164,9 +146,17 @@ class HostedModel:
                 example=Batch(**claimed["example"]) if example is not None else None,
             )
             known.add_variant(variant, tensors, operators)
+            return known.info
 
         example_tree = _tree(example)["batch"] if example is not None else None
-        await self._command(call, {"values": values, "example": example_tree}, work)
+        return await self._commands.run(call, {"values": values, "example": example_tree}, work)
+
+    async def save(self, name: str | None, call: Call) -> Checkpoint:
+        """Save the model under a name, None for one that is made up. Its files hold all that came before this call.
+
+        Raises AlreadyExists CHECKPOINT_EXISTS, and errors of the storage. A repeat of the request gets its answer.
+        """
+        return await self.life.save(name, call)
 
     async def command(self, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of the command with that request id; with `wait`, once it has ended.
@@ -174,7 +164,7 @@ class HostedModel:
         Raises ModelNotFound COMMAND_NOT_FOUND; the command's own error where nobody knows what became of it.
         """
         name = command_name(self.description.info.id, request_id)
-        return await command_info(name, self._commands.get(request_id), wait=wait)
+        return await command_info(name, self._commands.log.get(request_id), wait=wait)
 
     # --- reads, which see the model between two commands; and forward, which is either ----------------------------
 
@@ -192,7 +182,7 @@ class HostedModel:
             result = await self._workers.compute_gradients(_batch(values), query, values["vectors"])
             return await deliver_gradients(result, self._tensors.downloads, max_inline_bytes)
 
-        return await self._read(call, {**_tree(batch), "vectors": vectors}, work)
+        return await self._commands.read(call, {**_tree(batch), "vectors": vectors}, work)
 
     async def forward(
         self, inputs: Value, training: bool, seed: int | None, max_inline_bytes: int | None, call: Call
@@ -204,11 +194,11 @@ class HostedModel:
 
         async def store(result: ForwardResult) -> ForwardResult:
             delivered = await deliver(result)
-            self._commands.weigh(call, inline_bytes(delivered.outputs))
+            self._commands.log.weigh(call, inline_bytes(delivered.outputs))
             return delivered
 
         if training:
-            return await self._command(
+            return await self._commands.run(
                 call,
                 {"inputs": inputs},
                 lambda values, number: self._workers.forward(
@@ -220,7 +210,7 @@ class HostedModel:
         async def work(values: Any) -> ForwardResult:
             return await deliver(await self._workers.forward(values["inputs"], training=False, seed=seed, command=0))
 
-        return await self._read(call, {"inputs": inputs}, work)
+        return await self._commands.read(call, {"inputs": inputs}, work)
 
     async def state_dict(
         self, names: tuple[str, ...] | None, max_inline_bytes: int | None, call: Call
@@ -231,7 +221,7 @@ class HostedModel:
             tensors, step = await self._workers.state_dict(names)
             return await self._tensors.downloads.deliver(tensors, max_inline_bytes), step
 
-        return await self._read(call, None, work)
+        return await self._commands.read(call, None, work)
 
     async def optimizer_state(self, max_inline_bytes: int | None, call: Call) -> tuple[Value, int]:
         """(state of the optimizer and its schedule, step)."""
@@ -240,83 +230,7 @@ class HostedModel:
             state, step = await self._workers.optimizer_state()
             return await self._tensors.downloads.deliver(state, max_inline_bytes), step
 
-        return await self._read(call, None, work)
-
-    # --- the life of a model --------------------------------------------------------------------------------------
-
-    async def idle(self) -> None:
-        """Return when no request waits or runs."""
-        await self._queue.idle()
-
-    async def close(self) -> None:
-        """Refuse what waits and what still comes, and free the ranks, after what runs has ended.
-
-        What runs for longer than the setting delete_seconds ends with the ranks' processes.
-        """
-        self.description.deleting()
-        self._workers.on_lost = None
-        self.autograd.close()
-        ended = await self._queue.close(deleted(self.description.name), self._delete_seconds)
-        await self._workers.close(reuse=ended and not self.description.has_failed)
-        if not ended:
-            await self._queue.cut()
-
-    # --- how requests run -----------------------------------------------------------------------------------------
-
-    async def _command(
-        self,
-        call: Call,
-        tensors: Any,
-        work: Callable[[Any, int], Awaitable[T]],
-        deliver: Callable[[T], Awaitable[T]] | None = None,
-    ) -> T:
-        """Run `work(tensors, number)` once for the request id of `call`. `deliver` changes the reply, not the model."""
-        job = self._commands.find(call)
-        if job is None:
-
-            async def apply(values: Any) -> T:
-                result = await work(values, self._number + 1)
-                self.description.applied(result)
-                reply = result if deliver is None else await self._deliver(deliver, result, call)
-                self._number += 1
-                return reply
-
-            job = self._submit(call, tensors, apply, self._command_failed)
-            self._commands.add(call, job)
-        return await job.result(call.deadline)
-
-    async def _deliver(self, deliver: Callable[[T], Awaitable[T]], result: T, call: Call) -> T:
-        try:
-            return await deliver(result)
-        except Exception as error:
-            refusal = public_error(error, call.request_id)
-            refusal.outcome = "applied"
-            raise refusal from None
-
-    def _command_failed(self, error: GradwireError) -> None:
-        # Only applied commands have numbers: what was refused leaves no trace, in random numbers neither.
-        self._number += error.outcome == "applied"
-        self.description.met(error)
-
-    async def _read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Run `work(tensors)` in its turn."""
-        return await self._submit(call, tensors, work).result(call.deadline)
-
-    def _submit(
-        self,
-        call: Call,
-        tensors: Any,
-        work: Callable[[Any], Awaitable[T]],
-        failed: Callable[[GradwireError], None] | None = None,
-    ) -> Job[T]:
-        self.description.check_usable()
-
-        async def run(values: Any) -> T:
-            # Again: the model may have failed while the request waited.
-            self.description.check_usable()
-            return await work(values)
-
-        return self._queue.submit(call, tensors, run, failed)
+        return await self._commands.read(call, None, work)
 
 
 def _tree(batch: Batch) -> dict[str, Value]:

@@ -12,12 +12,18 @@ from pathlib import Path
 from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
 from gradwire_server.freed_memory import return_freed_memory
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
 from gradwire_server.processes.service_folders import log_folder
 from gradwire_server.service import Service
+from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_workers.cluster import Cluster, ClusterConfig
 
 logger = logging.getLogger("gradwire_server")
+
+LOCK_SECONDS = 10.0
+"""How long another frontend that leaves the storage is waited for."""
 
 CLOSE_SECONDS = 10.0
 """How long the end may take once nothing is waited for any more."""
@@ -58,18 +64,33 @@ async def run(config: ServerConfig) -> None:
     with ExitStack() as folders:
         runtime = folders.enter_context(private_folder("runtime_dir", config.runtime_dir))
         memory = folders.enter_context(private_folder("shared_memory_dir", config.shared_memory_dir, SHARED_MEMORY))
-        cluster = await Cluster.connect(_cluster_config(config, runtime, memory))
-        # Again: Ray puts handlers of its own in place, which print a stack.
-        _listen_for_signals(stop)
+        # One that was named is the user's: who may read it is for them to say.
+        place = config.storage or folders.enter_context(private_folder("storage", None))
+        # First of all: from here on no other frontend changes what this one is about to read.
+        lock = await asyncio.to_thread(StorageLock.take, place, LOCK_SECONDS)
         try:
-            await _serve(config, cluster, memory / "held", stop)
+            storage = _model_storage(config, lock)
+            cluster = await Cluster.connect(_cluster_config(config, runtime, memory))
+            # Again: Ray puts handlers of its own in place, which print a stack.
+            _listen_for_signals(stop)
+            try:
+                await _serve(config, cluster, memory / "held", storage, stop)
+            finally:
+                await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
         finally:
-            await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
+            lock.release()
 
 
-async def _serve(config: ServerConfig, cluster: Cluster, held: Path, stop: asyncio.Queue[int]) -> None:
+def _model_storage(config: ServerConfig, lock: StorageLock) -> ModelStorage:
+    url = config.checkpoint_url or str(lock.storage / "checkpoints")
+    return ModelStorage(lock, CheckpointStore(url, lock.storage / "fetched", fence=lock.check))
+
+
+async def _serve(
+    config: ServerConfig, cluster: Cluster, held: Path, storage: ModelStorage, stop: asyncio.Queue[int]
+) -> None:
     held.mkdir(mode=0o700, exist_ok=True)
-    service = Service(cluster, held, config)
+    service = Service(cluster, held, config, storage)
     try:
         port = await service.start()
         host = config.listen.rpartition(":")[0]

@@ -49,8 +49,8 @@ class ModelCreation:
             self.error = Cancelled("the model was not created: its caller gave up, or somebody deleted it")
         ended(self)
 
-    async def result(self) -> ModelInfo:
-        """Wait for the model. If every caller that waits is cancelled, so is the creation."""
+    async def result(self, deadline: float | None) -> ModelInfo:
+        """Wait for the model. If every caller that waits is cancelled, so is the creation: `deadline` is theirs."""
         self._waiters += 1
         try:
             await self.wait()

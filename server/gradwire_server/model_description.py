@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
+from gradwire_proto.errors import FailedPrecondition, GradwireError
 from gradwire_proto.names import model_name
 from gradwire_proto.values import (
     ArchitectureSpec,
@@ -19,21 +19,47 @@ from gradwire_proto.values import (
     StateTensor,
     Variant,
 )
+from gradwire_server.current_spec import CurrentSpec, trained_only, updated_optimizer
 
 
 class ModelDescription:
-    """What is known of one model: first "creating", then "ready", in the end "failed" or "deleting".
+    """What is known of one model: first "creating" or "recovering", then "ready", in the end "failed" or "deleting".
 
-    `operators` are the schemas of all operators that its program names; `has_failed` stays true while it is deleted.
+    A model that was restored, and whose spec has not been read yet, has only an id. `operators` are the schemas of all
+    operators that its program names; `has_failed` stays true while it is deleted.
     """
 
-    def __init__(self, model_id: str, spec: ModelSpec) -> None:
+    def __init__(self, model_id: str, spec: ModelSpec | None, created_at: float | None = None) -> None:
         self.has_failed = False
+        self.operators: dict[str, str] = {}
+        self._spec: CurrentSpec | None = None
+        self._shown: ModelInfo | None = None
+        created_at = time.time() if created_at is None else created_at
+        if spec is None:
+            self._info = ModelInfo(
+                id=model_id,
+                state="recovering",
+                step=0,
+                workers=0,
+                sharding=None,
+                num_parameters=0,
+                optimizer=None,
+                loss=None,
+                labels={},
+                created_at=created_at,
+                durability="process",
+            )
+        else:
+            self._begin(model_id, CurrentSpec(spec, created_at), "creating")
+
+    def _begin(self, model_id: str, current: CurrentSpec, state: str) -> None:
+        spec = current.value
         graphs = None if isinstance(spec.program, ArchitectureSpec) else spec.program
         self.operators = dict(graphs.operators) if graphs else {}
+        self._spec = current
         self._info = ModelInfo(
             id=model_id,
-            state="creating",
+            state=state,
             step=0,
             workers=spec.workers,
             sharding=None,
@@ -41,7 +67,7 @@ class ModelDescription:
             optimizer=spec.optimizer,
             loss=spec.loss,
             labels=spec.labels,
-            created_at=time.time(),
+            created_at=current.created_at,
             device=spec.device,
             seed=spec.seed,
             on_nan=spec.on_nan,
@@ -52,26 +78,65 @@ class ModelDescription:
             precision=spec.precision,
             architecture=spec.program.name if isinstance(spec.program, ArchitectureSpec) else None,
             loss_reduction=spec.loss_reduction,
+            durability=spec.durability,
+            checkpoint_every=spec.checkpoint_every,
+            keep_checkpoints=spec.keep_checkpoints,
+            deterministic=spec.deterministic,
         )
 
     @property
+    def spec(self) -> CurrentSpec:
+        """The spec as it is now."""
+        assert self._spec is not None, "the spec has been read"
+        return self._spec
+
+    @property
     def info(self) -> ModelInfo:
-        """The whole description."""
+        """The whole description, as of the last command that the ranks have."""
         return self._info
+
+    @property
+    def shown(self) -> ModelInfo:
+        """The whole description for clients: as of the last command, also while ranks are brought back to it."""
+        if self._shown is None:
+            return self._info
+        return replace(self._shown, state=self._info.state, last_error=self._info.last_error)
 
     @property
     def brief(self) -> ModelInfo:
         """The description without tensors and variants, for lists."""
-        return replace(self._info, tensors=(), variants=())
+        return replace(self.shown, tensors=(), variants=())
 
     @property
     def name(self) -> str:
         """`models/{id}`."""
         return model_name(self._info.id)
 
-    def ready(self, sharding: Sharding, device: str) -> None:
-        """The ranks have the model."""
-        self._info = replace(self._info, state="ready", sharding=sharding, device=device)
+    def recovering(self) -> None:
+        """The ranks are lost, and others will take their place. A model that is deleted stays so."""
+        if self._info.state == "ready":
+            self._shown = self._info
+            self._info = replace(self._info, state="recovering")
+
+    def goes_back_to(self, spec: CurrentSpec, step: int) -> None:
+        """What follows is applied to a checkpoint of the model, which has this spec."""
+        state, last_error = self._info.state, self._info.last_error
+        self._begin(self._info.id, spec, state)
+        self._info = replace(self._info, step=step, last_error=last_error)
+
+    def trains(self, names: Sequence[str]) -> None:
+        """The parameters of these names are trained, and no others."""
+        self._info = replace(self._info, tensors=trained_only(self._info.tensors, names))
+
+    def has_ranks(self, sharding: Sharding, device: str) -> None:
+        """Ranks hold the model, or will when commands were applied to them once more."""
+        self._info = replace(self._info, sharding=sharding, device=device)
+
+    def ready(self) -> None:
+        """The ranks have the model. One that is being deleted stays so."""
+        self._shown = None
+        if self._info.state in ("creating", "recovering"):
+            self._info = replace(self._info, state="ready")
 
     def built(self, tensors: Sequence[StateTensor], variants: Sequence[Variant]) -> None:
         """The ranks have built the module that the client named, which has these."""
@@ -93,36 +158,38 @@ class ModelDescription:
         self._info = replace(self._info, step=step, rank_rows=rank_rows)
 
     def met(self, error: GradwireError) -> None:
-        """A command failed. Where nobody knows what it left behind, so did the model."""
-        self.has_failed |= isinstance(error, RankLost) or error.outcome == "unknown"
-        state = "failed" if self.has_failed and self._info.state == "ready" else self._info.state
-        self._info = replace(self._info, state=state, last_error=str(error))
+        """A command failed, or ranks were lost."""
+        self._info = replace(self._info, last_error=str(error))
+
+    def failed(self, error: GradwireError) -> None:
+        """The model cannot be served any more."""
+        self.met(error)
+        self.has_failed = True
+        if self._info.state != "deleting":
+            self._info = replace(self._info, state="failed")
 
     def updated(self, update: ModelUpdate, trained: Sequence[str] | None) -> None:
         """Settings were changed. `trained`: names of the parameters that are trained now, None where none changed."""
+        self.spec.updated(update)
         info = self._info
-        optimizer = update.optimizer or info.optimizer
-        if optimizer is not None and update.lr is not None:
-            optimizer = optimizer.with_learning_rate(update.lr)
-        tensors = info.tensors
-        if trained is not None:
-            names = frozenset(trained)
-            tensors = tuple(replace(each, requires_grad=(each.alias_of or each.name) in names) for each in tensors)
+        tensors = info.tensors if trained is None else trained_only(info.tensors, trained)
         labels = info.labels if update.labels is None else update.labels
+        optimizer = updated_optimizer(info.optimizer, update)
         self._info = replace(info, optimizer=optimizer, tensors=tensors, labels=labels)
 
     def add_variant(self, variant: Variant, tensors: Sequence[StateTensor], operators: Mapping[str, str]) -> None:
         """The program has another variant, further constants, and names further operators."""
         self.operators.update(operators)
+        self.spec.add_variant(variant, tensors, operators)
         info = self._info
         self._info = replace(
             info, variants=(*info.variants, _without_graphs(variant)), tensors=(*info.tensors, *tensors)
         )
 
     def check_usable(self) -> None:
-        """Raise FailedPrecondition unless the model is ready."""
+        """Raise FailedPrecondition unless the model is ready, or will be without anybody's doing."""
         state = self._info.state
-        if state == "ready":
+        if state in ("ready", "recovering"):
             return
         if state == "failed":
             raise FailedPrecondition(
@@ -130,10 +197,15 @@ class ModelDescription:
                 reason="MODEL_FAILED",
             )
         if state == "creating":
-            raise FailedPrecondition(
-                f"{self.name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
-            )
+            raise not_ready(self.name)
         raise deleted(self.name)
+
+
+def not_ready(name: str) -> FailedPrecondition:
+    """The error of requests that come while the model is made."""
+    return FailedPrecondition(
+        f"{name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
+    )
 
 
 def deleted(name: str) -> FailedPrecondition:

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import secrets
-from bisect import bisect_right
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from gradwire_proto.errors import (
     AlreadyExists,
     Cancelled,
     GradwireError,
-    InvalidArgument,
     ModelNotFound,
     ResourceExhausted,
 )
 from gradwire_proto.names import check_model_id, command_name, model_name
-from gradwire_proto.values import Batch, CommandInfo, Limits, ModelInfo, ModelSpec, NamedTensors
+from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
 from gradwire_server.calls import Call
+from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosted_model import HostedModel
+from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
-from gradwire_server.model_description import ModelDescription
+from gradwire_server.model_description import ModelDescription, not_ready
+from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.tensors.tensor_store import TensorStore
-from gradwire_server.workers import Cluster
-
-DEFAULT_PAGE, LARGEST_PAGE = 100, 1000
+from gradwire_server.restoring import ended_command, read_checkpoint
+from gradwire_server.storage.checkpoint_store import key_of
+from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.tensors.file_threads import in_thread
+from gradwire_server.workers import Workers
 
 
 class ModelRegistry:
     """Makes, finds, lists and deletes models. Every model is in it from the start of its creation to its end."""
 
-    def __init__(
-        self, cluster: Cluster, tensors: TensorStore, limits: Limits, stored_replies: int, delete_seconds: float
-    ) -> None:
-        self._cluster = cluster
-        self._tensors = tensors
-        self._limits = limits
-        self._stored_replies = stored_replies
-        self._delete_seconds = delete_seconds
+    def __init__(self, hosting: Hosting) -> None:
+        self._hosting = hosting
         self._descriptions: dict[str, ModelDescription] = {}
         self._creations: dict[str, ModelCreation] = {}
         self._hosted: dict[str, HostedModel] = {}
         self._deletions: dict[str, asyncio.Task[None]] = {}
-        self._seen: RequestLog[ModelCreation] = RequestLog(stored_replies, 0)
+        self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, hosting.limits.message_bytes)
+        self._made_by: dict[str, str] = {}
+
+    def open(self) -> None:
+        """Begin to bring back the models of the storage. Requests for one wait for it."""
+        for model_id, made_by in self._hosting.storage.open().items():
+            description = self._descriptions[model_id] = ModelDescription(model_id, None)
+            model = self._hosted[model_id] = HostedModel(description, self._hosting)
+            if made_by is not None:
+                self._made_by[made_by.request_id] = model_id
+                self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by))
+            model.life.restore()
+        self._hosting.storage.begin_sweep()
 
     async def create(
         self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
@@ -57,10 +65,96 @@ class ModelRegistry:
         creation = self._seen.find(call)
         if creation is None:
             self._check_new(model_id)
-            await asyncio.to_thread(check_model, spec, values, self._limits)
+            await asyncio.to_thread(check_model, spec, values, self._hosting.limits)
             # Again: others came meanwhile, this request's repeat perhaps.
-            creation = self._seen.find(call) or self._begin(spec, values, example, model_id, call)
-        return await creation.result()
+            creation = self._seen.find(call) or self._create(spec, values, example, model_id, call)
+        return await creation.result(call.deadline)
+
+    def _create(
+        self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
+    ) -> ModelCreation:
+        spec = self._hosting.keeping.of(spec)
+        batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
+        self._check_new(model_id)
+        claim = self._hosting.tensors.uploads.claim({"tensors": values, "example": batch})
+
+        async def make(new: HostedModel) -> ModelInfo:
+            example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
+            workers = await self._hosting.cluster.start_group(
+                spec, claim.value["tensors"], example, model_id=new.life.id
+            )
+            return await _begun(new, workers, call)
+
+        def ended(creation: ModelCreation) -> None:
+            if isinstance(creation.error, Cancelled):
+                # Perhaps only the connection broke: then the caller comes back with the same handles.
+                claim.give_back()
+            else:
+                claim.spend()
+
+        return self._begin(spec, model_id, make, ended, call)
+
+    async def restore(self, name: str, model_id: str | None, workers: int | None, call: Call) -> ModelInfo:
+        """Make a model of the checkpoint `name`. None: the id, or as many ranks, as the model had that was saved.
+
+        Raises CheckpointNotFound, FailedPrecondition CHECKPOINT_CORRUPT and CHECKPOINT_VERSION, and what `create` does.
+        """
+        creation = self._seen.find(call)
+        if creation is None:
+            store = self._hosting.storage.checkpoints
+            model_id = model_id or (await in_thread(store.get, key_of(name))).model_id
+            self._check_new(model_id)
+            saved, spec = await in_thread(read_checkpoint, store, name, workers)
+            # Again: others came meanwhile, this request's repeat perhaps.
+            creation = self._seen.find(call)
+            if creation is not None:
+                saved.remove_files()
+            else:
+                creation = self._restore(saved, spec, model_id, call)
+        return await creation.result(call.deadline)
+
+    def _restore(self, saved: SavedModel, spec: CurrentSpec, model_id: str, call: Call) -> ModelCreation:
+        async def make(new: HostedModel) -> ModelInfo:
+            state = saved.state
+            new.description.goes_back_to(spec, state.step)
+            workers = await self._hosting.cluster.start_group(
+                spec.value, state.tensors, None, model_id=model_id, state=state
+            )
+            return await _begun(new, workers, call, number=state.command, trained=state.trained)
+
+        try:
+            self._check_new(model_id)
+        except GradwireError:
+            saved.remove_files()
+            raise
+        return self._begin(spec.value, model_id, make, lambda _: saved.remove_files(), call)
+
+    def _begin(
+        self,
+        spec: ModelSpec,
+        model_id: str,
+        make: Callable[[HostedModel], Awaitable[ModelInfo]],
+        ended: Callable[[ModelCreation], None],
+        call: Call,
+    ) -> ModelCreation:
+        model_id = model_id or f"model-{secrets.token_hex(6)}"
+        description = self._descriptions[model_id] = ModelDescription(model_id, spec)
+        new = HostedModel(description, self._hosting)
+
+        async def run() -> ModelInfo:
+            info = await make(new)
+            self._hosted[model_id] = new
+            return info
+
+        def end(creation: ModelCreation) -> None:
+            del self._creations[model_id]
+            if model_id not in self._hosted:
+                del self._descriptions[model_id]
+            ended(creation)
+
+        creation = self._creations[model_id] = ModelCreation(model_id, call.request_id, run, end)
+        self._seen.add(call, creation)
+        return creation
 
     def _check_new(self, model_id: str) -> None:
         if model_id:
@@ -72,49 +166,20 @@ class ModelRegistry:
                 reason="MODEL_EXISTS",
                 resource=model_name(model_id),
             )
-        if len(self._descriptions) >= self._limits.models:
+        if len(self._descriptions) >= self._hosting.limits.models:
             raise ResourceExhausted(
                 f"there are {len(self._descriptions)} models, as many as the server's setting models allows",
                 reason="TOO_MANY_MODELS",
             )
 
-    def _begin(
-        self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
-    ) -> ModelCreation:
-        self._check_new(model_id)
-        model_id = model_id or f"model-{secrets.token_hex(6)}"
-        batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
-        claim = self._tensors.uploads.claim({"tensors": values, "example": batch})
-        description = self._descriptions[model_id] = ModelDescription(model_id, spec)
-
-        async def make() -> ModelInfo:
-            example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
-            group = await self._cluster.start_group(spec, claim.value["tensors"], example, model_id=model_id)
-            self._hosted[model_id] = HostedModel(
-                group, description, self._tensors, self._limits, self._stored_replies, self._delete_seconds
-            )
-            return description.info
-
-        def ended(creation: ModelCreation) -> None:
-            del self._creations[model_id]
-            if model_id not in self._hosted:
-                del self._descriptions[model_id]
-            if isinstance(creation.error, Cancelled):
-                # Perhaps only the connection broke: then the caller comes back with the same handles.
-                claim.give_back()
-            else:
-                claim.spend()
-
-        creation = self._creations[model_id] = ModelCreation(model_id, call.request_id, make, ended)
-        self._seen.add(call, creation)
-        return creation
-
-    def get(self, model_id: str) -> HostedModel:
-        """The model. Raises ModelNotFound; FailedPrecondition while it is created or deleted."""
+    async def get(self, model_id: str, call: Call) -> HostedModel:
+        """The model, once it has been brought back. Raises ModelNotFound; FailedPrecondition while it is made."""
         model = self._hosted.get(model_id)
         if model is None:
-            self.describe(model_id).check_usable()
-            raise AssertionError("a usable model is hosted")
+            description = self.describe(model_id)
+            description.check_usable()
+            raise not_ready(description.name)
+        await model.life.there(call)
         return model
 
     def describe(self, model_id: str) -> ModelDescription:
@@ -128,22 +193,22 @@ class ModelRegistry:
 
     def page(self, size: int, token: str) -> tuple[list[ModelInfo], str]:
         """(descriptions ordered by id, the next page's token or ""). `size` 0 lets the registry choose."""
-        if size < 0:
-            raise InvalidArgument(f"expected 0 or more, got {size}", field="page_size", reason="PAGE_SIZE_INVALID")
-        size = min(size or DEFAULT_PAGE, LARGEST_PAGE)
-        ids = sorted(self._descriptions)
-        # The token is the last id that was seen: pages stay right when models come and go between them.
-        first = bisect_right(ids, _decode_token(token)) if token else 0
-        page = ids[first : first + size]
-        more = first + size < len(ids)
-        return [self._descriptions[each].brief for each in page], _encode_token(page[-1]) if more else ""
+        models, next_page_token = page_of(self._descriptions, size, token)
+        return [each.brief for each in models], next_page_token
+
+    def needs_checkpoint(self, model_id: str, number: int) -> bool:
+        """Whether a model would be brought back from its automatic checkpoint of that number."""
+        model = self._hosted.get(model_id)
+        return model is not None and model.life.needs_checkpoint(number)
 
     async def command(self, model_id: str, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of a command, the model's creation included."""
         creation = self._seen.get(request_id) if request_id in self._seen else None
-        if creation is not None and creation.model_id == model_id:
+        made = creation.model_id if isinstance(creation, ModelCreation) else self._made_by.get(request_id)
+        if creation is not None and made == model_id:
             return await command_info(command_name(model_id, request_id), creation, wait=wait)
-        return await self.get(model_id).command(request_id, wait=wait)
+        model = await self.get(model_id, Call())
+        return await model.command(request_id, wait=wait)
 
     async def delete(self, model_id: str) -> None:
         """Delete a model in any state and free its ranks. Ends what was begun, whoever waits, by killing its
@@ -163,30 +228,33 @@ class ModelRegistry:
         model = self._hosted.get(model_id)
         if model is None:
             return
+        await model.life.close()
         try:
-            await model.close()
-        finally:
-            del self._hosted[model_id], self._descriptions[model_id]
+            await in_thread(self._hosting.storage.delete, model_id)
+        except GradwireError as error:
+            # It is still in the storage, and deleting it may be tried again.
+            model.description.failed(error)
+            raise
+        del self._hosted[model_id], self._descriptions[model_id]
 
     async def idle(self) -> None:
         """Return when no model is made and no request of a model waits or runs."""
         waits = [creation.wait() for creation in self._creations.values()]
-        waits += [model.idle() for model in self._hosted.values()]
+        waits += [model.life.idle() for model in self._hosted.values()]
         await asyncio.gather(*waits)
 
     async def close(self) -> None:
-        """Delete every model."""
-        await asyncio.gather(*map(self.delete, list(self._descriptions)), return_exceptions=True)
+        """End every model. The storage keeps them."""
+        creations = [creation.cancel() for creation in list(self._creations.values())]
+        await asyncio.gather(*creations, *self._deletions.values(), return_exceptions=True)
+        await asyncio.gather(*(model.life.close() for model in self._hosted.values()), return_exceptions=True)
 
 
-def _encode_token(model_id: str) -> str:
-    return base64.urlsafe_b64encode(model_id.encode()).decode()
-
-
-def _decode_token(token: str) -> str:
+async def _begun(new: HostedModel, workers: Workers, call: Call, **begin: Any) -> ModelInfo:
+    """Serve a new model with these ranks, which are freed where that fails."""
     try:
-        return check_model_id(base64.urlsafe_b64decode(token.encode("ascii")).decode("ascii"))
-    except (GradwireError, ValueError, binascii.Error):
-        raise InvalidArgument(
-            "expected next_page_token of an earlier answer", field="page_token", reason="PAGE_TOKEN_INVALID"
-        ) from None
+        return await new.life.begin(workers, call, **begin)
+    except BaseException:
+        workers.on_lost = None
+        await asyncio.shield(workers.close())
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,15 +18,27 @@ from gradwire_proto.values import (
 )
 from gradwire_server.calls import Call
 from gradwire_server.tensors.downloads import Downloads
+from gradwire_server.tensors.held_files import remove_files, segment_paths
 
 T = TypeVar("T")
 
 
-def with_times(result: T, call: Call, queue: float) -> T:
-    """`result` with the seconds that it waited and took in all, if it tells times."""
+def timed(call: Call, work: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
+    """`work`, whose result tells how long it waited from now until it began, and took in all."""
+    submitted = time.monotonic()
+
+    async def run(values: Any) -> T:
+        queue = time.monotonic() - submitted
+        return with_times(await work(values), call, queue)
+
+    return run
+
+
+def with_times(result: T, call: Call, queue: float, recovery: float = 0.0) -> T:
+    """`result` with the seconds that it waited, had to wait for lost ranks, and took in all, if it tells times."""
     if not isinstance(result, (StepResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)):
         return result
-    timing = replace(result.timing, queue=queue, total=time.monotonic() - call.arrived)
+    timing = replace(result.timing, queue=queue, recovery=recovery, total=time.monotonic() - call.arrived)
     return replace(result, timing=timing)
 
 
@@ -48,6 +61,18 @@ async def deliver_derivatives(
 async def deliver_outputs(result: ForwardResult, downloads: Downloads, max_inline_bytes: int | None) -> ForwardResult:
     """The same for outputs."""
     return replace(result, outputs=await downloads.deliver(result.outputs, max_inline_bytes))
+
+
+def without_tensors(result: T) -> T:
+    """A result that nobody asks for: its tensors' files are removed."""
+    if isinstance(result, ForwardResult):
+        remove_files(segment_paths(tensor for _, tensor in leaves(result.outputs) if isinstance(tensor, TensorData)))
+        return replace(result, outputs=())
+    if isinstance(result, BackwardResult):
+        tensors = [tensor for _, tensor in leaves(result.input_gradients) if isinstance(tensor, TensorData)]
+        remove_files(segment_paths(tensors))
+        return replace(result, input_gradients=None)
+    return result
 
 
 def inline_bytes(value: Any) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
 from gradwire_proto.values import CommandInfo
 from gradwire_server.calls import Call
+from gradwire_server.stored_replies import EndedCommand
 
 
 class Seen(Protocol):
@@ -29,9 +31,12 @@ R = TypeVar("R", bound=Seen)
 
 @dataclass(slots=True)
 class _Entry(Generic[R]):
+    """`stored`: what the storage has of it, once it has been applied."""
+
     body: bytes
-    request: R | None
+    request: R | EndedCommand | None
     reply_bytes: int = 0
+    stored: EndedCommand | None = None
 
 
 class RequestLog(Generic[R]):
@@ -45,7 +50,7 @@ class RequestLog(Generic[R]):
         self._room = reply_bytes
         self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
 
-    def find(self, call: Call) -> R | None:
+    def find(self, call: Call) -> R | EndedCommand | None:
         """The request that `call` repeats; None where it is a new one, or repeats one that may be tried again.
 
         Raises InvalidArgument REQUEST_ID_REUSED where the id was given to another request, and FailedPrecondition
@@ -72,10 +77,49 @@ class RequestLog(Generic[R]):
         """Remember the request, if it has an id."""
         if call.request_id is None:
             return
+        self._remember(call, request)
+
+    def _remember(self, call: Call, request: R | EndedCommand) -> None:
+        assert call.request_id is not None
         self.forget(call)
         self._entries[call.request_id] = _Entry(call.body, request)
         while len(self._entries) > self._capacity:
             self._room += self._entries.popitem(last=False)[1].reply_bytes
+
+    def store(self, call: Call, ended: EndedCommand) -> None:
+        """The storage knows from now on what became of the request of `call`."""
+        entry = self._entries.get(call.request_id) if call.request_id is not None else None
+        if entry is not None:
+            entry.stored = ended
+
+    def settle(self, call: Call) -> None:
+        """The request of `call` has ended: what is stored of it takes its place, if its reply is there."""
+        entry = self._entries.get(call.request_id) if call.request_id is not None else None
+        if entry is None or entry.request is None or entry.stored is None:
+            return
+        if entry.request.error is None and entry.stored.reply is not None:
+            entry.request = entry.stored
+
+    def restore(self, request_id: str, body: bytes, ended: EndedCommand) -> None:
+        """Remember a request of an earlier process of the service, unless it is known."""
+        if request_id in self._entries:
+            return
+        call = Call(request_id=request_id, body=body)
+        self._remember(call, ended)
+        self.store(call, ended)
+        self.weigh(call, len(ended.reply or b""))
+
+    def goes_back_to(self, number: int) -> None:
+        """Commands behind this number are undone: what was stored of them is not so."""
+        for entry in self._entries.values():
+            if entry.stored is not None and entry.stored.number > number:
+                entry.stored = None
+
+    def stored(self) -> Iterator[tuple[str, bytes, EndedCommand]]:
+        """(request id, body, what is stored of it) of those requests that were applied, oldest first."""
+        for request_id, entry in self._entries.items():
+            if entry.stored is not None:
+                yield request_id, entry.body, entry.stored
 
     def weigh(self, call: Call, reply_bytes: int) -> None:
         """Count the bytes of the reply of `call`, and forget the oldest replies if they are too many together."""
@@ -90,8 +134,10 @@ class RequestLog(Generic[R]):
             if old.reply_bytes:
                 self._room += old.reply_bytes
                 old.request, old.reply_bytes = None, 0
+                if old.stored is not None:
+                    old.stored.reply = old.stored.answer = None
 
-    def get(self, request_id: str) -> R | None:
+    def get(self, request_id: str) -> R | EndedCommand | None:
         """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
 
         Raises ModelNotFound COMMAND_NOT_FOUND.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Iterable
 
 from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
@@ -21,15 +20,14 @@ class RetainedForwards:
         self._expire = expire
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    def new_name(self) -> str:
-        """A name for one more, which nobody can guess. Raises ResourceExhausted RETAINED_FORWARDS."""
+    def check_room(self) -> None:
+        """Raise ResourceExhausted RETAINED_FORWARDS unless one more may be retained."""
         if len(self._timers) >= self._limits.retained_forwards:
             raise ResourceExhausted(
                 f"{len(self._timers)} forwards are retained, as many as the server's setting retained_forwards allows:"
                 " call backward, drop what it is not called for, or run under torch.no_grad()",
                 reason="RETAINED_FORWARDS",
             )
-        return secrets.token_hex(16)
 
     def keep(self, name: str) -> None:
         """The ranks retain it from now on, or go on to."""

@@ -6,10 +6,14 @@ import asyncio
 from pathlib import Path
 
 from gradwire_server.admission import Admission
+from gradwire_server.checkpoint_list import CheckpointList
 from gradwire_server.config import ServerConfig
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.grpc_server import GrpcServer
+from gradwire_server.hosting import Hosting
 from gradwire_server.model_registry import ModelRegistry
+from gradwire_server.model_storage import ModelStorage
+from gradwire_server.replaying import Replayer
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
@@ -20,20 +24,33 @@ from gradwire_server.workers import Cluster
 class Service:
     """Everything between the socket and the ranks. `folder` is private, in shared memory, and the service's alone."""
 
-    def __init__(self, cluster: Cluster, folder: Path, config: ServerConfig) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, config: ServerConfig, storage: ModelStorage) -> None:
         limits = config.limits
         self._listen = config.listen
         self._admission = Admission(limits.requests_in_flight)
         self._tensors = TensorStore(folder, limits)
-        self._models = ModelRegistry(cluster, self._tensors, limits, config.stored_replies, config.delete_seconds)
+        hosting = Hosting(
+            cluster=cluster,
+            tensors=self._tensors,
+            storage=storage,
+            replayer=Replayer(),
+            limits=limits,
+            keeping=config.keeping,
+            stored_replies=config.stored_replies,
+            delete_seconds=config.delete_seconds,
+        )
+        self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
-        servicer = Servicer(self._models, self._functions, self._tensors, facts, limits)
+        checkpoints = CheckpointList(storage.checkpoints, self._models)
+        servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
+        hosting.replayer.servicer = servicer
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:
-        """Serve; returns the port. Raises Unavailable ADDRESS_IN_USE."""
+        """Serve; returns the port. Models of the storage come back meanwhile. Raises Unavailable ADDRESS_IN_USE."""
+        self._models.open()
         return await self._server.start(self._listen)
 
     async def drain(self) -> None:
@@ -45,7 +62,7 @@ class Service:
         await asyncio.gather(self._models.idle(), self._functions.idle())
 
     async def close(self) -> None:
-        """End everything: cut requests, delete models, remove files."""
+        """End everything: cut requests, free ranks, remove files. What is in the storage stays."""
         await self._server.stop(0)
         await asyncio.gather(self._models.close(), self._functions.close())
         self._tensors.close()

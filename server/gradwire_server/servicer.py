@@ -9,11 +9,12 @@ from google.protobuf.empty_pb2 import Empty
 
 from gradwire_proto import codec
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.names import parse_command_name, parse_model_name
+from gradwire_proto.names import parse_checkpoint_name, parse_command_name, parse_model_name
+from gradwire_proto.v1 import checkpoint_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Batch, Limits
 from gradwire_server.calls import Call
+from gradwire_server.checkpoint_list import CheckpointList
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.model_registry import ModelRegistry
@@ -28,12 +29,14 @@ class Servicer:
     def __init__(
         self,
         models: ModelRegistry,
+        checkpoints: CheckpointList,
         functions: FunctionHost,
         tensors: TensorStore,
         facts: ServerFacts,
         limits: Limits,
     ) -> None:
         self._models = models
+        self._checkpoints = checkpoints
         self._functions = functions
         self._tensors = tensors
         self._facts = facts
@@ -49,7 +52,7 @@ class Servicer:
         return codec.encode_model_info(await self._models.create(spec, values, example, request.model_id, call))
 
     async def GetModel(self, request: pb.GetModelRequest, call: Call) -> model_pb2.Model:
-        return codec.encode_model_info(self._models.describe(parse_model_name(request.name)).info)
+        return codec.encode_model_info(self._models.describe(parse_model_name(request.name)).shown)
 
     async def ListModels(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         page, next_page_token = self._models.page(request.page_size, request.page_token)
@@ -61,16 +64,17 @@ class Servicer:
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, call: Call) -> model_pb2.Model:
         update = codec.decode_model_update(request, self._limits)
-        return codec.encode_model_info(await self._model(request.name).update(update, call))
+        model = await self._model(request.name, call)
+        return codec.encode_model_info(await model.update(update, call))
 
     async def AddVariant(self, request: pb.AddVariantRequest, call: Call) -> model_pb2.Model:
-        model = self._model(request.name)
+        model = await self._model(request.name, call)
         variant = await asyncio.to_thread(codec.decode_variant, request.variant)
         tensors = codec.decode_state_tensors(request.tensors, "tensors", self._limits)
         values = codec.decode_named_tensors(request.values, "values", self._limits)
         operators = codec.decode_operators(request.operators, "operators")
-        await model.add_variant(variant, tensors, values, operators, self._example(request), call)
-        return codec.encode_model_info(model.description.info)
+        example = self._example(request)
+        return codec.encode_model_info(await model.add_variant(variant, tensors, values, operators, example, call))
 
     async def GetCommand(self, request: pb.GetCommandRequest, call: Call) -> model_pb2.Command:
         model_id, request_id = parse_command_name(request.name)
@@ -80,52 +84,61 @@ class Servicer:
 
     async def TrainStep(self, request: pb.TrainStepRequest, call: Call) -> pb.TrainStepResponse:
         lr = codec.decode_learning_rate(request)
-        result = await self._model(request.name).train_step(self._batch(request), lr, call)
+        model = await self._model(request.name, call)
+        result = await model.train_step(self._batch(request), lr, call)
         response = pb.TrainStepResponse()
         codec.encode_step_result(result, response.result)
         return response
 
     async def ForwardBackward(self, request: pb.ForwardBackwardRequest, call: Call) -> pb.ForwardBackwardResponse:
-        result = await self._model(request.name).forward_backward(self._batch(request), call)
+        model = await self._model(request.name, call)
+        result = await model.forward_backward(self._batch(request), call)
         return pb.ForwardBackwardResponse(result=codec.encode_step_result(result))
 
     async def OptimizerStep(self, request: pb.OptimizerStepRequest, call: Call) -> pb.OptimizerStepResponse:
         gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits) or None
         lr = codec.decode_learning_rate(request)
         groups = codec.decode_group_options(request)
-        result = await self._model(request.name).optimizer_step(gradients, lr, groups, call)
+        model = await self._model(request.name, call)
+        result = await model.optimizer_step(gradients, lr, groups, call)
         return pb.OptimizerStepResponse(result=codec.encode_step_result(result))
 
     async def ZeroGrad(self, request: pb.ZeroGradRequest, call: Call) -> pb.ZeroGradResponse:
-        await self._model(request.name).zero_grad(call)
+        model = await self._model(request.name, call)
+        await model.zero_grad(call)
         return pb.ZeroGradResponse()
 
     async def LoadStateDict(self, request: pb.LoadStateDictRequest, call: Call) -> pb.LoadStateDictResponse:
         tensors = codec.decode_named_tensors(request.tensors, "tensors", self._limits)
-        step = await self._model(request.name).load_state_dict(tensors, request.partial, call)
+        model = await self._model(request.name, call)
+        step = await model.load_state_dict(tensors, request.partial, call)
         return pb.LoadStateDictResponse(step=step)
 
     async def LoadOptimizerState(
         self, request: pb.LoadOptimizerStateRequest, call: Call
     ) -> pb.LoadOptimizerStateResponse:
         state = codec.decode_optimizer_state(request, self._limits)
-        step = await self._model(request.name).load_optimizer_state(state, call)
+        model = await self._model(request.name, call)
+        step = await model.load_optimizer_state(state, call)
         return pb.LoadOptimizerStateResponse(step=step)
 
     async def Backward(self, request: pb.BackwardRequest, call: Call) -> pb.BackwardResponse:
         query, cotangents = codec.decode_backward_query(request), codec.decode_cotangents(request, self._limits)
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
-        result = await self._model(request.name).autograd.backward(query, cotangents, max_inline_bytes, call)
+        model = await self._model(request.name, call)
+        result = await model.autograd.backward(query, cotangents, max_inline_bytes, call)
         return codec.encode_backward_result(result)
 
     async def Release(self, request: pb.ReleaseRequest, call: Call) -> pb.ReleaseResponse:
         names = codec.decode_retained_names(request.retained, "retained")
-        await self._model(request.name).autograd.release(names, call)
+        model = await self._model(request.name, call)
+        await model.autograd.release(names, call)
         return pb.ReleaseResponse()
 
     async def SetGradients(self, request: pb.SetGradientsRequest, call: Call) -> pb.SetGradientsResponse:
         gradients = codec.decode_named_tensors(request.gradients, "gradients", self._limits)
-        step = await self._model(request.name).autograd.set_gradients(gradients, tuple(request.dropped), call)
+        model = await self._model(request.name, call)
+        step = await model.autograd.set_gradients(gradients, tuple(request.dropped), call)
         return pb.SetGradientsResponse(step=step)
 
     # --- reads ----------------------------------------------------------------------------------------------------
@@ -138,7 +151,7 @@ class Servicer:
             function = await asyncio.to_thread(codec.decode_function, request.function, "function", self._limits)
             result = await self._functions.compute_gradients(function, batch, query, max_inline_bytes, call)
         else:
-            model = self._model(request.name)
+            model = await self._model(request.name, call)
             vectors = codec.decode_named_tensors(request.vectors, "vectors", self._limits) or None
             result = await model.compute_gradients(batch, query, vectors, max_inline_bytes, call)
         return codec.encode_gradient_result(result)
@@ -164,7 +177,7 @@ class Servicer:
                 field="request_id",
                 reason="REQUEST_ID_NOT_TAKEN",
             )
-        model = self._model(request.name)
+        model = await self._model(request.name, call)
         if retains:
             retention = codec.decode_retention(request.retain)
             result = await model.autograd.forward(inputs, retention, request.training, seed, max_inline_bytes, call)
@@ -174,7 +187,8 @@ class Servicer:
     async def GetGradients(self, request: pb.GetGradientsRequest, call: Call) -> pb.GetGradientsResponse:
         wrt = tuple(request.wrt) or None
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
-        gradients, step = await self._model(request.name).autograd.held_gradients(wrt, max_inline_bytes, call)
+        model = await self._model(request.name, call)
+        gradients, step = await model.autograd.held_gradients(wrt, max_inline_bytes, call)
         response = pb.GetGradientsResponse(step=step)
         codec.encode_named_tensors(gradients, response.gradients)
         return response
@@ -182,25 +196,50 @@ class Servicer:
     async def GetStateDict(self, request: pb.GetStateDictRequest, call: Call) -> pb.GetStateDictResponse:
         names = tuple(request.names) or None
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
-        tensors, step = await self._model(request.name).state_dict(names, max_inline_bytes, call)
+        model = await self._model(request.name, call)
+        tensors, step = await model.state_dict(names, max_inline_bytes, call)
         response = pb.GetStateDictResponse(step=step)
         codec.encode_named_tensors(tensors, response.tensors)
         return response
 
     async def GetOptimizerState(self, request: pb.GetOptimizerStateRequest, call: Call) -> pb.GetOptimizerStateResponse:
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
-        state, step = await self._model(request.name).optimizer_state(max_inline_bytes, call)
+        model = await self._model(request.name, call)
+        state, step = await model.optimizer_state(max_inline_bytes, call)
         response = pb.GetOptimizerStateResponse(step=step)
         codec.encode_value(state, response.state, "state")
         return response
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, call: Call) -> checkpoint_pb2.Checkpoint:
+        model_id, name = codec.decode_new_checkpoint(request)
+        model = await self._models.get(model_id, call)
+        return codec.encode_checkpoint(await model.save(name, call))
+
+    async def GetCheckpoint(self, request: pb.GetCheckpointRequest, call: Call) -> checkpoint_pb2.Checkpoint:
+        return codec.encode_checkpoint(await self._checkpoints.get(parse_checkpoint_name(request.name)))
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, call: Call) -> pb.ListCheckpointsResponse:
+        page, next_page_token = await self._checkpoints.page(request.page_size, request.page_token)
+        checkpoints = map(codec.encode_checkpoint, page)
+        return pb.ListCheckpointsResponse(checkpoints=checkpoints, next_page_token=next_page_token)
+
+    async def DeleteCheckpoint(self, request: pb.DeleteCheckpointRequest, call: Call) -> Empty:
+        await self._checkpoints.delete(parse_checkpoint_name(request.name))
+        return Empty()
+
+    async def RestoreModel(self, request: pb.RestoreModelRequest, call: Call) -> model_pb2.Model:
+        name, model_id, workers = codec.decode_restoration(request)
+        return codec.encode_model_info(await self._models.restore(name, model_id, workers, call))
 
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 
     async def UploadTensors(
         self, requests: AsyncIterator[pb.UploadTensorsRequest], call: Call
     ) -> pb.UploadTensorsResponse:
-        types = await read_manifest(requests, self._limits)
-        return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests)))
+        types, name = await read_manifest(requests, self._limits)
+        return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests), name))
 
     def DownloadTensors(
         self, request: pb.DownloadTensorsRequest, call: Call
@@ -212,8 +251,8 @@ class Servicer:
 
     # --- parts of requests ------------------------------------------------------------------------------------------
 
-    def _model(self, name: str) -> HostedModel:
-        return self._models.get(parse_model_name(name))
+    async def _model(self, name: str, call: Call) -> HostedModel:
+        return await self._models.get(parse_model_name(name), call)
 
     def _batch(
         self,

@@ -37,7 +37,6 @@ FRONTEND = (sys.executable, "-m", "gradwire_server.main_when_ray_is_ready")
 
 _LISTENING = re.compile(rb"gradwire listening on (\S+)")
 _DRAIN_MARGIN = 5.0  # seconds beyond drain_seconds until a frontend that does not end is killed
-_FAREWELL = 2.0  # seconds for a frontend whose Ray is gone to answer its callers
 
 
 def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FRONTEND) -> int:
@@ -97,7 +96,11 @@ class Supervisor:
         self, config: ServerConfig, service: str, folders: ServiceFolders, frontend_command: Sequence[str]
     ) -> None:
         self._config = config.model_copy(
-            update={"runtime_dir": folders.frontend, "shared_memory_dir": folders.shared_memory}
+            update={
+                "runtime_dir": folders.frontend,
+                "shared_memory_dir": folders.shared_memory,
+                "storage": folders.storage,
+            }
         )
         self._service = service
         self._folders = folders
@@ -196,13 +199,13 @@ class Supervisor:
             print(line.decode(errors="replace"), file=stream, flush=True)
 
     def _bury_ray(self) -> int:
-        """Ray is dead, and so are all ranks: end the frontend, which has lost everything, and what Ray left behind."""
+        """Ray is dead, and so are all ranks: end the frontend at once, and what Ray left behind.
+
+        What it had acknowledged is in the storage; whoever waits for it hears of a lost connection, and asks again.
+        """
         assert self._ray and self._frontend
         _say(f"Ray ended with exit code {self._ray.wait()}; the end of its log:")
         _say(_tail(self._folders.ray_log))
-        self._frontend.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._frontend.wait(_FAREWELL)
         kill_members(self._service)
         self._close_frontend()
         self._ray = None

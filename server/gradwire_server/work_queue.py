@@ -7,15 +7,27 @@ import copy
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, ResourceExhausted
+from gradwire_proto.values import TensorData
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
-from gradwire_server.replies import with_times
 from gradwire_server.tensors.uploads import Claim, Uploads
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled(Generic[T]):
+    """What work may return: its result counts once `settled` is done, and the next work begins meanwhile.
+
+    Where `settled` ends with an error, so does the job; `Job.confirm` takes that back.
+    """
+
+    result: T
+    settled: asyncio.Future[None]
 
 
 class Job(Generic[T]):
@@ -29,15 +41,14 @@ class Job(Generic[T]):
         self,
         call: Call,
         claim: Claim[Any],
-        work: Callable[[Any], Awaitable[T]],
+        work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None,
     ) -> None:
         self.error: GradwireError | None = None
-        self._call = call
+        self._request_id = call.request_id
         self._claim = claim
-        self._work: Callable[[Any], Awaitable[T]] | None = work
+        self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
         self._failed = failed
-        self._submitted = time.monotonic()
         self._result: T | None = None
         self._waiters = 0
         self._awaited = False
@@ -47,6 +58,11 @@ class Job(Generic[T]):
     def on_end(self, callback: Callable[[Job[T]], None]) -> None:
         """Have `callback` called soon after the end, before those who wait are woken."""
         self._ended.add_done_callback(lambda _: callback(self))
+
+    @property
+    def uploads(self) -> dict[str, list[TensorData]]:
+        """The uploads that it uses, by name, while it waits or runs."""
+        return self._claim.used
 
     @property
     def ended(self) -> bool:
@@ -85,21 +101,45 @@ class Job(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             return
-        queued = time.monotonic() - self._submitted
         try:
-            self._result = with_times(await work(self._claim.value), self._call, queued)
+            self._take(await work(self._claim.value))
         except Exception as error:
-            # A defect in the middle of a command may have left anything behind; a read leaves nothing.
-            outcome = "unknown" if self._failed else "not_applied"
-            self.error = copy.copy(public_error(error, self._call.request_id, outcome=outcome))
-            if self._failed:
-                self._failed(self.error)
+            self._fail(error)
         except BaseException:
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
+            self._ended.set_result(None)
             raise
         finally:
             self._claim.spend()
+
+    def _take(self, outcome: T | Unsettled[T]) -> None:
+        if not isinstance(outcome, Unsettled):
+            self._result = outcome
             self._ended.set_result(None)
+            return
+        self._result = outcome.result
+        outcome.settled.add_done_callback(self._settle)
+
+    def _settle(self, settled: asyncio.Future[None]) -> None:
+        if self._ended.done():
+            return
+        if settled.cancelled():
+            self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
+        elif (error := settled.exception()) is not None:
+            self.error = copy.copy(public_error(error, self._request_id, outcome="unknown"))
+        self._ended.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        # A defect in the middle of a command may have left anything behind; a read leaves nothing.
+        outcome = "unknown" if self._failed else "not_applied"
+        self.error = copy.copy(public_error(error, self._request_id, outcome=outcome))
+        if self._failed:
+            self._failed(self.error)
+        self._ended.set_result(None)
+
+    def confirm(self) -> None:
+        """What could not be settled when the work had ended is so now: the result counts."""
+        self.error = None
 
     def refuse(self, error: GradwireError) -> None:
         """End it with an error, if it was not begun."""
@@ -119,6 +159,8 @@ class WorkQueue:
         self._limit = limit
         self._jobs: deque[Job[Any]] = deque()
         self._count = 0
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
         self._runner: asyncio.Task[None] | None = None
         self._closed: GradwireError | None = None
 
@@ -126,7 +168,7 @@ class WorkQueue:
         self,
         call: Call,
         tensors: Any,
-        work: Callable[[Any], Awaitable[T]],
+        work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None = None,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
@@ -147,12 +189,15 @@ class WorkQueue:
         job.on_end(self._forget)
         self._jobs.append(job)
         self._count += 1
+        self._all_ended.clear()
         if self._runner is None:
             self._runner = asyncio.get_running_loop().create_task(self._run())
         return job
 
     def _forget(self, job: Job[Any]) -> None:
         self._count -= 1
+        if not self._count:
+            self._all_ended.set()
         if job in self._jobs:
             self._jobs.remove(job)
 
@@ -171,13 +216,18 @@ class WorkQueue:
         return await self.idle(patience)
 
     async def idle(self, patience: float | None = None) -> bool:
-        """Return when nothing waits or runs; False where that takes longer than `patience` seconds."""
-        if self._runner is not None:
-            await asyncio.wait([self._runner], timeout=patience)
-        return self._runner is None
+        """Return when nothing waits, runs or settles; False where that takes longer than `patience` seconds."""
+        try:
+            async with asyncio.timeout(patience):
+                await self._all_ended.wait()
+                if self._runner is not None:
+                    await asyncio.wait([self._runner])
+        except TimeoutError:
+            return False
+        return True
 
     async def cut(self) -> None:
         """Cancel what runs."""
         if self._runner is not None:
             self._runner.cancel()
-            await self.idle()
+            await asyncio.wait([self._runner])

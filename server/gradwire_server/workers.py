@@ -17,6 +17,7 @@ from gradwire_proto.values import (
     GradientQuery,
     GradientResult,
     ModelSpec,
+    ModelState,
     ModelUpdate,
     NamedTensors,
     Retention,
@@ -70,6 +71,27 @@ class Workers(Protocol):
 
     @on_lost.setter
     def on_lost(self, callback: Callable[[RankLost], None] | None) -> None: ...
+
+    @property
+    def applied(self) -> int:
+        """Commands that have changed the model since these ranks took it over."""
+        ...
+
+    @property
+    def retains(self) -> bool:
+        """Whether forwards are retained, which are no part of `state`."""
+        ...
+
+    async def state(self) -> ModelState:
+        """All that the model's future depends on, its `command` left 0. Files belong to the caller."""
+        ...
+
+    async def salvage(self, applied: int) -> ModelState | None:
+        """After RankLost: the same of a rank that is whole after just so many commands; None: there is none.
+
+        Nothing but `close` may be called after it.
+        """
+        ...
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult: ...
 
@@ -130,8 +152,16 @@ class Cluster(Protocol):
     def capacity(self) -> Capacity: ...
 
     async def start_group(
-        self, spec: ModelSpec, tensors: NamedTensors, example: Batch | None, *, model_id: str
-    ) -> Workers: ...
+        self,
+        spec: ModelSpec,
+        tensors: NamedTensors,
+        example: Batch | None,
+        *,
+        model_id: str,
+        state: ModelState | None = None,
+    ) -> Workers:
+        """Ranks that hold a new model, or, with `state`, one that goes on from there."""
+        ...
 
     async def compute_function_gradients(
         self, function: FunctionSpec, batch: Batch, query: GradientQuery

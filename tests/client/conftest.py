@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from cutting_proxy import Proxy
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire.rpc import Rpc
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
 INFO = ServerInfo(version="0", torch_version="2", workers=4, free_workers=4, gpus=0.0, limits=Limits())
 
+Answers = dict[str, Callable[[Any, grpc.ServicerContext], Any]]
+
 
 class ScriptedService:
     """Answers each RPC with what `answers[method]` returns, given (request, context); GradwireErrors are sent as such.
@@ -35,17 +41,18 @@ class ScriptedService:
     `calls` holds (method, request) in order of arrival; `tokens` each call's authorization.
     """
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
-        self.answers: dict[str, Callable[[Any, grpc.ServicerContext], Any]] = {
-            "GetServerInfo": lambda request, context: codec.encode_server_info(INFO)
-        }
+    def __init__(
+        self, credentials: grpc.ServerCredentials | None = None, *, port: int = 0, answers: Answers | None = None
+    ) -> None:
+        self.answers: Answers = {"GetServerInfo": lambda request, context: codec.encode_server_info(INFO)}
+        self.answers |= answers or {}
         self.calls: list[tuple[str, Any]] = []
         self.tokens: list[str | None] = []
         self.release = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_Handlers(self),))
         if credentials is None:
-            self.port = self._server.add_insecure_port("127.0.0.1:0")
+            self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         else:
             self.port = self._server.add_secure_port("localhost:0", credentials)
         self._server.start()
@@ -94,13 +101,51 @@ class _Handlers(grpc.GenericRpcHandler):
         )
 
 
+FREE_SERVER = """
+import sys; sys.path[:0] = sys.argv[1].split(":")
+from conftest import ScriptedService
+service = ScriptedService(port=int(sys.argv[2]))
+print(service.port, flush=True)
+sys.stdin.read()
+"""
+
+
+class FreeServer:
+    """A scripted service in a process of its own, so that it can be stopped and killed."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on the port that it had before."""
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", FREE_SERVER, f"{here}:{here.parent}", str(self.port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.target = f"127.0.0.1:{self.port}"
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def free_server() -> Iterator[FreeServer]:
+    server = FreeServer()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def start_scripted() -> Iterator[Callable[..., ScriptedService]]:
-    """Starts a ScriptedService, with server credentials where given; it stops with the test."""
+    """Starts a ScriptedService, which takes the arguments; it stops with the test."""
     services: list[ScriptedService] = []
 
-    def start(credentials: grpc.ServerCredentials | None = None) -> ScriptedService:
-        services.append(ScriptedService(credentials))
+    def start(credentials: grpc.ServerCredentials | None = None, **options: Any) -> ScriptedService:
+        services.append(ScriptedService(credentials, **options))
         return services[-1]
 
     yield start
@@ -116,6 +161,22 @@ def scripted(start_scripted: Callable[..., ScriptedService]) -> ScriptedService:
 @pytest.fixture
 def rpc(scripted: ScriptedService) -> Iterator[Rpc]:
     rpc = Rpc(scripted.target, timeout=5.0)
+    yield rpc
+    rpc.close()
+
+
+@pytest.fixture
+def proxy(scripted: ScriptedService) -> Iterator[Proxy]:
+    proxy = Proxy(scripted.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def cut_rpc(proxy: Proxy) -> Iterator[Rpc]:
+    """Connected through `proxy`."""
+    rpc = Rpc(proxy.target, timeout=8.0)
+    rpc.call("GetServerInfo", pb.GetServerInfoRequest())
     yield rpc
     rpc.close()
 

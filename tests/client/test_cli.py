@@ -25,7 +25,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["serve"], ["demo"], ["models"], ["models", "list"], ["models", "show"], ["models", "delete"]]
+    "command",
+    [
+        [],
+        ["serve"],
+        ["demo"],
+        ["models"],
+        ["models", "list"],
+        ["models", "show"],
+        ["models", "delete"],
+        ["checkpoints"],
+        ["checkpoints", "list"],
+        ["checkpoints", "show"],
+        ["checkpoints", "delete"],
+    ],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
     outcome = run(*command, "--help")
@@ -39,7 +52,9 @@ def test_help_needs_neither_torch_nor_grpc() -> None:
     assert outcome.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["models", "show"], ["models", "lst"], ["demo", "--workers", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["models", "show"], ["models", "lst"], ["checkpoints", "show"], ["demo", "--workers", "0"]]
+)
 def test_wrong_use_is_exit_code_2(arguments: list[str]) -> None:
     outcome = run(*arguments)
     assert outcome.returncode == 2

@@ -31,11 +31,17 @@ def test_creation_sends_program_weights_example_and_every_option(sdk, hosted):
         require_sharding=True,
         on_nan="refuse",
         labels={"team": "vision"},
+        durability="disk",
+        checkpoint_every=50,
+        keep_checkpoints=2,
+        deterministic=True,
     )
     spec = codec.decode_model_spec(hosted.created.model)
     assert model.id == hosted.created.model_id == "mine"
     assert (spec.workers, spec.seed, spec.device, spec.on_nan) == (3, 7, "cpu", "refuse")
     assert spec.require_sharding and spec.labels == {"team": "vision"}
+    assert (spec.durability, spec.checkpoint_every, spec.keep_checkpoints) == ("disk", 50, 2)
+    assert spec.deterministic
     assert spec.optimizer == optim.SGD(lr=0.5, momentum=0.9).spec()
     assert spec.loss.name == "cross_entropy"
     for name, tensor in codec.decode_named_tensors(hosted.created.tensors).items():

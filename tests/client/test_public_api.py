@@ -14,6 +14,7 @@ import gradwire
 NAMES = {
     "Architecture",
     "TLS",
+    "Checkpoint",
     "Client",
     "Future",
     "GradientResult",
@@ -36,9 +37,13 @@ PARAMETERS = {
     "launch": "workers storage *timeout *start_timeout **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
-    " *precision *loss_reduction *loss_weight",
+    " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic",
     "Client.get_model": "model_id",
     "Client.list_models": "",
+    "Client.restore_model": "checkpoint *model_id *workers",
+    "Client.list_checkpoints": "",
+    "Client.get_checkpoint": "name",
+    "Client.delete_checkpoint": "name",
     "Client.grad": "fn argnums has_aux",
     "Client.value_and_grad": "fn argnums has_aux",
     "Client.server_info": "",
@@ -56,6 +61,7 @@ PARAMETERS = {
     "Model.held_gradients": "wrt",
     "Model.as_module": "",
     "Model.as_optimizer": "",
+    "Model.save": "name",
     "Model.info": "",
     "Model.delete": "",
     "Model.optimizer_state_dict": "",
@@ -69,6 +75,7 @@ FIELDS = {
     "StepResult": {"loss", "step", "num_examples", "grad_norm", "lr", "timing", "rank_rows", "skipped", "loss_scale"},
     "Timing": {"queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total"},
     "Sharding": {"mode", "reason"},
+    "Checkpoint": {"name", "model_id", "step", "command", "created_at", "nbytes", "automatic"},
 }
 
 

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -71,14 +69,14 @@ def test_error_of_the_service_arrives_with_all_its_attributes(scripted, rpc):
     assert isinstance(caught.value, ValueError)
 
 
-def test_dead_server_is_unavailable_at_once_and_nothing_was_applied():
+def test_dead_server_is_unavailable_within_the_timeout_and_nothing_was_applied():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        rpc = Rpc(f"127.0.0.1:{unused.getsockname()[1]}", timeout=5)
+        rpc = Rpc(f"127.0.0.1:{unused.getsockname()[1]}", timeout=1.0)
         start = time.monotonic()
         with pytest.raises(errors.Unavailable, match="no gradwire service") as caught:
             train_step(rpc)
-        assert time.monotonic() - start < 2
+        assert 0.5 < time.monotonic() - start < 1.0 + SLACK
         assert caught.value.outcome == "not_applied" and caught.value.retryable
         rpc.close()
 
@@ -149,10 +147,10 @@ def test_connection_lost_in_a_command_leaves_the_outcome_unknown(scripted, rpc):
 
     scripted.answers["TrainStep"] = answer
     threading.Thread(target=lambda: (arrived.wait(), scripted._server.stop(0))).start()
-    with pytest.raises(errors.GradwireError) as caught:
-        train_step(rpc)
-    assert caught.value.outcome == "unknown"
-    assert isinstance(caught.value, errors.Unavailable | errors.Cancelled)
+    with pytest.raises(errors.Unavailable) as caught:
+        train_step(rpc, timeout=1.0)
+    # In the end nothing listened: which does not mean that nothing was applied.
+    assert (caught.value.reason, caught.value.outcome) == ("NOT_CONNECTED", "unknown")
 
 
 def test_server_that_stops_answering_in_a_command_is_unavailable_and_unknown(free_server):
@@ -250,35 +248,3 @@ def test_forked_child_gets_a_clear_error_and_leaves_its_parent_alone(scripted, r
     child.join(10)
     assert child.exitcode == 0
     rpc.call("GetServerInfo", pb.GetServerInfoRequest())
-
-
-FREE_SERVER = """
-import sys; sys.path.insert(0, sys.argv[1])
-from conftest import ScriptedService
-service = ScriptedService()
-print(service.port, flush=True)
-sys.stdin.read()
-"""
-
-
-class FreeServer:
-    """A scripted service in a process of its own, so that it can be stopped."""
-
-    def __init__(self) -> None:
-        folder = os.path.dirname(__file__)
-        command = [sys.executable, "-c", FREE_SERVER, folder]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self.target = f"127.0.0.1:{int(self._process.stdout.readline())}"
-        self.pid = self._process.pid
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@pytest.fixture
-def free_server():
-    server = FreeServer()
-    yield server
-    server.end()

@@ -9,7 +9,7 @@ import torch
 
 from gradwire import errors
 from gradwire.rpc import Rpc
-from gradwire.transfer import CHUNK_BYTES, INLINE_BYTES, receive, send_apart
+from gradwire.transfer import CHUNK_BYTES, INLINE_BYTES, Uploads, receive
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Handle, TensorData
@@ -45,6 +45,7 @@ class Store:
     """Uploads kept as bytes, and given back as one download."""
 
     def __init__(self, scripted) -> None:
+        self.name = ""
         self.headers: list[tuple[int, tuple[int, ...]]] = []
         self.chunks: list[int] = []
         self.bytes = b""
@@ -52,11 +53,12 @@ class Store:
 
     def upload(self, messages, context):
         manifest = next(messages).manifest
+        self.name = f"uploads/{manifest.upload_id}"
         self.headers = [(header.dtype, tuple(header.shape)) for header in manifest.tensors]
         pieces = [message.chunk for message in messages]
         self.chunks = [len(piece) for piece in pieces]
         self.bytes = b"".join(pieces)
-        return pb.UploadTensorsResponse(name="uploads/u1")
+        return pb.UploadTensorsResponse(name=self.name)
 
     def download(self, request, context):
         assert request.name == "downloads/d1"
@@ -67,9 +69,11 @@ class Store:
 
 def test_big_values_go_up_in_pieces_and_come_down_bit_identical(scripted, rpc):
     tensors, store = random_tensors(), Store(scripted)
-    (sent,) = send_apart(rpc, (nested(tensors),))
+    (sent,) = Uploads(rpc).send_apart((nested(tensors),))
     assert sent["constant"] == 3 and sent["none"] is None
-    assert [leaf.data for leaf in sent["many"]] == [Handle(f"uploads/u1/tensors/{i}") for i in range(len(tensors) - 1)]
+    assert [leaf.data for leaf in sent["many"]] == [
+        Handle(f"{store.name}/tensors/{i}") for i in range(len(tensors) - 1)
+    ]
     assert store.headers[-1][1] == tensors[-1].shape
     assert max(store.chunks) == CHUNK_BYTES and len(store.chunks) == -(-len(store.bytes) // CHUNK_BYTES)
 
@@ -87,7 +91,7 @@ def test_big_values_go_up_in_pieces_and_come_down_bit_identical(scripted, rpc):
 
 def test_small_values_stay_in_the_request(scripted, rpc):
     values = ({"a": from_torch(torch.ones(3))}, None, (1, from_torch(torch.ones(2))))
-    assert send_apart(rpc, values) is values
+    assert Uploads(rpc).send_apart(values) is values
     assert scripted.calls == []
 
 
@@ -112,7 +116,7 @@ def test_refused_upload_raises_the_error_of_the_service(scripted, rpc):
 
     scripted.answers["UploadTensors"] = refuse
     with pytest.raises(errors.ResourceExhausted, match="held_bytes"):
-        send_apart(rpc, (from_torch(torch.zeros(INLINE_BYTES)),))
+        Uploads(rpc).send_apart((from_torch(torch.zeros(INLINE_BYTES)),))
 
 
 def test_streams_that_stand_still_are_unavailable_after_the_timeout(scripted):
@@ -126,7 +130,7 @@ def test_streams_that_stand_still_are_unavailable_after_the_timeout(scripted):
 
     scripted.answers["DownloadTensors"] = stand_still
     with pytest.raises(errors.Unavailable, match="no bytes"):
-        send_apart(rpc, (from_torch(torch.zeros(4 * INLINE_BYTES)),))
+        Uploads(rpc).send_apart((from_torch(torch.zeros(4 * INLINE_BYTES)),))
     with pytest.raises(errors.Unavailable, match="no bytes"):
         receive(rpc, (TensorData("float32", (2,), Handle("downloads/d1/tensors/0")),))
     still.set()

@@ -28,7 +28,7 @@ from proto.made_up_programs import (
     without_graphs,
 )
 
-from gradwire_proto import values
+from gradwire_proto import names, values
 
 LOSSES = st.one_of(
     st.builds(values.TorchLossSpec, NAMES, OPTIONS),
@@ -69,6 +69,12 @@ ARCHITECTURES = st.builds(
     config=st.dictionaries(NAMES, nested(CONSTANTS), max_size=3),
     weights=st.none() | st.sampled_from(["gpt2", "team/gpt2-1.0_b"]),
 )
+KEEPING = {
+    "durability": st.sampled_from(["", "process", "disk"]),
+    "checkpoint_every": st.integers(0, 2**31 - 1),
+    "keep_checkpoints": st.integers(0, 2**31 - 1),
+    "deterministic": st.booleans(),
+}
 REDUCTIONS = st.sampled_from([None, "mean", "sum"])
 MODEL_SPECS = st.builds(
     values.ModelSpec,
@@ -86,11 +92,12 @@ MODEL_SPECS = st.builds(
     clip_grad_value=CLIPS,
     precision=PRECISIONS,
     loss_reduction=REDUCTIONS,
+    **KEEPING,
 )
 MODEL_INFOS = st.builds(
     values.ModelInfo,
     id=NAMES,
-    state=st.sampled_from(["creating", "ready", "failed", "deleting"]),
+    state=st.sampled_from(["creating", "ready", "recovering", "failed", "deleting"]),
     step=COUNTS,
     workers=st.integers(0, 1000),
     sharding=st.none() | st.builds(values.Sharding, st.sampled_from(["rows", "whole"]), TEXTS),
@@ -111,6 +118,19 @@ MODEL_INFOS = st.builds(
     precision=PRECISIONS,
     architecture=st.none() | NAMES,
     loss_reduction=REDUCTIONS,
+    **KEEPING,
+)
+MODEL_IDS = st.from_regex(r"[a-z][a-z0-9-]{0,62}", fullmatch=True)
+CHECKPOINT_IDS = st.from_regex(r"[a-z0-9-]{1,63}", fullmatch=True)
+CHECKPOINTS = st.builds(
+    values.Checkpoint,
+    name=CHECKPOINT_IDS | st.builds(names.automatic_checkpoint, MODEL_IDS, st.integers(0, 10**18 - 1)),
+    model_id=MODEL_IDS,
+    step=COUNTS,
+    command=COUNTS,
+    created_at=st.floats(1e9, 4e9),
+    nbytes=COUNTS,
+    automatic=st.booleans(),
 )
 STEP_RESULTS = st.builds(
     values.StepResult,
@@ -154,6 +174,7 @@ SERVER_INFOS = st.builds(
     limits=LIMITS,
 )
 PAIRS = {
+    "checkpoint": CHECKPOINTS,
     "tensor": tensors(),
     "value": VALUES,
     "batch": st.builds(values.Batch, VALUES, VALUES),

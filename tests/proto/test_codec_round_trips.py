@@ -174,6 +174,11 @@ def test_derivative_query_comes_back_with_its_vectors(kind, wrt, outputs, bound,
     assert repr(codec.decode_derivative_query(through_the_wire(request))) == repr((query, vectors))
 
 
+def test_model_that_is_not_durable_comes_back_so() -> None:
+    spec = values.ModelSpec(program=values.ArchitectureSpec(name="gpt2"), durability="none")
+    assert codec.decode_model_spec(through_the_wire(codec.encode_model_spec(spec))) == spec
+
+
 def test_filling_a_field_in_place_gives_the_same_message() -> None:
     batch = values.Batch((values.TensorData("float32", (2,), bytes(8)), [], {}), {"y": None})
     request = pb.TrainStepRequest()

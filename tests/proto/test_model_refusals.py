@@ -9,6 +9,8 @@ from gradwire_proto import codec, values
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
+NOT_DURABLE = model_pb2.DURABILITY_NONE
+
 
 @pytest.mark.parametrize(
     ("fields", "reason", "field"),
@@ -18,6 +20,11 @@ from gradwire_proto.v1 import model_pb2
         ({"on_nan": 9}, "ENUM_VALUE_UNKNOWN", "model.on_nan"),
         ({"precision": 9}, "ENUM_VALUE_UNKNOWN", "model.precision"),
         ({"loss_reduction": 9}, "ENUM_VALUE_UNKNOWN", "model.loss_reduction"),
+        ({"durability": 9}, "ENUM_VALUE_UNKNOWN", "model.durability"),
+        ({"checkpoint_every": -1}, "INTEGER_OUT_OF_RANGE", "model.checkpoint_every"),
+        ({"keep_checkpoints": -1}, "INTEGER_OUT_OF_RANGE", "model.keep_checkpoints"),
+        ({"durability": NOT_DURABLE, "checkpoint_every": 5}, "CHECKPOINTS_NOT_TAKEN", "model.checkpoint_every"),
+        ({"durability": NOT_DURABLE, "keep_checkpoints": 5}, "CHECKPOINTS_NOT_TAKEN", "model.keep_checkpoints"),
         ({"gpus_per_worker": -1.0}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": float("nan")}, "NUMBER_OUT_OF_RANGE", "model.gpus_per_worker"),
         ({"gpus_per_worker": 1.0, "device": model_pb2.DEVICE_CPU}, "GPUS_ON_CPU", "model.gpus_per_worker"),

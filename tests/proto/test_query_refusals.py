@@ -1,4 +1,4 @@
-"""Queries of gradients and derivatives that the codec refuses: each by its field and the bound, never by a crash."""
+"""Queries, and requests about checkpoints, that the codec refuses: each by its field and the bound, never by a crash."""
 
 from __future__ import annotations
 
@@ -104,6 +104,43 @@ def test_query_that_contradicts_itself_is_refused(
 ) -> None:
     error = refusal(lambda: codec.decode_gradient_query(request_))
     assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.RestoreModelRequest(), "NAME_INVALID", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="../etc"), "NAME_INVALID", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/.."), "CHECKPOINT_NOT_FOUND", "checkpoint"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/c", model_id="9"), "MODEL_ID_INVALID", "model_id"),
+        (pb.RestoreModelRequest(checkpoint="checkpoints/c", workers=-1), "INTEGER_OUT_OF_RANGE", "workers"),
+    ],
+)
+def test_restoration_of_what_cannot_be_is_refused(request_: pb.RestoreModelRequest, reason: str, field: str) -> None:
+    error = refusal(lambda: codec.decode_restoration(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb.CreateCheckpointRequest(), "NAME_INVALID", "parent"),
+        (pb.CreateCheckpointRequest(parent="models/m", checkpoint_id="a/b"), "CHECKPOINT_ID_INVALID", "checkpoint_id"),
+        (pb.CreateCheckpointRequest(parent="models/m", checkpoint_id="A"), "CHECKPOINT_ID_INVALID", "checkpoint_id"),
+    ],
+)
+def test_checkpoint_of_a_name_that_could_leave_its_folder_is_refused(
+    request_: pb.CreateCheckpointRequest, reason: str, field: str
+) -> None:
+    error = refusal(lambda: codec.decode_new_checkpoint(request_))
+    assert (error.reason, error.field) == (reason, field)
+
+
+def test_what_a_checkpoint_request_leaves_out_is_none() -> None:
+    assert codec.decode_new_checkpoint(pb.CreateCheckpointRequest(parent="models/m")) == ("m", None)
+    asked = pb.RestoreModelRequest(checkpoint="models/m/checkpoints/7", model_id="copy", workers=3)
+    assert codec.decode_restoration(asked) == ("m/7", "copy", 3)
+    assert codec.decode_restoration(pb.RestoreModelRequest(checkpoint="checkpoints/c")) == ("c", None, None)
 
 
 def test_inline_bound_of_zero_means_none() -> None:

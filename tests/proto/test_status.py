@@ -130,6 +130,22 @@ def test_details_are_those_that_other_clients_read(service, stub) -> None:
     assert found["ResourceInfo"].resource_name == "models/digits"
 
 
+@pytest.mark.parametrize(
+    ("resource", "kind"),
+    [
+        ("models/digits", "Model"),
+        ("models/digits/commands/5f8d1c1e-5c9c-4d0e-9a53-6b1f2c3d4e5f", "Command"),
+        ("checkpoints/best", "Checkpoint"),
+        ("models/digits/checkpoints/7", "Checkpoint"),
+    ],
+)
+def test_resource_of_an_error_is_named_with_its_type(resource: str, kind: str) -> None:
+    status = to_status(errors.AlreadyExists("taken", resource=resource))
+    info = error_details_pb2.ResourceInfo()
+    assert any(detail.Unpack(info) for detail in status.details if detail.Is(info.DESCRIPTOR))
+    assert (info.resource_type, info.resource_name) == (f"gradwire.dev/{kind}", resource)
+
+
 @pytest.mark.parametrize("letter", ["a", "数", "\ud800"])
 def test_endless_message_and_field_still_arrive(service, stub, letter: str) -> None:
     service[0].error = errors.InvalidArgument(

@@ -15,12 +15,13 @@ import grpc
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError
+from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import (
+    ArchitectureSpec,
     BackwardResult,
     Batch,
     DerivativeResult,
@@ -30,6 +31,7 @@ from gradwire_proto.values import (
     GraphInput,
     LeafRef,
     ModelSpec,
+    ModelState,
     ModelUpdate,
     Node,
     NodeRef,
@@ -37,6 +39,7 @@ from gradwire_proto.values import (
     Program,
     Segment,
     Sharding,
+    SplitDecision,
     StateTensor,
     StepResult,
     Symbol,
@@ -45,7 +48,10 @@ from gradwire_proto.values import (
     Variant,
 )
 from gradwire_server.config import ServerConfig, load_config
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.service import Service
+from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.storage_lock import StorageLock
 
 MUL = "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor"
 
@@ -82,11 +88,14 @@ def variant(name: str = "train") -> Variant:
     )
 
 
+WEIGHT = StateTensor(name="w", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True)
+
+
 def model_spec(**changes: Any) -> ModelSpec:
     """A model of one parameter."""
     program = Program(
         torch_version="2.13.0",
-        tensors=(StateTensor(name="w", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True),),
+        tensors=(WEIGHT,),
         variants=(variant(),),
         operators={"aten.mul.Tensor": MUL},
     )
@@ -128,9 +137,16 @@ class FakeRetained:
 
 
 class FakeWorkers:
-    """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call."""
+    """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
-    def __init__(self) -> None:
+    `kept` is what `salvage` gives.
+    """
+
+    def __init__(self, state: ModelState | None = None, cluster: FakeCluster | None = None) -> None:
+        self.cluster = cluster
+        self.applied = 0
+        self.kept: ModelState | None = None
+        self.salvaged: list[int] = []
         self.sharding = Sharding("rows", "fake")
         self.device = "cpu"
         self.on_lost = None
@@ -146,6 +162,37 @@ class FakeWorkers:
         self.busy = False
         self.closed: list[bool] = []
         self.retained = FakeRetained(self)
+        if state is not None:
+            self.weights, self.step = next(iter(state.tensors.values())), state.step
+            self.weights = TensorData("float32", (1, 2), read(self.weights))
+
+    @property
+    def retains(self) -> bool:
+        return bool(self.retained.kept)
+
+    async def state(self) -> ModelState:
+        await self._call("state")
+        self.calls.pop()
+        return self.now()
+
+    def now(self) -> ModelState:
+        """The state after what was called so far."""
+        decision = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
+        return ModelState(
+            tensors={each.name: self.weights for each in self.tensors or (WEIGHT,)},
+            optimizer=None,
+            step=self.step,
+            command=0,
+            trained=("w",),
+            held=(None,),
+            splits={"train": decision},
+            opened=(),
+            threads=1,
+        )
+
+    async def salvage(self, applied: int) -> ModelState | None:
+        self.salvaged.append(applied)
+        return self.kept
 
     async def _call(self, *what: Any) -> None:
         assert not self.busy, "calls overlap"
@@ -160,8 +207,12 @@ class FakeWorkers:
             self.busy = False
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
-        await self._call("train_step", read(batch.inputs), command, lr)
+        value = read(batch.inputs)
+        if self.cluster is not None and self.cluster.deadly and value.startswith(self.cluster.deadly):
+            raise RankLost("rank 0 died", outcome="unknown")
+        await self._call("train_step", value, command, lr)
         self.step += 1
+        self.applied += 1
         return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
@@ -217,27 +268,38 @@ class FakeWorkers:
 
 @dataclass
 class FakeCluster:
-    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start."""
+    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. `deadly` batches kill ranks."""
 
     capacity: Any = field(default_factory=lambda: SimpleNamespace(workers=2, free_workers=1, gpus=0.0))
     groups: dict[str, FakeWorkers] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
+    deadly: bytes = b""
+    built: tuple[tuple[StateTensor, ...], tuple[Variant, ...]] = ((WEIGHT,), ())
     starting: int = 0
+    tries: int = 0
+    started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def start_group(self, spec: Any, tensors: Any, example: Any, *, model_id: str) -> FakeWorkers:
+    async def start_group(
+        self, spec: Any, tensors: Any, example: Any, *, model_id: str, state: ModelState | None = None
+    ) -> FakeWorkers:
         self.starting += 1
+        self.tries += 1
         try:
             self.values = {name: read(value) for name, value in tensors.items()}
             await self.gate.wait()
             if self.error is not None:
                 raise self.error
-            return self.groups.setdefault(model_id, FakeWorkers())
+            self.started.append((model_id, state))
+            group = self.groups[model_id] = FakeWorkers(state, self)
+            if isinstance(spec.program, ArchitectureSpec):
+                group.tensors, group.variants = self.built
+            return group
         finally:
             self.starting -= 1
 
@@ -289,11 +351,13 @@ class Frontend:
         codec.encode_batch(Batch(inputs), request.batch)
         return request
 
-    async def upload(self, *tensors: TensorData, chunks: list[bytes] | None = None, pause: float = 0) -> str:
+    async def upload(
+        self, *tensors: TensorData, chunks: list[bytes] | None = None, pause: float = 0, upload_id: str = ""
+    ) -> str:
         """Upload tensors, or other bytes under their headers."""
 
         async def messages() -> AsyncIterator[pb.UploadTensorsRequest]:
-            manifest = pb.UploadManifest()
+            manifest = pb.UploadManifest(upload_id=upload_id)
             for tensor in tensors:
                 message = codec.encode_tensor(tensor)
                 manifest.tensors.add(dtype=message.dtype, shape=message.shape)
@@ -326,11 +390,17 @@ class Frontend:
 
 
 @asynccontextmanager
-async def _running(folder: Path, settings: dict[str, Any]) -> AsyncIterator[Frontend]:
+async def _running(
+    folder: Path, storage: Path, settings: dict[str, Any], held: bool = False
+) -> AsyncIterator[Frontend]:
     config: ServerConfig = load_config(None, {"listen": "127.0.0.1:0"} | settings)
     folder.mkdir(exist_ok=True)
     cluster = FakeCluster()
-    service = Service(cluster, folder, config)
+    if held:
+        cluster.gate.clear()
+    lock = StorageLock.take(storage, 1.0)
+    checkpoints = CheckpointStore(str(storage / "checkpoints"), storage / "fetched", fence=lock.check)
+    service = Service(cluster, folder, config, ModelStorage(lock, checkpoints))
     target = f"127.0.0.1:{await service.start()}"
     try:
         async with grpc.aio.insecure_channel(target) as channel:
@@ -340,12 +410,26 @@ async def _running(folder: Path, settings: dict[str, Any]) -> AsyncIterator[Fron
             group.gate.set()
         async with asyncio.timeout(10):
             await service.close()
+        lock.release()
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Any]:
-    """`async with start(models=1) as frontend`: a frontend with these settings."""
-    return lambda **settings: _running(tmp_path / "held", settings)
+    """`async with start(models=1) as frontend`: a frontend with these settings.
+
+    held: no ranks start until told so. place: the name of the folder that keeps its models.
+    """
+
+    def running(held: bool = False, place: str = "storage", **settings: Any) -> Any:
+        return _running(tmp_path / "held", tmp_path / place, settings, held)
+
+    return running
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """Where frontends that `start` starts keep models."""
+    return tmp_path / "storage"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gradwire_proto import codec
+from gradwire_proto.errors import RankLost
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import BackwardQuery, Retention
 
@@ -80,11 +81,10 @@ async def test_the_number_of_retained_forwards_is_bounded_and_released_ones_make
 
 
 async def test_after_the_ranks_are_lost_a_backward_says_that_the_model_has_failed(frontend: Any, fakes: Any) -> None:
-    from gradwire_proto.errors import RankLost
-
-    workers = await frontend.create()
+    workers = await frontend.create(durability="none")
     reply = await frontend.stub.Forward(forward(fakes))
     workers.on_lost(RankLost("a rank died", outcome="unknown"))
+    await frontend.until(lambda: workers.closed)
     error = await frontend.error(frontend.stub.Backward(backward(fakes, reply.retained)))
     assert type(error).__name__ == "FailedPrecondition" and error.reason == "MODEL_FAILED"
 

@@ -354,11 +354,10 @@ def architecture(fakes: Any, **changes: Any) -> Any:
 
 
 async def test_what_the_ranks_built_is_described_as_they_say(frontend: Any, fakes: Any) -> None:
-    tensors = (StateTensor(name="weight", role="parameter", dtype="float32", shape=(3, 2), requires_grad=True),)
-    workers = frontend.cluster.groups["built"] = fakes.FakeWorkers()
-    workers.tensors, workers.variants = tensors, (replace(fakes.variant("train-0"), graph=None),)
+    tensors = (StateTensor(name="weight", role="parameter", dtype="float32", shape=(1, 2), requires_grad=True),)
+    frontend.cluster.built = (tensors, (replace(fakes.variant("train-0"), graph=None),))
     info = codec.decode_model_info(await frontend.stub.CreateModel(architecture(fakes)))
-    assert (info.architecture, info.num_parameters, info.tensors) == ("torch.nn.Linear", 6, tensors)
+    assert (info.architecture, info.num_parameters, info.tensors) == ("torch.nn.Linear", 2, tensors)
     assert [variant.name for variant in info.variants] == ["train-0"]
 
 

@@ -43,6 +43,51 @@ async def test_upload_round_trips_however_it_is_cut(frontend: Any, cut: int) -> 
     assert bytes(workers.weights.data) == W
 
 
+async def test_upload_has_the_name_that_the_client_chose_and_a_repeat_is_answered_at_once(
+    frontend: Any, fakes: Any
+) -> None:
+    workers = await frontend.create()
+    upload_id = fakes.request_id()
+    tensor = TensorData("float32", (1, 2), W)
+    name = await frontend.upload(tensor, upload_id=upload_id.upper())
+    assert name == f"uploads/{upload_id}"
+    # No bytes: they are not asked for.
+    assert await frontend.upload(tensor, chunks=[], upload_id=upload_id) == name
+    assert len(frontend.files) == 1
+    await frontend.stub.LoadStateDict(load(name))
+    assert bytes(workers.weights.data) == W and not frontend.files
+
+
+async def test_upload_that_comes_twice_at_once_is_held_once(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    upload_id = fakes.request_id()
+    tensor = TensorData("float32", (1, 2), W)
+    twice = [frontend.upload(tensor, chunks=[W[:4], W[4:]], pause=0.05, upload_id=upload_id) for _ in range(2)]
+    first, second = await asyncio.gather(*twice)
+    assert first == second and len(frontend.files) == 1
+    await frontend.stub.LoadStateDict(load(first))
+    assert not frontend.files
+
+
+async def test_upload_that_was_cut_off_starts_again_under_its_name(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    upload_id = fakes.request_id()
+    tensor = TensorData("float32", (1, 2), W)
+    assert (await frontend.error(frontend.upload(tensor, chunks=[W[:4]], upload_id=upload_id))).field
+    assert not frontend.files
+    assert await frontend.upload(tensor, upload_id=upload_id) == f"uploads/{upload_id}"
+
+
+async def test_upload_id_that_names_other_tensors_is_refused(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    upload_id = fakes.request_id()
+    await frontend.upload(TensorData("float32", (1, 2), W), upload_id=upload_id)
+    error = await frontend.error(frontend.upload(TensorData("float32", (2, 1), W), upload_id=upload_id))
+    assert (error.reason, error.field) == ("UPLOAD_ID_REUSED", "manifest.upload_id")
+    error = await frontend.error(frontend.upload(TensorData("float32", (1, 2), W), upload_id="mine"))
+    assert (error.reason, error.field) == ("UPLOAD_ID_INVALID", "manifest.upload_id")
+
+
 async def test_large_state_dict_goes_up_and_comes_down(frontend: Any) -> None:
     await frontend.create()
     content = os.urandom((5 << 20) + 12)

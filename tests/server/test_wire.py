@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
@@ -62,7 +63,7 @@ async def test_empty_and_random_requests_are_answered(frontend: Any, method: str
 @given(st.data())
 def test_damaged_requests_never_meet_a_defect(start: Any, data: st.DataObject) -> None:
     async def run() -> None:
-        async with start() as frontend:
+        async with start(place=str(uuid.uuid4())) as frontend:
             await frontend.create()
             content = bytearray(
                 data.draw(st.sampled_from([frontend.train(), frontend.creation("n")])).SerializeToString()
@@ -198,6 +199,6 @@ async def test_reflection_describes_every_method(frontend: Any) -> None:
 async def test_taken_port_is_an_error(start: Any) -> None:
     async with start() as first:
         with pytest.raises(Unavailable) as caught:
-            async with start(listen=first.target):
+            async with start(listen=first.target, place="other"):
                 pass
         assert caught.value.reason == "ADDRESS_IN_USE"

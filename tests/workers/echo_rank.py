@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -21,6 +22,10 @@ class Echo:
                 return fields
             case "sleep":
                 time.sleep(fields["seconds"])
+                return {}
+            case "hold the interpreter":
+                # Unlike CDLL's, these calls keep the lock that all of Python's threads need.
+                ctypes.PyDLL(None).sleep(fields["seconds"])
                 return {}
             case "processor_seconds":
                 return {"seconds": time.process_time()}

@@ -93,6 +93,7 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
         "limits": asdict(Limits()),
         "weights_folder": None,
         "gpus": (),
+        "saved": None,
     }
     (folder / "group").mkdir()
     await ranks.call("load", [{**common, "rank": rank} for rank in range(2)])

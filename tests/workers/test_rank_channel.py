@@ -144,6 +144,43 @@ async def test_a_rank_whose_frontend_never_comes_leaves(tmp_path):
     rank.communicate()
 
 
+@pytest.mark.parametrize("kind", ["idle", "sleep"])
+async def test_a_rank_that_is_stopped_is_lost_within_five_seconds_and_ends_when_it_wakes(channel, rank, kind):
+    lost = asyncio.Event()
+    channel.on_lost = lambda _: lost.set()
+    call = channel.call("sleep", {"seconds": 60}) if kind == "sleep" else None
+    await asyncio.sleep(0.1)
+    rank.send_signal(signal.SIGSTOP)
+    await asyncio.wait_for(lost.wait(), 5)
+    if call is not None:
+        with pytest.raises(RankLost):
+            await call
+    assert rank.poll() is None
+    rank.send_signal(signal.SIGCONT)
+    assert await asyncio.to_thread(rank.wait, 5) == 0
+
+
+@pytest.mark.parametrize("kind", ["sleep", "hold the interpreter"])
+async def test_a_rank_that_is_busy_for_longer_than_a_stopped_one_may_be_is_not_lost(channel, kind):
+    started = time.monotonic()
+    await channel.call(kind, {"seconds": 6})
+    assert time.monotonic() - started >= 6
+    assert (await channel.call("echo", {"a": 1})).fields == {"a": 1}
+
+
+async def test_a_frontend_that_was_stopped_for_a_while_loses_no_rank(rank, tmp_path):
+    script = Path(__file__).with_name("stopped_frontend.py")
+    command = [sys.executable, script, f"ipc://{tmp_path}/rank.sock"]
+    frontend = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert frontend.stdout is not None
+    assert await asyncio.to_thread(frontend.stdout.readline) == "answered\n"
+    frontend.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(8)
+    assert rank.poll() is None
+    frontend.send_signal(signal.SIGCONT)
+    assert frontend.communicate("go on\n", timeout=20)[0] == "answered\n"
+
+
 async def test_an_idle_channel_uses_no_processor_on_either_side(channel, rank):
     before, here = psutil.Process(rank.pid).cpu_times(), time.process_time()
     await asyncio.sleep(2)

@@ -58,6 +58,7 @@ def load(rank: RankCommands, module: nn.Module, example: torch.Tensor) -> None:
             "limits": asdict(Limits()),
             "weights_folder": None,
             "gpus": (),
+            "saved": None,
         },
     )
     rank.answer("start", {})

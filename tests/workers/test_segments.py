@@ -13,7 +13,7 @@ import torch
 from gradwire_proto.errors import ResourceExhausted
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import Segment, TensorData
-from gradwire_workers.segments import SegmentWriter, release, sweep
+from gradwire_workers.segments import SegmentWriter, pieces, release, sweep
 
 
 def test_tensors_of_all_shapes_come_back_from_one_file(tmp_path: Path):
@@ -78,3 +78,15 @@ def test_a_segment_that_was_cut_short_is_an_error(tmp_path: Path):
     path.write_bytes(b"1234")
     with pytest.raises(Exception, match=r"bytes|length|mmap"):
         to_torch(TensorData("float32", (3,), written.data), writable=True)
+
+
+def test_adopted_files_are_the_adopters_and_outlive_who_made_them(tmp_path):
+    theirs, mine = SegmentWriter(tmp_path, "rank-a"), SegmentWriter(tmp_path, "frontend")
+    first, second = theirs.write([TensorData("uint8", (3,), b"abc"), TensorData("uint8", (2,), b"de")])
+    inline = TensorData("uint8", (1,), b"f")
+    adopted = mine.adopt({"a": first, "b": [second, None, inline, 1.5], "c": first})
+    sweep(tmp_path, "rank-a")
+    assert [path.name for path in tmp_path.iterdir()] == ["frontend-1"]
+    assert [bytes(b"".join(pieces(each.data))) for each in (adopted["a"], adopted["b"][0])] == [b"abc", b"de"]
+    assert adopted["c"] == adopted["a"]
+    assert adopted["b"][1:] == [None, inline, 1.5]

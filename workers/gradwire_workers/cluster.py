@@ -23,12 +23,14 @@ from gradwire_proto.values import (
     GradientResult,
     Limits,
     ModelSpec,
+    ModelState,
     NamedTensors,
     StateTensor,
     TensorData,
 )
 from gradwire_workers import segments
 from gradwire_workers.function_rank import FunctionRank
+from gradwire_workers.group_state import for_rank
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
@@ -147,8 +149,12 @@ class Cluster:
         *,
         model_id: str = "",
         owner: str = "",
+        state: ModelState | None = None,
     ) -> WorkerGroup:
         """Ranks that hold the model, ready for commands. Whatever fails, nothing is left behind.
+
+        With `state`, `tensors` are its tensors, and the ranks go on from there, bit for bit; nothing is tried, and no
+        example needed. Its segments stay the caller's.
 
         ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
         (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong.
@@ -161,6 +167,7 @@ class Cluster:
             pool=self._pool,
             folder=self._groups_folder / f"{model_id}-{uuid.uuid4().hex[:8]}",
         )
+        threads = self._threads if state is None else state.threads
         try:
             await lease.acquire(demand, owner)
             ranks = Ranks(lease.processes)
@@ -171,13 +178,17 @@ class Cluster:
                 writer=self._writer,
                 require_sharding=spec.require_sharding,
                 loss_is_given=spec.loss_reduction is not None,
+                threads=threads,
                 release=lease.release,
             )
-            built = await self._load(ranks, lease, spec, demand, tensors)
+            built = await self._load(ranks, lease, spec, demand, tensors, threads, state)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors = built
                 group.opening = OpenVariants(ranks, self._config.limits)
-            await group.prepare(example)
+            if state is None:
+                await group.prepare(example)
+            else:
+                group.resume(state)
         except BaseException as error:
             # A program that is refused leaves good ranks behind.
             reuse = isinstance(error, GradwireError) and not isinstance(error, RankLost)
@@ -186,7 +197,14 @@ class Cluster:
         return group
 
     async def _load(
-        self, ranks: Ranks, lease: Lease, spec: ModelSpec, demand: Demand, tensors: NamedTensors
+        self,
+        ranks: Ranks,
+        lease: Lease,
+        spec: ModelSpec,
+        demand: Demand,
+        tensors: NamedTensors,
+        threads: int,
+        state: ModelState | None,
     ) -> tuple[StateTensor, ...]:
         """Returns the tensors of an architecture, which only the ranks know."""
         common = {
@@ -194,11 +212,19 @@ class Cluster:
             "tensors": tensors,
             "device": demand.device,
             "size": len(ranks),
-            "threads": self._threads,
+            "threads": threads,
             "limits": asdict(self._config.limits),
             "weights_folder": self._config.weights_folder,
         }
-        of_ranks = [{**common, "rank": rank, "gpus": lease.gpu_ids(rank)} for rank in range(len(ranks))]
+        of_ranks = [
+            {
+                **common,
+                "rank": rank,
+                "gpus": lease.gpu_ids(rank),
+                "saved": None if state is None else for_rank(state, rank, len(ranks)),
+            }
+            for rank in range(len(ranks))
+        ]
         await ranks.call("load", of_ranks, changes=False)
         where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
         answers = await ranks.call("start", [where] * len(ranks), changes=False)

@@ -65,6 +65,7 @@ class ProcessGroups:
         groups[0].set_timeout(timedelta(seconds=COLLECTIVE_SECONDS))
         self._connections = PeerConnections(store, rank=self.rank, size=self.size, on_closed=self.abort)
         self._groups = groups
+        self._connections.watch()
 
     @classmethod
     def join(

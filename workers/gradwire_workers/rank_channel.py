@@ -2,7 +2,8 @@
 
 The socket's file descriptor is watched by the loop itself (0.1 ms a round trip, where zmq.asyncio takes 0.3), and
 nothing polls: an idle channel costs no CPU. A rank whose process is gone is noticed from the closed connection, in
-flight or idle, and every call that waits for it ends with RankLost.
+flight or idle, and every call that waits for it ends with RankLost. So is one that is stopped: ZeroMQ's own thread in
+a rank's process answers heartbeats, whatever the rank computes, and none come from a process that stands still.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from gradwire_workers.frames import pack, unpack
 
 # Frames above this are handed to ZeroMQ uncopied; below, the bookkeeping costs more than the copy.
 _COPY_BELOW = 64 << 10
+
+# Only the frontend asks: a rank whose frontend stands still for a while stays. Whoever does not answer within the
+# second of these is lost, after both of them together at the latest.
+_HEARTBEAT_MILLISECONDS = 1000
+_SILENCE_MILLISECONDS = 3000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,8 @@ class RankChannel:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         # A rank that is gone stays gone: nobody else may take its address.
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MILLISECONDS)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MILLISECONDS)
         self._socket.copy_threshold = _COPY_BELOW
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         self._socket.connect(endpoint)
@@ -114,7 +122,7 @@ class RankChannel:
 
     def _fail(self) -> None:
         if self.lost is None:
-            self.lost = RankLost(f"{self.name} died or was disconnected", outcome="unknown")
+            self.lost = RankLost(f"{self.name} died, stopped or was disconnected", outcome="unknown")
             self._end(self.lost)
             if self.on_lost is not None:
                 self.on_lost(self.lost)

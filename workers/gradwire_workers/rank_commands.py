@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_answers import gradients_of
 from gradwire_workers.rank_functions import RankFunctions
+from gradwire_workers.rank_standing import RankStanding
+from gradwire_workers.rank_states import saved_state_in
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
+from gradwire_workers.training.determinism import compute_as_torch_does, compute_repeatably
 from gradwire_workers.training.out_of_memory import out_of_memory_told
 from gradwire_workers.training.reports import BackwardReport, RetainedReport
 
@@ -60,6 +64,7 @@ class RankCommands:
         self._clean = RankFootprint.measure()
         self._loaded: Callable[[Fields], Trainer] | None = None
         self._trainer: Trainer | None = None
+        self._standing_of = RankStanding()
         self._functions = RankFunctions(self._segments)
         self._commands: dict[str, Callable[[Fields], Fields]] = {
             "hello": lambda _: {},
@@ -80,6 +85,8 @@ class RankCommands:
             "release": self._release,
             "held_gradients": self._held_gradients,
             "set_gradients": self._set_gradients,
+            "standing": self._standing,
+            "state": self._state,
             "state_dict": self._state_dict,
             "load_state_dict": self._load_state_dict,
             "optimizer_state": self._optimizer_state,
@@ -98,10 +105,13 @@ class RankCommands:
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
-        with out_of_memory_told(), self._together(kind):
-            answer = command(fields)
+        answer = self._standing_of.carry_out(partial(self._carry_out, kind, command), fields)
         with errors_after_applied(), out_of_memory_told():
             return outgoing(answer, self._segments)
+
+    def _carry_out(self, kind: str, command: Callable[[Fields], Fields], fields: Fields) -> Fields:
+        with out_of_memory_told(), self._together(kind):
+            return command(fields)
 
     @contextmanager
     def _together(self, kind: str) -> Iterator[None]:
@@ -130,10 +140,14 @@ class RankCommands:
         state = incoming(fields["tensors"], writable=True)
         limits, device, rank, size = Limits(**fields["limits"]), fields["device"], fields["rank"], fields["size"]
         weights = fields["weights_folder"]
+        compute_repeatably(device, strictly=spec.deterministic)
+        saved = None if fields["saved"] is None else saved_state_in(fields["saved"])
 
         def start(where: Fields) -> Trainer:
             if size == 1:
-                return Trainer(spec=spec, state=state, device=device, limits=limits, weights_folder=weights)
+                return Trainer(
+                    spec=spec, state=state, device=device, limits=limits, weights_folder=weights, saved=saved
+                )
             groups = ProcessGroups.join(
                 folder=where["folder"], epoch=where["epoch"], rank=rank, size=size, device=device
             )
@@ -146,12 +160,13 @@ class RankCommands:
                     device=device,
                     limits=limits,
                     weights_folder=weights,
+                    saved=saved,
                 )
             except BaseException:
                 groups.leave()
                 raise
 
-        self._loaded = start
+        self._loaded, self._standing_of = start, RankStanding()
         return {}
 
     def _start(self, fields: Fields) -> Fields:
@@ -170,6 +185,7 @@ class RankCommands:
             self._trainer.close()
         self._loaded = self._trainer = None
         self._functions.clear()
+        compute_as_torch_does()
         return {"reusable": not torch.cuda.is_initialized() and RankFootprint.measure().is_close_to(self._clean)}
 
     @property
@@ -243,6 +259,15 @@ class RankCommands:
     def _set_gradients(self, fields: Fields) -> Fields:
         self._model.set_gradients(incoming(fields["gradients"]), fields["dropped"])
         return {"step": self._model.step}
+
+    def _standing(self, _: Fields) -> Fields:
+        """What can be said of the model without reading it, also when the other ranks are gone."""
+        return {**asdict(self._standing_of), "holds": self._model.held_parts() is not None}
+
+    def _state(self, fields: Fields) -> Fields:
+        """All that the model's future depends on; without `whole` only what no other rank has."""
+        state = self._model.model_state() if fields["whole"] else {}
+        return {**state, "held": self._model.held_parts()}
 
     def _state_dict(self, fields: Fields) -> Fields:
         return {"tensors": self._model.state_dict(fields["names"]), "step": self._model.step}

@@ -13,6 +13,9 @@ from gradwire_proto.values import TensorData, leaves, map_leaves
 from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
 from gradwire_workers.shard import Shard
 
+# Bytes: what torch's allocator on the CPU aligns to.
+_ALIGNMENT = 64
+
 _SENDABLE = (type(None), bool, int, float, str, bytes, TensorData)
 
 
@@ -24,12 +27,29 @@ def shard_in(fields: Mapping[str, Any]) -> Shard:
 
 def leaves_in(values: Sequence[Any]) -> tuple[Any, ...]:
     """Values of which some are tensors."""
-    return tuple(to_torch(value) if isinstance(value, TensorData) else value for value in values)
+    return tuple(_aligned(to_torch(value)) if isinstance(value, TensorData) else value for value in values)
 
 
 def incoming(tensors: Mapping[str, TensorData], *, writable: bool = False) -> dict[str, torch.Tensor]:
     """Tensors by name. Views of the message where they can be, unless `writable`."""
-    return {name: to_torch(tensor, writable=writable) for name, tensor in tensors.items()}
+    return {name: owned(tensor) if writable else _aligned(to_torch(tensor)) for name, tensor in tensors.items()}
+
+
+def owned(value: TensorData) -> torch.Tensor:
+    """A tensor with memory of its own, as torch allocates it: the bytes are copied once, from wherever they are."""
+    view = to_torch(value)
+    return torch.empty_like(view).copy_(view)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address like those that torch gives its own.
+
+    Libraries may compute other bits where memory begins elsewhere, and a message's does so by chance: a command that is
+    carried out again must give what it gave.
+    """
+    if tensor.data_ptr() % _ALIGNMENT == 0:
+        return tensor
+    return torch.empty_like(tensor).copy_(tensor)
 
 
 def outgoing(answer: Mapping[str, Any], segments: SegmentWriter) -> Mapping[str, Any]:

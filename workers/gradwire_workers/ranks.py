@@ -12,6 +12,7 @@ from gradwire_proto.errors import GradwireError, InternalError, RankLost
 from gradwire_workers import segments
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
+from gradwire_workers.rank_standing import NUMBER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class Ranks:
         self.processes = tuple(processes)
         self.lost: RankLost | None = None
         self.on_lost: Callable[[RankLost], None] | None = None
+        self.applied = 0
+        """Commands that have changed the model. Each rank counts the same, for itself."""
         self._epoch = 0
         self._calls: list[asyncio.Future[Answer]] = []
         for process in self.processes:
@@ -54,10 +57,13 @@ class Ranks:
         if self.lost is not None:
             raise self._lost_before()
         started = time.perf_counter()
+        if changes:
+            fields = [{**of_rank, NUMBER: self.applied + 1} for of_rank in fields]
         answers, missing = await self._answers(kind, fields)
         total = time.perf_counter() - started
         failed = [answer for answer in answers if answer.error is not None]
         if not failed and missing is None:
+            self.applied += changes
             return Answers(
                 fields=[answer.fields for answer in answers],
                 transfer=max(0.0, total - max(answer.busy for answer in answers)),
@@ -100,8 +106,10 @@ class Ranks:
             self._lose(RankLost(f"the ranks lost each other during a {kind}", outcome="unknown"))
         elif cause.reason == "UPDATE_TORN" or (changes and len(applied) > 1):
             self._lose(RankLost(f"a {kind} was applied on some ranks only: {cause.message}", outcome="unknown"))
-        elif any(answer.needs_rejoin for answer in failed):
-            await self._rejoin()
+        else:
+            self.applied += changes and cause.outcome == "applied"
+            if any(answer.needs_rejoin for answer in failed):
+                await self._rejoin()
         if self.lost is not None:
             return self.lost
         return cause or InternalError(f"a {kind} failed")

@@ -64,6 +64,11 @@ class RetainedGroup:
         self._shard_fields = shard_fields
         self._kept: dict[str, _Retained] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._kept)
+
     async def forward(
         self, inputs: Value, retention: Retention, name: str, *, training: bool, seed: int | None, command: int
     ) -> ForwardResult:

@@ -11,7 +11,8 @@ class RowsReport:
 
     loss: what the loss is over the rows, where that was found out or said. wrong: what was said and is not so.
     inputs_whole: the gradients of inputs need a batch that is not split. returns_loss: the loss is among the outputs,
-    and each rank has its part of it.
+    and each rank has its part of it. weight: the key of the LossWeight by which ranks combine the loss; None where its
+    kind tells.
     """
 
     reason: str | None
@@ -19,3 +20,4 @@ class RowsReport:
     wrong: str | None = None
     inputs_whole: bool = False
     returns_loss: bool = False
+    weight: str | None = None

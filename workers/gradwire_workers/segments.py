@@ -11,11 +11,12 @@ import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradwire_proto.errors import ResourceExhausted
-from gradwire_proto.values import Segment, TensorData, leaves
+from gradwire_proto.values import Segment, TensorData, leaves, map_leaves
 
 INLINE_BYTES = 1 << 20
 """Tensors that together have fewer bytes than this travel in the message itself."""
@@ -51,6 +52,20 @@ class SegmentWriter:
             raise
         finally:
             os.close(file)
+
+    def adopt(self, value: Any) -> Any:
+        """The same nested value with the files that it names renamed to this writer's: they outlive who made them."""
+        renamed = {}
+        for path in _paths(value):
+            renamed[path] = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
+            os.rename(path, renamed[path])
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, TensorData) or not isinstance(leaf.data, Segment):
+                return leaf
+            return replace(leaf, data=replace(leaf.data, path=renamed[leaf.data.path]))
+
+        return map_leaves(moved, value)
 
 
 def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[TensorData]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from gradwire_proto.batch_check import check_batch, select_variant
@@ -20,9 +20,11 @@ from gradwire_proto.values import (
     ForwardResult,
     GradientQuery,
     GradientResult,
+    ModelState,
     ModelUpdate,
     NamedTensors,
     Sharding,
+    SplitDecision,
     StateTensor,
     StepResult,
     TensorData,
@@ -32,10 +34,12 @@ from gradwire_proto.values import (
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
+from gradwire_workers.group_state import model_state
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
 from gradwire_workers.rows_report import RowsReport
+from gradwire_workers.salvage import salvage
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import least_rows, split
@@ -52,13 +56,15 @@ from gradwire_workers.variant_splits import (
 logger = logging.getLogger(__name__)
 
 _ONE_RANK = Sharding("rows", "one rank computes every batch")
+_SPLIT = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
+_UNKNOWN = replace(_SPLIT, whole="nobody has tried whether its rows are independent")
 _ROWS = Sharding("rows", "rows are independent: each rank computes its share of a batch")
 
 
 class WorkerGroup:
     """See the module. Made by `Cluster.start_group`; calls must not overlap, and must not be cancelled halfway.
 
-    loss_is_given: the client said what the loss is over the rows, which is to be tried.
+    loss_is_given: the client said what the loss is over the rows, which is to be tried. threads: torch's in each rank.
     A call that is cancelled while it runs loses the group: nobody knows what its ranks did.
     """
 
@@ -71,6 +77,7 @@ class WorkerGroup:
         writer: SegmentWriter,
         require_sharding: bool,
         loss_is_given: bool = False,
+        threads: int = 1,
         release: Callable[[bool], Awaitable[None]],
     ) -> None:
         self.device = device
@@ -82,9 +89,8 @@ class WorkerGroup:
         self._ranks = ranks
         self._variants = list(variants)
         self._untried: Variant | None = None
-        self._whole: dict[str, bool] = {}
-        self._inputs_whole: dict[str, bool] = {}
-        self._returns_loss: dict[str, bool] = {}
+        self._decisions: dict[str, SplitDecision] = {}
+        self._threads = threads
         self._writer = writer
         self._require_sharding = require_sharding
         self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
@@ -142,7 +148,6 @@ class WorkerGroup:
             else:
                 raise example_needed(self.workers)
         leaves_of = [self._splits.example_leaves(variant, example) for variant in self._variants]
-        decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
         time, before = TrialTime(), None
         for index, (variant, tried) in enumerate(zip(self._variants, leaves_of, strict=True)):
             # An architecture's rows are guessed from sizes, which may be the same by chance: whole is always right.
@@ -152,18 +157,74 @@ class WorkerGroup:
             if found.wrong is not None:
                 raise loss_weight_is_wrong(variant, index, found.wrong)
             self._settle(variant, found)
-            if variant is not decisive:
-                continue
-            if found.reason is not None and self._require_sharding:
-                raise FailedPrecondition(
-                    f"batches cannot be split over {self.workers} ranks: {found.reason}",
-                    reason="ROWS_NOT_INDEPENDENT",
-                    field="model.require_sharding",
-                )
-            if found.reason is not None:
-                self.sharding = Sharding("whole", found.reason)
-            elif found.loss is not None:
-                self.sharding = Sharding("rows", f"{_ROWS.reason}; the loss is {found.loss}")
+        self._tell_sharding()
+
+    def resume(self, state: ModelState) -> None:
+        """Spreads batches as the group did whose state this is: nothing is tried again.
+
+        Where that was one rank, nobody knows how several may share a batch: one of them computes it whole. Then
+        FailedPrecondition (ROWS_NOT_INDEPENDENT) where sharding is required.
+        """
+        unknown = _UNKNOWN if len(state.held) == 1 and self.workers > 1 else None
+        self._variants += state.opened
+        for variant in self._variants:
+            decision = state.splits.get(variant.name)
+            self._decisions[variant.name] = unknown or decision or _UNKNOWN
+        self._tell_sharding()
+
+    def _tell_sharding(self) -> None:
+        """Says how batches of the first variant that trains are spread. Refuses it where that is not as required."""
+        if not self._variants:
+            return
+        decisive = next((variant for variant in self._variants if variant.training), self._variants[0])
+        decision = self._decisions[decisive.name]
+        if self.workers == 1:
+            return
+        if decision.whole is not None and self._require_sharding:
+            raise FailedPrecondition(
+                f"batches cannot be split over {self.workers} ranks: {decision.whole}",
+                reason="ROWS_NOT_INDEPENDENT",
+                field="model.require_sharding",
+            )
+        if decision.whole is not None:
+            self.sharding = Sharding("whole", decision.whole)
+        elif decision.loss is not None:
+            self.sharding = Sharding("rows", f"{_ROWS.reason}; the loss is {decision.loss}")
+
+    @property
+    def applied(self) -> int:
+        """Commands that have changed the model since the group was started; each rank has counted the same."""
+        return self._ranks.applied
+
+    @property
+    def retains(self) -> bool:
+        """Whether forwards are retained: they are no part of `state`."""
+        return self.retained.any
+
+    async def state(self) -> ModelState:
+        """All that the model's future depends on, but for forwards that are retained. `command` is left 0.
+
+        The caller owns the segments that it names. They outlive the ranks.
+        """
+        fields = [{"whole": rank == 0} for rank in range(self.workers)]
+        answers = await self._ranks.call("state", fields, changes=False)
+        return self._state_of(answers.fields[0], [each["held"] for each in answers.fields])
+
+    async def salvage(self, applied: int) -> ModelState | None:
+        """After RankLost: the state of a rank that is there and whole, after just so many commands. None: none is.
+
+        Ends the ranks that are lost, so that the others notice. Takes 1.5 s, and as long as reading the state takes.
+        Nothing but `close` may be called after it.
+        """
+        found = None if self.retains else await salvage(self._ranks, applied)
+        return None if found is None else self._state_of(*found)
+
+    def _state_of(self, whole: Mapping[str, Any], held: Sequence[Any]) -> ModelState:
+        known = [each for each in self._variants if each is not self._untried]
+        decisions = {each.name: self._decisions[each.name] for each in known if each.name in self._decisions}
+        opened = known if self.opening is not None else ()
+        whole, held = self._writer.adopt((dict(whole), list(held)))
+        return model_state(whole, held, decisions=decisions, opened=opened, threads=self._threads)
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
@@ -274,7 +335,7 @@ class WorkerGroup:
         """Find out how the batches of a variant that the ranks have can be spread."""
         self._variants.append(variant)
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
-        self._whole[variant.name] = True
+        self._decisions[variant.name] = _UNKNOWN
         found = await self._find_or_whole(variant, tried, TrialTime())
         if found.reason is not None:
             logger.info("batches of the variant %s are not split: %s", variant.name, found.reason)
@@ -295,9 +356,13 @@ class WorkerGroup:
         return shards, rows
 
     def _settle(self, variant: Variant, found: RowsReport) -> None:
-        self._whole[variant.name] = found.reason is not None
-        self._inputs_whole[variant.name] = found.inputs_whole
-        self._returns_loss[variant.name] = found.returns_loss
+        self._decisions[variant.name] = SplitDecision(
+            whole=found.reason,
+            inputs_whole=found.inputs_whole,
+            returns_loss=found.returns_loss,
+            loss=found.loss,
+            weight=found.weight,
+        )
 
     async def _choose(
         self, batch: Batch, *, training: bool, targets: bool, of_inputs: bool = False, loss_apart: bool = False
@@ -308,10 +373,11 @@ class WorkerGroup:
         """
         variant, rows = await self._fitting(batch, training=training, targets=targets)
         rows = rows if varies(variant) else examples_in(batch)
+        decision = self._decisions.get(variant.name, _SPLIT)
         whole = (
-            self._whole.get(variant.name, False)
-            or (of_inputs and self._inputs_whole.get(variant.name, False))
-            or (loss_apart and self._returns_loss.get(variant.name, False))
+            decision.whole is not None
+            or (of_inputs and decision.inputs_whole)
+            or (loss_apart and decision.returns_loss)
         )
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
 

@@ -42,7 +42,7 @@ class EnumWords:
         return word
 
     def _refusal(self, got: str, field: str) -> InvalidArgument:
-        known = ", ".join(self.numbers)
+        known = ", ".join(filter(None, self.numbers))
         return InvalidArgument(
             f"expected a {self._enum_name}, one of {known}; got {got}", field=field, reason="ENUM_VALUE_UNKNOWN"
         )
@@ -54,9 +54,10 @@ MEMORY_FORMATS = EnumWords(
     program_pb2.MemoryFormat, "MEMORY_FORMAT", ["contiguous", "preserve", "channels_last", "channels_last_3d"]
 )
 TENSOR_ROLES = EnumWords(program_pb2.TensorRole, "TENSOR_ROLE", ["parameter", "buffer", "temporary_buffer", "constant"])
-MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting"])
+MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting", "recovering"])
 SHARDING_MODES = EnumWords(model_pb2.ShardingMode, "SHARDING_MODE", ["rows", "whole"])
 ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified="report")
+DURABILITIES = EnumWords(model_pb2.Durability, "DURABILITY", ["none", "process", "disk"], unspecified="")
 PRECISIONS = EnumWords(model_pb2.Precision, "PRECISION", ["fp32", "bf16", "fp16"], unspecified="fp32")
 LOSS_REDUCTIONS = EnumWords(model_pb2.LossReduction, "LOSS_REDUCTION", ["mean", "sum"])
 DEVICES = EnumWords(model_pb2.Device, "DEVICE", ["cpu", "cuda"], unspecified="auto")

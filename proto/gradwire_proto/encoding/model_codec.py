@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import floor
+from typing import Any
 
 from google.rpc import code_pb2, status_pb2
 
 from gradwire_proto.encoding.enum_words import (
     DEVICES,
+    DURABILITIES,
     LOSS_REDUCTIONS,
     MODEL_STATES,
     ON_NAN,
@@ -29,6 +30,8 @@ from gradwire_proto.encoding.scalar_codec import (
     check_integer,
     check_name,
     check_number,
+    decode_time,
+    encode_time,
     entry,
     missing,
 )
@@ -109,6 +112,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, f"{field}.precision")  # pyright: ignore[reportAttributeAccessIssue]
     _encode_reduction(value, message)
+    _encode_keeping(value, message, field)
     return message
 
 
@@ -122,6 +126,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
     if not message.HasField("program"):
         raise missing(f"{field}.program", "a program")
     device = DEVICES.word(message.device, f"{field}.device")
+    _refuse_checkpoints_of_nothing(message, field)
     return ModelSpec(
         program=decode_program(message.program, f"{field}.program", limits),
         loss=decode_loss(message.loss, f"{field}.loss", limits) if message.HasField("loss") else None,
@@ -137,7 +142,37 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
         loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
+        **_decode_keeping(message, field),
     )
+
+
+def _encode_keeping(value: ModelSpec | ModelInfo, message: pb.Model, field: str) -> None:
+    number = DURABILITIES.number(value.durability, f"{field}.durability")
+    message.durability = number  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("checkpoint_every", "keep_checkpoints"):
+        setattr(message, name, check_integer(getattr(value, name), f"{field}.{name}", minimum=0, maximum=INT32_MAX))
+    message.deterministic = value.deterministic
+
+
+def _decode_keeping(message: pb.Model, field: str) -> dict[str, Any]:
+    durability = DURABILITIES.word(message.durability, f"{field}.durability")
+    counts = {
+        name: check_integer(getattr(message, name), f"{field}.{name}", minimum=0)
+        for name in ("checkpoint_every", "keep_checkpoints")
+    }
+    return {"durability": durability, "deterministic": message.deterministic, **counts}
+
+
+def _refuse_checkpoints_of_nothing(message: pb.Model, field: str) -> None:
+    if message.durability != pb.DURABILITY_NONE:
+        return
+    for name in ("checkpoint_every", "keep_checkpoints"):
+        if getattr(message, name):
+            raise InvalidArgument(
+                "a model that is not durable has no automatic checkpoints: expected 0",
+                field=f"{field}.{name}",
+                reason="CHECKPOINTS_NOT_TAKEN",
+            )
 
 
 def _encode_clips(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
@@ -205,9 +240,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     if value.loss is not None:
         encode_loss(value.loss, message.loss)
     message.labels.update(value.labels)
-    # Seconds and nanoseconds apart: as one float the nanoseconds would be rounded.
-    message.create_time.seconds = floor(value.created_at)
-    message.create_time.nanos = min(round((value.created_at - floor(value.created_at)) * 1e9), 999_999_999)
+    encode_time(value.created_at, message.create_time)
     if value.last_error is not None:
         message.last_error.CopyFrom(status_pb2.Status(code=code_pb2.UNKNOWN, message=value.last_error))
     message.device = DEVICES.number(value.device, "device")  # pyright: ignore[reportAttributeAccessIssue]
@@ -222,6 +255,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
     _encode_reduction(value, message)
+    _encode_keeping(value, message, "model")
     return message
 
 
@@ -241,7 +275,7 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         optimizer=_decode_optional_optimizer(message, field, None),
         loss=decode_loss(message.loss, f"{field}.loss") if message.HasField("loss") else None,
         labels=dict(message.labels),
-        created_at=message.create_time.seconds + message.create_time.nanos / 1e9,
+        created_at=decode_time(message.create_time),
         last_error=message.last_error.message if message.HasField("last_error") else None,
         device=DEVICES.word(message.device, f"{field}.device"),
         seed=message.seed,
@@ -257,4 +291,5 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
         loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
+        **_decode_keeping(message, field),
     )

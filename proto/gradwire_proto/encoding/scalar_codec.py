@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
+from math import floor
 from typing import Any
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from gradwire_proto.errors import InvalidArgument
@@ -33,6 +35,18 @@ def check_number(value: float, field: str, *, minimum: float = 0.0) -> float:
             f"expected a finite number, at least {minimum:g}, got {value}", field=field, reason="NUMBER_OUT_OF_RANGE"
         )
     return value
+
+
+def encode_time(seconds: float, into: Timestamp) -> None:
+    """Write seconds since 1970 into a timestamp."""
+    # Seconds and nanoseconds apart: as one float the nanoseconds would be rounded.
+    into.seconds = floor(seconds)
+    into.nanos = min(round((seconds - floor(seconds)) * 1e9), 999_999_999)
+
+
+def decode_time(message: Timestamp) -> float:
+    """Seconds since 1970."""
+    return message.seconds + message.nanos / 1e9
 
 
 def check_text(value: str, field: str) -> str:

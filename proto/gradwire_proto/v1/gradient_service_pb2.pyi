@@ -2,6 +2,7 @@ from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import field_info_pb2 as _field_info_pb2
 from google.api import resource_pb2 as _resource_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from gradwire_proto.v1 import checkpoint_pb2 as _checkpoint_pb2
 from gradwire_proto.v1 import model_pb2 as _model_pb2
 from gradwire_proto.v1 import program_pb2 as _program_pb2
 from gradwire_proto.v1 import tensor_pb2 as _tensor_pb2
@@ -494,6 +495,56 @@ class GetCommandRequest(_message.Message):
     wait: bool
     def __init__(self, name: _Optional[str] = ..., wait: bool = ...) -> None: ...
 
+class CreateCheckpointRequest(_message.Message):
+    __slots__ = ("parent", "checkpoint_id", "request_id")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    parent: str
+    checkpoint_id: str
+    request_id: str
+    def __init__(self, parent: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class GetCheckpointRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints", "next_page_token")
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[_checkpoint_pb2.Checkpoint]
+    next_page_token: str
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[_checkpoint_pb2.Checkpoint, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class DeleteCheckpointRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class RestoreModelRequest(_message.Message):
+    __slots__ = ("checkpoint", "model_id", "workers", "request_id")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    model_id: str
+    workers: int
+    request_id: str
+    def __init__(self, checkpoint: _Optional[str] = ..., model_id: _Optional[str] = ..., workers: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
 class UploadHeader(_message.Message):
     __slots__ = ("dtype", "shape")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -503,10 +554,12 @@ class UploadHeader(_message.Message):
     def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UploadManifest(_message.Message):
-    __slots__ = ("tensors",)
+    __slots__ = ("tensors", "upload_id")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[UploadHeader]
-    def __init__(self, tensors: _Optional[_Iterable[_Union[UploadHeader, _Mapping]]] = ...) -> None: ...
+    upload_id: str
+    def __init__(self, tensors: _Optional[_Iterable[_Union[UploadHeader, _Mapping]]] = ..., upload_id: _Optional[str] = ...) -> None: ...
 
 class UploadTensorsRequest(_message.Message):
     __slots__ = ("manifest", "chunk")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from gradwire_proto.v1 import checkpoint_pb2 as gradwire__proto_dot_v1_dot_checkpoint__pb2
 from gradwire_proto.v1 import gradient_service_pb2 as gradwire__proto_dot_v1_dot_gradient__service__pb2
 from gradwire_proto.v1 import model_pb2 as gradwire__proto_dot_v1_dot_model__pb2
 
@@ -149,6 +150,31 @@ class GradientServiceStub(object):
                 '/gradwire.v1.GradientService/GetCommand',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCommandRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_model__pb2.Command.FromString,
+                _registered_method=True)
+        self.CreateCheckpoint = channel.unary_unary(
+                '/gradwire.v1.GradientService/CreateCheckpoint',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.CreateCheckpointRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.FromString,
+                _registered_method=True)
+        self.GetCheckpoint = channel.unary_unary(
+                '/gradwire.v1.GradientService/GetCheckpoint',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/gradwire.v1.GradientService/ListCheckpoints',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/gradwire.v1.GradientService/DeleteCheckpoint',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.RestoreModel = channel.unary_unary(
+                '/gradwire.v1.GradientService/RestoreModel',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.RestoreModelRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_model__pb2.Model.FromString,
                 _registered_method=True)
         self.UploadTensors = channel.stream_unary(
                 '/gradwire.v1.GradientService/UploadTensors',
@@ -328,6 +354,41 @@ class GradientServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateCheckpoint(self, request, context):
+        """Saves a model under a name. Steps go on meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCheckpoint(self, request, context):
+        """Returns what is known of a checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists checkpoints, ordered by name; those that the service took by itself come last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreModel(self, request, context):
+        """Makes a model of a checkpoint. Answers when it is ready.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadTensors(self, request_iterator, context):
         """Brings tensors of any size ahead of the request that uses them.
         """
@@ -461,6 +522,31 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.GetCommand,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCommandRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_model__pb2.Command.SerializeToString,
+            ),
+            'CreateCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateCheckpoint,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.CreateCheckpointRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.SerializeToString,
+            ),
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'RestoreModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreModel,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.RestoreModelRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_model__pb2.Model.SerializeToString,
             ),
             'UploadTensors': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadTensors,
@@ -1076,6 +1162,141 @@ class GradientService(object):
             '/gradwire.v1.GradientService/GetCommand',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCommandRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_model__pb2.Command.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/CreateCheckpoint',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.CreateCheckpointRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/GetCheckpoint',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.GetCheckpointRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_checkpoint__pb2.Checkpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/ListCheckpoints',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/DeleteCheckpoint',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/RestoreModel',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.RestoreModelRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_model__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

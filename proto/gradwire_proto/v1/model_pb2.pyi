@@ -26,6 +26,7 @@ class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_STATE_READY: _ClassVar[ModelState]
     MODEL_STATE_FAILED: _ClassVar[ModelState]
     MODEL_STATE_DELETING: _ClassVar[ModelState]
+    MODEL_STATE_RECOVERING: _ClassVar[ModelState]
 
 class ShardingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +39,13 @@ class OnNan(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ON_NAN_UNSPECIFIED: _ClassVar[OnNan]
     ON_NAN_REPORT: _ClassVar[OnNan]
     ON_NAN_REFUSE: _ClassVar[OnNan]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_NONE: _ClassVar[Durability]
+    DURABILITY_PROCESS: _ClassVar[Durability]
+    DURABILITY_DISK: _ClassVar[Durability]
 
 class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -66,12 +74,17 @@ MODEL_STATE_CREATING: ModelState
 MODEL_STATE_READY: ModelState
 MODEL_STATE_FAILED: ModelState
 MODEL_STATE_DELETING: ModelState
+MODEL_STATE_RECOVERING: ModelState
 SHARDING_MODE_UNSPECIFIED: ShardingMode
 SHARDING_MODE_ROWS: ShardingMode
 SHARDING_MODE_WHOLE: ShardingMode
 ON_NAN_UNSPECIFIED: OnNan
 ON_NAN_REPORT: OnNan
 ON_NAN_REFUSE: OnNan
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_NONE: Durability
+DURABILITY_PROCESS: Durability
+DURABILITY_DISK: Durability
 PRECISION_UNSPECIFIED: Precision
 PRECISION_FP32: Precision
 PRECISION_BF16: Precision
@@ -151,7 +164,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "clip_grad_norm", "clip_grad_value", "precision", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "durability", "checkpoint_every", "keep_checkpoints", "clip_grad_norm", "clip_grad_value", "precision", "deterministic", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -170,9 +183,13 @@ class Model(_message.Message):
     ON_NAN_FIELD_NUMBER: _ClassVar[int]
     REQUIRE_SHARDING_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    KEEP_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     CLIP_GRAD_VALUE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     LOSS_REDUCTION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -195,9 +212,13 @@ class Model(_message.Message):
     on_nan: OnNan
     require_sharding: bool
     labels: _containers.ScalarMap[str, str]
+    durability: Durability
+    checkpoint_every: int
+    keep_checkpoints: int
     clip_grad_norm: float
     clip_grad_value: float
     precision: Precision
+    deterministic: bool
     loss_reduction: LossReduction
     state: ModelState
     step: int
@@ -209,7 +230,7 @@ class Model(_message.Message):
     variants: _containers.RepeatedCompositeFieldContainer[_program_pb2.Variant]
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
     architecture: str
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., checkpoint_every: _Optional[int] = ..., keep_checkpoints: _Optional[int] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., deterministic: bool = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")

@@ -60,6 +60,7 @@ from gradwire_proto.values.results import (
     StepResult,
     Timing,
 )
+from gradwire_proto.values.state import Checkpoint, ModelState, SplitDecision
 from gradwire_proto.values.tensors import (
     ITEM_SIZE,
     Batch,
@@ -83,6 +84,7 @@ __all__ = [
     "BackwardResult",
     "Batch",
     "Bytes",
+    "Checkpoint",
     "CommandInfo",
     "ConstantSpec",
     "CustomFunction",
@@ -106,6 +108,7 @@ __all__ = [
     "MemoryFormatRef",
     "ModelInfo",
     "ModelSpec",
+    "ModelState",
     "ModelUpdate",
     "NamedTensors",
     "Node",
@@ -121,6 +124,7 @@ __all__ = [
     "Segment",
     "ServerInfo",
     "Sharding",
+    "SplitDecision",
     "StateTensor",
     "StepResult",
     "Structure",

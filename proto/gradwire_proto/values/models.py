@@ -81,6 +81,9 @@ class ModelSpec:
     `clip_grad_norm`, `clip_grad_value`: bounds of the gradients of an update, of their norm and of each element.
     `precision`: "fp32", "bf16" or "fp16", what forward and loss compute in.
     `loss_reduction`: what the loss of a batch is of its rows' losses, "mean" or "sum"; None where that is not said.
+    `durability`: what an answered command outlives: "none" nothing, "process" every process, "disk" the machine; "" is
+    the server's setting. `checkpoint_every`: commands from one automatic checkpoint to the next; `keep_checkpoints`:
+    how many of them are kept; 0 is the server's setting. `deterministic`: the same bits on CUDA too.
     """
 
     program: Program | ArchitectureSpec
@@ -97,6 +100,10 @@ class ModelSpec:
     clip_grad_value: float | None = None
     precision: str = "fp32"
     loss_reduction: str | None = None
+    durability: str = ""
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +135,12 @@ class Sharding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as the service describes it. `state`: "creating", "ready", "failed" or "deleting".
+    """A model as the service describes it. `state`: "creating", "ready", "recovering", "failed" or "deleting".
 
     `last_error` is the error that failed the model or the last one that a command met. `rank_rows` are the rows that
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
-    `architecture`: the name of the module that the ranks built; None for a model of graphs.
+    `architecture`: the name of the module that the ranks built; None for a model of graphs. `durability`,
+    `checkpoint_every` (commands) and `keep_checkpoints` are what holds, the server's settings included.
     """
 
     id: str
@@ -157,6 +165,10 @@ class ModelInfo:
     precision: str = "fp32"
     architecture: str | None = None
     loss_reduction: str | None = None
+    durability: str = ""
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,12 +20,14 @@ class ServiceFolders:
     """Where a service keeps what must not outlive it, in two folders that are 0700, and its log files.
 
     runtime: sockets, tokens, Ray's session. shared_memory: tensors on their way between processes. logs: in the
-    storage, where the user named one, and then they stay; in the runtime folder otherwise.
+    storage, where the user named one, and then they stay; in the runtime folder otherwise. storage: that one, or one in
+    the runtime folder, which outlives Ray and frontends but not the service.
     """
 
     runtime: Path
     shared_memory: Path
     logs: Path
+    storage: Path
 
     @classmethod
     def create(cls, service: str, storage: Path | None) -> ServiceFolders:
@@ -34,7 +36,7 @@ class ServiceFolders:
         runtime = Path(parent if len(parent) <= _LONGEST_PARENT else "/tmp") / f"gradwire-{service}"
         shared = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else runtime) / f"gradwire-{service}"
         logs = log_folder(storage) if storage else runtime / "logs"
-        folders = cls(runtime=runtime, shared_memory=shared, logs=logs)
+        folders = cls(runtime=runtime, shared_memory=shared, logs=logs, storage=storage or runtime / "storage")
         for folder in (runtime, shared, folders.frontend):
             folder.mkdir(mode=0o700)
         logs.mkdir(exist_ok=True)

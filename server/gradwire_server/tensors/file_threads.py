@@ -16,6 +16,11 @@ async def move_bytes(nbytes: int, function: Callable[..., T], *arguments: Any) -
     """Call `function`, which moves `nbytes`; in a thread where that takes long. A call that began always ends."""
     if nbytes < THREAD_BYTES:
         return function(*arguments)
+    return await in_thread(function, *arguments)
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function` in a thread. Who is cancelled meanwhile hears of it when the call has ended."""
     job = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(job)

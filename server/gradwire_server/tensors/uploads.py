@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -37,6 +37,11 @@ class Claim(Generic[T]):
     uploads: Uploads
     taken: dict[str, set[int]] = field(default_factory=dict)
 
+    @property
+    def used(self) -> dict[str, list[TensorData]]:
+        """All tensors of the uploads that it uses some of, by the upload's name."""
+        return {name: self.uploads.tensors(name) for name in self.taken}
+
     def spend(self) -> None:
         """The tensors were used: they can go."""
         self.uploads.end_claim(self.taken, unused=False)
@@ -57,8 +62,13 @@ class Uploads:
         self._held = held
         self._complete: dict[str, _Upload] = {}
 
-    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes]) -> str:
-        """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays."""
+    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes], name: str | None = None) -> str:
+        """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays.
+
+        name: what it is to be called; one of that name that is complete is answered as it is, without reading `chunks`.
+        """
+        if name is not None and self._is_repeat(name, types):
+            return name
         nbytes = sum(kind.nbytes for kind in types)
         self._held.reserve(nbytes)
         file = None
@@ -72,9 +82,24 @@ class Uploads:
                 file.discard()
             self._held.release(nbytes)
             raise
-        name = f"uploads/{secrets.token_hex(16)}"
+        name = name or f"uploads/{secrets.token_hex(16)}"
+        if name in self._complete:
+            # A repeat came while the first one, whose client is gone, was not known to be cut off; or the other way.
+            remove_files(segment_paths(tensors))
+            self._held.release(nbytes)
+            return name
         self._complete[name] = _Upload(tensors, nbytes, set(range(len(tensors))), self._timer(name))
         return name
+
+    def _is_repeat(self, name: str, types: Sequence[TensorType]) -> bool:
+        upload = self._complete.get(name)
+        if upload is None:
+            return False
+        if [(kind.dtype, kind.shape) for kind in types] != [(each.dtype, each.shape) for each in upload.tensors]:
+            raise InvalidArgument(
+                f"{name} is complete, with other tensors", field="manifest.upload_id", reason="UPLOAD_ID_REUSED"
+            )
+        return True
 
     def claim(self, value: T, field: str = "") -> Claim[T]:
         """`value` with every handle in it turned into the segment of the uploaded tensor, for one request.
@@ -98,6 +123,10 @@ class Uploads:
             raise
         claim.value = map_leaves(lambda leaf: resolved[leaf.data.name] if _has_handle(leaf) else leaf, value)
         return claim
+
+    def tensors(self, name: str) -> list[TensorData]:
+        """Those of a complete upload."""
+        return self._complete[name].tensors
 
     def _resolve(self, handle: Handle, path: str, taken: dict[str, set[int]]) -> TensorData:
         name, _, index_text = handle.name.rpartition("/tensors/")
@@ -161,6 +190,18 @@ def _has_handle(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_handle, value.values()))
     return isinstance(value, (tuple, list)) and any(map(_has_handle, value))
+
+
+def resolve(value: T, uploads: Mapping[str, Sequence[TensorData]]) -> T:
+    """`value` with every handle in it turned into the tensor that it names of `uploads`."""
+
+    def tensor(leaf: Any) -> Any:
+        if not _has_handle(leaf):
+            return leaf
+        name, _, index = leaf.data.name.rpartition("/tensors/")
+        return uploads[name][int(index)]
+
+    return map_leaves(tensor, value)
 
 
 def _check_same_type(asked: TensorData, uploaded: TensorData, path: str) -> None:

@@ -71,6 +71,20 @@ class ArchitectureProgram(nn.Module):
         self._variants[variant.name], self._written[variant.name] = opened, written
         return opened
 
+    def reopen(self, variant: Variant, written: Sequence[str] | None) -> None:
+        """Take batches as one that `open` has returned before; the module is not run.
+
+        written: the names of the buffers that it changes; None: any may be.
+        """
+        own = self._buffers_of_its_own()
+        chosen = own if written is None else [self._by_name[name] for name in written]
+        self._variants[variant.name], self._written[variant.name] = variant, chosen
+
+    def written(self, variant_name: str) -> tuple[str, ...]:
+        """The names of the buffers that the module changes in the variant's mode."""
+        names = {id(each): name for name, each in self.all_state().items()}
+        return tuple(names[id(each)] for each in self.mutated_buffers(variant_name))
+
     def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
         """The flat outputs of the module for a variant's input leaves, in order."""
         variant = self.variant(variant_name)
@@ -108,6 +122,11 @@ class ArchitectureProgram(nn.Module):
         if self._given:
             return torch.func.functional_call(self.module, self._given, positional, named)
         return self.module(*positional, **named)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of all that were opened."""
+        return tuple(self._variants)
 
     def variant(self, variant_name: str) -> Variant:
         """The variant of that name. Raises InvalidArgument for an unknown one."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradwire_proto.values import ArchitectureSpec, Limits
 from gradwire_workers.architectures import torch_modules, transformers_models
@@ -14,6 +16,7 @@ from gradwire_workers.architectures.refusals import unknown
 from gradwire_workers.architectures.torch_modules import build_torch_module
 from gradwire_workers.architectures.transformers_models import build_transformers_model
 from gradwire_workers.architectures.weights import load_weights
+from gradwire_workers.programs.build import check_state
 
 
 def build_architecture(
@@ -23,12 +26,13 @@ def build_architecture(
     *,
     limits: Limits | None = None,
     weights_folder: str | None = None,
+    values: Mapping[str, Tensor] | None = None,
     field: str = "model.program.architecture",
 ) -> ArchitectureProgram:
     """Build the module that a client named.
 
     Its weights are those that torch gives on the CPU after torch.manual_seed(seed), or those of `spec.weights` below
-    `weights_folder`. Torch's random numbers are as before afterwards.
+    `weights_folder`; or `values`, of every tensor that is no alias. Torch's random numbers are as before afterwards.
     Raises InvalidArgument (ARCHITECTURE_UNKNOWN, OPTION_UNKNOWN, OPTION_OUT_OF_RANGE, ARCHITECTURE_INVALID, and those
     of the weights), ResourceExhausted (MODEL_TOO_LARGE, TENSOR_TOO_LARGE) before anything is allocated, or
     FailedPrecondition (TRANSFORMERS_MISSING, WEIGHTS_NOT_ALLOWED), with the field's path.
@@ -42,9 +46,19 @@ def build_architecture(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make()
-    if spec.weights is not None:
+    if values:
+        _take(module, values)
+    elif spec.weights is not None:
         load_weights(*describe_tensors(module), weights_folder, spec.weights, f"{field}.weights")
     return ArchitectureProgram(module.to(device), limits)
+
+
+def _take(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    tensors, by_name = describe_tensors(module)
+    check_state(tensors, values, "tensors")
+    with torch.no_grad():
+        for name, value in values.items():
+            by_name[name].copy_(value)
 
 
 def _module(spec: ArchitectureSpec, field: str) -> nn.Module:

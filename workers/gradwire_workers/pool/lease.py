@@ -66,7 +66,7 @@ class Lease:
         reserving, self._reserving = self._reserving, None
         if reserving is not None:
             with contextlib.suppress(GradwireError):
-                await self._launcher.in_thread(self._placement.free, await reserving)
+                await self._launcher.in_thread_briefly(self._placement.free, await reserving)
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         demand, self._demand = self._demand, None
         if demand is not None:

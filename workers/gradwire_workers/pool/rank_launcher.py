@@ -15,7 +15,7 @@ import zmq
 from gradwire_proto.errors import Unavailable
 from gradwire_workers import segments
 from gradwire_workers.placement import Placement
-from gradwire_workers.pool.rank_process import RankProcess, wait_until_gone
+from gradwire_workers.pool.rank_process import ProcessHandle, RankProcess
 from gradwire_workers.rank_channel import RankChannel
 
 ResultT = TypeVar("ResultT")
@@ -23,6 +23,8 @@ ResultT = TypeVar("ResultT")
 # How long a rank waits for its frontend, and a frontend for its rank. Starting takes seconds, more on a busy machine.
 _PATIENCE_SECONDS = 90.0
 _HELLO_SECONDS = 15.0
+# How long Ray may take to end a rank, before it is ended without Ray, which may be dead itself.
+_RAY_SECONDS = 2.0
 
 
 class RankLauncher:
@@ -48,7 +50,8 @@ class RankLauncher:
             self._placement.start_rank, name, self._folder, self._memory_folder, patience=_PATIENCE_SECONDS
         )
         channel = RankChannel(self._context, started["endpoint"], name)
-        process = RankProcess(channel, process_id=started["process_id"], end=self._end)
+        handle = ProcessHandle(started["process_id"])
+        process = RankProcess(channel, process_id=started["process_id"], end=partial(self._end, handle))
         self._processes.add(process)
         try:
             await asyncio.wait_for(channel.call("hello"), _HELLO_SECONDS)
@@ -61,19 +64,31 @@ class RankLauncher:
         Path(started["endpoint"].removeprefix("ipc://")).unlink(missing_ok=True)
         return process
 
-    def _end(self, process: RankProcess) -> asyncio.Task[None]:
+    async def in_thread_briefly(self, function: Callable[..., Any], *arguments: Any) -> bool:
+        """Calls a function that blocks on Ray, and goes on without it where Ray does not answer: then False."""
+        calling = asyncio.ensure_future(self.in_thread(function, *arguments))
+        calling.add_done_callback(_forget_failure)
+        done, _ = await asyncio.wait({calling}, timeout=_RAY_SECONDS)
+        return bool(done)
+
+    def _end(self, handle: ProcessHandle, process: RankProcess) -> asyncio.Task[None]:
         self._processes.discard(process)
-        ending = asyncio.create_task(self._end_process(process))
+        if process.channel.lost is not None:
+            # Dead, or stopped: it must not wake up, and peers that wait for it should know.
+            handle.kill()
+        ending = asyncio.create_task(self._end_process(handle, process))
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
         return ending
 
-    async def _end_process(self, process: RankProcess) -> None:
+    async def _end_process(self, handle: ProcessHandle, process: RankProcess) -> None:
         # Ray first: a rank that leaves because its connection ended looks like a crash to Ray, which would say so.
-        await self.in_thread(self._placement.kill, process.name)
-        await self.in_thread(wait_until_gone, process.process_id, timeout=2.0)
+        if await self.in_thread_briefly(self._placement.kill, process.name):
+            await handle.gone(timeout=_RAY_SECONDS)
+        handle.kill()
         process.channel.close()
-        await self.in_thread(wait_until_gone, process.process_id, timeout=5.0)
+        await handle.gone(timeout=5.0)
+        handle.close()
         segments.sweep(self._memory_folder, process.name)
 
     async def close(self) -> None:
@@ -90,3 +105,9 @@ class RankLauncher:
             path.unlink(missing_ok=True)
         segments.sweep(self._memory_folder, "rank")
         self._context.destroy(linger=0)
+
+
+def _forget_failure(call: asyncio.Future[Any]) -> None:
+    """Nobody waits for the call any more, or nobody needs what it gives."""
+    if not call.cancelled():
+        call.exception()

@@ -5,11 +5,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradwire_workers.rank_channel import Answer, RankChannel
+
+
+class ProcessHandle:
+    """A process of this node that is sure to be the one it was, whoever gets its number later."""
+
+    def __init__(self, process_id: int) -> None:
+        """For a process that is there, or has just gone."""
+        self._descriptor: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self._descriptor = os.pidfd_open(process_id)
+
+    def kill(self) -> None:
+        """Ends it, stopped or not. Nothing happens if it is gone."""
+        if self._descriptor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+    async def gone(self, *, timeout: float) -> bool:
+        """Whether it has ended, or does within so many seconds."""
+        if self._descriptor is None:
+            return True
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._descriptor, ended.set)
+        try:
+            await asyncio.wait_for(ended.wait(), timeout)
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._descriptor)
+        return True
+
+    def close(self) -> None:
+        """Lets go of it. Nothing else may be called after it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class RankProcess:
@@ -39,15 +75,3 @@ class RankProcess:
             self.channel.on_lost = None
             self._ending = self._end(self)
         return self._ending
-
-
-def wait_until_gone(process_id: int, *, timeout: float) -> None:
-    """Blocks until the process has ended, at most so many seconds. Returns at once for one that is not there."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(process_id)
-        try:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            poll.poll(timeout * 1000)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,7 @@ from gradwire_proto.errors import GradwireError, InvalidArgument
 
 _TARGET = re.compile(r"Target -?\d+ is out of bounds")
 _INDEX = re.compile(r"index .*out of (range|bounds)|out of (range|bounds).*index", re.IGNORECASE)
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _NO_MEMORY = "can't allocate memory"
 
 
@@ -23,6 +24,10 @@ def as_program_failure(error: BaseException) -> BaseException:
     if _NO_MEMORY in text:
         return error
     first_line = text.splitlines()[0][:500] if text else type(error).__name__
+    if _NOT_DETERMINISTIC in text:
+        what = first_line.split(_NOT_DETERMINISTIC)[0].strip()
+        message = f"{what} has no deterministic kernel on this device: create the model without deterministic"
+        return InvalidArgument(message, field="model.deterministic", reason="NOT_DETERMINISTIC")
     if _TARGET.search(text):
         return InvalidArgument(first_line, field="batch.targets", reason="TARGET_OUT_OF_RANGE")
     if _INDEX.search(text):

@@ -21,6 +21,11 @@ class HeldGradients:
         """Whether any were added since they were last dropped; the same on every rank."""
         return self._parts is not None
 
+    @property
+    def parts(self) -> list[Tensor | None] | None:
+        """This rank's part of each, live; None where none were added."""
+        return self._parts
+
     def plus(self, gradients: Mapping[Tensor, Tensor | None]) -> list[Tensor | None]:
         """The parts with these added, in memory of their own where both are there. Changes nothing."""
         before = self._parts or [None] * len(self._parameters)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Graph, Leaf, NodeRef, TensorSpec, Variant, leaves
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.shard import Shard
@@ -24,6 +25,7 @@ _MOST_NUMBERS, _MOST_ORDERS, _MOST_WEIGHTS, _SMALL_CONSTANT = 12, 3, 128, 4
 _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 _ORDERS = ("ge", "gt", "lt", "le")
 _COUNTED = {"ne": "not", "ge": "at least", "gt": "more than", "lt": "less than", "le": "at most"}
+_GIVEN = "given"
 _INTEGERS = frozenset({"int64", "int32", "int16", "int8", "uint8"})
 
 
@@ -32,22 +34,25 @@ class LossWeight:
     """How ranks' losses become the batch's. words: what the loss is, for a sentence that begins with "the loss is".
 
     of: what the rows of a shard weigh in a mean; None where losses are added up. reads: the inputs of rounded
-    numbers that it looks at: no shard knows how the loss changes with what the others' rows weigh.
+    numbers that it looks at: no shard knows how the loss changes with what the others' rows weigh. key: by which
+    `weight_named` finds it again, whatever the model's tensors hold by then.
     """
 
+    key: str
     words: str
     of: Callable[[Shard], Tensor | float] | None
     reads: frozenset[int] = frozenset()
 
 
-MEAN = LossWeight(words="a mean over rows", of=lambda shard: float(shard.count))
-SUM = LossWeight(words="a sum over rows", of=None)
+MEAN = LossWeight(key="mean", words="a mean over rows", of=lambda shard: float(shard.count))
+SUM = LossWeight(key="sum", words="a sum over rows", of=None)
 
 
 def given_weight(program: BuiltProgram, variant: Variant, reduction: str | None) -> LossWeight | None:
     """The weight that the client gave for a variant's loss; None where it gave none."""
     if variant.weight_graph is not None:
         return LossWeight(
+            key=_GIVEN,
             words="a mean by the weights that loss_weight gives",
             of=lambda shard: program.weight(variant.name, shard.inputs, shard.targets),
             reads=frozenset(
@@ -57,6 +62,24 @@ def given_weight(program: BuiltProgram, variant: Variant, reduction: str | None)
             ),
         )
     return None if reduction is None else {"mean": MEAN, "sum": SUM}[reduction]
+
+
+def weight_named(key: str, program: BuiltProgram, variant: Variant) -> LossWeight:
+    """The weight that had this key when it was found. FailedPrecondition (STATE_UNFIT) for none that there can be."""
+    simple = {MEAN.key: MEAN, SUM.key: SUM, _GIVEN: given_weight(program, variant, None)}.get(key)
+    if simple is not None:
+        return simple
+    try:
+        comparison, number, index, shift, classes = key.split(":", 4)
+        weights = program.tensors_by_name()[classes] if classes else None
+        if comparison in _COUNTED and isinstance(variant.input_leaves[int(index)], TensorSpec):
+            return _mean_over(variant, comparison, int(number), int(index), int(shift), classes, weights)
+    except (ValueError, KeyError, IndexError):
+        pass
+    raise FailedPrecondition(
+        f"the variant {variant.name!r} has no loss weight {key[:200]!r}: the state is another model's",
+        reason="STATE_UNFIT",
+    )
 
 
 def weights_to_try(program: BuiltProgram, variant: Variant) -> list[LossWeight]:
@@ -87,18 +110,29 @@ def numbers_in(program: BuiltProgram, variant: Variant) -> tuple[int, ...]:
 
 
 def _of_leaves(program: BuiltProgram, variant: Variant) -> Iterator[LossWeight]:
-    names = [path for path, _ in leaves(variant.input_structure, "inputs")]
-    classes = [None, *_class_weights(program, variant)]
+    classes = {"": None, **_class_weights(program, variant)}
     for comparison, number in _what_counts(program, variant):
         for index, spec in enumerate(variant.input_leaves):
             if not isinstance(spec, TensorSpec) or not has_rows(spec) or spec.dtype not in (*_INTEGERS, "bool"):
                 continue
             for shift in (0, 1) if len(spec.shape) > 1 else (0,):
-                for weights in classes:
-                    words = f"a mean over what is {_COUNTED[comparison]} {number} in {names[index]}"
-                    words += " but for its first column" if shift else ""
-                    words += ", by class weights" if weights is not None else ""
-                    yield LossWeight(words=words, of=_counting(index, comparison, number, shift, weights))
+                for name, weights in classes.items():
+                    yield _mean_over(variant, comparison, number, index, shift, name, weights)
+
+
+def _mean_over(
+    variant: Variant, comparison: str, number: int, index: int, shift: int, classes: str, weights: Tensor | None
+) -> LossWeight:
+    """classes: the name of the class weights, none for ""."""
+    name = [path for path, _ in leaves(variant.input_structure, "inputs")][index]
+    words = f"a mean over what is {_COUNTED[comparison]} {number} in {name}"
+    words += " but for its first column" if shift else ""
+    words += ", by class weights" if weights is not None else ""
+    return LossWeight(
+        key=f"{comparison}:{number}:{index}:{shift}:{classes}",
+        words=words,
+        of=_counting(index, comparison, number, shift, weights),
+    )
 
 
 def _what_counts(program: BuiltProgram, variant: Variant) -> Iterator[tuple[str, int]]:
@@ -132,8 +166,8 @@ def _counting(
     return of
 
 
-def _class_weights(program: BuiltProgram, variant: Variant) -> list[Tensor]:
-    """The weights of classes that the variant's cross entropies have."""
+def _class_weights(program: BuiltProgram, variant: Variant) -> dict[str, Tensor]:
+    """The weights of classes that the variant's cross entropies have, by the tensor's name."""
     graph = variant.graph
     assert graph is not None
     tensors = {
@@ -150,7 +184,7 @@ def _class_weights(program: BuiltProgram, variant: Variant) -> list[Tensor]:
             tensor = state[tensors[weight.name]]
             if tensor.dim() == 1 and tensor.is_floating_point() and not tensor.requires_grad:
                 found[tensors[weight.name]] = tensor
-    return list(found.values())
+    return found
 
 
 def _calls(graph: Graph) -> Iterator[tuple[str, Sequence[Any]]]:

@@ -87,6 +87,38 @@ class OptimizerState:
         if scale is not None and scaler is not None:
             scale.take(scaler)
 
+    def restore(self, given: Mapping[str, Any]) -> None:
+        """Go on from what `read` gave, bit for bit; an optimizer that was just made, and is thrown away after an error.
+
+        Values are not judged: schedules bring options to what no client may ask for.
+        Raises InvalidArgument OPTIMIZER_STATE_MISMATCH where the state is that of another optimizer.
+        """
+        groups = self._optimizer.param_groups
+        mine = [[self._names[each] for each in group["params"]] for group in groups]
+        theirs = [list(group["params"]) for group in given["param_groups"]]
+        if (given["optimizer"], theirs) != (self._kind.name, mine):
+            raise _refusal("state", f"that of {self._kind.name} of the model's parameters")
+        for name, kept in given["state"].items():
+            parameter = self._parameters[name]
+            devices = self._devices(parameter)
+            self._optimizer.state[parameter] = {
+                key: _placed(value, parameter, devices.get(key)) for key, value in kept.items()
+            }
+        for scheduler, values in self._checked_schedule(given["schedule"]):
+            scheduler.__dict__.update(values)
+        for group, new in zip(groups, given["param_groups"], strict=True):
+            group.update({name: _as_option(value) for name, value in new.items() if name != "params"})
+        if self._loss_scale is not None:
+            self._loss_scale.take(given["scaler"])
+
+    def _devices(self, parameter: nn.Parameter) -> dict[str, torch.device]:
+        """Where torch keeps what it keeps of a parameter. On the CPU there is one place."""
+        if parameter.device.type == "cpu":
+            return {}
+        group = next(each for each in self._optimizer.param_groups if any(one is parameter for one in each["params"]))
+        (like,) = self._first_states([parameter], group, "state")
+        return {name: value.device for name, value in like.items() if isinstance(value, TensorLike)}
+
     # --- groups ---------------------------------------------------------------------------------------------------
 
     def _checked_groups(self, given: Any) -> list[dict[str, Any]]:
@@ -114,7 +146,7 @@ class OptimizerState:
             kept = group[name]
             if not isinstance(kept, float) and (type(options[name]) is not type(kept) or options[name] != kept):
                 raise _refusal(f"{field}.{name}", repr(group[name]), options[name])
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        return {name: _as_option(value) for name, value in options.items()}
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -176,6 +208,21 @@ def _checked_value(given: Any, like: Any, field: str) -> Any:
     if field.endswith(".step") and not bool((given >= 0).all()):
         raise _refusal(field, "0 or more", given.item())
     return given.to(like.device)
+
+
+def _placed(value: Any, parameter: nn.Parameter, device: torch.device | None) -> Any:
+    """A copy of a kept value, its tensors laid out as the parameter where they are like it."""
+    if isinstance(value, Tensor):
+        target = parameter.device if device is None else device
+        like = parameter.detach() if value.shape == parameter.shape else value
+        return torch.empty_like(like, dtype=value.dtype, device=target).copy_(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_placed(item, parameter, device) for item in value)
+    return value
+
+
+def _as_option(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _copied(value: Any) -> Any:

@@ -22,7 +22,8 @@ Address = tuple[str, int]
 class PeerConnections:
     """The connections between this process and the processes of the other ranks.
 
-    `on_closed` is called once, from a thread, when a peer closes one. Made by all ranks together, through `store`.
+    `on_closed` is called once, from a thread, when a peer closes one, from `watch` on. Made by all ranks together,
+    through `store`.
     """
 
     def __init__(self, store: Store, *, rank: int, size: int, on_closed: Callable[[object], None]) -> None:
@@ -41,6 +42,9 @@ class PeerConnections:
             stranger.close()
         self._lock = threading.Lock()
         self._wake_reader, self._wake_writer = os.pipe()
+
+    def watch(self) -> None:
+        """Begin to look out for peers that close one; those that have done so already count."""
         threading.Thread(target=self._watch, daemon=True, name="gradwire-peers").start()
 
     def close(self) -> None:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Limits, ModelSpec
+from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.agreement import Agreement
 from gradwire_workers.training.held_gradients import HeldGradients
 from gradwire_workers.training.loss_scale import LossScale
+from gradwire_workers.training.model_state import SavedState
 from gradwire_workers.training.passes import Passes
 from gradwire_workers.training.replica import Replica
 from gradwire_workers.training.retained_forwards import RetainedForwards
 from gradwire_workers.training.trainable import trained_parameters
 from gradwire_workers.training.updater import Updater
-from gradwire_workers.training.updater_making import make_updater
+from gradwire_workers.training.updater_making import make_updater, restored_updater
 
 
 class RankModel:
     """One rank's replica, the gradients that it holds, and its optimizer's state.
 
     `state` must be writable and nobody else's; `groups` None: there is no other rank. `weights_folder`: where an
-    architecture may find its first weights.
+    architecture may find its first weights. `saved`: the model goes on from there, and `state` has all its tensors.
     """
 
     def __init__(
@@ -39,22 +42,58 @@ class RankModel:
         device: str = "cpu",
         limits: Limits | None = None,
         weights_folder: str | None = None,
+        saved: SavedState | None = None,
     ) -> None:
-        self.step = 0
+        self.step = 0 if saved is None else saved.step
         """Updates applied."""
         self._limits = limits or Limits()
         self._replica = Replica(spec, state, rank, torch.device(device), self._limits, weights_folder)
         self._program = self._replica.program
         self._spec = spec
-        trainable = trained_parameters(self._program)
-        self._trainable = list(trainable.values())
         self._loss_scale = LossScale() if spec.precision == "fp16" else None
-        self._updater = make_updater(spec, trainable, self._aliases(), self._loss_scale)
+        trainable, self._updater = self._begun() if saved is None else self._resumed(saved)
+        self._trainable = list(trainable.values())
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
         self._passes = Passes(self._replica, self._trainable)
         self._held = HeldGradients(self._trainable)
+        if saved is not None:
+            saved.hold(self._held, trainable)
         self._retained = RetainedForwards(self._replica, self._passes, self._limits)
         self._replica.groups = groups
+
+    def _begun(self) -> tuple[dict[str, nn.Parameter], Updater | None]:
+        trained = trained_parameters(self._program)
+        return trained, make_updater(self._spec, trained, self._aliases(), self._loss_scale)
+
+    def _resumed(self, saved: SavedState) -> tuple[dict[str, nn.Parameter], Updater | None]:
+        trained, parameters = saved.prepare(self._replica), self._program.parameters_by_name()
+        updater = restored_updater(self._spec, saved.optimizer, trained, parameters, self._aliases(), self._loss_scale)
+        return trained, updater
+
+    def model_state(self) -> dict[str, Any]:
+        """All that the model's future depends on, but for what only this rank holds. Live; every rank has the same.
+
+        tensors: by name, all but aliases. written: by variant of an architecture, the names of the buffers it changes.
+        """
+        program = self._program
+        names = {each: name for name, each in program.parameters_by_name().items()}
+        is_built = isinstance(program, ArchitectureProgram)
+        return {
+            "tensors": {name: each.detach() for name, each in program.all_state().items()},
+            "optimizer": None if self._updater is None else self._updater.state(),
+            "step": self.step,
+            "trained": tuple(names[each] for each in self._trainable),
+            "written": {name: program.written(name) for name in program.variants} if is_built else {},
+        }
+
+    def held_parts(self) -> dict[str, Tensor] | None:
+        """This rank's part of the held gradients by name, live; None where none are held on any rank."""
+        parts = self._held.parts
+        if parts is None:
+            return None
+        names = {each: name for name, each in self._program.parameters_by_name().items()}
+        found = zip(self._trainable, parts, strict=True)
+        return {names[each]: part for each, part in found if part is not None}
 
     @property
     def needs_rejoin(self) -> bool:

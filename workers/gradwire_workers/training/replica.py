@@ -40,7 +40,7 @@ class Replica(nn.Module):
         self.program: BuiltProgram | ArchitectureProgram
         if isinstance(spec.program, ArchitectureSpec):
             self.program = build_architecture(
-                spec.program, spec.seed, device, limits=limits, weights_folder=weights_folder
+                spec.program, spec.seed, device, limits=limits, weights_folder=weights_folder, values=state
             )
         else:
             self.program = build_program(

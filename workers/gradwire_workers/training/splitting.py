@@ -123,6 +123,7 @@ def _tried(
         loss=names[found].words,
         inputs_whole=bool(names[found].reads),
         returns_loss=isinstance(replica.spec.loss, OutputLossSpec),
+        weight=names[found].key,
     )
 
 

@@ -221,6 +221,10 @@ class Updater:
         """Replace both, or neither. InvalidArgument OPTIMIZER_STATE_MISMATCH at the path of what does not fit."""
         self._state.load(state)
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` of another gave, bit for bit; this one was just made."""
+        self._state.restore(state)
+
     def _check_options(self, options: Mapping[str, Any], group: Mapping[str, Any], field: str) -> None:
         owner = f"a group of torch.optim.{self._kind.name}"
         check_options(options, self._kind.group_options, field=field, owner=owner)

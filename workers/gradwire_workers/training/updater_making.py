@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,28 @@ def make_updater(
         message = "gradients are clipped before an update, and the model has no optimizer"
         raise InvalidArgument(message, field=f"model.{name}", reason="NO_OPTIMIZER")
     return None
+
+
+def restored_updater(
+    spec: ModelSpec,
+    state: Mapping[str, Any] | None,
+    trained: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
+    aliases: Mapping[str, nn.Parameter],
+    loss_scale: LossScale | None,
+) -> Updater | None:
+    """The updater with which a model goes on that was saved: `state` is what its updater's gave.
+
+    trained, parameters: those that are trained, and all there are, in their order.
+    """
+    if state is None or spec.optimizer is None:
+        return None
+    held = {name for group in state["param_groups"] for name in group["params"]}
+    updater = make_updater(spec, {n: each for n, each in parameters.items() if n in held}, aliases, loss_scale)
+    assert updater is not None
+    updater.restore(state)
+    updater.update_only(trained)
+    return updater
 
 
 def updater_after(

@@ -1,0 +1,53 @@
+"""The checkpoints of a service, as clients find, list and delete them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.names import checkpoint_name
+from gradwire_proto.values import Checkpoint
+from gradwire_server.pages import page_of
+from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
+
+
+class Needed(Protocol):
+    """Who knows which checkpoints models are brought back from."""
+
+    def needs_checkpoint(self, model_id: str, number: int) -> bool: ...
+
+
+class CheckpointList:
+    """See the module. Names are `Checkpoint.name`."""
+
+    def __init__(self, store: CheckpointStore, models: Needed) -> None:
+        self._store = store
+        self._models = models
+
+    async def get(self, name: str) -> Checkpoint:
+        """What is known of a checkpoint. Raises CheckpointNotFound."""
+        return await asyncio.to_thread(self._store.get, key_of(name))
+
+    async def page(self, size: int, token: str) -> tuple[list[Checkpoint], str]:
+        """(checkpoints by name, automatic ones last, the next page's token or ""). `size` 0: as many as is good."""
+        found = await asyncio.to_thread(self._store.list)
+        return page_of({_order(each): each for each in found}, size, token)
+
+    async def delete(self, name: str) -> None:
+        """Delete a checkpoint. FailedPrecondition CHECKPOINT_NEEDED for one that its model is brought back from."""
+        model_id, separator, number = name.partition("/")
+        if separator and self._models.needs_checkpoint(model_id, int(number)):
+            raise FailedPrecondition(
+                f"models/{model_id} is brought back from this checkpoint: it goes with the model, or when a newer one"
+                " has taken its place",
+                reason="CHECKPOINT_NEEDED",
+                resource=checkpoint_name(name),
+            )
+        await asyncio.to_thread(self._store.delete, key_of(name))
+
+
+def _order(checkpoint: Checkpoint) -> str:
+    if not checkpoint.automatic:
+        return f"0/{checkpoint.name}"
+    return f"1/{checkpoint.model_id}/{checkpoint.command:018d}"

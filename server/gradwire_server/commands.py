@@ -1,0 +1,200 @@
+"""How the requests of one model run: in turn, each command once, numbered, and in the journal before it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from gradwire_proto.errors import GradwireError
+from gradwire_server.calls import Call
+from gradwire_server.failures import public_error
+from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.model_description import ModelDescription
+from gradwire_server.model_records import ModelRecords
+from gradwire_server.replies import with_times, without_tensors
+from gradwire_server.request_log import RequestLog
+from gradwire_server.storage.records import Entry, StoredUpload
+from gradwire_server.stored_replies import EndedCommand, kills_ranks, room_for_reply, stored_reply
+from gradwire_server.tensors.uploads import resolve
+from gradwire_server.work_queue import Job, Unsettled, WorkQueue
+
+T = TypeVar("T")
+
+Deliver = Callable[[T], Awaitable[T]]
+"""Changes a reply, not the model."""
+
+
+class Commands:
+    """See the module. `number` is that of the last command that was applied.
+
+    released: names of retained forwards that were let go of since it was asked last. applied: called in the turn of a
+    command that was applied.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        queue: WorkQueue,
+        log: RequestLog[Job[Any]],
+        ranks: LiveRanks,
+        records: ModelRecords,
+        *,
+        released: Callable[[], tuple[str, ...]],
+        applied: Callable[[], None],
+    ) -> None:
+        self.number = 0
+        self.log = log
+        self._description = description
+        self._queue = queue
+        self._ranks = ranks
+        self._records = records
+        self._released = released
+        self._applied = applied
+
+    async def run(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any, int], Awaitable[T]],
+        deliver: Deliver[T] | None = None,
+    ) -> T:
+        """Run `work(tensors, number)` once for the request id of `call`. A repeat waits for it, or gets its reply."""
+        if call.replay is not None:
+            return await self._run_again(call, tensors, work, deliver)
+        request = self.log.find(call)
+        if request is None:
+            request = self._begin(call, tensors, work, deliver)
+        return await request.result(call.deadline)
+
+    async def read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Run `work(tensors)`, which changes nothing, in its turn."""
+        return await self.begin(call, tensors, work).result(call.deadline)
+
+    def begin(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> Job[T]:
+        """Let `work(tensors)`, which changes nothing, run in its turn."""
+        submitted = time.monotonic()
+
+        async def look(values: Any) -> T | Unsettled[T]:
+            queue = time.monotonic() - submitted
+            result, recovery = await self._ranks.run(lambda: work(values), changes=False)
+            result = with_times(result, call, queue, recovery)
+            # What was seen must outlive what the commands before outlive.
+            return result if self._records.unsettled is None else Unsettled(result, self._records.unsettled)
+
+        return self.take_turn(call, tensors, look)
+
+    def take_turn(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any], Awaitable[T | Unsettled[T]]],
+        failed: Callable[[GradwireError], None] | None = None,
+    ) -> Job[T]:
+        """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
+        self._description.check_usable()
+
+        async def run(values: Any) -> T | Unsettled[T]:
+            # Again: the model may have failed while the request waited.
+            self._description.check_usable()
+            return await work(values)
+
+        return self._queue.submit(call, tensors, run, failed)
+
+    def _begin(
+        self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
+    ) -> Job[T]:
+        submitted = time.monotonic()
+
+        async def apply(values: Any) -> T | Unsettled[T]:
+            return await self._apply(call, job, values, work, deliver, time.monotonic() - submitted)
+
+        job = self.take_turn(call, tensors, apply, self._description.met)
+        self.log.add(call, job)
+        job.on_end(lambda _: self.log.settle(call))
+        return job
+
+    async def _apply(
+        self,
+        call: Call,
+        job: Job[T],
+        values: Any,
+        work: Callable[[Any, int], Awaitable[T]],
+        deliver: Deliver[T] | None,
+        queue: float,
+    ) -> T | Unsettled[T]:
+        # All that can be refused for want of room is refused here, before the model changes.
+        await self._records.usable()
+        uploads = await self._records.keep(job.uploads)
+        before = self.number
+        try:
+            self._records.reserve(len(call.raw) + room_for_reply(call.method))
+            result, recovery = await self._ranks.run(
+                lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
+            )
+        except BaseException as error:
+            if isinstance(error, GradwireError):
+                await self._record_error(call, uploads, error)
+            if self.number == before:
+                self._records.drop(uploads)
+            raise
+        self._description.applied(result)
+        try:
+            result = result if deliver is None else await deliver(result)
+        except Exception as error:
+            refusal = public_error(error, call.request_id)
+            refusal.outcome = "applied"
+            await self._record_error(call, uploads, refusal)
+            raise refusal from None
+        result = with_times(result, call, queue, recovery)
+        settled = self._record(call, uploads, stored_reply(call.method, result), job=job)
+        return result if settled is None else Unsettled(result, settled)
+
+    async def _record_error(self, call: Call, uploads: Sequence[StoredUpload], error: GradwireError) -> None:
+        """Record a command that was applied and has no reply, or that must never be tried again; no other."""
+        refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
+        if refused is None and error.outcome != "applied":
+            return
+        settled = self._record(call, uploads, None, refused=refused)
+        if settled is not None:
+            await settled
+
+    def _record(
+        self,
+        call: Call,
+        uploads: Sequence[StoredUpload],
+        reply: bytes | None,
+        *,
+        refused: str | None = None,
+        job: Job[Any] | None = None,
+    ) -> asyncio.Future[None] | None:
+        """Number the command that was applied and put it into the journal. None: it outlives what it should."""
+        # Only these have numbers: what was refused leaves no trace, in random numbers neither.
+        self.number += 1
+        error = None if refused is None else kills_ranks(refused)
+        self.log.store(call, EndedCommand(self.number, call.method, reply, error))
+        self._applied()
+        entry = Entry(
+            number=self.number,
+            method=call.method,
+            request=call.raw,
+            reply=reply,
+            request_id=call.request_id,
+            body=call.body,
+            refused=refused,
+            uploads=tuple(uploads),
+            released=self._released(),
+        )
+        return self._records.append(entry, job)
+
+    async def _run_again(
+        self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
+    ) -> T:
+        assert call.replay is not None
+        result = await work(resolve(tensors, call.replay.uploads), call.replay.number)
+        self._description.applied(result)
+        self.number = call.replay.number
+        if deliver is None:
+            return result
+        return await deliver(result) if call.replay.answered else without_tensors(result)

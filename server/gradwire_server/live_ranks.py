@@ -1,0 +1,115 @@
+"""The ranks that a model has now: when some are lost, others take their place, and what they were at runs again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_server.failures import public_error
+from gradwire_server.stored_replies import kills_ranks
+from gradwire_server.workers import Workers
+
+T = TypeVar("T")
+
+
+class LiveRanks:
+    """See the module. All methods but `leave` belong to the turn of a request.
+
+    `regain(lost, salvage)` gives the model new ranks, with `adopt`, or raises why it has none any more; `salvage`:
+    whether what the old ones still have can be trusted. `lost_idle` is called, on the event loop, when ranks are lost:
+    somebody should call `ensure` in a turn.
+    """
+
+    def __init__(
+        self, regain: Callable[[RankLost, bool], Awaitable[None]], lost_idle: Callable[[RankLost], None]
+    ) -> None:
+        self._regain = regain
+        self._lost_idle = lost_idle
+        self._workers: Workers | None = None
+        self._lost: RankLost | None = None
+        self._left = False
+        self.applied = 0
+        """What the ranks counted when the last request ended: whoever counted more was in the middle of one."""
+
+    @property
+    def workers(self) -> Workers:
+        """The ranks, as they are now."""
+        assert self._workers is not None, "a model that is served has ranks"
+        return self._workers
+
+    @property
+    def there(self) -> bool:
+        """Whether there are ranks, lost or not."""
+        return self._workers is not None
+
+    def adopt(self, workers: Workers) -> None:
+        """These are the model's ranks from now on."""
+        self._workers, self._lost, self.applied = workers, None, workers.applied
+        workers.on_lost = lambda lost: self._note(workers, lost)
+
+    def _note(self, workers: Workers, lost: RankLost) -> None:
+        if workers is self._workers:
+            self._lost = lost
+            self._lost_idle(lost)
+
+    def leave(self) -> None:
+        """What becomes of the ranks matters no more."""
+        self._left = True
+        if self._workers is not None:
+            self._workers.on_lost = None
+
+    async def ensure(self) -> None:
+        """Return when no rank is lost."""
+        if self._lost is not None:
+            await self._regain(self._lost, True)
+
+    async def _ensure_timed(self) -> float:
+        if self._lost is None:
+            return 0.0
+        started = time.monotonic()
+        await self.ensure()
+        return time.monotonic() - started
+
+    async def run(
+        self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None
+    ) -> tuple[T, float]:
+        """What `work` returns, and the seconds that it had to wait for ranks. `changes`: whether it changes the model.
+
+        Raises what `work` raises, where the model is as before, and InvalidArgument COMMAND_KILLS_RANKS where it loses
+        the ranks twice.
+        """
+        recovery = await self._ensure_timed()
+        try:
+            return await self._try(work, changes, request_id), recovery
+        except RankLost as lost:
+            if self._left:
+                raise
+            started = time.monotonic()
+            await self._regain(lost, True)
+            recovery += time.monotonic() - started
+        try:
+            return await self._try(work, changes, request_id), recovery
+        except RankLost as lost:
+            if self._left:
+                raise
+            await self._regain(lost, True)
+            raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied") from None
+
+    async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
+        try:
+            result = await work()
+            self.applied = self.workers.applied
+            return result
+        except RankLost:
+            raise
+        except Exception as error:
+            if not changes or (isinstance(error, GradwireError) and error.outcome != "unknown"):
+                self.applied = self.workers.applied
+                raise
+            refusal = public_error(error, request_id, outcome="unknown")
+        # Nobody knows what it left behind: no rank's state can be trusted.
+        await self._regain(RankLost(f"a command failed halfway: {refusal}", outcome="unknown"), False)
+        refusal.outcome = "not_applied"
+        raise refusal

@@ -1,0 +1,344 @@
+"""A model from its making to its end: its ranks, its journal and its checkpoints, and how they come back."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.names import automatic_checkpoint
+from gradwire_proto.values import Checkpoint, ModelInfo
+from gradwire_server.autograd_commands import AutogradCommands, Turns
+from gradwire_server.calls import Call
+from gradwire_server.checkpoint_policy import CheckpointPolicy
+from gradwire_server.checkpoint_source import CheckpointSource
+from gradwire_server.checkpointer import Checkpointer
+from gradwire_server.commands import Commands
+from gradwire_server.current_spec import CurrentSpec
+from gradwire_server.hosting import Hosting
+from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.model_description import ModelDescription, deleted
+from gradwire_server.model_records import ModelRecords
+from gradwire_server.request_log import RequestLog
+from gradwire_server.restoring import Restorer, ended_command, state_files, stored_reply_of
+from gradwire_server.storage.checkpoint_store import key_of
+from gradwire_server.storage.journal import Journal
+from gradwire_server.storage.records import Entry
+from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.tensors.file_threads import in_thread
+from gradwire_server.tensors.held_files import remove_files
+from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.workers import Workers
+
+Trained: TypeAlias = "tuple[str, ...] | None"
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLife:
+    """See the module. `commands` runs its requests; `autograd` those of clients whose own autograd goes through it."""
+
+    def __init__(self, description: ModelDescription, hosting: Hosting) -> None:
+        self.description = description
+        self._hosting = hosting
+        self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
+        self.ranks = LiveRanks(self._regain, self._ranks_lost)
+        self._records = ModelRecords(self._begin_anew, self._in_turn)
+        # What waits or runs is never forgotten, however few replies are to be stored.
+        capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
+        log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
+        self.commands = Commands(
+            description,
+            self._queue,
+            log,
+            self.ranks,
+            self._records,
+            released=lambda: self.autograd.take_released(),
+            applied=self._applied,
+        )
+        turns = Turns(command=self.commands.run, read=self.commands.read, begin=self.commands.begin, weigh=log.weigh)
+        self.autograd = AutogradCommands(
+            turns,
+            lambda: self.ranks.workers.retained,
+            hosting.tensors.downloads,
+            hosting.limits,
+            lambda: f"{self.id}/{description.info.created_at}",
+        )
+        self._there = asyncio.Event()
+        self._checkpointer: Checkpointer | None = None
+
+    @property
+    def id(self) -> str:
+        """The last segment of its name."""
+        return self.description.info.id
+
+    @property
+    def number(self) -> int:
+        """The number of the last command that was applied."""
+        return self.commands.number
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether anything of it outlives its ranks."""
+        return self.description.info.durability != "none"
+
+    # --- making and ending ----------------------------------------------------------------------------------------
+
+    async def begin(self, workers: Workers, call: Call, *, number: int = 0, trained: Trained = None) -> ModelInfo:
+        """Serve a new model that these ranks have, once it outlives what it should. `call`: the request that makes it.
+
+        number: that of the last command that it has applied. trained: as in `adopt`. Whatever fails, nothing of it is
+        left in the storage; the ranks are the caller's.
+        """
+        self.commands.number = number
+        self.adopt(workers, trained)
+        if self.is_durable:
+            try:
+                await self._enter_storage(call)
+            except BaseException:
+                self._records.close()
+                await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
+                raise
+        self._watch([number] if self.is_durable else ())
+        self.description.ready()
+        self._there.set()
+        return self.description.info
+
+    async def _enter_storage(self, call: Call) -> None:
+        storage, made_by = self._hosting.storage, None
+        await storage.swept()
+        # Of an earlier model of this name, should it be that they could not be removed with it.
+        await in_thread(storage.checkpoints.delete_automatic, self.id)
+        await self._save_here()
+        if call.request_id is not None:
+            reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
+            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
+        await in_thread(storage.make, self.id, made_by)
+        durability = self.description.info.durability
+        journal, _ = await in_thread(storage.open_journal, self.id, durability, self.number)
+        self.takes_journal(journal)
+
+    def restore(self) -> None:
+        """Serve a model of the storage, once it has been brought back, in the background."""
+
+        async def work(_: Any) -> None:
+            try:
+                await self._hosting.storage.swept()
+                await self._restorer.regain(None, None)
+                self._watch(await in_thread(self._hosting.storage.checkpoints.automatic, self.id))
+                self.description.ready()
+                logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
+            except GradwireError as error:
+                self.description.failed(error)
+                logger.error("models/%s cannot be brought back: %s", self.id, error)
+            finally:
+                self._there.set()
+
+        self.commands.take_turn(Call(), None, work)
+
+    async def there(self, call: Call) -> None:
+        """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
+        if call.replay is None and not self._there.is_set():
+            await self._there.wait()
+
+    async def idle(self) -> None:
+        """Return when no request waits or runs. To be brought back is no request."""
+        if self._there.is_set():
+            await self._queue.idle()
+
+    async def close(self) -> None:
+        """Refuse what waits and what still comes, and free the ranks, after what runs has ended. Idempotent.
+
+        What runs for longer than the setting delete_seconds ends with the ranks' processes. The storage keeps all.
+        """
+        self.ranks.leave()
+        self.autograd.close()
+        no_more_checkpoints = asyncio.ensure_future(self._end_checkpoints())
+        ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
+        first = await self._free_ranks(reuse=ended and not self.description.has_failed)
+        if not ended:
+            await self._queue.cut()
+            if self.ranks.there and self.ranks.workers is not first:
+                # They had just taken the place of lost ones.
+                await self._free_ranks(reuse=False)
+        self._there.set()
+        await no_more_checkpoints
+        self._records.close()
+
+    async def _free_ranks(self, *, reuse: bool) -> Workers | None:
+        if not self.ranks.there:
+            return None
+        await self.ranks.workers.close(reuse=reuse)
+        return self.ranks.workers
+
+    async def _end_checkpoints(self) -> None:
+        if self._checkpointer is not None:
+            await self._checkpointer.close()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    async def save(self, name: str | None, call: Call) -> Checkpoint:
+        """Save the model under a name; None: one is made up. See Checkpointer.save."""
+        assert self._checkpointer is not None
+        return await self._checkpointer.save(name, call.request_id)
+
+    def needs_checkpoint(self, number: int) -> bool:
+        """Whether it would be brought back from its automatic checkpoint of that number."""
+        return self._checkpointer is None or number == self._checkpointer.newest
+
+    def _capture(self, automatic: bool) -> Awaitable[SavedModel | None]:
+        """The model in its turn. See SavableModel."""
+
+        async def work(_: Any) -> SavedModel | None:
+            # A model that is ahead of its journal may still go back.
+            ahead = self.journal is not None and self.journal.broken is not None
+            return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
+
+        return self.commands.take_turn(Call(), None, work).result(None)
+
+    async def _snapshot(self) -> SavedModel:
+        """The model as it is, in a turn. Its tensors are files that belong to the caller."""
+        state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
+        try:
+            spec = await in_thread(self.spec.encoded)
+        except BaseException:
+            remove_files(state_files(state))
+            raise
+        return SavedModel(
+            name=automatic_checkpoint(self.id, self.number),
+            model_id=self.id,
+            automatic=True,
+            created_at=time.time(),
+            request_id=None,
+            spec=spec,
+            layout=self.description.info.tensors,
+            workers=self.description.info.workers,
+            state=replace(state, command=self.number),
+            replies=tuple(stored_reply_of(*each) for each in self.commands.log.stored()),
+        )
+
+    async def _save_here(self) -> None:
+        """Take an automatic checkpoint in the turn that it is."""
+        saved = await self._snapshot()
+        try:
+            await in_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
+        finally:
+            saved.remove_files()
+
+    async def _begin_anew(self) -> None:
+        """Take a checkpoint in the turn that it is, and start the journal anew behind it."""
+        assert self._records.journal is not None
+        await self._save_here()
+        self._records.journal.restart(self.number)
+        if self._checkpointer is not None:
+            self._checkpointer.took(self.number)
+
+    def _applied(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.applied()
+
+    def _watch(self, kept: Sequence[int]) -> None:
+        """Take checkpoints from now on. kept: the numbers of those that there are."""
+        info, keeping, policy = self.description.info, self._hosting.keeping, None
+        if self.is_durable:
+            policy = CheckpointPolicy(
+                commands=info.checkpoint_every,
+                journal_bytes=keeping.checkpoint_bytes,
+                seconds=keeping.checkpoint_seconds,
+                keep=info.keep_checkpoints,
+            )
+        source = CheckpointSource(self.id, lambda: self.number, lambda: self.journal, self._capture)
+        self._checkpointer = Checkpointer(source, self._hosting.storage.checkpoints, policy, kept)
+
+    # --- how it comes back ----------------------------------------------------------------------------------------
+
+    @property
+    def _restorer(self) -> Restorer:
+        storage = self._hosting.storage if self.is_durable else None
+        return Restorer(self, self._hosting.cluster, storage, self._hosting.replayer)
+
+    def _ranks_lost(self, lost: RankLost) -> None:
+        """Nobody may be at work: the ranks are replaced all the same."""
+        self.description.met(lost)
+        self.description.recovering()
+        try:
+            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure())
+        except GradwireError:
+            return  # The next of those that wait replaces them, or the model is on its way out.
+
+    async def _regain(self, lost: RankLost, salvage: bool) -> None:
+        if not self._there.is_set():
+            # Nobody has been told of it yet.
+            raise copy.copy(lost)
+        started = time.monotonic()
+        logger.warning("models/%s lost its ranks: %s", self.id, lost)
+        self.description.met(lost)
+        self.description.recovering()
+        try:
+            await self._restorer.regain(self.ranks.workers, self.ranks.applied if salvage else None)
+        except GradwireError as error:
+            logger.error("models/%s cannot be brought back: %s", self.id, error)
+            self.description.failed(error if self.is_durable else lost)
+            if not self.is_durable:
+                raise copy.copy(lost) from None
+            self.description.check_usable()
+        self.description.ready()
+        with suppress(RankLost):
+            await self.autograd.release_again()
+        logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
+
+    async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
+        await self.commands.take_turn(Call(), None, lambda _: work()).result(None)
+
+    @property
+    def spec(self) -> CurrentSpec:
+        """The spec as of the last command."""
+        return self.description.spec
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where commands are recorded; None: nowhere."""
+        return self._records.journal
+
+    def takes_journal(self, journal: Journal) -> None:
+        """Commands are recorded here."""
+        self._records.journal = journal
+
+    def goes_back_to(self, saved: SavedModel, spec: CurrentSpec) -> None:
+        """What follows is applied to this checkpoint."""
+        self.description.goes_back_to(spec, saved.state.step)
+        self.autograd.goes_back()
+        self._records.goes_back()
+        self.commands.number = saved.state.command
+        for reply in saved.replies:
+            self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
+
+    def adopt(self, workers: Workers, trained: Trained) -> None:
+        """Commands run on these ranks from now on. trained: the parameters that they train; None: as the spec says."""
+        self.ranks.adopt(workers)
+        if self.description.info.architecture is not None:
+            self.description.built(workers.tensors, workers.variants)
+        if trained is not None:
+            self.description.trains(trained)
+        self.description.has_ranks(workers.sharding, workers.device)
+
+    def waits_for(self, error: GradwireError) -> None:
+        """It cannot be brought back yet, because of this."""
+        self.description.met(error)
+
+    async def release_again(self, names: tuple[str, ...]) -> None:
+        """Let go of retained forwards on ranks to which commands are applied once more."""
+        await self.autograd.release_again(names)
+
+    def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
+        """This command of the journal was applied once more."""
+        self.commands.number = entry.number
+        if entry.request_id is not None:
+            self.commands.log.restore(entry.request_id, entry.body, ended)

@@ -1,0 +1,167 @@
+"""One model's journal, as its commands use it: what has not been recorded yet, and what becomes of a broken one."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradwire_proto.errors import GradwireError
+from gradwire_proto.values import Segment, TensorData
+from gradwire_server.storage.journal import Journal
+from gradwire_server.storage.records import Entry, StoredTensor, StoredUpload
+from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.held_files import segment_paths
+from gradwire_server.work_queue import Job
+
+PAUSE = 1.0
+"""Seconds between two attempts to mend a journal."""
+
+
+class ModelRecords:
+    """See the module. Without a journal, of a model that outlives nothing, nothing is recorded.
+
+    save: takes a checkpoint of the model as it is, in the turn of a request, and starts the journal anew behind it.
+    take_turn: has what it is given run in a turn.
+    """
+
+    def __init__(
+        self, save: Callable[[], Awaitable[None]], take_turn: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+    ) -> None:
+        self.journal: Journal | None = None
+        self.unsettled: asyncio.Future[None] | None = None
+        """The newest record that does not outlive yet what it should; what was answered before does."""
+        self._save = save
+        self._take_turn = take_turn
+        self._missing: list[Job[Any]] = []
+        self._history = 0
+        self._next_try = 0.0
+
+    async def usable(self) -> None:
+        """Return when commands can be recorded. Raises why they cannot; nothing was applied."""
+        if self.journal is None or self.journal.broken is None:
+            return
+        try:
+            await self._mend()
+        except GradwireError as error:
+            error.outcome = "not_applied"
+            raise
+
+    async def keep(self, uploads: Mapping[str, Sequence[TensorData]]) -> tuple[StoredUpload, ...]:
+        """Keep the uploads that a command names for as long as its record."""
+        if self.journal is None:
+            return ()
+        return tuple([await self._keep(self.journal, name, tensors) for name, tensors in uploads.items()])
+
+    async def _keep(self, journal: Journal, name: str, tensors: Sequence[TensorData]) -> StoredUpload:
+        file, paths = "", segment_paths(tensors)
+        if paths:
+            (path,) = paths
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            file = await move_bytes(nbytes, journal.keep_upload, Path(path), name)
+        return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)))
+
+    def drop(self, uploads: Sequence[StoredUpload]) -> None:
+        """The command that they were kept for leaves no record."""
+        if self.journal is not None:
+            for upload in uploads:
+                if upload.file:
+                    self.journal.drop_upload(upload.file)
+
+    def reserve(self, nbytes: int) -> None:
+        """See that a record with so many bytes of request and reply can be written."""
+        if self.journal is not None:
+            self.journal.reserve(nbytes)
+
+    def append(self, entry: Entry, job: Job[Any] | None) -> asyncio.Future[None] | None:
+        """Record a command. None: it outlives what it should; otherwise a future that is done when it does.
+
+        The future ends with the error of the storage, outcome "unknown", where that cannot be had; `job` is confirmed
+        when it can be later.
+        """
+        if self.journal is None:
+            return None
+        try:
+            written = self.journal.append(entry)
+        except GradwireError as error:
+            return asyncio.ensure_future(self._mended(error, job, self._history))
+        if written is None:
+            return None
+        settled = asyncio.ensure_future(self._settled(written, job, self._history))
+        self.unsettled = settled
+        settled.add_done_callback(self._forget)
+        return settled
+
+    def _forget(self, settled: asyncio.Future[None]) -> None:
+        if self.unsettled is settled:
+            self.unsettled = None
+
+    async def _settled(self, written: asyncio.Future[None], job: Job[Any] | None, history: int) -> None:
+        try:
+            await asyncio.shield(written)
+        except GradwireError as error:
+            await self._mended(error, job, history)
+
+    async def _mended(self, error: GradwireError, job: Job[Any] | None, history: int) -> None:
+        """The model is ahead of its journal: it is not when a checkpoint of it was taken."""
+        try:
+            await self._take_turn(self.usable)
+        except GradwireError:
+            if job is not None and history == self._history:
+                self._missing.append(job)
+        else:
+            if history == self._history:
+                return
+        error = copy.copy(error)
+        error.outcome = "unknown"
+        raise error if history == self._history else _undone(error)
+
+    async def _mend(self) -> None:
+        assert self.journal is not None and self.journal.broken is not None
+        if time.monotonic() < self._next_try:
+            raise copy.copy(self.journal.broken)
+        try:
+            await self._save()
+        except BaseException:
+            self._next_try = time.monotonic() + PAUSE
+            raise
+        missing, self._missing = self._missing, []
+        for job in missing:
+            job.confirm()
+
+    def goes_back(self) -> None:
+        """What was applied and not recorded is undone: it may be tried again."""
+        self._history += 1
+        missing, self._missing = self._missing, []
+        for job in missing:
+            job.error = _undone(job.error)
+
+    def close(self) -> None:
+        """Close the journal. Idempotent."""
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+
+
+def _undone(error: GradwireError | None) -> GradwireError:
+    assert error is not None
+    error = copy.copy(error)
+    error.outcome, error.retryable = "not_applied", True
+    return error
+
+
+def stored_tensors(upload: StoredUpload, journal: Journal) -> list[TensorData]:
+    """The tensors of an upload that a record names."""
+    path = str(journal.blobs.path(upload.file)) if upload.file else ""
+    return [
+        TensorData(each.dtype, each.shape, Segment(path, each.offset, each.nbytes) if each.nbytes else b"")
+        for each in upload.tensors
+    ]
+
+
+def _stored(tensor: TensorData) -> StoredTensor:
+    offset = tensor.data.offset if isinstance(tensor.data, Segment) else 0
+    return StoredTensor(dtype=tensor.dtype, shape=tuple(tensor.shape), offset=offset, nbytes=tensor.nbytes)

@@ -1,0 +1,121 @@
+"""The uploads that a journal's records name, kept as files beside it for as long as one of them does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.storage_errors import storage_error
+
+_UPLOAD = re.compile(r"uploads/([A-Za-z0-9_-]{1,64})")
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class Blobs:
+    """One model's. A blob stays while a command that may still be recorded waits for it, or a record names it."""
+
+    def __init__(self, folder: Path, *, durable: bool) -> None:
+        self._folder = folder
+        self._durable = durable
+        self._keeping = threading.Lock()  # Held while bytes are copied.
+        self._change = threading.Lock()
+        self._waiting: Counter[str] = Counter()
+        self._named_by: dict[str, int] = {}
+
+    def path(self, file: str) -> Path:
+        """Where the blob of that name lies."""
+        return self._folder / file
+
+    def keep(self, source: Path, name: str) -> str:
+        """Keep the upload "uploads/{upload}", whose bytes are in `source`; the name of its file here.
+
+        It is linked where that can be, else copied by the kernel; durable on return where the journal is. Errors of
+        `storage_error`. May block long: a thread may call it.
+        """
+        if not (upload := _UPLOAD.fullmatch(name)):
+            raise ValueError(f"{name!r} is no name of an upload")
+        file = upload[1]
+        with self._keeping:
+            with self._change:
+                self._waiting[file] += 1
+                if self._waiting[file] > 1 or file in self._named_by:
+                    return file
+            try:
+                self._bring(source, self.path(file))
+            except OSError as error:
+                with self._change:
+                    self._end_wait(file)
+                raise storage_error(error, "hold the command's upload") from error
+        return file
+
+    def note(self, files: Iterable[str], number: int) -> None:
+        """The record of command `number` names these."""
+        with self._change:
+            for file in files:
+                self._end_wait(file)
+                self._named_by[file] = number
+
+    def drop(self, file: str) -> None:
+        """The command that `keep` was called for leaves no record."""
+        with self._change:
+            self._end_wait(file)
+            if file not in self._waiting and file not in self._named_by:
+                self.path(file).unlink(missing_ok=True)
+
+    def cut(self, first: int) -> None:
+        """Remove the blobs that only records before command `first` named, which are gone."""
+        with self._change:
+            for file in [file for file, number in self._named_by.items() if number < first]:
+                del self._named_by[file]
+                if file not in self._waiting:
+                    self.path(file).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what no record names: left by commands that were cut off."""
+        with self._change:
+            for path in self._folder.iterdir():
+                if path.name not in self._named_by and path.name not in self._waiting:
+                    path.unlink(missing_ok=True)
+
+    def _end_wait(self, file: str) -> None:
+        self._waiting[file] -= 1
+        if self._waiting[file] <= 0:
+            del self._waiting[file]
+
+    def _bring(self, source: Path, target: Path) -> None:
+        """Under another name first: what has its own name is whole."""
+        temporary = target.with_name(f".{target.name}")
+        try:
+            temporary.unlink(missing_ok=True)
+            _link_or_copy(source, temporary)
+            if self._durable:
+                _sync_file(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if self._durable:
+            sync_folder(self._folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(source, target)  # By sendfile, inside the kernel.
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,73 @@
+"""Where checkpoints lie: folders that appear whole or not at all. The seam between what is written and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from gradwire_proto.errors import AlreadyExists, GradwireError
+from gradwire_server.storage.storage_errors import storage_error
+from gradwire_server.storage.tensor_files import Sink
+
+
+class Draft(Protocol):
+    """A folder that nobody sees yet. It goes when its context ends before `commit`."""
+
+    def file(self, name: str) -> AbstractContextManager[Sink]:
+        """A new file; what was written is there when the context has ended."""
+        ...
+
+    def commit(self, manifest: bytes) -> None:
+        """Make the folder visible, durably."""
+        ...
+
+
+class Folders(Protocol):
+    """Folders by key, such as "named/best". Every call may block, and for a bounded time only.
+
+    Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE.
+    """
+
+    def draft(self, key: str, *, replace: bool) -> AbstractContextManager[Draft]:
+        """Without `replace`: AlreadyExists CHECKPOINT_EXISTS where a folder of that key is there."""
+        ...
+
+    def manifest(self, key: str) -> bytes | None:
+        """None where there is no such folder."""
+        ...
+
+    def keys(self, prefix: str) -> list[str]:
+        """The keys of all folders that start with `prefix`, such as "auto/digits/" or ""."""
+        ...
+
+    def fetch(self, key: str, names: list[str]) -> Path:
+        """A new local folder with these files, which belongs to the caller. One that is not there is left out."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a folder, whole from the first moment on. One that is gone already is fine."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what writers that are gone have left half-written. Nobody may be writing."""
+        ...
+
+
+def taken(key: str) -> AlreadyExists:
+    """What is raised where a folder is to be made that exists."""
+    name = key.partition("/")[2]
+    return AlreadyExists(f"there is a checkpoint {name!r} already", field="checkpoint_id", reason="CHECKPOINT_EXISTS")
+
+
+@contextmanager
+def storage_errors(where: str, *, outcome: str = "not_applied") -> Iterator[None]:
+    """Inside, what the storage `where` raises becomes the error that clients see."""
+    try:
+        yield
+    except GradwireError:
+        # Some of ours are also ConnectionErrors or TimeoutErrors.
+        raise
+    except OSError as error:
+        raise storage_error(error, f"hold checkpoints in {where}", outcome=outcome) from error

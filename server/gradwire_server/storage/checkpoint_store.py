@@ -1,0 +1,194 @@
+"""Checkpoints by key: "named/NAME", and "auto/MODEL/NUMBER" for those that nobody asked for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, InvalidArgument
+from gradwire_proto.names import checkpoint_name
+from gradwire_proto.values import Checkpoint
+from gradwire_server.storage.checkpoint_files import check_file, read_files, write_files
+from gradwire_server.storage.checkpoint_folders import Folders, storage_errors, taken
+from gradwire_server.storage.local_folders import LocalFolders
+from gradwire_server.storage.manifest import (
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from gradwire_server.storage.object_folders import ObjectFolders
+from gradwire_server.storage.saved_model import SavedModel
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def key_of(name: str) -> str:
+    """The key of what `Checkpoint.name` says: "best", or "digits/100" of an automatic one."""
+    return f"auto/{name}" if "/" in name else f"named/{name}"
+
+
+class CheckpointStore:
+    """Checkpoints in a folder, or wherever fsspec reaches. Every method may block, and is for any thread.
+
+    url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: the service's own folder for
+    files that are fetched from there. fence: raises where another service has taken over the storage. patience: seconds
+    that one call of a remote store may take.
+
+    Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE, and
+    ConfigError for a URL that means nothing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        options: Mapping[str, str] | None = None,
+        *,
+        fence: Callable[[], None] = lambda: None,
+        patience: float = 30.0,
+    ) -> None:
+        scheme, separator, path = url.partition("://")
+        self._folders: Folders
+        if not separator or scheme == "file":
+            self._folders = LocalFolders(Path(path if separator else url), fence)
+        else:
+            self._folders = ObjectFolders(url, options or {}, cache, fence, patience)
+        self._claims: set[str] = set()
+        self._lock = threading.Lock()
+
+    def write(self, key: str, saved: SavedModel) -> Checkpoint:
+        """Make a checkpoint, all of it or nothing. An automatic one takes the place of one with the same number.
+
+        AlreadyExists CHECKPOINT_EXISTS where the name is taken, but for the request that made that one: it gets the
+        first answer.
+        """
+        with self._claimed(key):
+            if not saved.automatic and (first := self.answered(key, saved.model_id, saved.request_id)):
+                return first
+            with self._folders.draft(key, replace=saved.automatic) as draft:
+                manifest = Manifest.of(saved, write_files(draft, saved))
+                draft.commit(encode_manifest(manifest))
+        return manifest.checkpoint()
+
+    def answered(self, key: str, model_id: str, request_id: str | None) -> Checkpoint | None:
+        """The checkpoint that this request made, None where there is none. AlreadyExists where another made it."""
+        content = self._folders.manifest(key)
+        if content is None:
+            return None
+        found = decode_manifest(content, _name(key))
+        if request_id is None or found.request_id != request_id:
+            raise taken(key)
+        if found.model_id != model_id:
+            raise InvalidArgument(
+                f"{request_id} was the id of another request; each needs its own",
+                field="request_id",
+                reason="REQUEST_ID_REUSED",
+            )
+        return found.checkpoint()
+
+    def get(self, key: str) -> Checkpoint:
+        """What clients see of a checkpoint; of its files only the manifest is looked at. CheckpointNotFound."""
+        return self._manifest(key).checkpoint()
+
+    def read(self, key: str) -> SavedModel:
+        """The model of a checkpoint. Its tensors are segments of files that belong to the caller (see `remove_files`).
+
+        CheckpointNotFound; FailedPrecondition CHECKPOINT_VERSION, and CHECKPOINT_CORRUPT where a single bit is wrong.
+        """
+        manifest = self._manifest(key)
+        folder = self._folders.fetch(key, list(manifest.files))
+        try:
+            with storage_errors(str(folder)):
+                for name, expected in manifest.files.items():
+                    check_file(folder / name, expected, _name(key))
+                return read_files(folder, manifest, _name(key))
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, FailedPrecondition) and self._folders.manifest(key) is None:
+                # Deleted meanwhile.
+                raise _not_found(key) from None
+            raise
+
+    def list(self, prefix: str = "") -> list[Checkpoint]:
+        """The checkpoints whose key starts with `prefix`, by key. Those that cannot be read are logged and left out."""
+        found = []
+        for key in self._folders.keys(prefix):
+            try:
+                found.append(self.get(key))
+            except CheckpointNotFound:
+                pass
+            except FailedPrecondition as error:
+                logger.warning("%s", error)
+        return found
+
+    def automatic(self, model_id: str) -> list[int]:
+        """The numbers of a model's automatic checkpoints, newest first."""
+        keys = self._folders.keys(f"auto/{model_id}/")
+        numbers = (key.rpartition("/")[2] for key in keys)
+        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+    def newest(self, model_id: str) -> str | None:
+        """The key of a model's newest automatic checkpoint."""
+        numbers = self.automatic(model_id)
+        return f"auto/{model_id}/{numbers[0]}" if numbers else None
+
+    def delete(self, key: str) -> None:
+        """Remove a checkpoint. CheckpointNotFound."""
+        if self._folders.manifest(_checked(key)) is None:
+            raise _not_found(key)
+        self._folders.delete(key)
+
+    def delete_automatic(self, model_id: str) -> None:
+        """Remove every automatic checkpoint of a model that goes."""
+        for number in self.automatic(model_id):
+            self._folders.delete(f"auto/{model_id}/{number}")
+
+    def sweep(self) -> None:
+        """Remove what earlier services left half-written. For a service that has just taken the storage over."""
+        self._folders.sweep()
+
+    def _manifest(self, key: str) -> Manifest:
+        content = self._folders.manifest(_checked(key))
+        if content is None:
+            raise _not_found(key)
+        return decode_manifest(content, _name(key))
+
+    @contextmanager
+    def _claimed(self, key: str) -> Iterator[None]:
+        """Inside, nobody else writes there."""
+        with self._lock:
+            if _checked(key) in self._claims:
+                raise taken(key)
+            self._claims.add(key)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claims.remove(key)
+
+
+def _checked(key: str) -> str:
+    """`key`, which becomes a path: nothing but what `key_of` gives for a checkpoint's name."""
+    kind, _, name = key.partition("/")
+    if kind not in ("auto", "named") or ("/" in name) != (kind == "auto"):
+        raise ValueError(f"no key of a checkpoint: {key!r:.100}")
+    checkpoint_name(name)
+    return key
+
+
+def _name(key: str) -> str:
+    return key.partition("/")[2]
+
+
+def _not_found(key: str) -> CheckpointNotFound:
+    name = _name(key)
+    return CheckpointNotFound(
+        f"there is no checkpoint {name!r}", reason="CHECKPOINT_NOT_FOUND", resource=checkpoint_name(name)
+    )

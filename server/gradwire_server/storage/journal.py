@@ -1,0 +1,278 @@
+"""A model's commands since its last checkpoint, so that none that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from gradwire_proto.errors import GradwireError
+from gradwire_server.storage.blobs import Blobs
+from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.record_sizes import RecordSizes
+from gradwire_server.storage.records import Entry, StoredUpload, encode
+from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.storage.segments import (
+    START_BYTES,
+    SegmentFile,
+    bounded,
+    list_segments,
+    needed,
+    read_segments,
+    segment_path,
+)
+from gradwire_server.storage.storage_errors import journal_corrupt, storage_error
+from gradwire_server.storage.storage_lock import StorageLock
+
+SEGMENT_BYTES = 64 << 20
+"""A segment that has reached so much is followed by another."""
+_DESCRIPTION_ROOM = 64 << 10
+"""What a record takes besides request and reply, as a rule far less."""
+
+
+class Journal:
+    """One model's write-ahead log: `reserve`, carry the command out, `append`, acknowledge.
+
+    durability: "process": a command is safe once `append` returns, whatever becomes of processes. "disk": once its
+    future is done, whatever becomes of the machine. Only the event loop's thread calls it, except where it says so.
+
+    `broken` is why the journal takes no more commands: a write or an fsync failed, or another frontend has taken over.
+    What had been written is not tried again. After the former, `restart` goes on behind a new checkpoint.
+    """
+
+    def __init__(self, folder: Path, lock: StorageLock, *, durability: str) -> None:
+        if durability not in ("process", "disk"):
+            raise ValueError(f"a journal is durable at 'process' or 'disk', not at {durability!r}")
+        self.broken: GradwireError | None = None
+        self.blobs = Blobs(folder / "blobs", durable=durability == "disk")
+        self._folder = folder / "journal"
+        self._lock = lock
+        self._durable = durability == "disk"
+        self._segments: list[SegmentFile] = []
+        self._segment: SegmentWriter | None = None
+        self._sync: partial[None] | None = None
+        self._begin_anew = False
+        self._next = 1
+        self._sizes = RecordSizes(self._next)
+
+    @classmethod
+    def open(cls, folder: Path, lock: StorageLock, *, durability: str, after: int) -> tuple[Journal, Iterator[Entry]]:
+        """The journal in a model's folder, and its entries behind command `after`, which a checkpoint holds.
+
+        All that is behind `after` is checked before this returns; a torn end is cut off. FailedPrecondition
+        JOURNAL_CORRUPT, which names file and byte; errors of `storage_error`. A disk that is full or read-only is no
+        error before `reserve`. Blocks; any thread may call it.
+        """
+        journal = cls(folder, lock, durability=durability)
+        try:
+            for needed_folder in (journal._folder, folder / "blobs"):
+                needed_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"make {folder}") from error
+        journal._recover(after)
+        return journal, journal.entries(after)
+
+    @property
+    def last(self) -> int:
+        """The number of the last command recorded, or behind which the journal begins."""
+        return self._next - 1
+
+    def entries(self, after: int) -> Iterator[Entry]:
+        """The entries behind command `after` that are there now, in order. Requests are parts of mapped files.
+
+        The iterator raises FailedPrecondition JOURNAL_CORRUPT. It may be read in a thread.
+        """
+        whole = bounded([*self._segments, SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
+        return (placed.entry for placed in read_segments(whole, after) if placed.entry.number > after)
+
+    def reserve(self, nbytes: int) -> None:
+        """Room for the record of one command, whose request and reply together have so many bytes at most.
+
+        ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, or what broke the journal; the command is
+        refused then, outcome "not_applied". Afterwards appending so much cannot fail for want of room.
+        """
+        if self.broken is not None:
+            refusal = copy.copy(self.broken)
+            refusal.outcome = "not_applied"
+            raise refusal
+        try:
+            segment = self._segment
+            if segment is None or self._begin_anew or segment.end >= SEGMENT_BYTES:
+                segment = self._begin_segment()
+            segment.reserve(nbytes + _DESCRIPTION_ROOM)
+        except OSError as error:
+            raise storage_error(error, "hold another command") from error
+        except GradwireError as error:
+            error.outcome = "not_applied"
+            raise
+
+    def append(self, entry: Entry) -> asyncio.Future[None] | None:
+        """Record a command that was carried out. None: it may be acknowledged; a future: once that is done.
+
+        FailedPrecondition MODEL_FENCED, or an error of `storage_error`, from here or from the future, has the outcome
+        "unknown" and breaks the journal: the command must not be acknowledged.
+        """
+        if self.broken is not None:
+            raise copy.copy(self.broken)
+        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
+        try:
+            segment = self._segment or self._begin_segment()
+            nbytes = segment.write(encode(entry, segment.seed))
+            self._lock.check()
+        except OSError as error:
+            self.broken = storage_error(error, "hold the command", outcome="unknown")
+            raise copy.copy(self.broken) from error
+        except GradwireError as error:
+            self.broken = error
+            raise
+        self._next += 1
+        self._sizes.add(nbytes)
+        if entry.uploads:
+            self.blobs.note((upload.file for upload in entry.uploads), entry.number)
+        if not self._durable:
+            return None
+        assert self._sync is not None
+        return self._lock.commits.add(self, self._sync)
+
+    def keep_upload(self, path: Path, name: str) -> str:
+        """Keep an upload for the command that names it, before it is carried out; see Blobs.keep."""
+        return self.blobs.keep(path, name)
+
+    def drop_upload(self, file: str) -> None:
+        """What `keep_upload` kept is not needed: its command was refused."""
+        self.blobs.drop(file)
+
+    def size_after(self, number: int) -> int:
+        """Bytes of the records behind command `number`, since the last `cut` at most."""
+        return self._sizes.after(number)
+
+    def cut(self, number: int) -> None:
+        """Forget what a checkpoint holds: whole segments, and blobs, that nothing behind command `number` needs.
+
+        Whatever cuts this off, the rest is whole: segments go oldest first, their blobs afterwards. What cannot be
+        removed stays until another time. The next command begins another segment, which the next cut can end at.
+        """
+        self._sizes.forget(number)
+        self._begin_anew = True
+        gone = 0
+        try:
+            while len(self._segments) > gone + 1 and self._segments[gone + 1].first <= number + 1:
+                self._segments[gone].path.unlink(missing_ok=True)
+                gone += 1
+            if gone and self._durable:
+                sync_folder(self._folder)
+            self.blobs.cut(self._segments[gone].first if self._segments else self._next)
+        except OSError as error:
+            raise storage_error(error, "remove what a checkpoint holds") from error
+        finally:
+            del self._segments[:gone]
+
+    def restart(self, after: int) -> None:
+        """Go on after a failure, in a new segment, behind a checkpoint that holds all up to command `after`.
+
+        That checkpoint holds every command that was carried out, also those whose record failed. FailedPrecondition
+        MODEL_FENCED for ever once another frontend has taken over; errors of `storage_error` leave things as they are.
+        """
+        assert after >= self.last, f"the checkpoint at {after} lacks commands up to {self.last}"
+        self._lock.check()
+        self._lock.commits.finish(self)
+        before, self._next = self._next, after + 1
+        try:
+            self._begin_segment()
+        except OSError as error:
+            self._next = before
+            raise storage_error(error, "hold another command") from error
+        self.broken = None
+        self._sizes = RecordSizes(self._next)
+        with suppress(GradwireError):  # The next cut tries again.
+            self.cut(after)
+
+    def close(self) -> None:
+        """Wait until all is durable that is to be, and close the file. What is in the folder stays."""
+        self._lock.commits.finish(self)
+        if self._segment is not None:
+            self._leave(self._segment)
+            self._segment.close()
+            self._segment = self._sync = None
+
+    def _begin_segment(self) -> SegmentWriter:
+        """Roll: the next command is the first of a new segment. OSError leaves things as they are."""
+        old = self._segment
+        if old is not None and old.first == self._next and self.broken is None:
+            self._begin_anew = False
+            return old
+        self._lock.check()
+        if old is not None:
+            self._leave(old)
+        path = segment_path(self._folder, self._lock.epoch, self._next)
+        self._segment = SegmentWriter(path, self._lock.epoch, self._next)
+        self._sync = partial(self._make_durable, self._segment)
+        self._segments = [segment for segment in self._segments if segment.path != path]
+        self._segments = bounded([*self._segments, SegmentFile(path, self._lock.epoch, self._next)])
+        self._begin_anew = False
+        return self._segment
+
+    def _leave(self, segment: SegmentWriter) -> None:
+        with suppress(OSError):  # Else it holds some room more than it needs, until it is cut.
+            segment.give_back()
+
+    def _make_durable(self, segment: SegmentWriter) -> None:
+        """One fsync, in the thread of the group commit."""
+        if self.broken is None:
+            try:
+                segment.sync()
+                return
+            except OSError as error:
+                self.broken = storage_error(error, "make the command durable", outcome="unknown")
+        raise copy.copy(self.broken)
+
+    def _recover(self, after: int) -> None:
+        """Find where the journal ends, and begin a segment there, so that nothing that a former writer adds counts."""
+        found = list_segments(self._folder)
+        if found and found[-1].epoch > self._lock.epoch:
+            raise journal_corrupt(found[-1].path, 0, f"a later epoch wrote it than this one, {self._lock.epoch}")
+        end = self._check(found, after)
+        self._segments = found
+        with suppress(OSError):  # `reserve` says so, and tries again.
+            self._begin_segment()
+            self._tidy(found, after, end)
+
+    def _check(self, found: list[SegmentFile], after: int) -> int:
+        """Read all that may be behind `after`; where the records of the last segment end, in bytes."""
+        self._next, end = after + 1, START_BYTES
+        self._sizes = RecordSizes(self._next)
+        for placed in read_segments(found, after):
+            entry = placed.entry
+            self.blobs.note((upload.file for upload in entry.uploads), entry.number)
+            if placed.path == found[-1].path:
+                end = placed.end
+            if entry.number > after:
+                for upload in entry.uploads:
+                    self._check_blob(entry.number, upload)
+                self._sizes.add(placed.end - placed.start)
+                self._next = entry.number + 1
+        return end
+
+    def _check_blob(self, number: int, upload: StoredUpload) -> None:
+        path = self.blobs.path(upload.file)
+        there = path.stat().st_size if path.exists() else -1
+        if there < max((tensor.offset + tensor.nbytes for tensor in upload.tensors), default=0):
+            what = "is missing" if there < 0 else "is cut off"
+            raise journal_corrupt(path, max(there, 0), f"{upload.name}, which command {number} needs, {what}")
+
+    def _tidy(self, found: list[SegmentFile], after: int, end: int) -> None:
+        """Behind a new segment: cut off the torn end, and remove segments and blobs that nothing needs."""
+        if found:
+            last = found[-1].path
+            if last.exists():
+                os.truncate(last, min(end, last.stat().st_size))
+        empty = [segment for segment in self._segments if segment.until is not None and segment.until <= segment.first]
+        for segment in empty:
+            segment.path.unlink(missing_ok=True)
+            self._segments.remove(segment)
+        if all(needed(segment, after) for segment in self._segments):
+            self.blobs.sweep()

@@ -1,0 +1,212 @@
+"""Folders of a POSIX file system: written under another name, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from gradwire_proto.errors import FailedPrecondition
+from gradwire_server.storage.checkpoint_folders import storage_errors, taken
+from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.manifest import MANIFEST
+
+_PARTIAL = ".partial"
+"""Holds what is being written, and what is being removed."""
+
+_READING = ".reading"
+"""Holds links to what is being read, so that deleting a checkpoint takes nothing from its readers."""
+
+_REPLACED = ".replaced"
+"""Holds a folder while another takes its place."""
+
+_FLUSH_BYTES = 32 << 20
+"""Written pages are flushed so often: whoever else flushes a file meanwhile never waits for more than these."""
+
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
+
+
+class LocalFolders:
+    """See `Folders`. `fence` raises where another service has taken over this storage: then nothing is made visible."""
+
+    def __init__(self, root: Path, fence: Callable[[], None]) -> None:
+        self._root = root
+        self._fence = fence
+        with self._errors():
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextmanager
+    def draft(self, key: str, *, replace: bool) -> Iterator[_LocalDraft]:
+        with self._errors():
+            if not replace and (self._root / key).exists():
+                raise taken(key)
+            path = self._new(_PARTIAL)
+            try:
+                yield _LocalDraft(self, key, path, replace)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def manifest(self, key: str) -> bytes | None:
+        with self._errors():
+            try:
+                return (self._root / key / MANIFEST).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def keys(self, prefix: str) -> list[str]:
+        with self._errors():
+            keys = (key for key in self._folders() if key.startswith(prefix))
+            return sorted(key for key in keys if (self._root / key / MANIFEST).is_file())
+
+    def fetch(self, key: str, names: list[str]) -> Path:
+        with self._errors():
+            folder = self._new(_READING)
+            try:
+                for name in names:
+                    _link(self._root / key / name, folder / name)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            return folder
+
+    def delete(self, key: str) -> None:
+        with self._errors():
+            self._fence()
+            trash = self._new(_PARTIAL)
+            try:
+                # The rename takes it away whole; what comes after is only room.
+                os.rename(self._root / key, trash)
+            except FileNotFoundError:
+                pass
+            finally:
+                shutil.rmtree(trash, ignore_errors=True)
+
+    def sweep(self) -> None:
+        with self._errors():
+            for name in _names(self._root / _REPLACED):
+                with contextlib.suppress(OSError):
+                    os.rename(self._root / _REPLACED / name, self._root / name.replace("@", "/"))
+            for name in (_PARTIAL, _READING, _REPLACED):
+                shutil.rmtree(self._root / name, ignore_errors=True)
+            for key in self._folders():
+                if not (self._root / key / MANIFEST).is_file():
+                    shutil.rmtree(self._root / key)
+            for model_id in _names(self._root / "auto"):
+                with contextlib.suppress(OSError):
+                    # Of a model that has none any more.
+                    os.rmdir(self._root / "auto" / model_id)
+
+    def show(self, path: Path, key: str, *, replace: bool) -> None:
+        """Rename the folder `path` to what `key` names, durably."""
+        target = self._root / key
+        aside = self._root / _REPLACED / key.replace("/", "@")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._fence()
+        if replace and target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            os.rename(target, aside)
+        try:
+            _rename_new(path, target, key)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(aside, target)
+            raise
+        for folder in (target.parent, *target.parent.parents):
+            sync_folder(folder)
+            if folder == self._root:
+                break
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _folders(self) -> list[str]:
+        """Every key that there may be."""
+        named = [f"named/{name}" for name in _names(self._root / "named")]
+        models = [f"auto/{model_id}" for model_id in _names(self._root / "auto")]
+        return named + [f"{model}/{number}" for model in models for number in _names(self._root / model)]
+
+    def _new(self, below: str) -> Path:
+        path = self._root / below / secrets.token_hex(8)
+        path.mkdir(mode=0o700, parents=True)
+        return path
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return storage_errors(str(self._root))
+
+
+class _LocalDraft:
+    """A folder that still has another name."""
+
+    def __init__(self, folders: LocalFolders, key: str, path: Path, replace: bool) -> None:
+        self._folders = folders
+        self._key = key
+        self._path = path
+        self._replace = replace
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[_LocalFile]:
+        descriptor = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield _LocalFile(descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def commit(self, manifest: bytes) -> None:
+        with self.file(MANIFEST) as file:
+            file.write(manifest)
+        sync_folder(self._path)
+        self._folders.show(self._path, self._key, replace=self._replace)
+
+
+class _LocalFile:
+    """Bytes one behind the other, flushed as they come."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._unflushed = 0
+
+    def write(self, piece: bytes | memoryview) -> None:
+        left = memoryview(piece)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._unflushed += len(piece)
+        if self._unflushed >= _FLUSH_BYTES:
+            os.fdatasync(self._descriptor)
+            self._unflushed = 0
+
+
+def _rename_new(path: Path, target: Path, key: str) -> None:
+    """Rename a folder to what is not there yet."""
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise taken(key) from None
+        if error.errno == errno.ENOENT:
+            # Whoever takes over a storage sweeps it first.
+            raise FailedPrecondition("another service has taken over this storage", reason="MODEL_FENCED") from None
+        raise
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file; where the file system has no links, copy it. Nothing where it is not there."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)

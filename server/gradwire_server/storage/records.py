@@ -1,0 +1,161 @@
+"""How one command stands in a journal, byte by byte.
+
+A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
+
+    header    "GWRC", flags (2 bytes; 1: there is a reply), zero (2), length of the description (4), of the request (8),
+              of the reply (8), number (8), CRC-32 of the header so far (4)
+    trailer   CRC-32 of all before it (4), "END\\n" (4)
+
+Both checksums go on from a seed that the segment gives, so that no record of another one is taken for its own. The last
+byte of a record is never zero: zeros at the end of a journal are room that was never written to.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_HEADER = struct.Struct("<4sHHIQQQ")
+_CHECK = struct.Struct("<I")
+_TRAILER = struct.Struct("<I4s")
+_BEGIN = b"GWRC"
+_END = b"END\n"
+_HAS_REPLY = 1
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+HEADER_BYTES = _HEADER.size + _CHECK.size
+TRAILER_BYTES = _TRAILER.size
+REPLY_BYTES = 4 << 20
+"""Replies that are larger are not stored: a repeat of the request hears that it was applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies in the file of an upload; `offset` and `nbytes` in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredUpload:
+    """An upload that a request names: `name` is "uploads/{upload}", `file` its name among the model's blobs."""
+
+    name: str
+    file: str
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One command. `request` and `reply` are messages as they travelled, `body` the digest in Call.body.
+
+    reply: None where it is larger than REPLY_BYTES, or the command was refused.
+    refused: why a command that killed its ranks twice was not carried out; None for every other.
+    released: names of retained forwards that were let go of since the command before.
+    """
+
+    number: int
+    method: str
+    request: bytes | memoryview
+    reply: bytes | None
+    request_id: str | None
+    body: bytes
+    refused: str | None = None
+    uploads: tuple[StoredUpload, ...] = ()
+    released: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a record's header says; lengths in bytes."""
+
+    has_reply: bool
+    description: int
+    request: int
+    reply: int
+    number: int
+
+    @property
+    def nbytes(self) -> int:
+        """The whole record's."""
+        return HEADER_BYTES + self.description + self.request + self.reply + TRAILER_BYTES
+
+
+class BadRecord(Exception):
+    """Bytes that are no record of this segment; the text says why."""
+
+
+def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
+    """The record's parts, in order; the request is one of them, not copied. None of them is empty."""
+    description = _to_json(_describe(entry)).encode()
+    reply = entry.reply if entry.reply is not None and len(entry.reply) <= REPLY_BYTES else None
+    flags = _HAS_REPLY if reply is not None else 0
+    lengths = (len(description), len(entry.request), len(reply or b""))
+    start = _HEADER.pack(_BEGIN, flags, 0, *lengths, entry.number)
+    start += _CHECK.pack(zlib.crc32(start, seed))
+    check = zlib.crc32(entry.request, zlib.crc32(description, zlib.crc32(start, seed)))
+    if not reply:
+        return start, description, entry.request, _TRAILER.pack(check, _END)
+    return start, description, entry.request, reply, _TRAILER.pack(zlib.crc32(reply, check), _END)
+
+
+def decode_header(data: memoryview, seed: int) -> Header:
+    """The header at the start of `data`, which holds HEADER_BYTES at least. Raises BadRecord."""
+    begin, flags, zero, description, request, reply, number = _HEADER.unpack_from(data)
+    (check,) = _CHECK.unpack_from(data, _HEADER.size)
+    if begin != _BEGIN or zero or check != zlib.crc32(data[: _HEADER.size], seed):
+        raise BadRecord("no record begins here, or its header is damaged")
+    return Header(bool(flags & _HAS_REPLY), description, request, reply, number)
+
+
+def decode(header: Header, record: memoryview, seed: int) -> Entry:
+    """The entry in `record`, which is all of it. The request is a part of `record`, not copied. Raises BadRecord."""
+    check, end = _TRAILER.unpack_from(record, header.nbytes - TRAILER_BYTES)
+    if end != _END or check != zlib.crc32(record[:-TRAILER_BYTES], seed):
+        raise BadRecord(f"the record of command {header.number} is damaged: its checksum differs")
+    request = HEADER_BYTES + header.description
+    reply = request + header.request
+    try:
+        words = json.loads(bytes(record[HEADER_BYTES:request]))
+        return Entry(
+            number=header.number,
+            request=record[request:reply],
+            reply=bytes(record[reply:-TRAILER_BYTES]) if header.has_reply else None,
+            method=words["method"],
+            request_id=words.get("request_id"),
+            body=bytes.fromhex(words["body"]),
+            refused=words.get("refused"),
+            uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
+            released=tuple(words.get("released", ())),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRecord(f"the record of command {header.number} has no description that is known here") from error
+
+
+def _describe(entry: Entry) -> dict[str, Any]:
+    words: dict[str, Any] = {"method": entry.method, "body": entry.body.hex()}
+    if entry.request_id is not None:
+        words["request_id"] = entry.request_id
+    if entry.refused is not None:
+        words["refused"] = entry.refused
+    if entry.uploads:
+        words["uploads"] = [[upload.name, upload.file, _rows(upload)] for upload in entry.uploads]
+    if entry.released:
+        words["released"] = entry.released
+    return words
+
+
+def _rows(upload: StoredUpload) -> list[tuple[str, tuple[int, ...], int, int]]:
+    return [(tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes) for tensor in upload.tensors]
+
+
+def _upload(name: str, file: str, rows: Sequence[tuple[str, Sequence[int], int, int]]) -> StoredUpload:
+    tensors = tuple(StoredTensor(dtype=d, shape=tuple(s), offset=o, nbytes=n) for d, s, o, n in rows)
+    return StoredUpload(name=name, file=file, tensors=tensors)

@@ -1,0 +1,117 @@
+"""A model as a checkpoint holds it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradwire_proto.values import Checkpoint, ModelState, StateTensor, TensorData, leaves
+from gradwire_server.tensors.held_files import remove_files, segment_paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredReply:
+    """What became of a request with an id. `reply`: the raw response; None where it was refused, or was too large.
+
+    body: `Call.body`. method: the RPC's name. refused: the text of the error of a command that is never tried again.
+    """
+
+    number: int
+    request_id: str
+    body: bytes
+    method: str
+    reply: bytes | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedModel:
+    """Everything that a model is made from again.
+
+    name: as `Checkpoint` has it. request_id: of the request that asked for it, None for one that nobody asked for.
+    spec: the raw message gradwire.v1.Model with every variant's graphs, and optimizer and settings as they are now.
+    layout: the program's tensors, aliases included, in the order of state_dict. torch_version: what it was saved under.
+    folder: the folder of the files that hold the tensors, where they have one of their own, which goes with them.
+    """
+
+    name: str
+    model_id: str
+    automatic: bool
+    created_at: float
+    request_id: str | None
+    spec: bytes
+    layout: tuple[StateTensor, ...]
+    workers: int
+    state: ModelState
+    replies: tuple[StoredReply, ...] = ()
+    torch_version: str = ""
+    folder: Path | None = None
+
+    def checkpoint(self, nbytes: int) -> Checkpoint:
+        """What clients see of it. nbytes: of its files."""
+        return Checkpoint(
+            name=self.name,
+            model_id=self.model_id,
+            step=self.state.step,
+            command=self.state.command,
+            created_at=self.created_at,
+            nbytes=nbytes,
+            automatic=self.automatic,
+        )
+
+    def remove_files(self) -> None:
+        """Remove the files that hold the tensors, which belong to whoever has this. Idempotent."""
+        remove_files(segment_paths(_tensors(self.state)))
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _tensors(state: ModelState) -> Iterator[TensorData]:
+    yield from state.tensors.values()
+    yield from (leaf for _, leaf in leaves(state.optimizer) if isinstance(leaf, TensorData))
+    for held in state.held:
+        yield from (held or {}).values()
+
+
+def encode_replies(replies: tuple[StoredReply, ...]) -> Iterator[bytes]:
+    """The length of a list in JSON in 8 bytes, the list, and behind it the responses themselves."""
+    listed = [
+        {
+            "number": each.number,
+            "request_id": each.request_id,
+            "body": each.body.hex(),
+            "method": each.method,
+            "bytes": None if each.reply is None else len(each.reply),
+            "refused": each.refused,
+        }
+        for each in replies
+    ]
+    text = json.dumps(listed, ensure_ascii=False, indent=1).encode()
+    yield len(text).to_bytes(8, "little")
+    yield text
+    yield from (each.reply for each in replies if each.reply is not None)
+
+
+def decode_replies(content: bytes) -> tuple[StoredReply, ...]:
+    """The replies. Raises ValueError, KeyError or TypeError where this is not what `encode_replies` gives."""
+    start = int.from_bytes(content[:8], "little") + 8
+    replies = []
+    end = start
+    for item in json.loads(content[8:start]):
+        begin, end = end, end + (item["bytes"] or 0)
+        replies.append(
+            StoredReply(
+                number=item["number"],
+                request_id=item["request_id"],
+                body=bytes.fromhex(item["body"]),
+                method=item["method"],
+                reply=None if item["bytes"] is None else content[begin:end],
+                refused=item["refused"],
+            )
+        )
+    if end != len(content):
+        raise ValueError(f"it has {len(content)} bytes, and should have {end}")
+    return tuple(replies)
