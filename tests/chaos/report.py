@@ -1,0 +1,40 @@
+"""What faults cost: stalls by kind, and the share of time lost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from chaos.faults import Fault
+from chaos.training import Made
+
+
+def stalls(faults: Sequence[Fault], trainings: Sequence[Sequence[Made]]) -> dict[str, list[float]]:
+    """For each kind, for each fault: seconds that the step it hit took beyond the usual, of the model it hit worst."""
+    found: dict[str, list[float]] = {}
+    for fault in faults:
+        found.setdefault(fault.kind, []).append(max(_stall(fault, made) for made in trainings))
+    return found
+
+
+def _stall(fault: Fault, made: Sequence[Made]) -> float:
+    hit = next((each for each in made if each.end > fault.at), None)
+    return 0.0 if hit is None else max(0.0, hit.end - max(hit.begin, fault.at) - usual(made))
+
+
+def usual(made: Sequence[Made]) -> float:
+    """The median step, in seconds."""
+    return statistics.median(each.end - each.begin for each in made)
+
+
+def lost_share(made: Sequence[Made]) -> float:
+    """The share of a training's time that its steps took beyond the usual; of steps twice as long or more."""
+    normal = usual(made)
+    took = [each.end - each.begin for each in made]
+    return sum(each - normal for each in took if each > 2 * normal) / (made[-1].end - made[0].begin)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
