@@ -120,13 +120,12 @@ class _Running:
         except GradwireError:
             self._may_have_arrived = had_arrived
             raise
-        is_another = reply != self._reply
-        self._is_answered, self._reply = True, reply
+        reply_before, self._is_answered, self._reply = self._reply, True, reply
         try:
             return exchange.finish(reply)
         except GradwireError as error:
             # Asked again, a command has the same reply: what is gone of it stays gone.
-            gone = error.reason == "DOWNLOAD_NOT_FOUND" and is_another
+            gone = error.reason == "DOWNLOAD_NOT_FOUND" and reply != reply_before
             raise _Unfetched(error) if gone or is_passing(error) else self._as_answered(error) from None
 
     def _comes_again(self, failure: Lost | _Unfetched | GradwireError) -> bool:

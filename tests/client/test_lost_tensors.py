@@ -248,4 +248,4 @@ def test_commands_tensors_that_are_gone_for_good_are_an_error_that_says_that_it_
         model.forward(torch.zeros(3, 2), training=True)
     assert (caught.value.reason, caught.value.outcome) == ("DOWNLOAD_NOT_FOUND", "applied")
     assert caught.value.request_id == next(iter(held.applied))
-    assert len(held.requests) == 2
+    assert len(held.requests) == 2 and scripted.requests("GetCommand") == []

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import grpc
 import pytest
 
 from gradwire import errors
@@ -114,9 +115,15 @@ def test_service_that_is_killed_and_started_again_on_its_port_is_found_again(fre
     rpc = Rpc(free_server.target, timeout=20.0)
     rpc.call("GetServerInfo", pb.GetServerInfoRequest())
     os.kill(free_server.pid, signal.SIGKILL)
-    threading.Timer(0.3, free_server.start).start()
+    back = []
+    threading.Timer(0.3, lambda: free_server.start() or back.append(time.monotonic())).start()
     assert codec.decode_server_info(rpc.call("GetServerInfo", pb.GetServerInfoRequest())).workers == 4
+    found = time.monotonic()
     rpc.close()
+    eventually = time.monotonic() + 10
+    while not back and time.monotonic() < eventually:
+        time.sleep(0.01)
+    assert found - back[0] < 3, "it was looked for too seldom"
 
 
 def test_service_that_stops_in_the_midst_of_a_command_is_asked_again_when_it_is_back(scripted, start_scripted, rpc):
@@ -135,6 +142,35 @@ def test_service_that_stops_in_the_midst_of_a_command_is_asked_again_when_it_is_
     first.on_arrival = stop
     assert train(rpc).result.step == 1
     assert second.arrived == first.arrived and len(second.applied) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "comes_again"),
+    [
+        (grpc.StatusCode.CANCELLED, "the service was torn down", True),
+        (grpc.StatusCode.UNKNOWN, "Stream removed", True),
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", True),
+        (grpc.StatusCode.UNAVAILABLE, "of a proxy on the way", True),
+        (grpc.StatusCode.UNKNOWN, "Exception calling application", False),
+        (grpc.StatusCode.INTERNAL, "a defect", False),
+    ],
+)
+def test_status_that_no_service_of_ours_gave_is_a_broken_connection_or_a_defect(
+    rpc, scripted, code, words, comes_again
+):
+    ledger = Ledger()
+
+    def answer(request, context):
+        reply = ledger.train(request, context)
+        return context.abort(code, words) if len(ledger.arrived) == 1 else reply
+
+    scripted.answers |= ledger.answers | {"TrainStep": answer}
+    if comes_again:
+        assert train(rpc).result.step == 1
+    else:
+        with pytest.raises(errors.GradwireError):
+            train(rpc)
+    assert len(ledger.arrived) == 1 + comes_again and len(ledger.applied) == 1
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
