@@ -37,9 +37,9 @@ def key_of(name: str) -> str:
 class CheckpointStore:
     """Checkpoints in a folder, or wherever fsspec reaches. Every method may block, and is for any thread.
 
-    url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: the service's own folder for
-    files that are fetched from there. fence: raises where another service has taken over the storage. patience: seconds
-    that one call of a remote store may take.
+    url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: a folder of the service, in
+    which files that are fetched get a folder of their own. fence: raises where another service has taken over the
+    storage. patience: seconds that one call of a remote store may take.
 
     Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE, and
     ConfigError for a URL that means nothing.
@@ -55,11 +55,12 @@ class CheckpointStore:
         patience: float = 30.0,
     ) -> None:
         scheme, separator, path = url.partition("://")
+        files = cache / "fetched-checkpoints"
         self._folders: Folders
         if not separator or scheme == "file":
-            self._folders = LocalFolders(Path(path if separator else url), fence)
+            self._folders = LocalFolders(Path(path if separator else url), files, fence)
         else:
-            self._folders = ObjectFolders(url, options or {}, cache, fence, patience)
+            self._folders = ObjectFolders(url, options or {}, files, fence, patience)
         self._claims: set[str] = set()
         self._lock = threading.Lock()
 

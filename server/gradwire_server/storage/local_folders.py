@@ -28,14 +28,19 @@ _REPLACED = ".replaced"
 _FLUSH_BYTES = 32 << 20
 """Written pages are flushed so often: whoever else flushes a file meanwhile never waits for more than these."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
 class LocalFolders:
-    """See `Folders`. `fence` raises where another service has taken over this storage: then nothing is made visible."""
+    """See `Folders`. cache: a folder elsewhere, for files that are read while there is no room for links.
 
-    def __init__(self, root: Path, fence: Callable[[], None]) -> None:
+    fence: raises where another service has taken over this storage; then nothing is made visible or removed.
+    """
+
+    def __init__(self, root: Path, cache: Path, fence: Callable[[], None]) -> None:
         self._root = root
+        self._cache = cache
         self._fence = fence
         with self._errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,14 +70,13 @@ class LocalFolders:
 
     def fetch(self, key: str, names: list[str]) -> Path:
         with self._errors():
-            folder = self._new(_READING)
             try:
-                for name in names:
-                    _link(self._root / key / name, folder / name)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            return folder
+                return _fetched(self._root / key, names, self._root / _READING, _link)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+            # A full disk must not keep a model from being restored.
+            return _fetched(self._root / key, names, self._cache, shutil.copyfile)
 
     def delete(self, key: str) -> None:
         with self._errors():
@@ -88,6 +92,7 @@ class LocalFolders:
 
     def sweep(self) -> None:
         with self._errors():
+            shutil.rmtree(self._cache, ignore_errors=True)
             for name in _names(self._root / _REPLACED):
                 with contextlib.suppress(OSError):
                     os.rename(self._root / _REPLACED / name, self._root / name.replace("@", "/"))
@@ -200,12 +205,24 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
+def _fetched(source: Path, names: list[str], parent: Path, get: Callable[[Path, Path], object]) -> Path:
+    """A new folder in `parent` with those of the files that are there."""
+    folder = parent / secrets.token_hex(8)
+    folder.mkdir(mode=0o700, parents=True)
+    try:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                get(source / name, folder / name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
 def _link(source: Path, target: Path) -> None:
-    """Link a file; where the file system has no links, copy it. Nothing where it is not there."""
+    """Link a file; where the file system has no links, copy it."""
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        return
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -110,7 +111,7 @@ def test_service_that_was_taken_over_from_makes_nothing_visible(store, storage, 
 
 
 def test_disk_that_is_full_is_told_and_written_to_when_there_is_room(mount, segments, tmp_path):
-    disk: Path = mount("-t", "tmpfs", "-o", "size=48k", "none")
+    disk: Path = mount("-t", "tmpfs", "-o", "size=48k,nr_inodes=64", "none")
     store = CheckpointStore(str(disk / "checkpoints"), tmp_path / "cache")
     (disk / "other").write_bytes(bytes(32 << 10))
     saved = automatic(segments, 4)
@@ -120,6 +121,7 @@ def test_disk_that_is_full_is_told_and_written_to_when_there_is_room(mount, segm
     assert not [path for path in (disk / "checkpoints").rglob("*") if path.is_file()]
     (disk / "other").unlink()
     store.write("auto/digits/4", saved)
+    fill(disk)
     assert content(store.read("auto/digits/4")) == content(saved)
 
 
@@ -133,6 +135,10 @@ def test_disk_that_is_read_only_is_told(mount, segments, tmp_path):
         with pytest.raises(FailedPrecondition) as refused:
             store.write("named/other", replace(saved, name="other"))
         assert refused.value.reason == "STORAGE_READ_ONLY"
+        read = store.read("named/best")
+        assert content(read) == content(saved)
+        read.remove_files()
+        assert not list((tmp_path / "cache/fetched-checkpoints").iterdir())
         assert [each.name for each in store.list()] == ["best"]
     finally:
         remount(disk, "rw")
@@ -141,3 +147,13 @@ def test_disk_that_is_read_only_is_told(mount, segments, tmp_path):
 
 def remount(disk: Path, mode: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Take all room, and all names that there is room for."""
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with contextlib.suppress(OSError):
+        for number in range(10**6):
+            (disk / f"filler-{number}").touch()

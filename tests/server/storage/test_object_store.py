@@ -207,7 +207,7 @@ def test_reader_whose_store_goes_away_is_told_and_leaves_nothing(store, segments
     for after in range(count):
         objects.trouble = Trouble(after, lose_connection)
         assert refusal(lambda: store.read(NAMED)).reason == "STORAGE_UNREACHABLE"
-        assert list((tmp_path / "cache").iterdir()) == []
+        assert list((tmp_path / "cache/fetched-checkpoints").iterdir()) == []
 
 
 def test_store_that_does_not_answer_is_told_in_time(store, segments, objects):
