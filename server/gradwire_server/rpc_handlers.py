@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -111,7 +110,10 @@ async def _parse(kind: type[Message], raw: bytes, method: str, call: Call, messa
     request_id, body = check_request_id(getattr(request, "request_id", "")), b""
     if request_id is not None:
         body = await asyncio.to_thread(_digest, method, raw) if len(raw) > SLOW_DIGEST_BYTES else _digest(method, raw)
-    return request, replace(call, method=method, raw=raw, request_id=request_id, body=body)
+    # Not dataclasses.replace, which takes ten times as long.
+    return request, Call(
+        arrived=call.arrived, deadline=call.deadline, method=method, raw=raw, request_id=request_id, body=body
+    )
 
 
 def _parse_one(kind: type[Message], raw: bytes) -> Any:

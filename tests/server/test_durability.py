@@ -357,6 +357,58 @@ async def test_outcome_is_unknown_while_nothing_can_be_saved_and_settled_when_it
         assert steps(workers) == [(b"a", 1), (b"c", 2)]
 
 
+async def test_command_that_no_journal_has_is_undone_when_its_ranks_are_lost_and_may_run_again(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.05)
+    old = await frontend.create()
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    request = frontend.train(b"b", request_id=fakes.request_id())
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentWriter, "write", broken)
+        patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+        assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+        assert (await frontend.error(frontend.stub.GetCommand(get_command(request.request_id)))).outcome == "unknown"
+    old.on_lost(RankLost("rank 0 died"))
+    await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
+    workers = await ready(frontend)
+    assert steps(workers) == [(b"a", 1)]
+    command = await frontend.stub.GetCommand(get_command(request.request_id))
+    assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+    await asyncio.sleep(0.1)
+    assert (await frontend.stub.TrainStep(request)).result.step == 2
+    assert steps(workers) == [(b"a", 1), (b"b", 2)]
+
+
+async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:
+    async with start(checkpoint_commands=2) as frontend:
+        await frontend.create()
+        for value in (b"a", b"b", b"c"):
+            await frontend.stub.TrainStep(frontend.train(value))
+        await frontend.until(lambda: (storage / "checkpoints/auto/m/2/manifest.json").exists())
+    weights = storage / "checkpoints/auto/m/2/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    async with start() as frontend:
+        assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2), (b"c", 3)]
+
+
+async def test_frontend_whose_storage_was_taken_over_acknowledges_nothing(
+    frontend: Any, storage: Path, fakes: Any
+) -> None:
+    workers = await frontend.create()
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    (storage / "other").write_text("100\n")
+    os.replace(storage / "other", storage / "epoch")
+    error = await frontend.error(frontend.stub.TrainStep(frontend.train(b"b")))
+    assert (error.reason, error.outcome) == ("MODEL_FENCED", "unknown")
+    error = await frontend.error(frontend.stub.TrainStep(frontend.train(b"c")))
+    assert (error.reason, error.outcome) == ("MODEL_FENCED", "not_applied")
+    assert steps(workers) == [(b"a", 1), (b"b", 2)]
+
+
 async def test_at_disk_the_model_goes_on_while_answers_wait_for_their_fsync(start: Any, monkeypatch: Any) -> None:
     may_sync, synced = threading.Event(), SegmentWriter.sync
 

@@ -23,7 +23,7 @@ from gradwire_server.calls import Call
 from gradwire_server.tensors.held_files import TensorType
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.tensors.uploads import Uploads
-from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.work_queue import Job, Unsettled, WorkQueue
 
 
 class Queue(WorkQueue):
@@ -161,3 +161,33 @@ async def test_a_command_s_error_is_heard_before_the_next_work_begins(uploads: U
     results = await asyncio.gather(*(job.result(None) for job in jobs), return_exceptions=True)
     assert log == ["failing", "unknown", "next", "failing"]
     assert [getattr(result, "outcome", None) for result in results] == ["unknown", None, "not_applied"]
+
+
+async def test_result_that_is_not_settled_is_waited_for_while_the_next_work_runs(uploads: Uploads) -> None:
+    queue, log = Queue(uploads), []
+    settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def unsettled(_: Any) -> Unsettled[int]:
+        return Unsettled(1, settled)
+
+    first, second = queue.put(unsettled), queue.put(returning(2, log))
+    waiting = asyncio.ensure_future(first.result(None))
+    assert await second.result(None) == 2 and not waiting.done() and not first.ended
+    assert not await queue.idle(0.01)
+    settled.set_result(None)
+    assert await waiting == 1 and await queue.idle(1)
+
+
+async def test_result_that_cannot_be_settled_is_an_error_until_it_is_confirmed(uploads: Uploads) -> None:
+    queue = Queue(uploads)
+    settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def unsettled(_: Any) -> Unsettled[int]:
+        return Unsettled(1, settled)
+
+    job = queue.put(unsettled)
+    settled.set_exception(ResourceExhausted("full", outcome="unknown"))
+    with pytest.raises(ResourceExhausted):
+        await job.result(None)
+    job.confirm()
+    assert await job.result(None) == 1
