@@ -9,16 +9,17 @@ JOBS      ?= 2
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance lint format stubs bench
+.PHONY: help demo test conformance chaos lint format stubs bench
 
 help:
 	@echo "make demo    train a small network on handwritten digits through an embedded service"
 	@echo "make test    all tests, and a check that no process is left behind"
 	@echo "make conformance  everything that PyTorch's own tests try, through the service and by plain torch: half an hour"
+	@echo "make chaos   ten minutes of training while processes are killed, stopped and cut off"
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
-	@echo "make bench   start-up, and what an idle service costs, beside baselines of the same run"
+	@echo "make bench   start-up, an idle service, the journal and a killed rank, beside baselines of the same run"
 
 demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 
 conformance: $(INSTALLED)
 	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m conformance $(ARGS)
+
+chaos: $(INSTALLED)
+	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .
@@ -49,6 +53,8 @@ stubs: $(INSTALLED)
 bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/startup.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/idle.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/journal.py
+	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.recovery
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing gradwire and its tools into .venv (a few minutes the first time) ..."

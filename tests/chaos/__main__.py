@@ -12,7 +12,8 @@ import sys
 from collections import Counter
 
 import torch
-from chaos.report import lost_share, quantile, stalls
+from chaos.faults import Fault
+from chaos.report import lost_share, quantile, stall, stalls
 from chaos.run import Outcome, run
 
 LEAST_OF_EACH = 5
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="of all phases together")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--each", action="store_true", help="print every fault, too")
     parser.add_argument("--pause", nargs=2, type=float, default=[5.0, 15.0], help="least and most seconds between two")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -32,6 +34,8 @@ def main() -> int:
         seconds = options.seconds / len(options.ranks)
         outcome = run(ranks_each=ranks, seconds=seconds, seed=options.seed + index, pause=tuple(options.pause))
         _print(outcome)
+        if options.each:
+            _print_each(outcome)
         outcomes.append(outcome)
     wrong = [each for outcome in outcomes for each in outcome.wrong] + _too_few(outcomes)
     for each in wrong:
@@ -54,6 +58,19 @@ def _print(outcome: Outcome) -> None:
         print(f"  refused, not applied, and asked again: {dict(outcome.refused)}")
     if outcome.missed:
         print(f"  nobody to strike: {dict(Counter(outcome.missed))}", flush=True)
+
+
+def _print_each(outcome: Outcome) -> None:
+    begin = min(made[0].begin for made in outcome.made if made)
+    for fault in outcome.faults:
+        taken = "  ".join(f"{stall(fault, made):6.2f}" for made in outcome.made)
+        print(f"    at {fault.at - begin:6.1f} s  {fault.kind:18}  stalls {taken}")
+        print(f"                of that the service's recovery  {_recoveries(fault, outcome)}", flush=True)
+
+
+def _recoveries(fault: Fault, outcome: Outcome) -> str:
+    hit = [next((each for each in made if each.end > fault.at), None) for made in outcome.made]
+    return "  ".join(f"{each.recovery if each else 0.0:6.2f}" for each in hit)
 
 
 def _too_few(outcomes: list[Outcome]) -> list[str]:

@@ -13,11 +13,12 @@ def stalls(faults: Sequence[Fault], trainings: Sequence[Sequence[Made]]) -> dict
     """For each kind, for each fault: seconds that the step it hit took beyond the usual, of the model it hit worst."""
     found: dict[str, list[float]] = {}
     for fault in faults:
-        found.setdefault(fault.kind, []).append(max(_stall(fault, made) for made in trainings))
+        found.setdefault(fault.kind, []).append(max(stall(fault, made) for made in trainings))
     return found
 
 
-def _stall(fault: Fault, made: Sequence[Made]) -> float:
+def stall(fault: Fault, made: Sequence[Made]) -> float:
+    """Seconds beyond the usual that the step took which was under way, or came next, when the fault struck."""
     hit = next((each for each in made if each.end > fault.at), None)
     return 0.0 if hit is None else max(0.0, hit.end - max(hit.begin, fault.at) - usual(made))
 
