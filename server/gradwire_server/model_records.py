@@ -54,7 +54,14 @@ class ModelRecords:
         """Keep the uploads that a command names for as long as its record."""
         if self.journal is None:
             return ()
-        return tuple([await self._keep(self.journal, name, tensors) for name, tensors in uploads.items()])
+        kept: list[StoredUpload] = []
+        try:
+            for name, tensors in uploads.items():
+                kept.append(await self._keep(self.journal, name, tensors))
+        except BaseException:
+            self.drop(kept)
+            raise
+        return tuple(kept)
 
     async def _keep(self, journal: Journal, name: str, tensors: Sequence[TensorData]) -> StoredUpload:
         file, paths = "", segment_paths(tensors)

@@ -96,9 +96,9 @@ class Restorer:
         Waits for ranks and storage that are not there. Raises why the model cannot be brought back.
         """
         state = None if lost is None or applied is None else await self._salvage(lost, applied)
-        if lost is not None:
-            await lost.close(reuse=False)
         try:
+            if lost is not None:
+                await self._give_up(lost)
             await self._try_until_there(state)
         finally:
             if state is not None:
@@ -110,6 +110,12 @@ class Restorer:
         except Exception:
             logger.exception("models/%s: what a rank still had could not be read", self._model.id)
             return None
+
+    async def _give_up(self, lost: Workers) -> None:
+        try:
+            await lost.close(reuse=False)
+        except Exception:
+            logger.exception("models/%s: its lost ranks could not be ended", self._model.id)
 
     async def _try_until_there(self, state: ModelState | None) -> None:
         pause, failures = FIRST_PAUSE, 0

@@ -358,29 +358,33 @@ async def test_outcome_is_unknown_while_nothing_can_be_saved_and_settled_when_it
 
 
 async def test_command_that_no_journal_has_is_undone_when_its_ranks_are_lost_and_may_run_again(
-    frontend: Any, fakes: Any, monkeypatch: Any
+    start: Any, fakes: Any, monkeypatch: Any
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.05)
-    old = await frontend.create()
-    await frontend.stub.TrainStep(frontend.train(b"a"))
-    request = frontend.train(b"b", request_id=fakes.request_id())
-    with monkeypatch.context() as patch:
-        patch.setattr(SegmentWriter, "write", broken)
-        patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
-        assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
-        assert (await frontend.error(frontend.stub.GetCommand(get_command(request.request_id)))).outcome == "unknown"
-    old.on_lost(RankLost("rank 0 died"))
-    await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
-    workers = await ready(frontend)
-    assert steps(workers) == [(b"a", 1)]
-    command = await frontend.stub.GetCommand(get_command(request.request_id))
-    assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
-    await asyncio.sleep(0.1)
-    assert (await frontend.stub.TrainStep(request)).result.step == 2
-    assert steps(workers) == [(b"a", 1), (b"b", 2)]
+    async with start() as frontend:
+        old = await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+        request = frontend.train(b"b", request_id=fakes.request_id())
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "write", broken)
+            patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+            assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+            error = await frontend.error(frontend.stub.GetCommand(get_command(request.request_id)))
+            assert error.outcome == "unknown"
+        old.on_lost(RankLost("rank 0 died"))
+        await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
+        assert steps(await ready(frontend)) == [(b"a", 1)]
+        command = await frontend.stub.GetCommand(get_command(request.request_id))
+        assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+        await asyncio.sleep(0.1)
+        await frontend.stub.TrainStep(frontend.train(b"c"))
+    async with start() as frontend:
+        workers = await ready(frontend)
+        assert (await frontend.stub.TrainStep(request)).result.step == 3
+        assert steps(workers) == [(b"c", 2), (b"b", 3)]
 
 
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:

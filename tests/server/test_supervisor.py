@@ -161,6 +161,8 @@ def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(st
     assert new_raylet.pid != raylet.pid
     assert len(first_ranks) == 2
     assert not [process for process in first_ranks if alive(process)]
+    # What it keeps outlives both, although nobody has named a storage.
+    assert service.trace("journal-2")
 
 
 @pytest.mark.parametrize("victim", ["guard", "supervisor"])
