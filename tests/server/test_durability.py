@@ -206,7 +206,7 @@ async def test_retained_forwards_are_there_again_under_their_names_and_released_
 
 
 async def test_reply_that_was_too_large_to_be_stored_is_made_anew(start: Any, fakes: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("gradwire_server.stored_replies.REPLY_BYTES", 100)
+    monkeypatch.setattr("gradwire_server.stored_replies.REPLY_BYTES", 10)
     request = pb.ForwardRequest(name="models/m", training=True, request_id=fakes.request_id())
     codec.encode_value(fakes.two_floats(), request.inputs)
     async with start() as frontend:
