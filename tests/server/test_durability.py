@@ -170,6 +170,16 @@ async def test_uploads_are_kept_for_as_long_as_a_record_names_them(start: Any, f
         assert steps(await ready(frontend)) == [(b"uploaded", 1)]
 
 
+async def test_upload_of_a_refused_command_is_not_kept(frontend: Any, storage: Path) -> None:
+    workers = await frontend.create()
+    workers.error = InvalidArgument("no")
+    name = await frontend.upload(TensorData("float32", (1, 2), b"uploaded"))
+    request = frontend.train()
+    request.batch.inputs.tensor.handle = f"{name}/tensors/0"
+    await frontend.error(frontend.stub.TrainStep(request))
+    assert not list((storage / "models/m/blobs").iterdir())
+
+
 async def test_settings_and_variants_come_back(start: Any, fakes: Any) -> None:
     async with start() as frontend:
         await frontend.create()
