@@ -241,7 +241,10 @@ class ModelLife:
             saved.remove_files()
 
     async def _begin_anew(self) -> None:
-        """Take a checkpoint in the turn that it is, and start the journal anew behind it."""
+        """Take a checkpoint in the turn that it is, and start the journal anew behind it.
+
+        Forwards that are retained are not in it. There is nothing better: their journal has a hole.
+        """
         assert self._records.journal is not None
         await self._save_here()
         self._records.journal.restart(self.number)

@@ -83,7 +83,7 @@ class ModelRecords:
         if self.journal is not None:
             self.journal.reserve(nbytes)
 
-    def append(self, entry: Entry, job: Job[Any] | None) -> asyncio.Future[None] | None:
+    def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:
         """Record a command. None: it outlives what it should; otherwise a future that is done when it does.
 
         The future ends with the error of the storage, outcome "unknown", where that cannot be had; `job` is confirmed
@@ -106,18 +106,18 @@ class ModelRecords:
         if self.unsettled is settled:
             self.unsettled = None
 
-    async def _settled(self, written: asyncio.Future[None], job: Job[Any] | None, history: int) -> None:
+    async def _settled(self, written: asyncio.Future[None], job: Job[Any], history: int) -> None:
         try:
             await asyncio.shield(written)
         except GradwireError as error:
             await self._mended(error, job, history)
 
-    async def _mended(self, error: GradwireError, job: Job[Any] | None, history: int) -> None:
+    async def _mended(self, error: GradwireError, job: Job[Any], history: int) -> None:
         """The model is ahead of its journal: it is not when a checkpoint of it was taken."""
         try:
             await self._take_turn(self.usable)
         except GradwireError:
-            if job is not None and history == self._history:
+            if history == self._history:
                 self._missing.append(job)
         else:
             if history == self._history:

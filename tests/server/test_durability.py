@@ -397,6 +397,32 @@ async def test_command_that_no_journal_has_is_undone_when_its_ranks_are_lost_and
         assert steps(workers) == [(b"c", 2), (b"b", 3)]
 
 
+@pytest.mark.parametrize("durability", ["process", "disk"])
+async def test_command_that_was_applied_and_has_no_reply_is_recorded_although_the_journal_breaks(
+    start: Any, fakes: Any, monkeypatch: Any, durability: str
+) -> None:
+    failing = {"process": "write", "disk": "sync"}[durability]
+    original, failures = getattr(SegmentWriter, failing), [OSError(errno.EIO, "Input/output error")]
+
+    def fails_once(self: Any, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(self, *arguments)
+
+    async with start(durability=durability) as frontend:
+        workers = await frontend.create()
+        workers.error = ResourceExhausted("the answer did not fit", reason="REPLY_TOO_LARGE", outcome="applied")
+        request = frontend.train(b"a", request_id=fakes.request_id())
+        monkeypatch.setattr(SegmentWriter, failing, fails_once)
+        error = await frontend.error(frontend.stub.TrainStep(request))
+        assert (error.reason, error.outcome) == ("REPLY_TOO_LARGE", "applied") and not failures
+        workers.error = None
+        await frontend.stub.TrainStep(frontend.train(b"b"))
+    async with start() as frontend:
+        assert steps(await ready(frontend)) == [(b"b", 2)]
+        assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "applied"
+
+
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:
     async with start(checkpoint_commands=2) as frontend:
         await frontend.create()
