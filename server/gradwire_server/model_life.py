@@ -303,6 +303,7 @@ class ModelLife:
                 raise copy.copy(lost) from None
             self.description.check_usable()
         self.commands.log.goes_back_to(self.number)
+        self._records.goes_back_to(self.number)
         self.description.ready()
         with suppress(RankLost):
             await self.autograd.release_again()
@@ -329,7 +330,6 @@ class ModelLife:
         """What follows is applied to this checkpoint."""
         self.description.goes_back_to(spec, saved.state.step)
         self.autograd.goes_back()
-        self._records.goes_back()
         self.commands.number = saved.state.command
         for reply in saved.replies:
             self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))

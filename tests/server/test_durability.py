@@ -121,7 +121,7 @@ async def test_deleted_model_does_not_come_back_and_its_files_are_gone(start: An
         await frontend.create()
         await frontend.stub.TrainStep(frontend.train())
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*"))
         await frontend.create()
     async with start() as frontend:
         assert steps(await ready(frontend)) == []
@@ -421,6 +421,33 @@ async def test_command_that_was_applied_and_has_no_reply_is_recorded_although_th
     async with start() as frontend:
         assert steps(await ready(frontend)) == [(b"b", 2)]
         assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "applied"
+
+
+async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_after_ranks_were_lost(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    may_sync = threading.Event()
+
+    def sync(_: Any) -> None:
+        assert may_sync.wait(5)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with start(durability="disk") as frontend:
+        old = await frontend.create()
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "sync", sync)
+            request = frontend.train(b"a", request_id=fakes.request_id())
+            waiting = asyncio.ensure_future(frontend.stub.TrainStep(request))
+            await frontend.until(lambda: steps(old))
+            old.on_lost(RankLost("rank 0 died"))
+            await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
+            workers = await ready(frontend)
+            assert steps(workers) == [(b"a", 1)] and not waiting.done()
+            may_sync.set()
+            # A checkpoint holds it in the end.
+            assert (await waiting).result.step == 1
+        await frontend.stub.TrainStep(request)
+        assert steps(workers) == [(b"a", 1)]
 
 
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:
