@@ -34,7 +34,7 @@ from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
-from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.work_queue import Job, WorkQueue, queue_full
 from gradwire_server.workers import Workers
 
 Trained: TypeAlias = "tuple[str, ...] | None"
@@ -72,6 +72,7 @@ class ModelLife:
             lambda: f"{self.id}/{description.info.created_at}",
         )
         self._there = asyncio.Event()
+        self._waiting = 0
         self._checkpointer: Checkpointer | None = None
 
     @property
@@ -138,10 +139,9 @@ class ModelLife:
             except GradwireError as error:
                 self.description.failed(error)
                 logger.error("models/%s cannot be brought back: %s", self.id, error)
-            finally:
-                self._there.set()
 
-        self.commands.take_turn(Call(), None, work)
+        job = self.commands.take_turn(Call(), None, work, limited=False)
+        job.on_end(lambda _: self._there.set())
 
     async def _kept_checkpoints(self) -> list[int]:
         try:
@@ -152,9 +152,20 @@ class ModelLife:
             return []
 
     async def there(self, call: Call) -> None:
-        """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
-        if call.replay is None and not self._there.is_set():
+        """Return when the model has been brought back, or cannot be. What repeats a request is only known then.
+
+        Raises ResourceExhausted QUEUE_FULL where too many wait for it already.
+        """
+        if call.replay is not None or self._there.is_set():
+            return
+        limit = self._hosting.limits.requests_per_model
+        if self._waiting >= limit:
+            raise queue_full(limit)
+        self._waiting += 1
+        try:
             await self._there.wait()
+        finally:
+            self._waiting -= 1
 
     async def idle(self) -> None:
         """Return when no request waits or runs. To be brought back is no request."""
@@ -209,7 +220,7 @@ class ModelLife:
             ahead = self.journal is not None and self.journal.broken is not None
             return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
 
-        return self.commands.take_turn(Call(), None, work).result(None)
+        return self.commands.take_turn(Call(), None, work, limited=False).result(None)
 
     async def _snapshot(self) -> SavedModel:
         """The model as it is, in a turn. Its tensors are files that belong to the caller."""
@@ -280,7 +291,7 @@ class ModelLife:
         self.description.met(lost)
         self.description.recovering()
         try:
-            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure())
+            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure(), limited=False)
         except GradwireError:
             return  # The next of those that wait replaces them, or the model is on its way out.
 
@@ -310,7 +321,7 @@ class ModelLife:
         logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
 
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
-        await self.commands.take_turn(Call(), None, lambda _: work()).result(None)
+        await self.commands.take_turn(Call(), None, lambda _: work(), limited=False).result(None)
 
     @property
     def spec(self) -> CurrentSpec:
