@@ -75,7 +75,9 @@ class AutogradCommands:
         async def work(values: Any, number: int) -> ForwardResult:
             self._retained.forget(retention.release)
             try:
-                self._retained.check_room()
+                if call.replay is None:
+                    # What had expired by then is let go of by a later record.
+                    self._retained.check_room()
                 name = hashlib.sha256(f"{self._model()}/{number}".encode()).hexdigest()[:32]
                 result = await self._workers().forward(
                     values["inputs"], retention, name, training=training, seed=seed, command=number
@@ -106,7 +108,9 @@ class AutogradCommands:
         """Add a retained forward's gradients to those that are held."""
 
         async def work(values: Any, _: int) -> BackwardResult:
-            self._retained.check(query.retained)
+            if call.replay is None:
+                # A replay may take longer than forwards are retained; the ranks know what they have.
+                self._retained.check(query.retained)
             result = await self._workers().backward(query, values["cotangents"])
             if query.keep:
                 self._retained.keep(query.retained)
@@ -159,6 +163,12 @@ class AutogradCommands:
         if names:
             self._retained.forget(names)
             await self._workers().release(names)
+
+    async def release_all(self) -> None:
+        """Let go of every forward, in a turn: a checkpoint without them takes the place of the journal."""
+        names = self._retained.names
+        self._retained.close()
+        await self._workers().release(names)
 
     def goes_back(self) -> None:
         """Forget what is retained: commands are applied once more, and retain it again."""

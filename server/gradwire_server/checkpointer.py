@@ -91,6 +91,10 @@ class Checkpointer:
         self._kept = sorted({*self._kept, number})
         self._taken_at = self._clock()
 
+    def came_from(self, number: int) -> None:
+        """The model was brought back from its automatic checkpoint of that number: newer ones cannot be read."""
+        self._kept = [each for each in self._kept if each <= number]
+
     async def take(self) -> int:
         """Save the model by itself now; the number of the newest checkpoint, which holds all that was applied so far.
 

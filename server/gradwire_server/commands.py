@@ -64,6 +64,9 @@ class Commands:
         if call.replay is not None:
             return await self._run_again(call, tensors, work, deliver)
         request = self.log.find(call)
+        if request is not None and request.error is not None and request.error.outcome == "unknown":
+            await self._records.try_to_mend()
+            request = self.log.find(call)
         if request is None:
             request = self._begin(call, tensors, work, deliver)
         return await request.result(call.deadline)
@@ -79,6 +82,11 @@ class Commands:
         async def look(values: Any) -> T | Unsettled[T]:
             queue = time.monotonic() - submitted
             result, recovery = await self._ranks.run(lambda: work(values), changes=False)
+            seen = self.number
+            # Of a journal that is broken nothing outlives what it should before it is mended.
+            await self._records.usable()
+            if self.number < seen:
+                result, recovery = await self._ranks.run(lambda: work(values), changes=False)
             result = with_times(result, call, queue, recovery)
             # What was seen must outlive what the commands before outlive.
             return result if self._records.unsettled is None else Unsettled(result, self._records.unsettled)

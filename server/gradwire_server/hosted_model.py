@@ -129,15 +129,16 @@ class HostedModel:
     ) -> ModelInfo:
         """Add a graph, and constants that it alone uses; returns the model as it is after that."""
         known = self.description
-        # Not of a repeat: its variant is there already.
-        if call.replay is not None or self._commands.log.find(call) is None:
+        # Not of a repeat: its variant is there already. Nor once more, when limits may be others.
+        if call.replay is None and self._commands.log.find(call) is None:
             await asyncio.to_thread(
                 check_new_variant, known.info, known.operators, variant, tensors, operators, values, self._limits
             )
 
         async def work(claimed: Any, _: int) -> ModelInfo:
-            # Again: others may have added variants meanwhile.
-            check_variant_fits(known.info, variant, self._limits)
+            if call.replay is None:
+                # Again: others may have added variants meanwhile.
+                check_variant_fits(known.info, variant, self._limits)
             await self._workers.add_variant(
                 variant,
                 tensors=tensors,

@@ -192,8 +192,10 @@ class ModelDescription:
         if state in ("ready", "recovering"):
             return
         if state == "failed":
+            durable = self._info.durability != "none"
+            kept = ", and the storage keeps it: a restart of the service tries again" if durable else " and is lost"
             raise FailedPrecondition(
-                f"{self.name} has failed and must be deleted; it failed with: {self._info.last_error}",
+                f"{self.name} has failed{kept}; it failed with: {self._info.last_error}",
                 reason="MODEL_FAILED",
             )
         if state == "creating":

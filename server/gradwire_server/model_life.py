@@ -9,11 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
-from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.errors import AlreadyExists, GradwireError, RankLost
 from gradwire_proto.names import automatic_checkpoint
-from gradwire_proto.values import Checkpoint, ModelInfo
+from gradwire_proto.values import Checkpoint, ModelInfo, ModelState
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_policy import CheckpointPolicy
@@ -34,7 +35,7 @@ from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
-from gradwire_server.work_queue import Job, WorkQueue, queue_full
+from gradwire_server.work_queue import Job, Unsettled, WorkQueue, queue_full
 from gradwire_server.workers import Workers
 
 Trained: TypeAlias = "tuple[str, ...] | None"
@@ -51,7 +52,7 @@ class ModelLife:
         self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
         self.ranks = LiveRanks(self._regain, self._ranks_lost)
         self._records = ModelRecords(self._begin_anew, self._in_turn)
-        # What waits or runs is never forgotten, however few replies are to be stored.
+        # Some that failed, or were given up, come between the few replies that may be wanted again.
         capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
         log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
         self.commands = Commands(
@@ -74,6 +75,8 @@ class ModelLife:
         self._there = asyncio.Event()
         self._waiting = 0
         self._checkpointer: Checkpointer | None = None
+        self._came_from = 0
+        """The number of the checkpoint that it was brought back from last."""
 
     @property
     def id(self) -> str:
@@ -133,7 +136,9 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
-                self._watch(await self._kept_checkpoints())
+                # Newer ones than that which it came from cannot be read.
+                newest = self._came_from
+                self._watch([each for each in await self._kept_checkpoints() if each < newest] + [newest])
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
@@ -147,7 +152,7 @@ class ModelLife:
         try:
             return await in_thread(self._hosting.storage.checkpoints.automatic, self.id)
         except GradwireError as error:
-            # Then another one is taken with the next command.
+            # The other ones stay until the model is brought back once more.
             logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)
             return []
 
@@ -205,6 +210,7 @@ class ModelLife:
 
     async def save(self, name: str | None, call: Call) -> Checkpoint:
         """Save the model under a name; None: one is made up. See Checkpointer.save."""
+        self.description.check_usable()
         assert self._checkpointer is not None
         return await self._checkpointer.save(name, call.request_id)
 
@@ -215,16 +221,32 @@ class ModelLife:
     def _capture(self, automatic: bool) -> Awaitable[SavedModel | None]:
         """The model in its turn. See SavableModel."""
 
-        async def work(_: Any) -> SavedModel | None:
+        async def work(_: Any) -> SavedModel | Unsettled[SavedModel | None] | None:
             # A model that is ahead of its journal may still go back.
             ahead = self.journal is not None and self.journal.broken is not None
-            return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
+            if automatic:
+                return None if ahead or self.ranks.workers.retains else await self._snapshot()
+            await self._hosting.storage.swept()
+            await self._records.usable()
+            saved = await self._snapshot()
+            unsettled = self._records.unsettled
+            if unsettled is None:
+                return saved
+            # Nobody may restore from commands that are undone in the end.
+            unsettled.add_done_callback(partial(_keep_if_settled, saved))
+            return Unsettled(saved, unsettled)
 
         return self.commands.take_turn(Call(), None, work, limited=False).result(None)
 
-    async def _snapshot(self) -> SavedModel:
-        """The model as it is, in a turn. Its tensors are files that belong to the caller."""
-        state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
+    async def _snapshot(self, *, alone: bool = False) -> SavedModel:
+        """The model as it is, in a turn. Its tensors are files that belong to the caller. alone: see `_begin_anew`."""
+
+        async def look() -> ModelState:
+            if alone and self.ranks.workers.retains:
+                await self.autograd.release_all()
+            return await self.ranks.workers.state()
+
+        state, _ = await self.ranks.run(look, changes=False)
         try:
             spec = await in_thread(self.spec.encoded)
         except BaseException:
@@ -243,9 +265,9 @@ class ModelLife:
             replies=tuple(stored_reply_of(*each) for each in self.commands.log.stored()),
         )
 
-    async def _save_here(self) -> None:
-        """Take an automatic checkpoint in the turn that it is."""
-        saved = await self._snapshot()
+    async def _save_here(self, *, alone: bool = False) -> None:
+        """Take an automatic checkpoint in the turn that it is. alone: see `_begin_anew`."""
+        saved = await self._snapshot(alone=alone)
         try:
             await in_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
         finally:
@@ -254,10 +276,15 @@ class ModelLife:
     async def _begin_anew(self) -> None:
         """Take a checkpoint in the turn that it is, and start the journal anew behind it.
 
-        Forwards that are retained are not in it. There is nothing better: their journal has a hole.
+        Forwards that are retained are not in it, and their records go with the journal. So they are let go of: no
+        command that a later restart cannot apply again may use them.
         """
-        assert self._records.journal is not None
-        await self._save_here()
+        assert self._records.journal is not None and self._records.journal.broken is not None
+        try:
+            await self._save_here(alone=True)
+        except AlreadyExists:
+            # The same one is being written in the background: the journal is mended the next time.
+            raise copy.copy(self._records.journal.broken) from None
         self._records.journal.restart(self.number)
         if self._checkpointer is not None:
             self._checkpointer.took(self.number)
@@ -342,6 +369,10 @@ class ModelLife:
         self.description.goes_back_to(spec, saved.state.step)
         self.autograd.goes_back()
         self.commands.number = saved.state.command
+        self._came_from = saved.state.command
+        if self._checkpointer is not None:
+            self._checkpointer.came_from(self._came_from)
+        self._records.saved(saved.state.command)
         for reply in saved.replies:
             self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
 
@@ -367,3 +398,8 @@ class ModelLife:
         self.commands.number = entry.number
         if entry.request_id is not None:
             self.commands.log.restore(entry.request_id, entry.body, ended)
+
+
+def _keep_if_settled(saved: SavedModel, settled: asyncio.Future[None]) -> None:
+    if settled.cancelled() or settled.exception() is not None:
+        saved.remove_files()

@@ -143,6 +143,19 @@ class ModelRecords:
             if job.ended:
                 job.confirm()
 
+    async def try_to_mend(self) -> None:
+        """Have the journal mended in a turn, where it is broken and can be."""
+        if self.journal is not None and self.journal.broken is not None:
+            with suppress(GradwireError):
+                await self._take_turn(self.usable)
+
+    def saved(self, number: int) -> None:
+        """A checkpoint holds all commands up to this number."""
+        for job in [job for job, its_number in self._unsaved.items() if its_number <= number]:
+            del self._unsaved[job]
+            if job.ended:
+                job.confirm()
+
     def goes_back_to(self, number: int) -> None:
         """Commands behind this number are undone: they may be tried again."""
         for job in [job for job, its_number in self._unsaved.items() if its_number > number]:

@@ -102,6 +102,7 @@ class ModelRegistry:
         creation = self._seen.find(call)
         if creation is None:
             store = self._hosting.storage.checkpoints
+            await self._hosting.storage.swept()
             model_id = model_id or (await in_thread(store.get, key_of(name))).model_id
             self._check_new(model_id)
             saved, spec = await in_thread(read_checkpoint, store, name, workers)

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
@@ -40,7 +41,8 @@ class _Entry(Generic[R]):
 
 
 class RequestLog(Generic[R]):
-    """The newest `capacity` requests with an id. Older ones are forgotten: a repeat of theirs is a new request.
+    """The newest `capacity` requests with an id. Older ones that have ended are forgotten: a repeat of theirs is a new
+    request.
 
     Replies that together have more than `reply_bytes` go earlier, oldest first; what became of the request stays known.
     """
@@ -83,8 +85,15 @@ class RequestLog(Generic[R]):
         assert call.request_id is not None
         self.forget(call)
         self._entries[call.request_id] = _Entry(call.body, request)
-        while len(self._entries) > self._capacity:
-            self._room += self._entries.popitem(last=False)[1].reply_bytes
+        if len(self._entries) > self._capacity:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """Not one that waits or runs: its repeat would run beside it."""
+        surplus = len(self._entries) - self._capacity
+        ended = (each for each, entry in self._entries.items() if entry.request is None or entry.request.ended)
+        for request_id in list(islice(ended, surplus)):
+            self._room += self._entries.pop(request_id).reply_bytes
 
     def store(self, call: Call, ended: EndedCommand) -> None:
         """The storage knows from now on what became of the request of `call`."""
@@ -126,12 +135,13 @@ class RequestLog(Generic[R]):
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
         if entry is None:
             return
+        self._room += entry.reply_bytes - reply_bytes
         entry.reply_bytes = reply_bytes
-        self._room -= reply_bytes
         for old in self._entries.values():
             if self._room >= 0:
                 break
-            if old.reply_bytes:
+            # What runs has no record yet: its repeat must not hear that it was applied.
+            if old.reply_bytes and old.request is not None and old.request.ended:
                 self._room += old.reply_bytes
                 old.request, old.reply_bytes = None, 0
                 if old.stored is not None:

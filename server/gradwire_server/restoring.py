@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """How often a model fails to come back for another reason than that ranks, or the storage, are not there.
 
-Ranks are lost by chance; and a checkpoint that is read may be replaced meanwhile. What fails each time is to blame.
+Ranks are lost by chance, and only those that are lost at the same command each time count; a checkpoint that is read
+may be replaced meanwhile. What fails each time is to blame.
 """
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -46,6 +47,11 @@ class Restored(Protocol):
 
     @property
     def id(self) -> str: ...
+
+    @property
+    def number(self) -> int:
+        """That of the last command that was applied."""
+        ...
 
     @property
     def spec(self) -> CurrentSpec:
@@ -118,7 +124,7 @@ class Restorer:
             logger.exception("models/%s: its lost ranks could not be ended", self._model.id)
 
     async def _try_until_there(self, state: ModelState | None) -> None:
-        pause, failures = FIRST_PAUSE, 0
+        pause, failures, lost_at = FIRST_PAUSE, 0, -1
         if state is None and self._storage is None:
             raise FailedPrecondition("its ranks are lost, and at durability none nothing else has it")
         while True:
@@ -130,7 +136,10 @@ class Restorer:
                     await self._from_storage(self._storage)
                 return
             except Exception as error:
-                waits = isinstance(error, Unavailable | ResourceExhausted) and not isinstance(error, RankLost)
+                waits = _passes(error)
+                if isinstance(error, RankLost) and self._model.number != lost_at:
+                    # Other ranks got further, or not so far: no command is to blame.
+                    failures, lost_at = 0, self._model.number
                 failures += not waits
                 if failures == ATTEMPTS:
                     raise public_error(error, None) from None
@@ -172,6 +181,8 @@ class Restorer:
             try:
                 return _decoded(storage.checkpoints.read(key_of(automatic_checkpoint(self._model.id, number))))
             except FailedPrecondition as error:
+                if _passes(error):
+                    raise
                 logger.error("%s", error)
                 first = first or error
         raise first or FailedPrecondition("it has no checkpoint", reason="CHECKPOINT_CORRUPT")
@@ -206,6 +217,8 @@ class Restorer:
                 raise
             except GradwireError as error:
                 if error.outcome != "applied":
+                    if _passes(error):
+                        raise
                     raise FailedPrecondition(
                         f"command {entry.number} of its journal, a {entry.method}, is refused now: {error}",
                         reason="JOURNAL_CORRUPT",
@@ -215,6 +228,14 @@ class Restorer:
                 if answered:
                     ended.answer = decode_reply(entry.method, response.SerializeToString())
         self._model.applied_again(entry, ended)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a model may come back when it is tried again later: ranks, memory or storage are not there now."""
+    if isinstance(error, RankLost):
+        return False
+    read_only = isinstance(error, GradwireError) and error.reason == "STORAGE_READ_ONLY"
+    return read_only or isinstance(error, Unavailable | ResourceExhausted)
 
 
 def _decoded(saved: SavedModel) -> tuple[SavedModel, CurrentSpec]:

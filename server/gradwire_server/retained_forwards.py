@@ -20,6 +20,11 @@ class RetainedForwards:
         self._expire = expire
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that are retained."""
+        return tuple(self._timers)
+
     def check_room(self) -> None:
         """Raise ResourceExhausted RETAINED_FORWARDS unless one more may be retained."""
         if len(self._timers) >= self._limits.retained_forwards:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gradwire_server.admission import Admission
@@ -44,7 +46,9 @@ class Service:
         facts = ServerFacts(cluster, limits)
         checkpoints = CheckpointList(storage.checkpoints, self._models)
         servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
-        hosting.replayer.servicer = servicer
+        # What was taken under former limits is taken once more.
+        taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
+        hosting.replayer.servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, taken)
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
         self._server = GrpcServer(handler, limits.message_bytes)
 
