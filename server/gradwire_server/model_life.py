@@ -96,7 +96,7 @@ class ModelLife:
         """Serve a new model that these ranks have, once it outlives what it should. `call`: the request that makes it.
 
         number: that of the last command that it has applied. trained: as in `adopt`. Whatever fails, nothing of it is
-        left in the storage; the ranks are the caller's.
+        left in the storage, but where the description says that the model has failed; the ranks are the caller's.
         """
         self.commands.number = number
         self.adopt(workers, trained)
@@ -105,7 +105,12 @@ class ModelLife:
                 await self._enter_storage(call)
             except BaseException:
                 self._records.close()
-                await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
+                try:
+                    await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
+                except GradwireError as error:
+                    # A restart may find it.
+                    self.description.failed(error)
+                    self._there.set()
                 raise
         self.checkpoints.watch([number] if self.is_durable else ())
         self.description.ready()

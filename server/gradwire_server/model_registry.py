@@ -149,7 +149,11 @@ class ModelRegistry:
 
         def end(creation: ModelCreation) -> None:
             del self._creations[model_id]
-            if model_id not in self._hosted:
+            if creation.error is not None and description.has_failed:
+                # Something of it may be left in the storage, and can be deleted.
+                creation.error.outcome = "unknown"
+                self._hosted[model_id] = new
+            elif model_id not in self._hosted:
                 del self._descriptions[model_id]
             ended(creation)
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import RankLost, ResourceExhausted
+from gradwire_proto.errors import RankLost, ResourceExhausted, Unavailable
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Retention
 from gradwire_server.calls import Call
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.request_log import RequestLog
 from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.local_folders import LocalFolders
@@ -222,6 +223,38 @@ async def test_journal_is_mended_later_while_the_same_checkpoint_is_being_writte
         error = await frontend.error(frontend.stub.TrainStep(frontend.train(b"b")))
         assert (error.reason, error.retryable) == ("STORAGE_UNREACHABLE", True)
         may_write.set()
+
+
+async def test_creation_that_cannot_be_undone_has_an_unknown_outcome_and_its_model_can_be_deleted(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise Unavailable("no answer", reason="STORAGE_UNREACHABLE")
+
+    async with start() as frontend:
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelStorage, "open_journal", unreachable)
+            patch.setattr(ModelStorage, "delete", unreachable)
+            error = await frontend.error(frontend.stub.CreateModel(frontend.creation(request_id=fakes.request_id())))
+            assert (error.reason, error.outcome) == ("STORAGE_UNREACHABLE", "unknown")
+        assert (await frontend.model()).state == model_pb2.MODEL_STATE_FAILED
+        assert (await frontend.error(frontend.stub.CreateModel(frontend.creation()))).reason == "MODEL_EXISTS"
+        await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
+        await frontend.create()
+
+
+async def test_command_that_kills_its_ranks_is_refused_although_its_record_cannot_be_written_at_first(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        frontend.cluster.deadly = b"x"
+        monkeypatch.setattr(SegmentWriter, "write", once(SegmentWriter.write))
+        request = frontend.train(b"x", request_id=fakes.request_id())
+        assert (await frontend.error(frontend.stub.TrainStep(request, timeout=5))).reason == "COMMAND_KILLS_RANKS"
+        assert (await frontend.stub.TrainStep(frontend.train(b"a"), timeout=5)).result.step == 1
+    async with start() as frontend:
+        assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
 
 
 # --- requests that are remembered ---------------------------------------------------------------------------------
