@@ -168,7 +168,8 @@ class AutogradCommands:
         """Let go of every forward, in a turn: a checkpoint without them takes the place of the journal."""
         names = self._retained.names
         self._retained.close()
-        await self._workers().release(names)
+        if names:
+            await self._workers().release(names)
 
     def goes_back(self) -> None:
         """Forget what is retained: commands are applied once more, and retain it again."""

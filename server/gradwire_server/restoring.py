@@ -161,9 +161,7 @@ class Restorer:
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(storage, spec, saved.state.command)
-            workers = await self._cluster.start_group(
-                spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state
-            )
+            workers = await self._start(spec, saved)
             self._model.adopt(workers, saved.state.trained)
         finally:
             saved.remove_files()
@@ -172,6 +170,15 @@ class Restorer:
         except BaseException:
             await asyncio.shield(workers.close(reuse=False))
             raise
+
+    async def _start(self, spec: CurrentSpec, saved: SavedModel) -> Workers:
+        try:
+            return await self._cluster.start_group(
+                spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state
+            )
+        except RankLost as lost:
+            # No command is to blame, so it is tried until it succeeds.
+            raise Unavailable(lost.message, reason=lost.reason) from None
 
     def _read_newest(self, storage: ModelStorage) -> tuple[SavedModel, CurrentSpec]:
         """The newest checkpoint that is whole: the journal goes back to the one before."""

@@ -372,6 +372,16 @@ async def test_ranks_that_are_lost_again_and_again_but_not_at_one_command_are_re
         assert [value for value, _ in steps(await ready(frontend))] == list(values)
 
 
+async def test_ranks_that_are_lost_before_any_command_are_replaced_for_as_long_as_it_takes(frontend: Any) -> None:
+    old = await frontend.create()
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    frontend.cluster.error = RankLost("killed while it started")
+    old.on_lost(RankLost("rank 0 died"))
+    await frontend.until(lambda: frontend.cluster.tries == 5)
+    frontend.cluster.error = None
+    assert steps(await ready(frontend)) == [(b"a", 1)]
+
+
 async def test_limits_that_are_lower_than_they_were_do_not_keep_a_model_from_coming_back(
     start: Any, fakes: Any
 ) -> None:
