@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """How often a model fails to come back for another reason than that ranks, or the storage, are not there.
 
-Ranks are lost by chance, and only those that are lost at the same command each time count; a checkpoint that is read
-may be replaced meanwhile. What fails each time is to blame.
+A checkpoint that is read may be replaced meanwhile. What fails each time is to blame.
+"""
+
+LOSSES = 8
+"""How often a model's ranks are lost, one time after the other, at one command of its journal: that is to blame then.
+
+Else they are lost by chance. The command was applied once, and where memory is short for a while it may be again: that
+takes 15 s at least.
 """
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -124,7 +130,7 @@ class Restorer:
             logger.exception("models/%s: its lost ranks could not be ended", self._model.id)
 
     async def _try_until_there(self, state: ModelState | None) -> None:
-        pause, failures, lost_at = FIRST_PAUSE, 0, -1
+        pause, failures, losses, lost_at = FIRST_PAUSE, 0, 0, -1
         if state is None and self._storage is None:
             raise FailedPrecondition("its ranks are lost, and at durability none nothing else has it")
         while True:
@@ -137,11 +143,12 @@ class Restorer:
                 return
             except Exception as error:
                 waits = _passes(error)
-                if isinstance(error, RankLost) and self._model.number != lost_at:
-                    # Other ranks got further, or not so far: no command is to blame.
-                    failures, lost_at = 0, self._model.number
-                failures += not waits
-                if failures == ATTEMPTS:
+                if isinstance(error, RankLost):
+                    losses = losses + 1 if self._model.number == lost_at else 1
+                    lost_at = self._model.number
+                elif not waits:
+                    failures += 1
+                if failures == ATTEMPTS or losses == LOSSES:
                     raise public_error(error, None) from None
                 logger.warning("models/%s cannot be brought back yet: %s", self._model.id, error)
                 if waits:

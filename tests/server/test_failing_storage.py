@@ -350,10 +350,11 @@ async def test_model_waits_for_memory_that_a_command_does_not_find_when_it_is_ap
         assert steps(await ready(frontend)) == [(b"a", 1)]
 
 
-async def test_ranks_that_are_lost_again_and_again_but_not_at_one_command_are_replaced(
-    start: Any, fakes: Any, monkeypatch: Any
+@pytest.mark.parametrize("deaths", [[b"b"] * 7, [*[b"a"] * 7, *[b"b"] * 7]])
+async def test_ranks_that_are_lost_again_and_again_are_replaced_unless_one_command_is_to_blame(
+    start: Any, fakes: Any, monkeypatch: Any, deaths: list[bytes]
 ) -> None:
-    call, deadly = fakes.FakeWorkers._call, [b"b", b"c", b"d"]
+    call, deadly = fakes.FakeWorkers._call, list(deaths)
 
     async def dies(self: Any, *what: Any) -> None:
         if deadly and what[1].startswith(deadly[0]):
@@ -361,6 +362,7 @@ async def test_ranks_that_are_lost_again_and_again_but_not_at_one_command_are_re
             raise RankLost("killed")
         await call(self, *what)
 
+    monkeypatch.setattr("gradwire_server.restoring.LONGEST_PAUSE", 0.05)
     values = (b"a", b"b", b"c", b"d")
     async with start() as frontend:
         await frontend.create()
