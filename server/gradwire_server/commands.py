@@ -64,12 +64,20 @@ class Commands:
         if call.replay is not None:
             return await self._run_again(call, tensors, work, deliver)
         request = self.log.find(call)
-        if request is not None and request.error is not None and request.error.outcome == "unknown":
+        if request is not None and _is_unknown(request):
             await self._records.try_to_mend()
             request = self.log.find(call)
         if request is None:
             request = self._begin(call, tensors, work, deliver)
         return await request.result(call.deadline)
+
+    async def seen(self, request_id: str) -> Job[Any] | EndedCommand | None:
+        """The request with that id, settled where it can be. See RequestLog.get."""
+        request = self.log.get(request_id)
+        if request is None or not _is_unknown(request):
+            return request
+        await self._records.try_to_mend()
+        return self.log.get(request_id)
 
     async def read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> T:
         """Run `work(tensors)`, which changes nothing, in its turn."""
@@ -208,3 +216,7 @@ class Commands:
         if deliver is None:
             return result
         return await deliver(result) if call.replay.answered else without_tensors(result)
+
+
+def _is_unknown(request: Job[Any] | EndedCommand) -> bool:
+    return request.error is not None and request.error.outcome == "unknown"

@@ -165,7 +165,7 @@ class HostedModel:
         Raises ModelNotFound COMMAND_NOT_FOUND; the command's own error where nobody knows what became of it.
         """
         name = command_name(self.description.info.id, request_id)
-        return await command_info(name, self._commands.log.get(request_id), wait=wait)
+        return await command_info(name, await self._commands.seen(request_id), wait=wait)
 
     # --- reads, which see the model between two commands; and forward, which is either ----------------------------
 

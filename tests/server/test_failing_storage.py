@@ -104,8 +104,9 @@ async def test_command_that_a_checkpoint_holds_counts_although_its_journal_canno
     assert (await frontend.stub.TrainStep(frontend.train(b"b"))).result.step == 2
 
 
-async def test_repeat_of_a_command_of_unknown_outcome_is_settled_as_soon_as_the_storage_is_back(
-    start: Any, fakes: Any, monkeypatch: Any
+@pytest.mark.parametrize("asked_first", [True, False])
+async def test_command_of_unknown_outcome_is_settled_by_who_asks_for_it_when_the_storage_is_back(
+    start: Any, fakes: Any, monkeypatch: Any, asked_first: bool
 ) -> None:
     monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.0)
     async with start(durability="disk") as frontend:
@@ -117,6 +118,9 @@ async def test_repeat_of_a_command_of_unknown_outcome_is_settled_as_soon_as_the_
             assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
             assert steps(await lose_ranks(frontend)) == [(b"a", 1)]
             assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+        if asked_first:
+            command = await frontend.stub.GetCommand(get_command(request))
+            assert command.state == model_pb2.COMMAND_STATE_APPLIED
         assert (await frontend.stub.TrainStep(request)).result.step == 1
         assert steps(frontend.cluster.groups["m"]) == [(b"a", 1)]
 
