@@ -132,7 +132,7 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
-                self._watch(await in_thread(self._hosting.storage.checkpoints.automatic, self.id))
+                self._watch(await self._kept_checkpoints())
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
@@ -142,6 +142,14 @@ class ModelLife:
                 self._there.set()
 
         self.commands.take_turn(Call(), None, work)
+
+    async def _kept_checkpoints(self) -> list[int]:
+        try:
+            return await in_thread(self._hosting.storage.checkpoints.automatic, self.id)
+        except GradwireError as error:
+            # Then another one is taken with the next command.
+            logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)
+            return []
 
     async def there(self, call: Call) -> None:
         """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
@@ -233,7 +241,10 @@ class ModelLife:
             saved.remove_files()
 
     async def _begin_anew(self) -> None:
-        """Take a checkpoint in the turn that it is, and start the journal anew behind it."""
+        """Take a checkpoint in the turn that it is, and start the journal anew behind it.
+
+        Forwards that are retained are not in it. There is nothing better: their journal has a hole.
+        """
         assert self._records.journal is not None
         await self._save_here()
         self._records.journal.restart(self.number)
@@ -276,7 +287,9 @@ class ModelLife:
     async def _regain(self, lost: RankLost, salvage: bool) -> None:
         if not self._there.is_set():
             # Nobody has been told of it yet.
-            raise copy.copy(lost)
+            lost = copy.copy(lost)
+            lost.outcome = "not_applied"
+            raise lost
         started = time.monotonic()
         logger.warning("models/%s lost its ranks: %s", self.id, lost)
         self.description.met(lost)
@@ -289,6 +302,8 @@ class ModelLife:
             if not self.is_durable:
                 raise copy.copy(lost) from None
             self.description.check_usable()
+        self.commands.log.goes_back_to(self.number)
+        self._records.goes_back_to(self.number)
         self.description.ready()
         with suppress(RankLost):
             await self.autograd.release_again()
@@ -315,7 +330,6 @@ class ModelLife:
         """What follows is applied to this checkpoint."""
         self.description.goes_back_to(spec, saved.state.step)
         self.autograd.goes_back()
-        self._records.goes_back()
         self.commands.number = saved.state.command
         for reply in saved.replies:
             self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))

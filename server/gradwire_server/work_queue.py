@@ -21,13 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Unsettled(Generic[T]):
-    """What work may return: its result counts once `settled` is done, and the next work begins meanwhile.
+    """What work may return: its result, or its `error`, counts once `settled` is done; the next work begins meanwhile.
 
     Where `settled` ends with an error, so does the job; `Job.confirm` takes that back.
     """
 
-    result: T
+    result: T | None
     settled: asyncio.Future[None]
+    error: GradwireError | None = None
 
 
 class Job(Generic[T]):
@@ -50,6 +51,7 @@ class Job(Generic[T]):
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
         self._failed = failed
         self._result: T | None = None
+        self._settled_error: GradwireError | None = None
         self._waiters = 0
         self._awaited = False
         self._deadline: float | None = None
@@ -117,12 +119,11 @@ class Job(Generic[T]):
             self._result = outcome
             self._ended.set_result(None)
             return
-        self._result = outcome.result
+        self._result, self._settled_error = outcome.result, outcome.error
         outcome.settled.add_done_callback(self._settle)
 
     def _settle(self, settled: asyncio.Future[None]) -> None:
-        if self._ended.done():
-            return
+        self.error = self._settled_error
         if settled.cancelled():
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
         elif (error := settled.exception()) is not None:
@@ -139,7 +140,7 @@ class Job(Generic[T]):
 
     def confirm(self) -> None:
         """What could not be settled when the work had ended is so now: the result counts."""
-        self.error = None
+        self.error = self._settled_error
 
     def refuse(self, error: GradwireError) -> None:
         """End it with an error, if it was not begun."""
