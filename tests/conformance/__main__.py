@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "float64"), default=["float64", "float32"])
     parser.add_argument("--every", type=int, default=1, help="take each so-many-th case only")
+    parser.add_argument("--each", action="store_true", help="print what came of every case")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -50,7 +51,11 @@ def main() -> int:
                 for ranks in options.ranks:
                     row = f"{name}, {dtype}, {ranks} rank{'s' if ranks > 1 else ''}"
                     for case in itertools.islice(cases_of(getattr(torch, dtype)), 0, None, options.every):
-                        table[row, _column(checked(client, case, ranks))] += 1
+                        outcome = checked(client, case, ranks)
+                        column = _column(outcome)
+                        if options.each and outcome.verdict == "passed":
+                            print(f"{column}: {outcome.case.name}", flush=True)
+                        table[row, column] += 1
     _print_table(table)
     print(f"{time.monotonic() - begin:.0f} s")
     return 1 if any(column in ("wrong", "refused") for _, column in table) else 0

@@ -1,4 +1,4 @@
-"""Queries, and requests about checkpoints, that the codec refuses: each by its field and the bound, never by a crash."""
+"""Queries, and requests about checkpoints, that the codec refuses: by their field and the bound, never by a crash."""
 
 from __future__ import annotations
 
