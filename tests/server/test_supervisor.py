@@ -167,6 +167,8 @@ def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(ru
     (new_raylet,) = running.named("raylet/raylet")
     assert new_raylet.pid != raylet.pid
     assert not [process for process in ranks if alive(process)]
+    # What it keeps outlives both, although nobody has named a storage.
+    assert running.trace("journal-2")
 
 
 def test_a_killed_frontend_is_started_again_on_the_same_port_with_the_same_ray(running: Service) -> None:
