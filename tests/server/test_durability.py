@@ -18,7 +18,9 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Handle, Retention, TensorData
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_server.tensors.uploads import resolve
 
 
@@ -133,7 +135,7 @@ async def test_deleted_model_does_not_come_back_and_its_files_are_gone(start: An
         await frontend.create()
         await frontend.stub.TrainStep(frontend.train())
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
         await frontend.create()
     async with start() as frontend:
         assert steps(await ready(frontend)) == []
@@ -146,7 +148,7 @@ async def test_creation_or_deletion_that_was_cut_off_leaves_nothing(start: Any, 
     os.rename(storage / "models/m", storage / "models/.deleted-x")
     async with start() as frontend:
         assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
-        await frontend.until(lambda: not list(storage.glob("checkpoints/auto/*/*")))
+        await frontend.until(lambda: not list(storage.glob("checkpoints/auto/*/*/*")))
         assert not list((storage / "models").iterdir())
 
 
@@ -276,7 +278,7 @@ async def test_creation_that_is_given_up_while_it_is_saved_leaves_nothing(
         await frontend.until(made.is_set)
         call.cancel()
         await frontend.until(lambda: frontend.cluster.groups["m"].closed)
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*/*"))
         await frontend.create()
 
 
@@ -298,7 +300,7 @@ async def test_checkpoint_is_taken_although_the_queue_is_full(start: Any, storag
         await asyncio.sleep(0.05)
         workers.gate.set()
         await asyncio.gather(*calls)
-        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/m/*"))) > 1)
+        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/*/m/*"))) > 1)
     assert "no checkpoint could be taken" not in caplog.text
 
 
@@ -475,13 +477,33 @@ async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_aft
         assert steps(workers) == [(b"a", 1)]
 
 
+async def test_service_that_shares_the_checkpoints_takes_no_model_from_another(
+    start: Any, storage: Path, tmp_path: Path
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+    lock = StorageLock.take(tmp_path / "another storage", 1.0)
+    shared = CheckpointStore(
+        str(storage / "checkpoints"), tmp_path / "fetched", owner=lock.storage_id, fence=lock.check
+    )
+    another = ModelStorage(lock, shared)
+    assert another.open() == {}
+    another.begin_sweep()
+    await another.swept()
+    another.delete("m")
+    lock.release()
+    async with start() as frontend:
+        assert steps(await ready(frontend)) == [(b"a", 1)]
+
+
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:
     async with start(checkpoint_commands=2) as frontend:
         await frontend.create()
         for value in (b"a", b"b", b"c"):
             await frontend.stub.TrainStep(frontend.train(value))
-        await frontend.until(lambda: (storage / "checkpoints/auto/m/2/manifest.json").exists())
-    weights = storage / "checkpoints/auto/m/2/weights.safetensors"
+        await frontend.until(lambda: list(storage.glob("checkpoints/auto/*/m/2/manifest.json")))
+    (weights,) = storage.glob("checkpoints/auto/*/m/2/weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     async with start() as frontend:
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2), (b"c", 3)]

@@ -1,4 +1,7 @@
-"""Checkpoints by key: "named/NAME", and "auto/MODEL/NUMBER" for those that nobody asked for."""
+"""Checkpoints by key: "named/NAME", and "auto/MODEL/NUMBER" for those that nobody asked for.
+
+Several services may share the named ones. The others are of one storage, and lie in a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,9 @@ class CheckpointStore:
     """Checkpoints in a folder, or wherever fsspec reaches. Every method may block, and is for any thread.
 
     url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: a folder of the service, in
-    which files that are fetched get a folder of their own. fence: raises where another service has taken over the
-    storage. patience: seconds that one call of a remote store may take.
+    which files that are fetched get a folder of their own. owner: the id of the service's storage: automatic
+    checkpoints of others are neither seen nor touched. fence: raises where another service has taken over the storage.
+    patience: seconds that one call of a remote store may take.
 
     Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE, and
     ConfigError for a URL that means nothing.
@@ -51,6 +55,7 @@ class CheckpointStore:
         cache: Path,
         options: Mapping[str, str] | None = None,
         *,
+        owner: str,
         fence: Callable[[], None] = lambda: None,
         patience: float = 30.0,
     ) -> None:
@@ -58,9 +63,9 @@ class CheckpointStore:
         files = cache / "fetched-checkpoints"
         self._folders: Folders
         if not separator or scheme == "file":
-            self._folders = LocalFolders(Path(path if separator else url), files, fence)
+            self._folders = LocalFolders(Path(path if separator else url), files, owner, fence)
         else:
-            self._folders = ObjectFolders(url, options or {}, files, fence, patience)
+            self._folders = ObjectFolders(url, options or {}, files, owner, fence, patience)
         self._claims: set[str] = set()
         self._lock = threading.Lock()
 
