@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
 from gradwire_server.storage.blobs import Blobs
-from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.durable_files import sync_file, sync_folder
 from gradwire_server.storage.record_sizes import RecordSizes
 from gradwire_server.storage.records import Entry, StoredUpload, encode
 from gradwire_server.storage.segment_writer import SegmentWriter
@@ -58,12 +58,16 @@ class Journal:
         self._begin_anew = False
         self._next = 1
         self._sizes = RecordSizes(self._next)
+        self._unread: set[Path] = set()
+        """Segments from before, whose records were not read: what they name is not known, and not swept."""
+        self._unswept = False
 
     @classmethod
     def open(cls, folder: Path, lock: StorageLock, *, durability: str, after: int) -> tuple[Journal, Iterator[Entry]]:
         """The journal in a model's folder, and its entries behind command `after`, which a checkpoint holds.
 
-        All that is behind `after` is checked before this returns; a torn end is cut off. FailedPrecondition
+        All that is behind `after` is checked before this returns, and as durable as what is appended; a torn end is cut
+        off. FailedPrecondition
         JOURNAL_CORRUPT, which names file and byte; errors of `storage_error`. A disk that is full or read-only is no
         error before `reserve`. Blocks; any thread may call it.
         """
@@ -71,6 +75,8 @@ class Journal:
         try:
             for needed_folder in (journal._folder, folder / "blobs"):
                 needed_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if journal._durable:
+                sync_folder(folder)
         except OSError as error:
             raise storage_error(error, f"make {folder}") from error
         journal._recover(after)
@@ -166,6 +172,7 @@ class Journal:
             if gone and self._durable:
                 sync_folder(self._folder)
             self.blobs.cut(self._segments[gone].first if self._segments else self._next)
+            self._sweep(self._segments[gone:])
         except OSError as error:
             raise storage_error(error, "remove what a checkpoint holds") from error
         finally:
@@ -236,6 +243,7 @@ class Journal:
         if found and found[-1].epoch > self._lock.epoch:
             raise journal_corrupt(found[-1].path, 0, f"a later epoch wrote it than this one, {self._lock.epoch}")
         end = self._check(found, after)
+        self._keep(found)
         self._segments = found
         with suppress(OSError):  # `reserve` says so, and tries again.
             self._begin_segment()
@@ -244,6 +252,8 @@ class Journal:
     def _check(self, found: list[SegmentFile], after: int) -> int:
         """Read all that may be behind `after`; where the records of the last segment end, in bytes."""
         self._next, end = after + 1, START_BYTES
+        self._unread = {segment.path for segment in found if not needed(segment, after)}
+        self._unswept = True
         self._sizes = RecordSizes(self._next)
         for placed in read_segments(found, after):
             entry = placed.entry
@@ -256,6 +266,18 @@ class Journal:
                 self._sizes.add(placed.end - placed.start)
                 self._next = entry.number + 1
         return end
+
+    def _keep(self, found: list[SegmentFile]) -> None:
+        """What was read is acted on, and may have been written by one that was killed before its fsync."""
+        if not self._durable:
+            return
+        try:
+            for segment in found:
+                sync_file(segment.path)
+            for folder in (self._folder, self.blobs.path("")):
+                sync_folder(folder)
+        except OSError as error:
+            raise storage_error(error, f"make {self._folder} durable") from error
 
     def _check_blob(self, number: int, upload: StoredUpload) -> None:
         path = self.blobs.path(upload.file)
@@ -274,5 +296,10 @@ class Journal:
         for segment in empty:
             segment.path.unlink(missing_ok=True)
             self._segments.remove(segment)
-        if all(needed(segment, after) for segment in self._segments):
+        self._sweep(self._segments)
+
+    def _sweep(self, segments: list[SegmentFile]) -> None:
+        """Remove, once, blobs of before that nothing names, when the records of all these segments are known."""
+        if self._unswept and not any(segment.path in self._unread for segment in segments):
             self.blobs.sweep()
+            self._unswept = False
