@@ -130,7 +130,7 @@ class Commands:
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
         try:
-            self._records.reserve(len(call.raw) + room_for_reply(call.method))
+            self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
             result, recovery = await self._ranks.run(
                 lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
             )
@@ -176,6 +176,8 @@ class Commands:
         self.number += 1
         error = None if refused is None else kills_ranks(refused)
         self.log.store(call, EndedCommand(self.number, call.method, reply, error))
+        if reply is not None:
+            self.log.weigh(call, len(reply))
         self._applied()
         entry = Entry(
             number=self.number,

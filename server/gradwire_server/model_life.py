@@ -103,7 +103,8 @@ class ModelLife:
                 await self._enter_storage(call)
             except BaseException:
                 self._records.close()
-                await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
+                storage = self._hosting.storage
+                await asyncio.shield(in_thread(storage.delete, self.id, threads=storage.checkpoints.threads))
                 raise
         self.checkpoints.watch([number] if self.is_durable else ())
         self.description.ready()
@@ -114,7 +115,7 @@ class ModelLife:
         storage, made_by = self._hosting.storage, None
         await storage.swept()
         # Of an earlier model of this name, should it be that they could not be removed with it.
-        await in_thread(storage.checkpoints.delete_automatic, self.id)
+        await in_thread(storage.checkpoints.delete_automatic, self.id, threads=storage.checkpoints.threads)
         await self.checkpoints.save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
@@ -143,7 +144,8 @@ class ModelLife:
 
     async def _kept_checkpoints(self) -> list[int]:
         try:
-            return await in_thread(self._hosting.storage.checkpoints.automatic, self.id)
+            store = self._hosting.storage.checkpoints
+            return await in_thread(store.automatic, self.id, threads=store.threads)
         except GradwireError as error:
             # Then another one is taken with the next command.
             logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)

@@ -80,10 +80,10 @@ class ModelRecords:
                 if upload.file:
                     self.journal.drop_upload(upload.file)
 
-    def reserve(self, nbytes: int) -> None:
-        """See that a record with so many bytes of request and reply can be written."""
+    def reserve(self, nbytes: int, uploads: Sequence[StoredUpload]) -> None:
+        """See that a record with so many bytes of request and reply, which names these uploads, can be written."""
         if self.journal is not None:
-            self.journal.reserve(nbytes)
+            self.journal.reserve(nbytes, uploads)
 
     def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:
         """Record a command. None: it outlives what it should; otherwise a future that is done when it does.

@@ -126,8 +126,8 @@ class RequestLog(Generic[R]):
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
         if entry is None:
             return
+        self._room += entry.reply_bytes - reply_bytes
         entry.reply_bytes = reply_bytes
-        self._room -= reply_bytes
         for old in self._entries.values():
             if self._room >= 0:
                 break

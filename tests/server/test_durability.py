@@ -478,6 +478,29 @@ async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_aft
         assert steps(workers) == [(b"a", 1)]
 
 
+async def test_store_that_does_not_answer_holds_up_nothing_else(frontend: Any, monkeypatch: Any) -> None:
+    answers, asked, get = threading.Event(), [], CheckpointStore.get
+
+    def hang(self: CheckpointStore, key: str) -> Any:
+        asked.append(key)
+        assert answers.wait(10)
+        return get(self, key)
+
+    await frontend.create("m")
+    monkeypatch.setattr(CheckpointStore, "get", hang)
+    request = pb.GetCheckpointRequest(name="models/m/checkpoints/0")
+    waiting = [asyncio.ensure_future(frontend.stub.GetCheckpoint(request)) for _ in range(40)]
+    try:
+        # As many as there are threads, however many that are.
+        await frontend.until(lambda: len(asked) > 5)
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(3):
+            await frontend.create("other", durability="none")
+    finally:
+        answers.set()
+    assert {found.name for found in await asyncio.gather(*waiting)} == {"models/m/checkpoints/0"}
+
+
 async def test_service_that_shares_the_checkpoints_takes_no_model_from_another(
     start: Any, storage: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_THREADS = 16
+
 
 def key_of(name: str) -> str:
     """The key of what `Checkpoint.name` says: "best", or "digits/100" of an automatic one."""
@@ -38,7 +41,7 @@ def key_of(name: str) -> str:
 
 
 class CheckpointStore:
-    """Checkpoints in a folder, or wherever fsspec reaches. Every method may block, and is for any thread.
+    """Checkpoints in a folder, or wherever fsspec reaches. Every method may block; `threads` are for them.
 
     url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: a folder of the service, in
     which files that are fetched get a folder of their own. owner: the id of the service's storage: automatic
@@ -66,6 +69,8 @@ class CheckpointStore:
             self._folders = LocalFolders(Path(path if separator else url), files, owner, fence)
         else:
             self._folders = ObjectFolders(url, options or {}, files, owner, fence, patience)
+        self.threads = ThreadPoolExecutor(_THREADS, "checkpoints")
+        """Where the methods are to be called: a store that does not answer holds these for a while, and no others."""
         self._claims: set[str] = set()
         self._lock = threading.Lock()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from gradwire_proto.errors import GradwireError
 from gradwire_server.storage.blobs import Blobs
 from gradwire_server.storage.durable_files import sync_file, sync_folder
 from gradwire_server.storage.record_sizes import RecordSizes
-from gradwire_server.storage.records import Entry, StoredUpload, encode
+from gradwire_server.storage.records import Entry, StoredUpload, encode, uploads_room
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.storage.segments import (
     START_BYTES,
@@ -31,7 +31,7 @@ from gradwire_server.storage.storage_lock import StorageLock
 SEGMENT_BYTES = 64 << 20
 """A segment that has reached so much is followed by another."""
 _DESCRIPTION_ROOM = 64 << 10
-"""What a record takes besides request and reply, as a rule far less."""
+"""What a record takes besides request, reply and what is said of uploads, as a rule far less."""
 
 
 class Journal:
@@ -95,8 +95,10 @@ class Journal:
         whole = bounded([*self._segments, SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
         return (placed.entry for placed in read_segments(whole, after) if placed.entry.number > after)
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, uploads: Sequence[StoredUpload] = ()) -> None:
         """Room for the record of one command, whose request and reply together have so many bytes at most.
+
+        uploads: those that it names.
 
         ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, or what broke the journal; the command is
         refused then, outcome "not_applied". Afterwards appending so much cannot fail for want of room.
@@ -109,7 +111,7 @@ class Journal:
             segment = self._segment
             if segment is None or self._begin_anew or segment.end >= SEGMENT_BYTES:
                 segment = self._begin_segment()
-            segment.reserve(nbytes + _DESCRIPTION_ROOM)
+            segment.reserve(nbytes + uploads_room(uploads) + _DESCRIPTION_ROOM)
         except OSError as error:
             raise storage_error(error, "hold another command") from error
         except GradwireError as error:
