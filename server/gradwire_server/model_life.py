@@ -189,7 +189,7 @@ class ModelLife:
                 await self._free_ranks(reuse=False)
         self._there.set()
         await no_more_checkpoints
-        self._records.close()
+        await in_thread(self._records.close)
 
     async def _free_ranks(self, *, reuse: bool) -> Workers | None:
         if not self.ranks.there:

@@ -478,6 +478,25 @@ async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_aft
         assert steps(workers) == [(b"a", 1)]
 
 
+async def test_large_command_is_written_without_holding_up_other_models(frontend: Any, monkeypatch: Any) -> None:
+    workers, may_write, write = await frontend.create("m"), threading.Event(), SegmentWriter.write
+    await frontend.create("other", durability="none")
+
+    def slow(self: SegmentWriter, parts: Any) -> int:
+        assert may_write.wait(5), "it is written on the event loop"
+        return write(self, parts)
+
+    monkeypatch.setattr(SegmentWriter, "write", slow)
+    monkeypatch.setattr("gradwire_server.tensors.file_threads.THREAD_BYTES", 0)
+    waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
+    await frontend.until(lambda: steps(workers))
+    assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
+    await asyncio.sleep(0.1)
+    assert not waiting[0].done() and len(steps(workers)) == 1, "the next command of this one waits"
+    may_write.set()
+    assert [reply.result.step for reply in await asyncio.gather(*waiting)] == [1, 2]
+
+
 async def test_store_that_does_not_answer_holds_up_nothing_else(frontend: Any, monkeypatch: Any) -> None:
     answers, asked, get = threading.Event(), [], CheckpointStore.get
 

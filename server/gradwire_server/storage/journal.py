@@ -58,6 +58,8 @@ class Journal:
         self._begin_anew = False
         self._next = 1
         self._sizes = RecordSizes(self._next)
+        self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
+        """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
         self._unread: set[Path] = set()
         """Segments from before, whose records were not read: what they name is not known, and not swept."""
         self._unswept = False
@@ -81,6 +83,11 @@ class Journal:
             raise storage_error(error, f"make {folder}") from error
         journal._recover(after)
         return journal, journal.entries(after)
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether `append`'s future and `keep_upload` wait for an fsync."""
+        return self._durable
 
     @property
     def last(self) -> int:
@@ -118,6 +125,30 @@ class Journal:
             error.outcome = "not_applied"
             raise
 
+    def write_ahead(self, entry: Entry) -> None:
+        """What takes long of `append`, which comes next: a thread may call it, while nothing but `cut` is called here.
+
+        Tells no failure: `append` does.
+        """
+        if self.broken is None:
+            try:
+                self._ahead = entry, self._write(entry)
+            except (OSError, GradwireError) as error:
+                self._ahead = entry, error
+
+    def _written(self, entry: Entry) -> int:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] is not entry:
+            return self._write(entry)
+        if isinstance(ahead[1], Exception):
+            raise ahead[1]
+        return ahead[1]
+
+    def _write(self, entry: Entry) -> int:
+        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
+        segment = self._segment or self._begin_segment()
+        return segment.write(encode(entry, segment.seed))
+
     def append(self, entry: Entry) -> asyncio.Future[None] | None:
         """Record a command that was carried out. None: it may be acknowledged; a future: once that is done.
 
@@ -126,10 +157,8 @@ class Journal:
         """
         if self.broken is not None:
             raise copy.copy(self.broken)
-        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
         try:
-            segment = self._segment or self._begin_segment()
-            nbytes = segment.write(encode(entry, segment.seed))
+            nbytes = self._written(entry)
             self._lock.check()
         except OSError as error:
             self.broken = storage_error(error, "hold the command", outcome="unknown")

@@ -296,6 +296,28 @@ def failing(method: str, code: int, monkeypatch):
     return tries
 
 
+def test_what_was_written_ahead_is_appended_once(open_journal, entry):
+    journal, _ = open_journal()
+    for number in (1, 2):
+        journal.reserve(100)
+        journal.write_ahead(one := entry(number))
+        journal.append(one)
+    journal.reserve(100)
+    assert journal.append(entry(3)) is None
+    assert open_journal()[1] == [entry(1), entry(2), entry(3)]
+
+
+def test_failure_of_what_is_written_ahead_is_told_by_append(open_journal, entry, monkeypatch):
+    journal, _ = open_journal()
+    journal.reserve(100)
+    with monkeypatch.context() as patched:
+        failing("write", errno.EIO, patched)
+        journal.write_ahead(one := entry(1))
+    with pytest.raises(Unavailable) as caught:
+        journal.append(one)
+    assert caught.value.outcome == "unknown" and journal.broken is not None and journal.last == 0
+
+
 def test_failed_write_breaks_the_journal_until_it_goes_on_behind_a_checkpoint(open_journal, entry, monkeypatch):
     journal, _ = open_journal()
     fill(journal, entry, [1, 2])
