@@ -16,8 +16,9 @@ from gradwire_proto import codec
 from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
-from gradwire_proto.values import Handle, Retention, TensorData
+from gradwire_proto.values import Batch, Handle, Retention, TensorData, Value
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.storage.blobs import Blobs
 from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.storage.storage_lock import StorageLock
@@ -193,6 +194,28 @@ async def test_upload_of_a_refused_command_is_not_kept(frontend: Any, storage: P
     request.batch.inputs.tensor.handle = f"{name}/tensors/0"
     await frontend.error(frontend.stub.TrainStep(request))
     assert not list((storage / "models/m/blobs").iterdir())
+
+
+async def test_upload_is_not_kept_where_another_of_its_command_has_no_room(
+    frontend: Any, storage: Path, monkeypatch: Any
+) -> None:
+    workers, keep, kept = await frontend.create(), Blobs.keep, []
+
+    def full(self: Blobs, source: Path, name: str) -> str:
+        if kept:
+            raise ResourceExhausted("no space is left", reason="STORAGE_FULL")
+        kept.append(keep(self, source, name))
+        return kept[0]
+
+    request = pb.TrainStepRequest(name="models/m")
+    inputs: list[Value] = [TensorData("float32", (1, 2), bytes(8)) for _ in range(2)]
+    codec.encode_batch(Batch(inputs), request.batch)
+    for each in request.batch.inputs.list.items:
+        name = await frontend.upload(TensorData("float32", (1, 2), b"uploaded"))
+        each.tensor.handle = f"{name}/tensors/0"
+    monkeypatch.setattr(Blobs, "keep", full)
+    assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "STORAGE_FULL"
+    assert kept and not list((storage / "models/m/blobs").iterdir()) and not steps(workers)
 
 
 async def test_settings_and_variants_come_back(start: Any, fakes: Any) -> None:
