@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
 from gradwire_proto.errors import FailedPrecondition
@@ -10,6 +9,7 @@ from gradwire_proto.names import checkpoint_name
 from gradwire_proto.values import Checkpoint
 from gradwire_server.pages import page_of
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
+from gradwire_server.tensors.file_threads import in_thread
 
 
 class Needed(Protocol):
@@ -27,11 +27,11 @@ class CheckpointList:
 
     async def get(self, name: str) -> Checkpoint:
         """What is known of a checkpoint. Raises CheckpointNotFound."""
-        return await asyncio.to_thread(self._store.get, key_of(name))
+        return await in_thread(self._store.get, key_of(name), threads=self._store.threads)
 
     async def page(self, size: int, token: str) -> tuple[list[Checkpoint], str]:
         """(checkpoints by name, automatic ones last, the next page's token or ""). `size` 0: as many as is good."""
-        found = await asyncio.to_thread(self._store.list)
+        found = await in_thread(self._store.list, threads=self._store.threads)
         return page_of({_order(each): each for each in found}, size, token)
 
     async def delete(self, name: str) -> None:
@@ -44,7 +44,7 @@ class CheckpointList:
                 reason="CHECKPOINT_NEEDED",
                 resource=checkpoint_name(name),
             )
-        await asyncio.to_thread(self._store.delete, key_of(name))
+        await in_thread(self._store.delete, key_of(name), threads=self._store.threads)
 
 
 def _order(checkpoint: Checkpoint) -> str:

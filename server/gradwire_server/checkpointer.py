@@ -7,13 +7,13 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, GradwireError
+from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, GradwireError, InvalidArgument
 from gradwire_proto.names import automatic_checkpoint, check_checkpoint_id
 from gradwire_proto.values import Checkpoint
 from gradwire_server.checkpoint_policy import CheckpointPolicy, Checkpoints, SavableModel
@@ -29,6 +29,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 
 _RETAINED_WAIT = 2.0
 """Seconds until it is looked again whether a model still retains forwards."""
+
+_KNOWN_REQUESTS = 1024
 
 
 class Checkpointer:
@@ -63,6 +65,8 @@ class Checkpointer:
         self._background: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._asked: dict[str, str] = {}
+        """The names that the last requests asked for."""
         self.last_error: str | None = None
         """What the last checkpoint failed of; None where it did not."""
 
@@ -109,7 +113,9 @@ class Checkpointer:
     async def save(self, name: str | None, request_id: str | None) -> Checkpoint:
         """Save the model as it is when its turn comes, under a name (None: one is made up), until somebody deletes it.
 
-        AlreadyExists CHECKPOINT_EXISTS; a repeat of the request that made it gets the first answer. The store's errors.
+        AlreadyExists CHECKPOINT_EXISTS; a repeat of the request that made it gets the first answer. InvalidArgument
+        REQUEST_ID_REUSED where one of the last requests with that id, since the service started, was for another name.
+        The store's errors.
         """
         model_id = self._model.model_id
         if name is None:
@@ -117,9 +123,22 @@ class Checkpointer:
             digest = hashlib.sha256((request_id or secrets.token_hex(16)).encode()).hexdigest()
             name = f"{model_id[:50]}-{digest[:12]}"
         check_checkpoint_id(name)
+        self._check_request(request_id, name)
         # At once: the state is that of the caller's turn, however long another checkpoint is being written.
         captured = self._model.capture(automatic=False)
         return await self._shielded(self._save(captured, name, request_id))
+
+    def _check_request(self, request_id: str | None, name: str) -> None:
+        if request_id is None:
+            return
+        if self._asked.setdefault(request_id, name) != name:
+            raise InvalidArgument(
+                f"{request_id} was the id of another request; each needs its own",
+                field="request_id",
+                reason="REQUEST_ID_REUSED",
+            )
+        if len(self._asked) > _KNOWN_REQUESTS:
+            del self._asked[next(iter(self._asked))]
 
     async def close(self) -> None:
         """Take no more, and wait for those that are being taken."""
@@ -163,16 +182,22 @@ class Checkpointer:
             return True
 
     async def _drop_old(self) -> None:
-        """Delete checkpoints that are too many, and cut the journal. A failure is logged: the next time does it."""
+        """Cut the journal, and delete checkpoints that are too many. A failure is logged: the next time does it."""
         keep = self._policy.keep if self._policy is not None else 1
         old, kept = self._kept[:-keep], self._kept[-keep:]
-        try:
-            for number in old:
-                await self._in_thread(self._delete, number)
-                self._kept.remove(number)
+        with self._noting_failure():
             if self._model.journal is not None:
                 # Behind the last but one: should the newest prove unreadable, nothing is lost.
                 self._model.journal.cut(kept[-2:][0])
+        with self._noting_failure():
+            for number in old:
+                await self._in_thread(self._delete, number)
+                self._kept.remove(number)
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
         except GradwireError as error:
             self.last_error = str(error)
             logger.warning("model %s: what a checkpoint holds could not be removed: %s", self._model.model_id, error)

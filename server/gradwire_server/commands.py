@@ -146,13 +146,13 @@ class Commands:
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
         try:
-            self._records.reserve(len(call.raw) + room_for_reply(call.method))
+            self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
             result, recovery = await self._ranks.run(
                 lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
             )
         except GradwireError as error:
             if error.outcome == "applied" or error.reason == "COMMAND_KILLS_RANKS":
-                return self._end_with(error, call, job, uploads)
+                return await self._end_with(error, call, job, uploads)
             self._records.drop(uploads)
             raise
         except BaseException:
@@ -166,20 +166,22 @@ class Commands:
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            return self._end_with(refusal, call, job, uploads)
-        settled = self._record(call, job, uploads, reply)
+            return await self._end_with(refusal, call, job, uploads)
+        settled = await self._record(call, job, uploads, reply)
         return result if settled is None else Unsettled(result, settled)
 
-    def _end_with(self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]) -> Unsettled[T]:
+    async def _end_with(
+        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]
+    ) -> Unsettled[T]:
         """Record a command that ends with `error`: it was applied and has no reply, or must never be tried again."""
         refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
-        settled = self._record(call, job, uploads, None, refused)
+        settled = await self._record(call, job, uploads, None, refused)
         if settled is None:
             raise error
         self._description.met(error)
         return Unsettled(None, settled, error)
 
-    def _record(
+    async def _record(
         self,
         call: Call,
         job: Job[Any],
@@ -192,6 +194,8 @@ class Commands:
         self.number += 1
         error = None if refused is None else kills_ranks(refused)
         self.log.store(call, EndedCommand(self.number, call.method, reply, error))
+        if reply is not None:
+            self.log.weigh(call, len(reply))
         self._applied()
         entry = Entry(
             number=self.number,
@@ -204,6 +208,7 @@ class Commands:
             uploads=tuple(uploads),
             released=self._released(),
         )
+        await self._records.write(entry)
         return self._records.append(entry, job)
 
     async def _run_again(

@@ -58,7 +58,10 @@ class ServerConfig(BaseSettings):
         " temporary one",
     )
     checkpoint_url: str | None = Field(
-        None, min_length=1, description="folder or fsspec URL that keeps checkpoints; none: checkpoints/ in the storage"
+        None,
+        min_length=1,
+        description="folder or fsspec URL, which services may share, that keeps checkpoints; none:"
+        " checkpoints/ in the storage",
     )
     durability: Literal["none", "process", "disk"] = Field(
         "process", description="what answered commands outlive: nothing, every process, or the machine"

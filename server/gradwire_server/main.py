@@ -83,7 +83,8 @@ async def run(config: ServerConfig) -> None:
 
 def _model_storage(config: ServerConfig, lock: StorageLock) -> ModelStorage:
     url = config.checkpoint_url or str(lock.storage / "checkpoints")
-    return ModelStorage(lock, CheckpointStore(url, lock.storage / "fetched", fence=lock.check))
+    store = CheckpointStore(url, lock.storage / "fetched", owner=lock.storage_id, fence=lock.check)
+    return ModelStorage(lock, store)
 
 
 async def _serve(

@@ -116,7 +116,8 @@ class ModelCheckpoints:
         """Take an automatic checkpoint in the turn that it is. alone: see `begin_anew`."""
         saved = await self._snapshot(alone=alone)
         try:
-            await in_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
+            store = self._hosting.storage.checkpoints
+            await in_thread(store.write, key_of(saved.name), saved, threads=store.threads)
         finally:
             saved.remove_files()
 
@@ -162,7 +163,8 @@ class ModelCheckpoints:
         source = CheckpointSource(
             self._description.info.id, lambda: self._commands.number, lambda: self._records.journal, self._capture
         )
-        self._checkpointer = Checkpointer(source, self._hosting.storage.checkpoints, policy, kept)
+        store = self._hosting.storage.checkpoints
+        self._checkpointer = Checkpointer(source, store, policy, kept, threads=store.threads)
 
     async def close(self) -> None:
         """Take no more, and wait for those that are being taken."""

@@ -105,8 +105,9 @@ class ModelLife:
                 await self._enter_storage(call)
             except BaseException:
                 self._records.close()
+                storage = self._hosting.storage
                 try:
-                    await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
+                    await asyncio.shield(in_thread(storage.delete, self.id, threads=storage.checkpoints.threads))
                 except GradwireError as error:
                     # A restart may find it.
                     self.description.failed(error)
@@ -121,7 +122,7 @@ class ModelLife:
         storage, made_by = self._hosting.storage, None
         await storage.swept()
         # Of an earlier model of this name, should it be that they could not be removed with it.
-        await in_thread(storage.checkpoints.delete_automatic, self.id)
+        await in_thread(storage.checkpoints.delete_automatic, self.id, threads=storage.checkpoints.threads)
         await self.checkpoints.save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
@@ -150,7 +151,8 @@ class ModelLife:
 
     async def _kept_checkpoints(self) -> list[int]:
         try:
-            return await in_thread(self._hosting.storage.checkpoints.automatic, self.id)
+            store = self._hosting.storage.checkpoints
+            return await in_thread(store.automatic, self.id, threads=store.threads)
         except GradwireError as error:
             # The others stay until the model is brought back once more.
             logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)
@@ -194,7 +196,7 @@ class ModelLife:
                 await self._free_ranks(reuse=False)
         self._there.set()
         await no_more_checkpoints
-        self._records.close()
+        await in_thread(self._records.close)
 
     async def _free_ranks(self, *, reuse: bool) -> Workers | None:
         if not self.ranks.there:

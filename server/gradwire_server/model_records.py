@@ -14,7 +14,7 @@ from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import Segment, TensorData
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry, StoredTensor, StoredUpload
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import in_thread, move_bytes
 from gradwire_server.tensors.held_files import segment_paths
 from gradwire_server.work_queue import Job
 
@@ -70,7 +70,8 @@ class ModelRecords:
         if paths:
             (path,) = paths
             nbytes = sum(tensor.nbytes for tensor in tensors)
-            file = await move_bytes(nbytes, journal.keep_upload, Path(path), name)
+            keep = journal.keep_upload, Path(path), name
+            file = await (in_thread(*keep) if journal.waits_for_disk else move_bytes(nbytes, *keep))
         return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)))
 
     def drop(self, uploads: Sequence[StoredUpload]) -> None:
@@ -80,10 +81,15 @@ class ModelRecords:
                 if upload.file:
                     self.journal.drop_upload(upload.file)
 
-    def reserve(self, nbytes: int) -> None:
-        """See that a record with so many bytes of request and reply can be written."""
+    def reserve(self, nbytes: int, uploads: Sequence[StoredUpload]) -> None:
+        """See that a record with so many bytes of request and reply, which names these uploads, can be written."""
         if self.journal is not None:
-            self.journal.reserve(nbytes)
+            self.journal.reserve(nbytes, uploads)
+
+    async def write(self, entry: Entry) -> None:
+        """Do what takes long of `append`, which comes next, without holding up other models."""
+        if self.journal is not None:
+            await move_bytes(len(entry.request), self.journal.write_ahead, entry)
 
     def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:
         """Record a command. None: it outlives what it should; otherwise a future that is done when it does.

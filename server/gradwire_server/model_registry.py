@@ -103,9 +103,9 @@ class ModelRegistry:
         if creation is None:
             store = self._hosting.storage.checkpoints
             await self._hosting.storage.swept()
-            model_id = model_id or (await in_thread(store.get, key_of(name))).model_id
+            model_id = model_id or (await in_thread(store.get, key_of(name), threads=store.threads)).model_id
             self._check_new(model_id)
-            saved, spec = await in_thread(read_checkpoint, store, name, workers)
+            saved, spec = await in_thread(read_checkpoint, store, name, workers, threads=store.threads)
             # Again: others came meanwhile, this request's repeat perhaps.
             creation = self._seen.find(call)
             if creation is not None:
@@ -235,7 +235,8 @@ class ModelRegistry:
             return
         await model.life.close()
         try:
-            await in_thread(self._hosting.storage.delete, model_id)
+            storage = self._hosting.storage
+            await in_thread(storage.delete, model_id, threads=storage.checkpoints.threads)
         except GradwireError as error:
             # It is still in the storage, and deleting it may be tried again.
             model.description.failed(error)

@@ -19,6 +19,7 @@ from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import StoredReply, decode_replies, encode_replies
 from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.tensors.file_threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class ModelStorage:
 
     def begin_sweep(self) -> None:
         """Remove, in the background, checkpoints that no model has any more, and what was left half-written."""
-        self._swept = asyncio.ensure_future(asyncio.to_thread(self._sweep))
+        self._swept = asyncio.ensure_future(in_thread(self._sweep, threads=self.checkpoints.threads))
 
     async def swept(self) -> None:
         """Return when nothing is removed in the background any more: only then may checkpoints be written."""

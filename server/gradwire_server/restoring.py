@@ -164,7 +164,7 @@ class Restorer:
         self._model.adopt(workers, state.trained)
 
     async def _from_storage(self, storage: ModelStorage) -> None:
-        saved, spec = await in_thread(self._read_newest, storage)
+        saved, spec = await in_thread(self._read_newest, storage, threads=storage.checkpoints.threads)
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(storage, spec, saved.state.command)

@@ -399,7 +399,9 @@ async def _running(
     if held:
         cluster.gate.clear()
     lock = StorageLock.take(storage, 1.0)
-    checkpoints = CheckpointStore(str(storage / "checkpoints"), storage / "fetched", fence=lock.check)
+    checkpoints = CheckpointStore(
+        str(storage / "checkpoints"), storage / "fetched", owner=lock.storage_id, fence=lock.check
+    )
     service = Service(cluster, folder, config, ModelStorage(lock, checkpoints))
     target = f"127.0.0.1:{await service.start()}"
     try:

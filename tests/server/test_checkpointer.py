@@ -297,7 +297,7 @@ async def test_one_that_is_kept_alone_goes_after_the_next_is_there(bench):
     checkpointer = bench.checkpointer(commands=1, keep=1)
     await bench.run(checkpointer, 1)
     await until(lambda: bench.model.journal.cuts)
-    assert bench.store.log == ["write auto/digits/1", "delete auto/digits/0"]
+    await until(lambda: bench.store.log == ["write auto/digits/1", "delete auto/digits/0"])
     assert bench.model.journal.cuts == [1]
 
 
@@ -315,6 +315,7 @@ async def test_old_one_that_cannot_be_deleted_goes_another_time(bench, caplog):
     await bench.run(checkpointer, 1)
     await until(lambda: checkpointer.last_error)
     assert checkpointer.newest == 1 and "could not be removed" in caplog.text
+    assert bench.model.journal.cuts == [1], "the journal does not grow meanwhile"
     bench.store.delete_error = None
     await bench.run(checkpointer, 1)
     await until(lambda: bench.keys == ["auto/digits/2"])
@@ -414,6 +415,17 @@ async def test_named_one_answers_with_the_checkpoint_and_is_never_dropped(bench)
         await bench.run(checkpointer, 1)
         await until(lambda: checkpointer.newest == number)  # noqa: B023
     await until(lambda: bench.keys == ["auto/digits/10", "named/best"])
+
+
+async def test_request_id_that_named_one_checkpoint_makes_no_other(bench):
+    checkpointer = bench.checkpointer()
+    first = await checkpointer.save("best", REQUEST)
+    for name in ("other", None):
+        with pytest.raises(InvalidArgument) as caught:
+            await checkpointer.save(name, REQUEST)
+        assert caught.value.reason == "REQUEST_ID_REUSED"
+    assert await checkpointer.save("best", REQUEST) == first
+    assert bench.keys == ["auto/digits/0", "named/best"]
 
 
 async def test_named_one_holds_the_state_of_its_turn_though_another_is_being_written(bench):

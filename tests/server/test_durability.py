@@ -16,9 +16,12 @@ from gradwire_proto import codec
 from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
-from gradwire_proto.values import Handle, Retention, TensorData
+from gradwire_proto.values import Batch, Handle, Retention, TensorData, Value
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.storage.blobs import Blobs
+from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_server.tensors.uploads import resolve
 
 
@@ -133,7 +136,7 @@ async def test_deleted_model_does_not_come_back_and_its_files_are_gone(start: An
         await frontend.create()
         await frontend.stub.TrainStep(frontend.train())
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
         await frontend.create()
     async with start() as frontend:
         assert steps(await ready(frontend)) == []
@@ -146,7 +149,7 @@ async def test_creation_or_deletion_that_was_cut_off_leaves_nothing(start: Any, 
     os.rename(storage / "models/m", storage / "models/.deleted-x")
     async with start() as frontend:
         assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
-        await frontend.until(lambda: not list(storage.glob("checkpoints/auto/*/*")))
+        await frontend.until(lambda: not list(storage.glob("checkpoints/auto/*/*/*")))
         assert not list((storage / "models").iterdir())
 
 
@@ -191,6 +194,28 @@ async def test_upload_of_a_refused_command_is_not_kept(frontend: Any, storage: P
     request.batch.inputs.tensor.handle = f"{name}/tensors/0"
     await frontend.error(frontend.stub.TrainStep(request))
     assert not list((storage / "models/m/blobs").iterdir())
+
+
+async def test_upload_is_not_kept_where_another_of_its_command_has_no_room(
+    frontend: Any, storage: Path, monkeypatch: Any
+) -> None:
+    workers, keep, kept = await frontend.create(), Blobs.keep, []
+
+    def full(self: Blobs, source: Path, name: str) -> str:
+        if kept:
+            raise ResourceExhausted("no space is left", reason="STORAGE_FULL")
+        kept.append(keep(self, source, name))
+        return kept[0]
+
+    request = pb.TrainStepRequest(name="models/m")
+    inputs: list[Value] = [TensorData("float32", (1, 2), bytes(8)) for _ in range(2)]
+    codec.encode_batch(Batch(inputs), request.batch)
+    for each in request.batch.inputs.list.items:
+        name = await frontend.upload(TensorData("float32", (1, 2), b"uploaded"))
+        each.tensor.handle = f"{name}/tensors/0"
+    monkeypatch.setattr(Blobs, "keep", full)
+    assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "STORAGE_FULL"
+    assert kept and not list((storage / "models/m/blobs").iterdir()) and not steps(workers)
 
 
 async def test_settings_and_variants_come_back(start: Any, fakes: Any) -> None:
@@ -277,7 +302,7 @@ async def test_creation_that_is_given_up_while_it_is_saved_leaves_nothing(
         await frontend.until(made.is_set)
         call.cancel()
         await frontend.until(lambda: frontend.cluster.groups["m"].closed)
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*/*"))
         await frontend.create()
 
 
@@ -299,7 +324,7 @@ async def test_checkpoint_is_taken_although_the_queue_is_full(start: Any, storag
         await asyncio.sleep(0.05)
         workers.gate.set()
         await asyncio.gather(*calls)
-        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/m/*"))) > 1)
+        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/*/m/*"))) > 1)
     assert "no checkpoint could be taken" not in caplog.text
 
 
@@ -476,13 +501,75 @@ async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_aft
         assert steps(workers) == [(b"a", 1)]
 
 
+async def test_large_command_is_written_without_holding_up_other_models(frontend: Any, monkeypatch: Any) -> None:
+    workers, may_write, write = await frontend.create("m"), threading.Event(), SegmentWriter.write
+    await frontend.create("other", durability="none")
+
+    def slow(self: SegmentWriter, parts: Any) -> int:
+        assert may_write.wait(5), "it is written on the event loop"
+        return write(self, parts)
+
+    monkeypatch.setattr(SegmentWriter, "write", slow)
+    monkeypatch.setattr("gradwire_server.tensors.file_threads.THREAD_BYTES", 0)
+    waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
+    await frontend.until(lambda: steps(workers))
+    assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
+    await asyncio.sleep(0.1)
+    assert not waiting[0].done() and len(steps(workers)) == 1, "the next command of this one waits"
+    may_write.set()
+    assert [reply.result.step for reply in await asyncio.gather(*waiting)] == [1, 2]
+
+
+async def test_store_that_does_not_answer_holds_up_nothing_else(frontend: Any, monkeypatch: Any) -> None:
+    answers, asked, get = threading.Event(), [], CheckpointStore.get
+
+    def hang(self: CheckpointStore, key: str) -> Any:
+        asked.append(key)
+        assert answers.wait(10)
+        return get(self, key)
+
+    await frontend.create("m")
+    monkeypatch.setattr(CheckpointStore, "get", hang)
+    request = pb.GetCheckpointRequest(name="models/m/checkpoints/0")
+    waiting = [asyncio.ensure_future(frontend.stub.GetCheckpoint(request)) for _ in range(40)]
+    try:
+        # As many as there are threads, however many that are.
+        await frontend.until(lambda: len(asked) > 5)
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(3):
+            await frontend.create("other", durability="none")
+    finally:
+        answers.set()
+    assert {found.name for found in await asyncio.gather(*waiting)} == {"models/m/checkpoints/0"}
+
+
+async def test_service_that_shares_the_checkpoints_takes_no_model_from_another(
+    start: Any, storage: Path, tmp_path: Path
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+    lock = StorageLock.take(tmp_path / "another storage", 1.0)
+    shared = CheckpointStore(
+        str(storage / "checkpoints"), tmp_path / "fetched", owner=lock.storage_id, fence=lock.check
+    )
+    another = ModelStorage(lock, shared)
+    assert another.open() == {}
+    another.begin_sweep()
+    await another.swept()
+    another.delete("m")
+    lock.release()
+    async with start() as frontend:
+        assert steps(await ready(frontend)) == [(b"a", 1)]
+
+
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:
     async with start(checkpoint_commands=2) as frontend:
         await frontend.create()
         for value in (b"a", b"b", b"c"):
             await frontend.stub.TrainStep(frontend.train(value))
-        await frontend.until(lambda: (storage / "checkpoints/auto/m/2/manifest.json").exists())
-    weights = storage / "checkpoints/auto/m/2/weights.safetensors"
+        await frontend.until(lambda: list(storage.glob("checkpoints/auto/*/m/2/manifest.json")))
+    (weights,) = storage.glob("checkpoints/auto/*/m/2/weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     async with start() as frontend:
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2), (b"c", 3)]

@@ -28,6 +28,18 @@ async def test_update_runs_in_its_turn_and_a_repeat_gets_the_first_reply(fronten
     assert (first.step, first.tensors[0].requires_grad) == (1, True)
 
 
+async def test_replies_of_updates_are_forgotten_when_they_are_too_many_together(start: Any, fakes: Any) -> None:
+    async with start(message_bytes=1 << 16) as frontend:
+        await frontend.create(labels={str(each): "x" * 63 for each in range(64)})
+        requests = [
+            pb.UpdateModelRequest(name="models/m", request_id=fakes.request_id(), learning_rate=0.5) for _ in range(40)
+        ]
+        replies = [await frontend.stub.UpdateModel(request) for request in requests]
+        assert sum(reply.ByteSize() for reply in replies) > 1 << 16
+        assert (await frontend.error(frontend.stub.UpdateModel(requests[0]))).reason == "REPLY_FORGOTTEN"
+        assert await frontend.stub.UpdateModel(requests[-1]) == replies[-1]
+
+
 async def test_labels_are_replaced_whole_without_asking_a_rank_and_nothing_else_changes(frontend: Any) -> None:
     workers = await frontend.create(labels={"team": "vision", "stage": "new"})
     before = await frontend.stub.GetModel(pb.GetModelRequest(name="models/m"))

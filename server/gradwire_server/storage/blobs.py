@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.durable_files import sync_file, sync_folder
 from gradwire_server.storage.storage_errors import storage_error
 
 _UPLOAD = re.compile(r"uploads/([A-Za-z0-9_-]{1,64})")
@@ -36,17 +37,22 @@ class Blobs:
     def keep(self, source: Path, name: str) -> str:
         """Keep the upload "uploads/{upload}", whose bytes are in `source`; the name of its file here.
 
-        It is linked where that can be, else copied by the kernel; durable on return where the journal is. Errors of
-        `storage_error`. May block long: a thread may call it.
+        It is linked where that can be, else copied by the kernel; durable on return where the journal is. An upload of
+        that name with other bytes, which a record still names, keeps its file. Errors of `storage_error`. May block
+        long: a thread may call it.
         """
         if not (upload := _UPLOAD.fullmatch(name)):
             raise ValueError(f"{name!r} is no name of an upload")
         file = upload[1]
         with self._keeping:
             with self._change:
+                there = self.path(file).exists()
+                if there and not self.path(file).samefile(source):
+                    file = f"{file}-{secrets.token_hex(8)}"
+                    there = False
                 self._waiting[file] += 1
-                if self._waiting[file] > 1 or file in self._named_by:
-                    return file
+            if there:
+                return file
             try:
                 self._bring(source, self.path(file))
             except OSError as error:
@@ -78,10 +84,11 @@ class Blobs:
                     self.path(file).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what no record names: left by commands that were cut off."""
+        """Remove what no record names: left by commands that were cut off. All records were noted before."""
         with self._change:
             for path in self._folder.iterdir():
-                if path.name not in self._named_by and path.name not in self._waiting:
+                file = path.name.removeprefix(".")  # Of one that is just being brought.
+                if file not in self._named_by and file not in self._waiting:
                     path.unlink(missing_ok=True)
 
     def _end_wait(self, file: str) -> None:
@@ -96,7 +103,7 @@ class Blobs:
             temporary.unlink(missing_ok=True)
             _link_or_copy(source, temporary)
             if self._durable:
-                _sync_file(temporary)
+                sync_file(temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -111,11 +118,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in _NO_LINK:
             raise
         shutil.copyfile(source, target)  # By sendfile, inside the kernel.
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

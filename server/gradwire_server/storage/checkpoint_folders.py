@@ -27,6 +27,8 @@ class Draft(Protocol):
 class Folders(Protocol):
     """Folders by key, such as "named/best". Every call may block, and for a bounded time only.
 
+    Those whose key begins with "auto/" are one owner's: each has its own (see `place`).
+
     Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE.
     """
 
@@ -51,8 +53,14 @@ class Folders(Protocol):
         ...
 
     def sweep(self) -> None:
-        """Remove what writers that are gone have left half-written. Nobody may be writing."""
+        """Remove what the owner's writers, which are gone, have left half-written. It may not be writing itself."""
         ...
+
+
+def place(key: str, owner: str) -> str:
+    """Where the folder of a key lies below the root: "auto/OWNER/digits/4" of "auto/digits/4"."""
+    kind, separator, rest = key.partition("/")
+    return f"auto/{owner}/{rest}" if kind == "auto" and separator else key
 
 
 def taken(key: str) -> AlreadyExists:

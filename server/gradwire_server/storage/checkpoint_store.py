@@ -1,4 +1,7 @@
-"""Checkpoints by key: "named/NAME", and "auto/MODEL/NUMBER" for those that nobody asked for."""
+"""Checkpoints by key: "named/NAME", and "auto/MODEL/NUMBER" for those that nobody asked for.
+
+Several services may share the named ones. The others are of one storage, and lie in a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +32,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_THREADS = 16
+
 
 def key_of(name: str) -> str:
     """The key of what `Checkpoint.name` says: "best", or "digits/100" of an automatic one."""
@@ -35,11 +41,12 @@ def key_of(name: str) -> str:
 
 
 class CheckpointStore:
-    """Checkpoints in a folder, or wherever fsspec reaches. Every method may block, and is for any thread.
+    """Checkpoints in a folder, or wherever fsspec reaches. Every method may block; `threads` are for them.
 
     url: a path, or a URL such as s3://bucket/folder with fsspec's `options` for it. cache: a folder of the service, in
-    which files that are fetched get a folder of their own. fence: raises where another service has taken over the
-    storage. patience: seconds that one call of a remote store may take.
+    which files that are fetched get a folder of their own. owner: the id of the service's storage: automatic
+    checkpoints of others are neither seen nor touched. fence: raises where another service has taken over the storage.
+    patience: seconds that one call of a remote store may take.
 
     Raises ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, Unavailable STORAGE_UNREACHABLE, and
     ConfigError for a URL that means nothing.
@@ -51,6 +58,7 @@ class CheckpointStore:
         cache: Path,
         options: Mapping[str, str] | None = None,
         *,
+        owner: str,
         fence: Callable[[], None] = lambda: None,
         patience: float = 30.0,
     ) -> None:
@@ -58,9 +66,11 @@ class CheckpointStore:
         files = cache / "fetched-checkpoints"
         self._folders: Folders
         if not separator or scheme == "file":
-            self._folders = LocalFolders(Path(path if separator else url), files, fence)
+            self._folders = LocalFolders(Path(path if separator else url), files, owner, fence)
         else:
-            self._folders = ObjectFolders(url, options or {}, files, fence, patience)
+            self._folders = ObjectFolders(url, options or {}, files, owner, fence, patience)
+        self.threads = ThreadPoolExecutor(_THREADS, "checkpoints")
+        """Where the methods are to be called: a store that does not answer holds these for a while, and no others."""
         self._claims: set[str] = set()
         self._lock = threading.Lock()
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 def sync_folder(folder: Path) -> None:
     """fsync of a folder: the names in it are durable then, and those removed from it stay away."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """fsync of a file that is there, whoever wrote to it."""
+    _sync(path, 0)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(handle)
     finally:

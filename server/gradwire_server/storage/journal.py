@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
 from gradwire_server.storage.blobs import Blobs
-from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.durable_files import sync_file, sync_folder
 from gradwire_server.storage.record_sizes import RecordSizes
-from gradwire_server.storage.records import Entry, StoredUpload, encode
+from gradwire_server.storage.records import Entry, StoredUpload, encode, uploads_room
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.storage.segments import (
     START_BYTES,
@@ -31,7 +31,7 @@ from gradwire_server.storage.storage_lock import StorageLock
 SEGMENT_BYTES = 64 << 20
 """A segment that has reached so much is followed by another."""
 _DESCRIPTION_ROOM = 64 << 10
-"""What a record takes besides request and reply, as a rule far less."""
+"""What a record takes besides request, reply and what is said of uploads, as a rule far less."""
 
 
 class Journal:
@@ -58,12 +58,18 @@ class Journal:
         self._begin_anew = False
         self._next = 1
         self._sizes = RecordSizes(self._next)
+        self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
+        """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
+        self._unread: set[Path] = set()
+        """Segments from before, whose records were not read: what they name is not known, and not swept."""
+        self._unswept = False
 
     @classmethod
     def open(cls, folder: Path, lock: StorageLock, *, durability: str, after: int) -> tuple[Journal, Iterator[Entry]]:
         """The journal in a model's folder, and its entries behind command `after`, which a checkpoint holds.
 
-        All that is behind `after` is checked before this returns; a torn end is cut off. FailedPrecondition
+        All that is behind `after` is checked before this returns, and as durable as what is appended; a torn end is cut
+        off. FailedPrecondition
         JOURNAL_CORRUPT, which names file and byte; errors of `storage_error`. A disk that is full or read-only is no
         error before `reserve`. Blocks; any thread may call it.
         """
@@ -71,10 +77,17 @@ class Journal:
         try:
             for needed_folder in (journal._folder, folder / "blobs"):
                 needed_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if journal._durable:
+                sync_folder(folder)
         except OSError as error:
             raise storage_error(error, f"make {folder}") from error
         journal._recover(after)
         return journal, journal.entries(after)
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether `append`'s future and `keep_upload` wait for an fsync."""
+        return self._durable
 
     @property
     def last(self) -> int:
@@ -89,8 +102,10 @@ class Journal:
         whole = bounded([*self._segments, SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
         return (placed.entry for placed in read_segments(whole, after) if placed.entry.number > after)
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, uploads: Sequence[StoredUpload] = ()) -> None:
         """Room for the record of one command, whose request and reply together have so many bytes at most.
+
+        uploads: those that it names.
 
         ResourceExhausted STORAGE_FULL, FailedPrecondition STORAGE_READ_ONLY, or what broke the journal; the command is
         refused then, outcome "not_applied". Afterwards appending so much cannot fail for want of room.
@@ -103,12 +118,36 @@ class Journal:
             segment = self._segment
             if segment is None or self._begin_anew or segment.end >= SEGMENT_BYTES:
                 segment = self._begin_segment()
-            segment.reserve(nbytes + _DESCRIPTION_ROOM)
+            segment.reserve(nbytes + uploads_room(uploads) + _DESCRIPTION_ROOM)
         except OSError as error:
             raise storage_error(error, "hold another command") from error
         except GradwireError as error:
             error.outcome = "not_applied"
             raise
+
+    def write_ahead(self, entry: Entry) -> None:
+        """What takes long of `append`, which comes next: a thread may call it, while nothing but `cut` is called here.
+
+        Tells no failure: `append` does.
+        """
+        if self.broken is None:
+            try:
+                self._ahead = entry, self._write(entry)
+            except (OSError, GradwireError) as error:
+                self._ahead = entry, error
+
+    def _written(self, entry: Entry) -> int:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] is not entry:
+            return self._write(entry)
+        if isinstance(ahead[1], Exception):
+            raise ahead[1]
+        return ahead[1]
+
+    def _write(self, entry: Entry) -> int:
+        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
+        segment = self._segment or self._begin_segment()
+        return segment.write(encode(entry, segment.seed))
 
     def append(self, entry: Entry) -> asyncio.Future[None] | None:
         """Record a command that was carried out. None: it may be acknowledged; a future: once that is done.
@@ -118,10 +157,8 @@ class Journal:
         """
         if self.broken is not None:
             raise copy.copy(self.broken)
-        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
         try:
-            segment = self._segment or self._begin_segment()
-            nbytes = segment.write(encode(entry, segment.seed))
+            nbytes = self._written(entry)
             self._lock.check()
         except OSError as error:
             self.broken = storage_error(error, "hold the command", outcome="unknown")
@@ -166,6 +203,7 @@ class Journal:
             if gone and self._durable:
                 sync_folder(self._folder)
             self.blobs.cut(self._segments[gone].first if self._segments else self._next)
+            self._sweep(self._segments[gone:])
         except OSError as error:
             raise storage_error(error, "remove what a checkpoint holds") from error
         finally:
@@ -236,6 +274,7 @@ class Journal:
         if found and found[-1].epoch > self._lock.epoch:
             raise journal_corrupt(found[-1].path, 0, f"a later epoch wrote it than this one, {self._lock.epoch}")
         end = self._check(found, after)
+        self._keep(found)
         self._segments = found
         with suppress(OSError):  # `reserve` says so, and tries again.
             self._begin_segment()
@@ -244,6 +283,8 @@ class Journal:
     def _check(self, found: list[SegmentFile], after: int) -> int:
         """Read all that may be behind `after`; where the records of the last segment end, in bytes."""
         self._next, end = after + 1, START_BYTES
+        self._unread = {segment.path for segment in found if not needed(segment, after)}
+        self._unswept = True
         self._sizes = RecordSizes(self._next)
         for placed in read_segments(found, after):
             entry = placed.entry
@@ -256,6 +297,18 @@ class Journal:
                 self._sizes.add(placed.end - placed.start)
                 self._next = entry.number + 1
         return end
+
+    def _keep(self, found: list[SegmentFile]) -> None:
+        """What was read is acted on, and may have been written by one that was killed before its fsync."""
+        if not self._durable:
+            return
+        try:
+            for segment in found:
+                sync_file(segment.path)
+            for folder in (self._folder, self.blobs.path("")):
+                sync_folder(folder)
+        except OSError as error:
+            raise storage_error(error, f"make {self._folder} durable") from error
 
     def _check_blob(self, number: int, upload: StoredUpload) -> None:
         path = self.blobs.path(upload.file)
@@ -274,5 +327,10 @@ class Journal:
         for segment in empty:
             segment.path.unlink(missing_ok=True)
             self._segments.remove(segment)
-        if all(needed(segment, after) for segment in self._segments):
+        self._sweep(self._segments)
+
+    def _sweep(self, segments: list[SegmentFile]) -> None:
+        """Remove, once, blobs of before that nothing names, when the records of all these segments are known."""
+        if self._unswept and not any(segment.path in self._unread for segment in segments):
             self.blobs.sweep()
+            self._unswept = False

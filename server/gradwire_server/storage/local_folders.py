@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_server.storage.checkpoint_folders import storage_errors, taken
+from gradwire_server.storage.checkpoint_folders import place, storage_errors, taken
 from gradwire_server.storage.durable_files import sync_folder
 from gradwire_server.storage.manifest import MANIFEST
 
@@ -35,12 +35,14 @@ _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS
 class LocalFolders:
     """See `Folders`. cache: a folder elsewhere, for files that are read while there is no room for links.
 
-    fence: raises where another service has taken over this storage; then nothing is made visible or removed.
+    owner: whose automatic ones these are, and whose half-written and half-read ones are swept. fence: raises where
+    another service has taken over this storage; then nothing is made visible or removed.
     """
 
-    def __init__(self, root: Path, cache: Path, fence: Callable[[], None]) -> None:
+    def __init__(self, root: Path, cache: Path, owner: str, fence: Callable[[], None]) -> None:
         self._root = root
         self._cache = cache
+        self._owner = owner
         self._fence = fence
         with self._errors():
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ class LocalFolders:
     @contextmanager
     def draft(self, key: str, *, replace: bool) -> Iterator[_LocalDraft]:
         with self._errors():
-            if not replace and (self._root / key).exists():
+            if not replace and self._path(key).exists():
                 raise taken(key)
             path = self._new(_PARTIAL)
             try:
@@ -59,24 +61,24 @@ class LocalFolders:
     def manifest(self, key: str) -> bytes | None:
         with self._errors():
             try:
-                return (self._root / key / MANIFEST).read_bytes()
+                return (self._path(key) / MANIFEST).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def keys(self, prefix: str) -> list[str]:
         with self._errors():
             keys = (key for key in self._folders() if key.startswith(prefix))
-            return sorted(key for key in keys if (self._root / key / MANIFEST).is_file())
+            return sorted(key for key in keys if (self._path(key) / MANIFEST).is_file())
 
     def fetch(self, key: str, names: list[str]) -> Path:
         with self._errors():
             try:
-                return _fetched(self._root / key, names, self._root / _READING, _link)
+                return _fetched(self._path(key), names, self._own(_READING), _link)
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
             # A full disk must not keep a model from being restored.
-            return _fetched(self._root / key, names, self._cache, shutil.copyfile)
+            return _fetched(self._path(key), names, self._cache, shutil.copyfile)
 
     def delete(self, key: str) -> None:
         with self._errors():
@@ -84,11 +86,11 @@ class LocalFolders:
             trash = self._new(_PARTIAL)
             try:
                 # The rename takes it away whole; what comes after is only room.
-                os.rename(self._root / key, trash)
+                os.rename(self._path(key), trash)
                 if key.startswith("auto/"):
                     with contextlib.suppress(OSError):
                         # Of a model that has none any more.
-                        os.rmdir((self._root / key).parent)
+                        os.rmdir(self._path(key).parent)
             except FileNotFoundError:
                 pass
             finally:
@@ -97,28 +99,28 @@ class LocalFolders:
     def sweep(self) -> None:
         with self._errors():
             shutil.rmtree(self._cache, ignore_errors=True)
-            for name in _names(self._root / _REPLACED):
+            for name in _names(self._own(_REPLACED)):
                 with contextlib.suppress(OSError):
-                    os.rename(self._root / _REPLACED / name, self._root / name.replace("@", "/"))
+                    os.rename(self._own(_REPLACED) / name, self._path(name.replace("@", "/")))
             for name in (_PARTIAL, _READING, _REPLACED):
-                shutil.rmtree(self._root / name, ignore_errors=True)
+                shutil.rmtree(self._own(name), ignore_errors=True)
             for key in self._folders():
-                if not (self._root / key / MANIFEST).is_file():
-                    shutil.rmtree(self._root / key)
-            for model_id in _names(self._root / "auto"):
+                if not (self._path(key) / MANIFEST).is_file():
+                    shutil.rmtree(self._path(key))
+            for model_id in _names(self._path("auto/")):
                 with contextlib.suppress(OSError):
                     # Of a model that has none any more.
-                    os.rmdir(self._root / "auto" / model_id)
+                    os.rmdir(self._path(f"auto/{model_id}"))
 
     def show(self, path: Path, key: str, *, replace: bool) -> None:
         """Rename the folder `path` to what `key` names, durably."""
-        target = self._root / key
-        aside = self._root / _REPLACED / key.replace("/", "@")
+        target = self._path(key)
+        aside = self._own(_REPLACED) / key.replace("/", "@")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._fence()
         if replace and target.exists():
             shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(exist_ok=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
             os.rename(target, aside)
         try:
             _rename_new(path, target, key)
@@ -135,11 +137,17 @@ class LocalFolders:
     def _folders(self) -> list[str]:
         """Every key that there may be."""
         named = [f"named/{name}" for name in _names(self._root / "named")]
-        models = [f"auto/{model_id}" for model_id in _names(self._root / "auto")]
-        return named + [f"{model}/{number}" for model in models for number in _names(self._root / model)]
+        models = [f"auto/{model_id}" for model_id in _names(self._path("auto/"))]
+        return named + [f"{model}/{number}" for model in models for number in _names(self._path(model))]
+
+    def _path(self, key: str) -> Path:
+        return self._root / place(key, self._owner)
+
+    def _own(self, below: str) -> Path:
+        return self._root / below / self._owner
 
     def _new(self, below: str) -> Path:
-        path = self._root / below / secrets.token_hex(8)
+        path = self._own(below) / secrets.token_hex(8)
         path.mkdir(mode=0o700, parents=True)
         return path
 

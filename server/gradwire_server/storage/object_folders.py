@@ -17,24 +17,26 @@ from typing import Any
 from gradwire_proto.errors import Unavailable
 from gradwire_server.config import ConfigError
 from gradwire_server.storage.bounded_calls import BoundedCalls
-from gradwire_server.storage.checkpoint_folders import storage_errors, taken
+from gradwire_server.storage.checkpoint_folders import place, storage_errors, taken
 from gradwire_server.storage.manifest import MANIFEST
 
 _PIECE_BYTES = 8 << 20
 
 
 class ObjectFolders:
-    """See `Folders`. url, options: as fsspec takes them. cache: where files are fetched to.
+    """See `Folders`. url, options: as fsspec takes them. cache: where files are fetched to, and where it is noted which
+    named ones are half-written: only these are swept, for other services may write, too.
 
-    fence: raises where another service has taken over; then nothing is made visible or removed. patience: seconds that
-    one call of the store may take; a file takes one for every few MiB.
+    owner: whose automatic ones these are. fence: raises where another service has taken over; then nothing is made
+    visible or removed. patience: seconds that one call of the store may take; a file takes one for every few MiB.
     """
 
     def __init__(
-        self, url: str, options: Mapping[str, str], cache: Path, fence: Callable[[], None], patience: float
+        self, url: str, options: Mapping[str, str], cache: Path, owner: str, fence: Callable[[], None], patience: float
     ) -> None:
         self._url = url
         self._cache = cache
+        self._owner = owner
         self._fence = fence
         self._bounded = BoundedCalls(patience)
         self._files, self._root = _file_system(url, options)
@@ -46,6 +48,10 @@ class ObjectFolders:
                 raise taken(key)
             # Files of two writers must never be taken for one's.
             self.delete(key)
+            note = self._note(key)
+            with contextlib.suppress(OSError):  # A full disk: what is cut off then stays until somebody takes the name.
+                note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                note.touch()
             draft = _ObjectDraft(self, key)
             try:
                 yield draft
@@ -56,7 +62,9 @@ class ObjectFolders:
                 if not draft.shown:
                     with contextlib.suppress(Exception):
                         self._remove(key)
+                        note.unlink(missing_ok=True)
                 raise
+            note.unlink(missing_ok=True)
 
     def manifest(self, key: str) -> bytes | None:
         with self._errors():
@@ -88,12 +96,12 @@ class ObjectFolders:
             self._remove(key)
 
     def sweep(self) -> None:
-        shutil.rmtree(self._cache, ignore_errors=True)
         with self._errors():
             for key, names in self._found("").items():
-                if MANIFEST not in names:
+                if MANIFEST not in names and (key.startswith("auto/") or self._note(key).exists()):
                     self._fence()
                     self._remove(key)
+        shutil.rmtree(self._cache, ignore_errors=True)
 
     def show(self, key: str, manifest: bytes) -> None:
         """Put the manifest of a folder whose files are there."""
@@ -103,7 +111,7 @@ class ObjectFolders:
 
     def path(self, key: str, name: str) -> str:
         """What the store calls a file."""
-        return f"{self._root}/{key}/{name}" if self._root else f"{key}/{name}"
+        return self._below_root(f"{place(key, self._owner)}/{name}")
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the store, past what it remembers."""
@@ -131,17 +139,26 @@ class ObjectFolders:
 
     def _found(self, prefix: str) -> dict[str, set[str]]:
         """The names of the files of every folder."""
-        start = len(self._root) + 1 if self._root else 0
         folders: dict[str, set[str]] = {}
-        try:
-            paths = self.call("find", f"{self._root}/{prefix}".rstrip("/"))
-        except FileNotFoundError:
-            return {}
-        for path in paths:
-            key, _, name = path[start:].rpartition("/")
-            if _is_key(key) and key.startswith(prefix):
-                folders.setdefault(key, set()).add(name)
+        for each in [prefix] if prefix else ["auto/", "named/"]:
+            kind = each.partition("/")[0]
+            start = len(self._below_root(place(f"{kind}/", self._owner)))
+            try:
+                paths = self.call("find", self._below_root(place(each, self._owner)).rstrip("/"))
+            except FileNotFoundError:
+                continue
+            for path in paths:
+                key, _, name = f"{kind}/{path[start:]}".rpartition("/")
+                if _is_key(key) and key.startswith(prefix):
+                    folders.setdefault(key, set()).add(name)
         return folders
+
+    def _below_root(self, path: str) -> str:
+        return f"{self._root}/{path}" if self._root else path
+
+    def _note(self, key: str) -> Path:
+        """What is there while the folder is being written."""
+        return self._cache / key.replace("/", "@")
 
     def _remove(self, key: str) -> None:
         names = self._found(key).get(key, set())

@@ -139,6 +139,11 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
         raise BadRecord(f"the record of command {header.number} has no description that is known here") from error
 
 
+def uploads_room(uploads: Sequence[StoredUpload]) -> int:
+    """Bytes that a record takes for saying what is in these."""
+    return len(_to_json(_listed(uploads)).encode())
+
+
 def _describe(entry: Entry) -> dict[str, Any]:
     words: dict[str, Any] = {"method": entry.method, "body": entry.body.hex()}
     if entry.request_id is not None:
@@ -146,10 +151,14 @@ def _describe(entry: Entry) -> dict[str, Any]:
     if entry.refused is not None:
         words["refused"] = entry.refused
     if entry.uploads:
-        words["uploads"] = [[upload.name, upload.file, _rows(upload)] for upload in entry.uploads]
+        words["uploads"] = _listed(entry.uploads)
     if entry.released:
         words["released"] = entry.released
     return words
+
+
+def _listed(uploads: Sequence[StoredUpload]) -> list[Any]:
+    return [[upload.name, upload.file, _rows(upload)] for upload in uploads]
 
 
 def _rows(upload: StoredUpload) -> list[tuple[str, tuple[int, ...], int, int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from gradwire_server.storage.group_commit import GroupCommit
 from gradwire_server.storage.storage_errors import storage_error
 
 FORMAT = "gradwire-storage 1"
+_ID = re.compile(r"[0-9a-f]{16}")
 _POLL_SECONDS = 0.05
 
 
@@ -27,8 +30,10 @@ class StorageLock:
     record of the old one is either read by the new one, or never acknowledged.
     """
 
-    def __init__(self, storage: Path, lock: IO[bytes], epoch: int) -> None:
+    def __init__(self, storage: Path, lock: IO[bytes], epoch: int, storage_id: str) -> None:
         self.storage = storage
+        self.storage_id = storage_id
+        """Of this storage and no other, for as long as it is there."""
         self.epoch = epoch
         self.commits = GroupCommit()
         """Where journals at durability "disk" wait for their fsync."""
@@ -50,9 +55,12 @@ class StorageLock:
             try:
                 if not (storage / "format").exists():
                     replace_file(storage / "format", f"{FORMAT}\n".encode())
+                if not (storage / "id").exists():
+                    replace_file(storage / "id", f"{secrets.token_hex(8)}\n".encode())
+                storage_id = _read_id(storage / "id")
                 epoch = _read_epoch(storage / "epoch") + 1
                 replace_file(storage / "epoch", f"{epoch}\n".encode())
-                return cls(storage, lock, epoch)
+                return cls(storage, lock, epoch, storage_id)
             except BaseException:
                 lock.close()
                 raise
@@ -125,6 +133,13 @@ def _flock(path: Path, patience: float) -> IO[bytes]:
 def _holder(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read(32).decode(errors="replace").strip() or "unknown"
+
+
+def _read_id(path: Path) -> str:
+    text = path.read_text(errors="replace").strip()
+    if not _ID.fullmatch(text):
+        raise FailedPrecondition(f"{path} should hold an id and holds {text[:40]!r}", reason="STORAGE_VERSION")
+    return text
 
 
 def _read_epoch(path: Path) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,9 +21,12 @@ async def move_bytes(nbytes: int, function: Callable[..., T], *arguments: Any) -
     return await in_thread(function, *arguments)
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Call `function` in a thread. Who is cancelled meanwhile hears of it when the call has ended."""
-    job = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+async def in_thread(function: Callable[..., T], *arguments: Any, threads: Executor | None = None) -> T:
+    """Call `function` in a thread. Who is cancelled meanwhile hears of it when the call has ended.
+
+    threads: of those; None: of the ones that everything in the process shares.
+    """
+    job = asyncio.get_running_loop().run_in_executor(threads, partial(function, *arguments))
     try:
         return await asyncio.shield(job)
     except asyncio.CancelledError:

@@ -26,6 +26,9 @@ from gradwire_proto.values import (
 from gradwire_server.storage.saved_model import SavedModel, StoredReply
 from gradwire_workers.segments import SegmentWriter
 
+OWNER = "0123456789abcdef"
+"""The id of the storage whose automatic checkpoints are written."""
+
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 """What the contract has and safetensors too."""
 

@@ -103,6 +103,34 @@ def test_blob_that_a_command_waits_for_stays(open_journal, upload, record, model
     assert len(open_journal(2)[1]) == 1
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_upload_id_that_comes_again_with_other_bytes_leaves_the_first_ones(
+    open_journal, record, mount, tmp_path, linked
+):
+    journal, _ = open_journal()
+    folder = tmp_path if linked else mount("-t", "tmpfs", "tmpfs")
+    for number, data in enumerate((b"first" * 20, b"other" * 20), 1):
+        source = folder / str(number)
+        source.write_bytes(data)
+        record(journal, number, journal.keep_upload(source, "uploads/a"))
+    again, entries = open_journal()
+    kept = [again.blobs.path(found.uploads[0].file).read_bytes() for found in entries]
+    assert kept == [b"first" * 20, b"other" * 20]
+
+
+def test_upload_id_that_comes_again_leaves_the_bytes_of_records_that_are_not_read(open_journal, upload, record):
+    journal, _ = open_journal()
+    record(journal, 1, journal.keep_upload(upload("a"), "uploads/a"))
+    journal.cut(0)
+    record(journal, 2)
+    again, _ = open_journal(after=1)
+    source = upload("b")
+    record(again, 3, again.keep_upload(source, "uploads/a"))
+    first, _, third = open_journal(after=0)[1]
+    kept = [again.blobs.path(found.uploads[0].file).read_bytes() for found in (first, third)]
+    assert kept == [b"a" * 100, b"b" * 100]
+
+
 def test_blob_of_a_refused_command_goes(open_journal, upload, record, model):
     journal, _ = open_journal()
     for name in ("a", "a", "b"):
@@ -135,6 +163,20 @@ def test_blobs_of_records_that_are_not_read_are_not_swept(open_journal, upload, 
     open_journal(after=1)
     assert blobs(model) == ["a"]
     assert len(open_journal(after=0)[1]) == 2
+
+
+def test_blobs_of_records_that_were_not_read_go_when_these_are_cut(open_journal, upload, record, model):
+    journal, _ = open_journal()
+    record(journal, 1, journal.keep_upload(upload("a"), "uploads/a"))
+    journal.cut(0)
+    record(journal, 2, journal.keep_upload(upload("b"), "uploads/b"))
+    again, _ = open_journal(after=1)
+    record(again, 3, again.keep_upload(upload("c"), "uploads/c"))
+    again.keep_upload(upload("d"), "uploads/d")
+    (model / "blobs" / ".d").write_bytes(b"half")
+    (model / "blobs" / ".e").write_bytes(b"half")
+    again.cut(1)
+    assert blobs(model) == [".d", "b", "c", "d"], "of what is read, of what was appended, and of what waits"
 
 
 def test_missing_or_short_blob_is_reported_by_name(open_journal, upload, record, model):

@@ -23,7 +23,7 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from server.storage.checkpoint_cases import automatic, content, net, saved_model
+from server.storage.checkpoint_cases import OWNER, automatic, content, net, saved_model
 
 from gradwire_proto.errors import (
     AlreadyExists,
@@ -34,9 +34,11 @@ from gradwire_proto.errors import (
     ResourceExhausted,
 )
 from gradwire_proto.values import Segment
-from gradwire_server.storage import local_folders
+from gradwire_server.storage import checkpoint_store, local_folders
+from gradwire_server.storage.checkpoint_folders import place
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
 from gradwire_server.storage.manifest import FILES, MANIFEST
+from gradwire_server.storage.object_folders import ObjectFolders
 
 NAMED = "named/best"
 DATA = Path(__file__).parent / "data"
@@ -52,10 +54,10 @@ class Storage:
         self.store = self.opened()
 
     def opened(self, **options: Any) -> CheckpointStore:
-        return CheckpointStore(self.url, self.folder / "cache", **options)
+        return CheckpointStore(self.url, self.folder / "cache", **{"owner": OWNER, **options})
 
     def path(self, key: str, name: str) -> str:
-        return f"{self.root}/{key}/{name}"
+        return f"{self.root}/{place(key, OWNER)}/{name}"
 
     def leftovers(self) -> list[str]:
         """The files that belong to no checkpoint that is shown."""
@@ -183,7 +185,7 @@ def test_files_of_a_saved_model_are_removed_with_it(segments):
 
 def test_first_version_is_still_read(tmp_path):
     shutil.copytree(DATA / "checkpoint-1", tmp_path / "checkpoints")
-    found = CheckpointStore(str(tmp_path / "checkpoints"), tmp_path / "cache").read("named/first")
+    found = CheckpointStore(str(tmp_path / "checkpoints"), tmp_path / "cache", owner=OWNER).read("named/first")
     (tmp_path / "segments").mkdir()
     expected = content(saved_model(tmp_path / "segments", name="first"))
     random = {"tensors", "optimizer", "held"}
@@ -211,8 +213,8 @@ def test_file_that_is_missing_cut_or_changed_is_named(storage, segments, name):
     path = storage.path(NAMED, name)
     whole = storage.files.cat_file(path)
     damages = [None, whole[:-1], whole + b"\0"]
-    for place in {0, len(whole) // 2, len(whole) - 1} if whole else ():
-        damages.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in {0, len(whole) // 2, len(whole) - 1} if whole else ():
+        damages.append(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     for damage in damages:
         if damage is None:
             storage.files.rm_file(path)
@@ -363,7 +365,30 @@ def test_folder_without_a_manifest_is_invisible_and_swept(storage, segments):
     assert storage.store.list() == [] and storage.store.newest("digits") is None
     assert isinstance(refusal(lambda: storage.store.read(NAMED)), CheckpointNotFound)
     storage.opened().sweep()
-    assert storage.files.find(storage.root) == []
+    assert not [path for path in storage.files.find(storage.root) if "/auto/" in path]
+
+
+def test_named_one_whose_writer_was_killed_is_invisible_and_swept(storage, segments, monkeypatch):
+    rmtree, remove = shutil.rmtree, ObjectFolders._remove
+
+    def refuse(*_):
+        raise KeyError("as the test wants it")
+
+    def die(saved, files):
+        # A killed process removes nothing.
+        monkeypatch.setattr(ObjectFolders, "_remove", refuse)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_store.Manifest, "of", die)
+        with pytest.raises(KeyboardInterrupt):
+            storage.store.write(NAMED, saved_model(segments))
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(ObjectFolders, "_remove", remove)
+    assert storage.files.find(storage.root) and storage.store.list() == []
+    storage.opened().sweep()
+    assert storage.leftovers() == []
     storage.store.write(NAMED, saved_model(segments))
 
 
@@ -377,9 +402,9 @@ def test_sweep_removes_what_readers_and_writers_left(storage, segments):
 
 def test_sweep_puts_back_what_was_being_replaced(local, segments):
     local.store.write("auto/digits/4", automatic(segments, 4))
-    aside = Path(local.root) / ".replaced" / "auto@digits@4"
-    aside.parent.mkdir()
-    os.rename(Path(local.root) / "auto/digits/4", aside)
+    aside = Path(local.root) / ".replaced" / OWNER / "auto@digits@4"
+    aside.parent.mkdir(parents=True)
+    os.rename(Path(local.root) / "auto" / OWNER / "digits/4", aside)
     assert local.store.newest("digits") is None
     local.opened().sweep()
     assert local.store.read("auto/digits/4").name == "digits/4"
@@ -393,8 +418,8 @@ def test_killed_writer_leaves_whole_checkpoints_only(local, segments, tmp_path):
         import sys
         from pathlib import Path
         from gradwire_server.storage.checkpoint_store import CheckpointStore
-        from server.storage.checkpoint_cases import automatic
-        store, number = CheckpointStore(sys.argv[1], Path(sys.argv[2])), int(sys.argv[4])
+        from server.storage.checkpoint_cases import OWNER, automatic
+        store, number = CheckpointStore(sys.argv[1], Path(sys.argv[2]), owner=OWNER), int(sys.argv[4])
         saved = automatic(Path(sys.argv[3]), number)
         print("ready", flush=True)
         while True:
@@ -544,3 +569,41 @@ def test_file_system_without_links_is_read_all_the_same(local, segments, monkeyp
     saved = saved_model(segments)
     local.store.write(NAMED, saved)
     assert content(local.store.read(NAMED)) == content(saved)
+
+
+# --- several services ---------------------------------------------------------------------------------------------
+
+
+def test_services_share_named_checkpoints_and_leave_each_others_automatic_ones_alone(storage, segments):
+    other = storage.opened(owner="fedcba9876543210")
+    storage.store.write(NAMED, saved_model(segments))
+    storage.store.write("auto/digits/4", automatic(segments, 4))
+    other.sweep()
+    assert [each.name for each in other.list()] == ["best"] and other.automatic("digits") == []
+    other.write("auto/digits/4", automatic(segments, 4, step=9))
+    other.delete_automatic("digits")
+    other.write("auto/digits/5", automatic(segments, 5))
+    assert storage.store.automatic("digits") == [4] and storage.store.get("auto/digits/4").step == 3
+    assert refusal(lambda: other.write(NAMED, saved_model(segments, request_id=None))).reason == "CHECKPOINT_EXISTS"
+    other.delete(NAMED)
+    assert [key_of(each.name) for each in storage.store.list()] == ["auto/digits/4"]
+
+
+def test_what_another_service_is_writing_or_reading_is_not_swept(storage, segments, monkeypatch):
+    other = CheckpointStore(storage.url, storage.folder / "cache of the other", owner="fedcba9876543210")
+    write, check = checkpoint_store.write_files, checkpoint_store.check_file
+
+    def written(draft, saved):
+        files = write(draft, saved)
+        other.sweep()
+        return files
+
+    def checked(*arguments):
+        other.sweep()
+        check(*arguments)
+
+    monkeypatch.setattr(checkpoint_store, "write_files", written)
+    monkeypatch.setattr(checkpoint_store, "check_file", checked)
+    for key, saved in ((NAMED, saved_model(segments)), ("auto/digits/4", automatic(segments, 4))):
+        storage.store.write(key, saved)
+        assert content(storage.store.read(key)) == content(saved)

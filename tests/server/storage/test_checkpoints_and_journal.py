@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from server.storage.checkpoint_cases import automatic, content, saved_model
+from server.storage.checkpoint_cases import OWNER, automatic, content, saved_model
 
 from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
 from gradwire_server.checkpoint_policy import CheckpointPolicy
@@ -50,7 +50,7 @@ class Model:
 
 @pytest.fixture
 def store(storage: Path, lock: StorageLock, tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(str(storage / "checkpoints"), tmp_path / "cache", fence=lock.check)
+    return CheckpointStore(str(storage / "checkpoints"), tmp_path / "cache", owner=OWNER, fence=lock.check)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ async def test_model_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_bef
     model.command()
     journal.close()
     assert store.automatic("digits") == [9, 6]
-    damaged = storage / "checkpoints/auto/digits/9/weights.safetensors"
+    damaged = storage / f"checkpoints/auto/{OWNER}/digits/9/weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
 
     with pytest.raises(FailedPrecondition):
@@ -112,7 +112,7 @@ def test_service_that_was_taken_over_from_makes_nothing_visible(store, storage, 
 
 def test_disk_that_is_full_is_told_and_written_to_when_there_is_room(mount, segments, tmp_path):
     disk: Path = mount("-t", "tmpfs", "-o", "size=48k,nr_inodes=64", "none")
-    store = CheckpointStore(str(disk / "checkpoints"), tmp_path / "cache")
+    store = CheckpointStore(str(disk / "checkpoints"), tmp_path / "cache", owner=OWNER)
     (disk / "other").write_bytes(bytes(32 << 10))
     saved = automatic(segments, 4)
     with pytest.raises(ResourceExhausted) as refused:
@@ -127,7 +127,7 @@ def test_disk_that_is_full_is_told_and_written_to_when_there_is_room(mount, segm
 
 def test_disk_that_is_read_only_is_told(mount, segments, tmp_path):
     disk: Path = mount("-t", "tmpfs", "none")
-    store = CheckpointStore(str(disk / "checkpoints"), tmp_path / "cache")
+    store = CheckpointStore(str(disk / "checkpoints"), tmp_path / "cache", owner=OWNER)
     saved = saved_model(segments)
     store.write("named/best", saved)
     remount(disk, "ro")

@@ -51,6 +51,47 @@ def test_what_was_appended_is_there_after_another_start(open_journal, entry):
     assert open_journal()[1] == written
 
 
+@pytest.mark.parametrize(("durability", "safe"), [("disk", True), ("process", False)])
+async def test_what_a_killed_service_had_not_made_durable_is_so_once_the_journal_is_open(
+    open_journal, entry, model, monkeypatch, durability, safe
+):
+    journal, _ = open_journal(durability=durability)
+    may_sync = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentWriter, "sync", lambda _: may_sync.wait())
+        journal.reserve(100)
+        journal.append(entry(1))
+        synced, fsync = [], os.fsync
+
+        def recorded(descriptor: int) -> None:
+            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        patched.setattr(os, "fsync", recorded)
+        name = model / "journal" / segments(model)[0]
+        try:
+            assert len(open_journal(durability=durability)[1]) == 1
+            assert ({model, model / "journal", model / "blobs", name} <= set(synced)) == safe
+        finally:
+            may_sync.set()
+
+
+async def test_journal_that_cannot_be_made_durable_is_not_opened(open_journal, entry, monkeypatch):
+    journal, _ = open_journal(durability="disk")
+    journal.reserve(100)
+    await journal.append(entry(1))
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, "as the test wants it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refuse)
+        with pytest.raises(Unavailable) as caught:
+            open_journal(durability="disk")
+    assert caught.value.reason == "STORAGE_UNREACHABLE"
+    assert len(open_journal(durability="disk")[1]) == 1
+
+
 @pytest.mark.parametrize("after", range(7))
 def test_only_entries_behind_the_checkpoint_are_given(open_journal, entry, small_segments, after):
     journal, _ = open_journal()
@@ -255,6 +296,28 @@ def failing(method: str, code: int, monkeypatch):
     return tries
 
 
+def test_what_was_written_ahead_is_appended_once(open_journal, entry):
+    journal, _ = open_journal()
+    for number in (1, 2):
+        journal.reserve(100)
+        journal.write_ahead(one := entry(number))
+        journal.append(one)
+    journal.reserve(100)
+    assert journal.append(entry(3)) is None
+    assert open_journal()[1] == [entry(1), entry(2), entry(3)]
+
+
+def test_failure_of_what_is_written_ahead_is_told_by_append(open_journal, entry, monkeypatch):
+    journal, _ = open_journal()
+    journal.reserve(100)
+    with monkeypatch.context() as patched:
+        failing("write", errno.EIO, patched)
+        journal.write_ahead(one := entry(1))
+    with pytest.raises(Unavailable) as caught:
+        journal.append(one)
+    assert caught.value.outcome == "unknown" and journal.broken is not None and journal.last == 0
+
+
 def test_failed_write_breaks_the_journal_until_it_goes_on_behind_a_checkpoint(open_journal, entry, monkeypatch):
     journal, _ = open_journal()
     fill(journal, entry, [1, 2])
@@ -365,10 +428,13 @@ async def test_failed_fsync_breaks_the_journal_and_is_never_tried_again(open_jou
     journal, _ = open_journal(durability="disk")
     with monkeypatch.context() as patched:
         tries = failing("sync", errno.EIO, patched)
+        fail, may_fail = SegmentWriter.sync, threading.Event()
+        patched.setattr(SegmentWriter, "sync", lambda self: (may_fail.wait(), fail(self)))
         futures = []
         for number in range(1, 4):
             journal.reserve(100)
             futures.append(journal.append(entry(number)))
+        may_fail.set()
         for error in await asyncio.gather(*futures, return_exceptions=True):
             assert isinstance(error, Unavailable)
             assert error.reason == "STORAGE_UNREACHABLE" and error.outcome == "unknown"

@@ -13,6 +13,7 @@ from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
 from gradwire_server.storage import disk_room
 from gradwire_server.storage.disk_room import give_room_back, take_room
 from gradwire_server.storage.journal import Journal
+from gradwire_server.storage.records import StoredTensor, StoredUpload
 from gradwire_server.storage.storage_lock import StorageLock
 
 KIB = 1 << 10
@@ -106,6 +107,25 @@ def test_room_that_was_reserved_cannot_be_taken_by_others(small_disk: Path, entr
     fill_disk(small_disk)
     journal.append(entry(1, 300 * KIB - 8))
     assert list(journal.entries(0)) == [entry(1, 300 * KIB - 8)]
+    journal.close()
+    lock.release()
+
+
+def test_room_is_taken_for_what_is_said_of_uploads_however_many_tensors_they_have(small_disk: Path, entry):
+    (small_disk / "m").mkdir()
+    lock = StorageLock.take(small_disk / "storage", 0.0)
+    journal, _ = Journal.open(small_disk / "m", lock, durability="process", after=0)
+    tensor = StoredTensor(dtype="float32", shape=(1024, 1024), offset=1 << 40, nbytes=4 << 20)
+    upload = StoredUpload(name="uploads/a", file="", tensors=(tensor,) * 5000)
+    journal.reserve(100)
+    filler = fill_disk(small_disk)
+    with pytest.raises(ResourceExhausted):
+        journal.reserve(100, [upload] * 4)
+    filler.unlink()
+    journal.reserve(100, [upload])
+    fill_disk(small_disk)
+    journal.append(entry(1, uploads=(upload,)))
+    assert journal.broken is None
     journal.close()
     lock.release()
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from fsspec import AbstractFileSystem
-from server.storage.checkpoint_cases import automatic, content, net, saved_model
+from server.storage.checkpoint_cases import OWNER, automatic, content, net, saved_model
 
 from gradwire_proto.errors import (
     FailedPrecondition,
@@ -118,7 +118,7 @@ def objects() -> Iterator[type[Objects]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore("objects://bucket/gradwire", tmp_path / "cache", patience=0.3)
+    return CheckpointStore("objects://bucket/gradwire", tmp_path / "cache", owner=OWNER, patience=0.3)
 
 
 @pytest.fixture
@@ -306,4 +306,4 @@ def test_url_that_cannot_be_used_is_an_error_of_the_setting(url, tmp_path, monke
     # As where it is not installed.
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ConfigError, match=r"^checkpoint_url: "):
-        CheckpointStore(url, tmp_path)
+        CheckpointStore(url, tmp_path, owner=OWNER)

@@ -29,6 +29,23 @@ def test_epoch_grows_with_every_start(storage: Path):
         lock.release()
 
 
+def test_storage_has_an_id_of_its_own_for_as_long_as_it_is_there(storage: Path, tmp_path: Path):
+    ids = []
+    for folder in (storage, storage, tmp_path / "other"):
+        lock = StorageLock.take(folder, 0.0)
+        ids.append(lock.storage_id)
+        lock.release()
+    assert ids[0] == ids[1] != ids[2] and ids[0] == (storage / "id").read_text().strip()
+
+
+def test_id_that_is_damaged_is_refused(storage: Path):
+    StorageLock.take(storage, 0.0).release()
+    (storage / "id").write_text("../other")
+    with pytest.raises(FailedPrecondition, match="should hold an id") as caught:
+        StorageLock.take(storage, 0.0)
+    assert caught.value.reason == "STORAGE_VERSION"
+
+
 def test_second_service_on_the_folder_is_refused_and_hears_who_has_it(storage: Path, lock: StorageLock):
     with pytest.raises(FailedPrecondition, match=r"in use by another service \(process \d+\)") as caught:
         StorageLock.take(storage, 0.0)

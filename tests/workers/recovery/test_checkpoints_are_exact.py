@@ -56,7 +56,7 @@ async def test_model_goes_on_from_a_checkpoint_bit_for_bit(make_spec, start, bit
     await train(undisturbed, 0, 3)
     inputs, targets = map(from_any, batches[3])
     await undisturbed.forward_backward(Batch(inputs, targets), command=4)
-    store = CheckpointStore(str(tmp_path / "checkpoints"), tmp_path / "cache")
+    store = CheckpointStore(str(tmp_path / "checkpoints"), tmp_path / "cache", owner="0123456789abcdef")
     saved = save(made, replace(await undisturbed.state(), command=4), workers)
     store.write("auto/m/4", saved)
     saved.remove_files()
@@ -69,7 +69,7 @@ async def test_model_goes_on_from_a_checkpoint_bit_for_bit(make_spec, start, bit
     assert (await train(restored, 4, 5), await finish(restored, bits)) == expected
     assert expected[1]["step"] == 5
 
-    weights = load_file(tmp_path / "checkpoints/auto/m/4/weights.safetensors")
+    weights = load_file(tmp_path / "checkpoints/auto/0123456789abcdef/m/4/weights.safetensors")
     fresh = Tied(width)
     fresh.load_state_dict(weights, strict=True)
     assert fresh.encode.weight is fresh.decode.weight
