@@ -91,6 +91,8 @@ class Commands:
         tensors: Any,
         work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None = None,
+        *,
+        limited: bool = True,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -100,7 +102,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed)
+        return self._queue.submit(call, tensors, run, failed, limited=limited)
 
     def _begin(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
@@ -127,47 +129,47 @@ class Commands:
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
-        before = self.number
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method))
             result, recovery = await self._ranks.run(
                 lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
             )
-        except BaseException as error:
-            if isinstance(error, GradwireError):
-                await self._record_error(call, uploads, error)
-            if self.number == before:
-                self._records.drop(uploads)
+        except GradwireError as error:
+            if error.outcome == "applied" or error.reason == "COMMAND_KILLS_RANKS":
+                return self._end_with(error, call, job, uploads)
+            self._records.drop(uploads)
+            raise
+        except BaseException:
+            self._records.drop(uploads)
             raise
         self._description.applied(result)
         try:
             result = result if deliver is None else await deliver(result)
+            result = with_times(result, call, queue, recovery)
+            reply = stored_reply(call.method, result)
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            await self._record_error(call, uploads, refusal)
-            raise refusal from None
-        result = with_times(result, call, queue, recovery)
-        settled = self._record(call, uploads, stored_reply(call.method, result), job=job)
+            return self._end_with(refusal, call, job, uploads)
+        settled = self._record(call, job, uploads, reply)
         return result if settled is None else Unsettled(result, settled)
 
-    async def _record_error(self, call: Call, uploads: Sequence[StoredUpload], error: GradwireError) -> None:
-        """Record a command that was applied and has no reply, or that must never be tried again; no other."""
+    def _end_with(self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]) -> Unsettled[T]:
+        """Record a command that ends with `error`: it was applied and has no reply, or must never be tried again."""
         refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
-        if refused is None and error.outcome != "applied":
-            return
-        settled = self._record(call, uploads, None, refused=refused)
-        if settled is not None:
-            await settled
+        settled = self._record(call, job, uploads, None, refused)
+        if settled is None:
+            raise error
+        self._description.met(error)
+        return Unsettled(None, settled, error)
 
     def _record(
         self,
         call: Call,
+        job: Job[Any],
         uploads: Sequence[StoredUpload],
         reply: bytes | None,
-        *,
         refused: str | None = None,
-        job: Job[Any] | None = None,
     ) -> asyncio.Future[None] | None:
         """Number the command that was applied and put it into the journal. None: it outlives what it should."""
         # Only these have numbers: what was refused leaves no trace, in random numbers neither.

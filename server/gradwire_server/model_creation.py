@@ -43,6 +43,7 @@ class ModelCreation:
             self._result = await make()
         except Exception as error:
             self.error = copy.copy(public_error(error, request_id))
+            self.error.outcome = "not_applied"
 
     def _end(self, ended: Callable[[ModelCreation], None]) -> None:
         if self._task.cancelled():

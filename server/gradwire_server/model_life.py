@@ -34,7 +34,7 @@ from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
-from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.work_queue import Job, WorkQueue, queue_full
 from gradwire_server.workers import Workers
 
 Trained: TypeAlias = "tuple[str, ...] | None"
@@ -72,6 +72,7 @@ class ModelLife:
             lambda: f"{self.id}/{description.info.created_at}",
         )
         self._there = asyncio.Event()
+        self._waiting = 0
         self._checkpointer: Checkpointer | None = None
 
     @property
@@ -132,21 +133,39 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
-                self._watch(await in_thread(self._hosting.storage.checkpoints.automatic, self.id))
+                self._watch(await self._kept_checkpoints())
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
                 self.description.failed(error)
                 logger.error("models/%s cannot be brought back: %s", self.id, error)
-            finally:
-                self._there.set()
 
-        self.commands.take_turn(Call(), None, work)
+        job = self.commands.take_turn(Call(), None, work, limited=False)
+        job.on_end(lambda _: self._there.set())
+
+    async def _kept_checkpoints(self) -> list[int]:
+        try:
+            return await in_thread(self._hosting.storage.checkpoints.automatic, self.id)
+        except GradwireError as error:
+            # Then another one is taken with the next command.
+            logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)
+            return []
 
     async def there(self, call: Call) -> None:
-        """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
-        if call.replay is None and not self._there.is_set():
+        """Return when the model has been brought back, or cannot be. What repeats a request is only known then.
+
+        Raises ResourceExhausted QUEUE_FULL where too many wait for it already.
+        """
+        if call.replay is not None or self._there.is_set():
+            return
+        limit = self._hosting.limits.requests_per_model
+        if self._waiting >= limit:
+            raise queue_full(limit)
+        self._waiting += 1
+        try:
             await self._there.wait()
+        finally:
+            self._waiting -= 1
 
     async def idle(self) -> None:
         """Return when no request waits or runs. To be brought back is no request."""
@@ -201,7 +220,7 @@ class ModelLife:
             ahead = self.journal is not None and self.journal.broken is not None
             return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
 
-        return self.commands.take_turn(Call(), None, work).result(None)
+        return self.commands.take_turn(Call(), None, work, limited=False).result(None)
 
     async def _snapshot(self) -> SavedModel:
         """The model as it is, in a turn. Its tensors are files that belong to the caller."""
@@ -233,7 +252,10 @@ class ModelLife:
             saved.remove_files()
 
     async def _begin_anew(self) -> None:
-        """Take a checkpoint in the turn that it is, and start the journal anew behind it."""
+        """Take a checkpoint in the turn that it is, and start the journal anew behind it.
+
+        Forwards that are retained are not in it. There is nothing better: their journal has a hole.
+        """
         assert self._records.journal is not None
         await self._save_here()
         self._records.journal.restart(self.number)
@@ -269,14 +291,16 @@ class ModelLife:
         self.description.met(lost)
         self.description.recovering()
         try:
-            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure())
+            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure(), limited=False)
         except GradwireError:
             return  # The next of those that wait replaces them, or the model is on its way out.
 
     async def _regain(self, lost: RankLost, salvage: bool) -> None:
         if not self._there.is_set():
             # Nobody has been told of it yet.
-            raise copy.copy(lost)
+            lost = copy.copy(lost)
+            lost.outcome = "not_applied"
+            raise lost
         started = time.monotonic()
         logger.warning("models/%s lost its ranks: %s", self.id, lost)
         self.description.met(lost)
@@ -289,13 +313,15 @@ class ModelLife:
             if not self.is_durable:
                 raise copy.copy(lost) from None
             self.description.check_usable()
+        self.commands.log.goes_back_to(self.number)
+        self._records.goes_back_to(self.number)
         self.description.ready()
         with suppress(RankLost):
             await self.autograd.release_again()
         logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
 
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
-        await self.commands.take_turn(Call(), None, lambda _: work()).result(None)
+        await self.commands.take_turn(Call(), None, lambda _: work(), limited=False).result(None)
 
     @property
     def spec(self) -> CurrentSpec:
@@ -315,7 +341,6 @@ class ModelLife:
         """What follows is applied to this checkpoint."""
         self.description.goes_back_to(spec, saved.state.step)
         self.autograd.goes_back()
-        self._records.goes_back()
         self.commands.number = saved.state.command
         for reply in saved.replies:
             self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class ModelRecords:
         """The newest record that does not outlive yet what it should; what was answered before does."""
         self._save = save
         self._take_turn = take_turn
-        self._missing: list[Job[Any]] = []
-        self._history = 0
+        self._unsaved: dict[Job[Any], int] = {}
+        """Jobs whose record is not what it should be, and may never be, with the numbers of their commands."""
+        self._undone: set[Job[Any]] = set()
         self._next_try = 0.0
 
     async def usable(self) -> None:
@@ -54,7 +56,14 @@ class ModelRecords:
         """Keep the uploads that a command names for as long as its record."""
         if self.journal is None:
             return ()
-        return tuple([await self._keep(self.journal, name, tensors) for name, tensors in uploads.items()])
+        kept: list[StoredUpload] = []
+        try:
+            for name, tensors in uploads.items():
+                kept.append(await self._keep(self.journal, name, tensors))
+        except BaseException:
+            self.drop(kept)
+            raise
+        return tuple(kept)
 
     async def _keep(self, journal: Journal, name: str, tensors: Sequence[TensorData]) -> StoredUpload:
         file, paths = "", segment_paths(tensors)
@@ -76,7 +85,7 @@ class ModelRecords:
         if self.journal is not None:
             self.journal.reserve(nbytes)
 
-    def append(self, entry: Entry, job: Job[Any] | None) -> asyncio.Future[None] | None:
+    def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:
         """Record a command. None: it outlives what it should; otherwise a future that is done when it does.
 
         The future ends with the error of the storage, outcome "unknown", where that cannot be had; `job` is confirmed
@@ -87,10 +96,12 @@ class ModelRecords:
         try:
             written = self.journal.append(entry)
         except GradwireError as error:
-            return asyncio.ensure_future(self._mended(error, job, self._history))
+            self._unsaved[job] = entry.number
+            return asyncio.ensure_future(self._mended(error, job))
         if written is None:
             return None
-        settled = asyncio.ensure_future(self._settled(written, job, self._history))
+        self._unsaved[job] = entry.number
+        settled = asyncio.ensure_future(self._settled(written, job))
         self.unsettled = settled
         settled.add_done_callback(self._forget)
         return settled
@@ -99,25 +110,24 @@ class ModelRecords:
         if self.unsettled is settled:
             self.unsettled = None
 
-    async def _settled(self, written: asyncio.Future[None], job: Job[Any] | None, history: int) -> None:
+    async def _settled(self, written: asyncio.Future[None], job: Job[Any]) -> None:
         try:
             await asyncio.shield(written)
+            self._unsaved.pop(job, None)
         except GradwireError as error:
-            await self._mended(error, job, history)
+            await self._mended(error, job)
 
-    async def _mended(self, error: GradwireError, job: Job[Any] | None, history: int) -> None:
+    async def _mended(self, error: GradwireError, job: Job[Any]) -> None:
         """The model is ahead of its journal: it is not when a checkpoint of it was taken."""
-        try:
+        with suppress(GradwireError):
             await self._take_turn(self.usable)
-        except GradwireError:
-            if job is not None and history == self._history:
-                self._missing.append(job)
-        else:
-            if history == self._history:
-                return
-        error = copy.copy(error)
-        error.outcome = "unknown"
-        raise error if history == self._history else _undone(error)
+        if job in self._undone:
+            self._undone.discard(job)
+            raise _undone(error)
+        if job in self._unsaved:
+            error = copy.copy(error)
+            error.outcome = "unknown"
+            raise error
 
     async def _mend(self) -> None:
         assert self.journal is not None and self.journal.broken is not None
@@ -128,16 +138,19 @@ class ModelRecords:
         except BaseException:
             self._next_try = time.monotonic() + PAUSE
             raise
-        missing, self._missing = self._missing, []
-        for job in missing:
-            job.confirm()
+        unsaved, self._unsaved = self._unsaved, {}
+        for job in unsaved:
+            if job.ended:
+                job.confirm()
 
-    def goes_back(self) -> None:
-        """What was applied and not recorded is undone: it may be tried again."""
-        self._history += 1
-        missing, self._missing = self._missing, []
-        for job in missing:
-            job.error = _undone(job.error)
+    def goes_back_to(self, number: int) -> None:
+        """Commands behind this number are undone: they may be tried again."""
+        for job in [job for job, its_number in self._unsaved.items() if its_number > number]:
+            del self._unsaved[job]
+            if job.ended:
+                job.error = _undone(job.error)
+            else:
+                self._undone.add(job)
 
     def close(self) -> None:
         """Close the journal. Idempotent."""

@@ -96,9 +96,9 @@ class Restorer:
         Waits for ranks and storage that are not there. Raises why the model cannot be brought back.
         """
         state = None if lost is None or applied is None else await self._salvage(lost, applied)
-        if lost is not None:
-            await lost.close(reuse=False)
         try:
+            if lost is not None:
+                await self._give_up(lost)
             await self._try_until_there(state)
         finally:
             if state is not None:
@@ -111,14 +111,23 @@ class Restorer:
             logger.exception("models/%s: what a rank still had could not be read", self._model.id)
             return None
 
+    async def _give_up(self, lost: Workers) -> None:
+        try:
+            await lost.close(reuse=False)
+        except Exception:
+            logger.exception("models/%s: its lost ranks could not be ended", self._model.id)
+
     async def _try_until_there(self, state: ModelState | None) -> None:
         pause, failures = FIRST_PAUSE, 0
+        if state is None and self._storage is None:
+            raise FailedPrecondition("its ranks are lost, and at durability none nothing else has it")
         while True:
             try:
                 if state is not None:
                     await self._from_state(state)
                 else:
-                    await self._from_storage()
+                    assert self._storage is not None
+                    await self._from_storage(self._storage)
                 return
             except Exception as error:
                 waits = isinstance(error, Unavailable | ResourceExhausted) and not isinstance(error, RankLost)
@@ -138,13 +147,11 @@ class Restorer:
         workers = await self._cluster.start_group(spec, state.tensors, None, model_id=self._model.id, state=state)
         self._model.adopt(workers, state.trained)
 
-    async def _from_storage(self) -> None:
-        if self._storage is None:
-            raise FailedPrecondition("its ranks are lost, and at durability none nothing else has it")
-        saved, spec = await in_thread(self._read_newest, self._storage)
+    async def _from_storage(self, storage: ModelStorage) -> None:
+        saved, spec = await in_thread(self._read_newest, storage)
         try:
             self._model.goes_back_to(saved, spec)
-            journal, entries = await self._entries(self._storage, spec, saved.state.command)
+            journal, entries = await self._entries(storage, spec, saved.state.command)
             workers = await self._cluster.start_group(
                 spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state
             )

@@ -21,13 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Unsettled(Generic[T]):
-    """What work may return: its result counts once `settled` is done, and the next work begins meanwhile.
+    """What work may return: its result, or its `error`, counts once `settled` is done; the next work begins meanwhile.
 
     Where `settled` ends with an error, so does the job; `Job.confirm` takes that back.
     """
 
-    result: T
+    result: T | None
     settled: asyncio.Future[None]
+    error: GradwireError | None = None
 
 
 class Job(Generic[T]):
@@ -50,6 +51,7 @@ class Job(Generic[T]):
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
         self._failed = failed
         self._result: T | None = None
+        self._settled_error: GradwireError | None = None
         self._waiters = 0
         self._awaited = False
         self._deadline: float | None = None
@@ -117,12 +119,11 @@ class Job(Generic[T]):
             self._result = outcome
             self._ended.set_result(None)
             return
-        self._result = outcome.result
+        self._result, self._settled_error = outcome.result, outcome.error
         outcome.settled.add_done_callback(self._settle)
 
     def _settle(self, settled: asyncio.Future[None]) -> None:
-        if self._ended.done():
-            return
+        self.error = self._settled_error
         if settled.cancelled():
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
         elif (error := settled.exception()) is not None:
@@ -139,7 +140,7 @@ class Job(Generic[T]):
 
     def confirm(self) -> None:
         """What could not be settled when the work had ended is so now: the result counts."""
-        self.error = None
+        self.error = self._settled_error
 
     def refuse(self, error: GradwireError) -> None:
         """End it with an error, if it was not begun."""
@@ -149,6 +150,16 @@ class Job(Generic[T]):
         self._claim.give_back()
         self.error = error
         self._ended.set_result(None)
+
+
+def queue_full(limit: int) -> ResourceExhausted:
+    """The error of one request too many."""
+    return ResourceExhausted(
+        f"{limit} requests wait or run, which the server's setting requests_per_model allows",
+        reason="QUEUE_FULL",
+        retryable=True,
+        retry_after=0.1,
+    )
 
 
 class WorkQueue:
@@ -170,21 +181,19 @@ class WorkQueue:
         tensors: Any,
         work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None = None,
+        *,
+        limited: bool = True,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
 
-        `failed`, of commands, hears of the work's error before the next work begins. Raises ResourceExhausted
+        `failed`, of commands, hears of the work's error before the next work begins. Without `limited`, for what no
+        client asks for, there is always room. Raises ResourceExhausted
         QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
         """
         if self._closed is not None:
             raise copy.copy(self._closed)
-        if self._count >= self._limit:
-            raise ResourceExhausted(
-                f"{self._limit} requests wait or run, which the server's setting requests_per_model allows",
-                reason="QUEUE_FULL",
-                retryable=True,
-                retry_after=0.1,
-            )
+        if limited and self._count >= self._limit:
+            raise queue_full(self._limit)
         job = Job(call, self._uploads.claim(tensors), work, failed)
         job.on_end(self._forget)
         self._jobs.append(job)

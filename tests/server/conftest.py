@@ -171,8 +171,8 @@ class FakeWorkers:
         return bool(self.retained.kept)
 
     async def state(self) -> ModelState:
-        await self._call("state")
-        self.calls.pop()
+        assert not self.busy, "calls overlap"
+        await self.gate.wait()
         return self.now()
 
     def now(self) -> ModelState:

@@ -23,6 +23,10 @@ def main() -> None:
     ranks = start_ranks(address, int(os.environ.get("STAND_IN_RANKS", "0")))
     assert config.shared_memory_dir
     (config.shared_memory_dir / "tensors").write_bytes(b"left behind")
+    assert config.storage
+    with open(config.storage / "journal", "a") as journal:
+        journal.write("x")
+    trace(f"journal-{(config.storage / 'journal').stat().st_size}")
     host, _, port = config.listen.rpartition(":")
     listener = socket.create_server((host, int(port)))
     signal.signal(signal.SIGTERM, lambda *_: drain())

@@ -230,6 +230,7 @@ async def test_rank_that_dies_while_idle_fails_a_model_that_outlives_nothing(fro
     workers = await frontend.create(durability="none")
     workers.on_lost(RankLost("rank 0 died"))
     await frontend.until(lambda: workers.closed)
+    await asyncio.sleep(0.01)
     assert (await frontend.model()).state == model_pb2.MODEL_STATE_FAILED
 
 

@@ -116,12 +116,24 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
+async def test_so_many_requests_wait_for_a_model_as_would_in_its_queue(start: Any) -> None:
+    async with start() as frontend:
+        await frontend.create()
+    async with start(held=True, requests_per_model=2) as frontend:
+        waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
+        assert error.reason == "QUEUE_FULL" and error.retry_after
+        frontend.cluster.gate.set()
+        assert sorted(reply.result.step for reply in await asyncio.gather(*waiting)) == [1, 2]
+
+
 async def test_deleted_model_does_not_come_back_and_its_files_are_gone(start: Any, storage: Path) -> None:
     async with start() as frontend:
         await frontend.create()
         await frontend.stub.TrainStep(frontend.train())
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
-        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*/*"))
+        assert not list((storage / "models").iterdir()) and not list(storage.glob("checkpoints/auto/*"))
         await frontend.create()
     async with start() as frontend:
         assert steps(await ready(frontend)) == []
@@ -170,6 +182,16 @@ async def test_uploads_are_kept_for_as_long_as_a_record_names_them(start: Any, f
         assert steps(await ready(frontend)) == [(b"uploaded", 1)]
 
 
+async def test_upload_of_a_refused_command_is_not_kept(frontend: Any, storage: Path) -> None:
+    workers = await frontend.create()
+    workers.error = InvalidArgument("no")
+    name = await frontend.upload(TensorData("float32", (1, 2), b"uploaded"))
+    request = frontend.train()
+    request.batch.inputs.tensor.handle = f"{name}/tensors/0"
+    await frontend.error(frontend.stub.TrainStep(request))
+    assert not list((storage / "models/m/blobs").iterdir())
+
+
 async def test_settings_and_variants_come_back(start: Any, fakes: Any) -> None:
     async with start() as frontend:
         await frontend.create()
@@ -206,7 +228,7 @@ async def test_retained_forwards_are_there_again_under_their_names_and_released_
 
 
 async def test_reply_that_was_too_large_to_be_stored_is_made_anew(start: Any, fakes: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("gradwire_server.stored_replies.REPLY_BYTES", 100)
+    monkeypatch.setattr("gradwire_server.stored_replies.REPLY_BYTES", 10)
     request = pb.ForwardRequest(name="models/m", training=True, request_id=fakes.request_id())
     codec.encode_value(fakes.two_floats(), request.inputs)
     async with start() as frontend:
@@ -265,6 +287,19 @@ async def test_model_that_outlives_nothing_is_gone_after_a_restart(start: Any, s
         assert not list((storage / "models").iterdir())
     async with start() as frontend:
         assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
+
+
+async def test_checkpoint_is_taken_although_the_queue_is_full(start: Any, storage: Path, caplog: Any) -> None:
+    async with start(requests_per_model=2, checkpoint_commands=1) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        calls = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())) for _ in range(2)]
+        await frontend.until(lambda: workers.busy)
+        await asyncio.sleep(0.05)
+        workers.gate.set()
+        await asyncio.gather(*calls)
+        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/m/*"))) > 1)
+    assert "no checkpoint could be taken" not in caplog.text
 
 
 async def test_checkpoints_shorten_what_is_applied_again_and_replies_are_kept(start: Any, fakes: Any) -> None:
@@ -358,29 +393,86 @@ async def test_outcome_is_unknown_while_nothing_can_be_saved_and_settled_when_it
 
 
 async def test_command_that_no_journal_has_is_undone_when_its_ranks_are_lost_and_may_run_again(
-    frontend: Any, fakes: Any, monkeypatch: Any
+    start: Any, fakes: Any, monkeypatch: Any
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.05)
-    old = await frontend.create()
-    await frontend.stub.TrainStep(frontend.train(b"a"))
-    request = frontend.train(b"b", request_id=fakes.request_id())
-    with monkeypatch.context() as patch:
-        patch.setattr(SegmentWriter, "write", broken)
-        patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
-        assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
-        assert (await frontend.error(frontend.stub.GetCommand(get_command(request.request_id)))).outcome == "unknown"
-    old.on_lost(RankLost("rank 0 died"))
-    await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
-    workers = await ready(frontend)
-    assert steps(workers) == [(b"a", 1)]
-    command = await frontend.stub.GetCommand(get_command(request.request_id))
-    assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
-    await asyncio.sleep(0.1)
-    assert (await frontend.stub.TrainStep(request)).result.step == 2
-    assert steps(workers) == [(b"a", 1), (b"b", 2)]
+    async with start() as frontend:
+        old = await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+        request = frontend.train(b"b", request_id=fakes.request_id())
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "write", broken)
+            patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+            assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+            error = await frontend.error(frontend.stub.GetCommand(get_command(request.request_id)))
+            assert error.outcome == "unknown"
+        old.on_lost(RankLost("rank 0 died"))
+        await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
+        assert steps(await ready(frontend)) == [(b"a", 1)]
+        command = await frontend.stub.GetCommand(get_command(request.request_id))
+        assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+        await asyncio.sleep(0.1)
+        await frontend.stub.TrainStep(frontend.train(b"c"))
+    async with start() as frontend:
+        workers = await ready(frontend)
+        assert (await frontend.stub.TrainStep(request)).result.step == 3
+        assert steps(workers) == [(b"c", 2), (b"b", 3)]
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+async def test_command_that_was_applied_and_has_no_reply_is_recorded_although_the_journal_breaks(
+    start: Any, fakes: Any, monkeypatch: Any, durability: str
+) -> None:
+    failing = {"process": "write", "disk": "sync"}[durability]
+    original, failures = getattr(SegmentWriter, failing), [OSError(errno.EIO, "Input/output error")]
+
+    def fails_once(self: Any, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(self, *arguments)
+
+    async with start(durability=durability) as frontend:
+        workers = await frontend.create()
+        workers.error = ResourceExhausted("the answer did not fit", reason="REPLY_TOO_LARGE", outcome="applied")
+        request = frontend.train(b"a", request_id=fakes.request_id())
+        monkeypatch.setattr(SegmentWriter, failing, fails_once)
+        error = await frontend.error(frontend.stub.TrainStep(request))
+        assert (error.reason, error.outcome) == ("REPLY_TOO_LARGE", "applied") and not failures
+        workers.error = None
+        await frontend.stub.TrainStep(frontend.train(b"b"))
+    async with start() as frontend:
+        assert steps(await ready(frontend)) == [(b"b", 2)]
+        assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "applied"
+
+
+async def test_command_in_the_journal_is_not_undone_although_its_fsync_fails_after_ranks_were_lost(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    may_sync = threading.Event()
+
+    def sync(_: Any) -> None:
+        assert may_sync.wait(5)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with start(durability="disk") as frontend:
+        old = await frontend.create()
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "sync", sync)
+            request = frontend.train(b"a", request_id=fakes.request_id())
+            waiting = asyncio.ensure_future(frontend.stub.TrainStep(request))
+            await frontend.until(lambda: steps(old))
+            old.on_lost(RankLost("rank 0 died"))
+            await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
+            workers = await ready(frontend)
+            assert steps(workers) == [(b"a", 1)] and not waiting.done()
+            may_sync.set()
+            # A checkpoint holds it in the end.
+            assert (await waiting).result.step == 1
+        await frontend.stub.TrainStep(request)
+        assert steps(workers) == [(b"a", 1)]
 
 
 async def test_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(start: Any, storage: Path) -> None:

@@ -13,8 +13,8 @@ class RestartDelay:
         self,
         *,
         shortest: float = 0.1,
-        longest: float = 30.0,
-        long_life: float = 60.0,
+        longest: float = 3.0,
+        long_life: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._shortest = shortest

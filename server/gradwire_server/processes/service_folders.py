@@ -39,6 +39,7 @@ class ServiceFolders:
         folders = cls(runtime=runtime, shared_memory=shared, logs=logs, storage=storage or runtime / "storage")
         for folder in (runtime, shared, folders.frontend):
             folder.mkdir(mode=0o700)
+        folders.storage.mkdir(mode=0o700, exist_ok=True)
         logs.mkdir(exist_ok=True)
         return folders
 

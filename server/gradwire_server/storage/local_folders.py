@@ -85,6 +85,10 @@ class LocalFolders:
             try:
                 # The rename takes it away whole; what comes after is only room.
                 os.rename(self._root / key, trash)
+                if key.startswith("auto/"):
+                    with contextlib.suppress(OSError):
+                        # Of a model that has none any more.
+                        os.rmdir((self._root / key).parent)
             except FileNotFoundError:
                 pass
             finally:
