@@ -6,6 +6,7 @@ be had (a rank died, or failed in the middle of its update), the group is lost a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -98,6 +99,7 @@ class WorkerGroup:
         self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
         self._release = release
         self._closed = False
+        self._releasing: asyncio.Future[None] | None = None
         self.retained = RetainedGroup(ranks, writer, self._choose_forward, self._tried, shard_fields)
         """Its forwards that are retained, and the gradients that its ranks hold."""
 
@@ -142,7 +144,9 @@ class WorkerGroup:
         if not self._closed:
             self._closed = True
             self._ranks.on_lost = None
-            await self._release(reuse and self._ranks.lost is None)
+            # To its end, whoever is cancelled: nobody could begin it again.
+            self._releasing = asyncio.ensure_future(self._release(reuse and self._ranks.lost is None))
+            await asyncio.shield(self._releasing)
 
     async def prepare(self, example: Batch | None) -> None:
         """Finds out how batches can be spread over the ranks.
