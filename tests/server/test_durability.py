@@ -165,6 +165,7 @@ async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: An
         assert len(steps(await ready(frontend, "other"))) == 2
         error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
         assert error.reason == "MODEL_FAILED" and str(journal) in error.message
+        assert (await frontend.error(save(frontend, "best"))).reason == "MODEL_FAILED"
         model = await frontend.model()
         assert model.state == model_pb2.MODEL_STATE_FAILED and str(journal) in model.last_error.message
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
