@@ -6,18 +6,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gradwire_proto.values import TensorData
+from gradwire_proto.values import SplitDecision, TensorData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """A command of the journal that is applied once more, to ranks that have not seen it. `number`: the one it had.
 
-    `uploads`: the tensors that its handles named, by upload. `answered`: whether somebody may ask for its answer.
+    `uploads`: the tensors that its handles named, by upload. `splits`: how batches of the variants that it brought were
+    spread. `answered`: whether somebody may ask for its answer.
     """
 
     number: int
     uploads: Mapping[str, Sequence[TensorData]]
+    splits: Mapping[str, SplitDecision]
     answered: bool
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
+from gradwire_proto.values import SplitDecision
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
@@ -52,6 +53,8 @@ class Commands:
         self._records = records
         self._released = released
         self._applied = applied
+        self._splits: Mapping[str, SplitDecision] = {}
+        """How batches were spread before the command that runs."""
 
     async def run(
         self,
@@ -145,11 +148,14 @@ class Commands:
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
+
+        def try_once() -> Awaitable[T]:
+            self._splits = self._ranks.workers.splits
+            return work(values, self.number + 1)
+
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
-            result, recovery = await self._ranks.run(
-                lambda: work(values, self.number + 1), changes=True, request_id=call.request_id
-            )
+            result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
             if error.outcome == "applied" or error.reason == "COMMAND_KILLS_RANKS":
                 return await self._end_with(error, call, job, uploads)
@@ -207,6 +213,7 @@ class Commands:
             refused=refused,
             uploads=tuple(uploads),
             released=self._released(),
+            splits={name: each for name, each in self._ranks.workers.splits.items() if self._splits.get(name) != each},
         )
         await self._records.write(entry)
         return self._records.append(entry, job)
@@ -215,6 +222,7 @@ class Commands:
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
     ) -> T:
         assert call.replay is not None
+        self._ranks.workers.expect(call.replay.splits)
         result = await work(resolve(tensors, call.replay.uploads), call.replay.number)
         self._description.applied(result)
         self.number = call.replay.number

@@ -35,7 +35,7 @@ class Replayer:
             raw=bytes(entry.request),
             request_id=entry.request_id,
             body=entry.body,
-            replay=Replay(number=entry.number, uploads=uploads, answered=answered),
+            replay=Replay(number=entry.number, uploads=uploads, splits=entry.splits, answered=answered),
         )
         return await getattr(self.servicer, entry.method)(kind.FromString(call.raw), call)
 

@@ -17,13 +17,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from gradwire_server.config import ConfigError, ServerConfig, add_flags, config_from_flags
-from gradwire_server.processes.process_tree import MARKER, ends_with_parent, kill_members
+from gradwire_server.processes.process_tree import MARKER, ends_with_parent, kill_members, named_children
+from gradwire_server.processes.rank_template import start_template
 from gradwire_server.processes.ray_head import (
     ADDRESS_FILE_VARIABLE,
+    RAY_PARTS,
     address_file,
     ray_command,
     ray_environment,
@@ -145,6 +147,7 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 preexec_fn=ends_with_parent(),
             )
+            start_template(self._folders.template, self._ray.pid, self._environment, log)
 
     def _start_frontend(self) -> None:
         listen = self._listening_on or self._config.listen
@@ -164,7 +167,7 @@ class Supervisor:
         waiting = select.poll()
         for descriptor in (stopped, output, ray_ends, frontend_ends):
             waiting.register(descriptor, select.POLLIN)
-        unread = b""
+        unread, ray_parts = b"", []
         try:
             while True:
                 events = {descriptor for descriptor, _ in waiting.poll()}
@@ -174,10 +177,14 @@ class Supervisor:
                         waiting.unregister(output)
                     *lines, unread = (unread + data).split(b"\n")
                     for line in lines:
-                        self._pass_on(line)
+                        if self._pass_on(line) and not ray_parts:
+                            ray_parts = _descriptors(named_children(self._ray.pid, RAY_PARTS))
+                            for descriptor in ray_parts:
+                                waiting.register(descriptor, select.POLLIN)
                 if stopped in events:
                     return None
-                if ray_ends in events:
+                # `ray start` looks only once a second whether its parts are there.
+                if not events.isdisjoint((ray_ends, *ray_parts)):
                     return self._bury_ray()
                 if frontend_ends in events:
                     code = self._frontend.wait()
@@ -185,11 +192,11 @@ class Supervisor:
                     self._close_frontend()
                     return code if code > 0 else 1
         finally:
-            os.close(ray_ends)
-            os.close(frontend_ends)
+            for descriptor in (ray_ends, frontend_ends, *ray_parts):
+                os.close(descriptor)
 
-    def _pass_on(self, line: bytes) -> None:
-        """Keep stdout for the one line that programs wait for; what else the frontend prints is log."""
+    def _pass_on(self, line: bytes) -> bool:
+        """Keep stdout for the one line that programs wait for; what else the frontend prints is log. Whether it was."""
         match = _LISTENING.match(line)
         stream = sys.stderr
         if match:
@@ -197,6 +204,7 @@ class Supervisor:
             self._listening_on = match[1].decode()
         with suppress(BrokenPipeError):  # Whoever read it has seen enough.
             print(line.decode(errors="replace"), file=stream, flush=True)
+        return match is not None
 
     def _bury_ray(self) -> int:
         """Ray is dead, and so are all ranks: end the frontend at once, and what Ray left behind.
@@ -204,6 +212,8 @@ class Supervisor:
         What it had acknowledged is in the storage; whoever waits for it hears of a lost connection, and asks again.
         """
         assert self._ray and self._frontend
+        # Where a part of it ended, the rest goes too.
+        self._ray.kill()
         _say(f"Ray ended with exit code {self._ray.wait()}; the end of its log:")
         _say(_tail(self._folders.ray_log))
         kill_members(self._service)
@@ -235,6 +245,15 @@ def _without_settings(config: ServerConfig) -> dict[str, str]:
     """The environment without the service's settings: the frontend gets them as flags, and only so."""
     settings = {f"GRADWIRE_{name.upper()}" for name in type(config).model_fields} | {"GRADWIRE_CONFIG"}
     return {name: value for name, value in os.environ.items() if name.upper() not in settings}
+
+
+def _descriptors(processes: Iterable[int]) -> list[int]:
+    """One for each process: it becomes readable when that ends."""
+    found = []
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            found.append(os.pidfd_open(pid))
+    return found
 
 
 def _stop_descriptor() -> int:

@@ -22,6 +22,7 @@ from gradwire_proto.values import (
     NamedTensors,
     Retention,
     Sharding,
+    SplitDecision,
     StateTensor,
     StepResult,
     TensorData,
@@ -63,6 +64,15 @@ class Workers(Protocol):
 
     @property
     def variants(self) -> tuple[Variant, ...]: ...
+    @property
+    def splits(self) -> Mapping[str, SplitDecision]:
+        """How batches are spread, by variant: of those that there were at first, and that commands have brought."""
+        ...
+
+    def expect(self, splits: Mapping[str, SplitDecision]) -> None:
+        """Variants of these names that the next command brings are to be spread like this: it is applied once more."""
+        ...
+
     @property
     def retained(self) -> RetainedWorkers: ...
 

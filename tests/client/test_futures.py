@@ -7,6 +7,7 @@ import concurrent.futures
 import os
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -148,3 +149,13 @@ def test_forked_child_is_told_so_whatever_the_parent_was_doing(queue):
         assert answer_of_a_forked_child(queue.cancel) == "None"
     go.set()
     assert future.result(5) is True
+
+
+def test_result_lives_as_long_as_the_caller_keeps_it_and_no_longer(queue):
+    class Large:
+        pass
+
+    result = queue.submit(Large).result(5)
+    watched = weakref.ref(result)
+    del result
+    assert queue.submit(lambda: watched() is None).result(5)

@@ -109,3 +109,14 @@ def test_creation_that_may_have_happened_is_undone(scripted, hosted):
         sdk.create_model(net(), loss="cross_entropy", example=batch())
     assert deleted.is_set()
     assert scripted.requests("DeleteModel")[0].name == f"models/{scripted.requests('CreateModel')[0].model_id}"
+
+
+@pytest.mark.parametrize("model_id", ["somebodys", None])
+def test_creation_of_which_nobody_knows_is_undone_only_where_the_name_is_nobody_elses(scripted, hosted, model_id):
+    scripted.answers["CreateModel"] = lambda request, context: scripted.release.wait(10) and model_pb2.Model()
+    scripted.answers["GetCommand"] = lambda request, context: scripted.release.wait(10) and model_pb2.Command()
+    scripted.answers["DeleteModel"] = lambda request, context: empty()
+    with gradwire.connect(scripted.target, timeout=0.6) as sdk, pytest.raises(errors.GradwireError) as failed:
+        sdk.create_model(net(), model_id=model_id, loss="cross_entropy", example=batch())
+    assert failed.value.outcome == "unknown"
+    assert len(scripted.requests("DeleteModel")) == (model_id is None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,11 @@ def model_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**{"program": program, "optimizer": OptimizerSpec("SGD", {"lr": 0.1})} | changes)
 
 
+def whole(reason: str | None) -> SplitDecision:
+    """Why batches are not split; None: they are."""
+    return SplitDecision(whole=reason, inputs_whole=False, returns_loss=False, loss=None, weight=None)
+
+
 class FakeRetained:
     """The same ranks, asked for forwards that they retain: `kept`, by name."""
 
@@ -152,6 +157,8 @@ class FakeWorkers:
         self.on_lost = None
         self.tensors: tuple[StateTensor, ...] = ()
         self.variants: tuple[Variant, ...] = ()
+        self.splits: dict[str, SplitDecision] = dict(state.splits) if state is not None else {"train": whole(None)}
+        self.expected: Mapping[str, SplitDecision] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls: list[tuple[Any, ...]] = []
@@ -170,6 +177,9 @@ class FakeWorkers:
     def retains(self) -> bool:
         return bool(self.retained.kept)
 
+    def expect(self, splits: Mapping[str, SplitDecision]) -> None:
+        self.expected = splits
+
     async def state(self) -> ModelState:
         assert not self.busy, "calls overlap"
         await self.gate.wait()
@@ -177,7 +187,6 @@ class FakeWorkers:
 
     def now(self) -> ModelState:
         """The state after what was called so far."""
-        decision = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
         return ModelState(
             tensors={each.name: self.weights for each in self.tensors or (WEIGHT,)},
             optimizer=None,
@@ -185,7 +194,7 @@ class FakeWorkers:
             command=0,
             trained=("w",),
             held=(None,),
-            splits={"train": decision},
+            splits=self.splits,
             opened=(),
             threads=1,
         )
@@ -261,6 +270,8 @@ class FakeWorkers:
 
     async def add_variant(self, variant: Variant, **parts: Any) -> None:
         await self._call("add_variant", variant.name)
+        found = whole(None if self.cluster is None else self.cluster.tried)
+        self.splits = {**self.splits, variant.name: self.expected.get(variant.name, found)}
 
     async def close(self, *, reuse: bool = True) -> None:
         self.closed.append(reuse)
@@ -268,7 +279,10 @@ class FakeWorkers:
 
 @dataclass
 class FakeCluster:
-    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. `deadly` batches kill ranks."""
+    """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. `deadly` batches kill ranks.
+
+    tried: why batches of a variant that is added are not split, as trying tells.
+    """
 
     capacity: Any = field(default_factory=lambda: SimpleNamespace(workers=2, free_workers=1, gpus=0.0))
     groups: dict[str, FakeWorkers] = field(default_factory=dict)
@@ -276,6 +290,7 @@ class FakeCluster:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     deadly: bytes = b""
+    tried: str | None = None
     built: tuple[tuple[StateTensor, ...], tuple[Variant, ...]] = ((WEIGHT,), ())
     starting: int = 0
     tries: int = 0

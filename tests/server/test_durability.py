@@ -346,6 +346,24 @@ async def test_checkpoints_shorten_what_is_applied_again_and_replies_are_kept(st
         assert await frontend.stub.TrainStep(request) == first
 
 
+async def test_a_variant_that_comes_back_is_split_as_it_was_found_to_be_when_it_was_added(
+    start: Any, fakes: Any
+) -> None:
+    async with start() as frontend:
+        workers = await frontend.create()
+        frontend.cluster.tried = "it took too long to find out"
+        request = pb.AddVariantRequest(name="models/m")
+        codec.encode_variant(fakes.variant("more"), request.variant)
+        await frontend.stub.AddVariant(request)
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+        found = workers.splits
+        assert found["more"].whole == "it took too long to find out"
+    async with start() as frontend:
+        workers = await ready(frontend)
+        assert workers.splits == found
+        assert not workers.expected, "the step after it brought none"
+
+
 # --- storage that does not do what it should -----------------------------------------------------------------------
 
 

@@ -145,6 +145,8 @@ def test_ranks_are_forks_of_one_process_that_outlives_them(running: Service) -> 
     (template,) = {psutil.Process(pid).ppid() for pid in running.ranks()}
     (named,) = running.named("gradwire_workers.pool.template")
     assert named.pid == template
+    (ray,) = running.named("ray.scripts.scripts")
+    assert named.ppid() == ray.ppid(), "it imports torch while Ray starts"
     assert any("libtorch" in file.path for file in named.memory_maps())
     killed, other = (psutil.Process(pid) for pid in running.ranks())
     killed.kill()
@@ -159,6 +161,8 @@ def test_a_killed_raylet_brings_a_new_ray_and_a_new_frontend_on_the_same_port(ru
     (template,) = running.named("gradwire_workers.pool.template")
     ranks = [running.tree[pid] for pid in running.ranks()]
     assert len(ranks) == 2
+    (ray,) = running.named("ray.scripts.scripts")
+    ray.suspend()  # it looks once a second only whether its parts are there
     raylet.kill()
     eventually(lambda: not alive(template), within=5)
     eventually(lambda: len(running.trace("ready")) == ready + 1, within=60)

@@ -189,3 +189,18 @@ async def test_closing_ends_every_waiting_rank(pool_of, starts):
     await pool.close()
     pool.give_back(taken, reuse=True)
     assert starts.living == 0
+
+
+async def test_a_rank_that_dies_while_its_taker_waits_for_others_is_replaced(pool_of, starts):
+    pool = pool_of(spare=1)
+    pool.open()
+    await pool.warm()
+    starts.go_on.clear()
+    taking = asyncio.ensure_future(pool.take(2, "m"))
+    await asyncio.sleep(0)
+    (first,) = starts.ranks
+    first.kill()
+    pool.remove(first)
+    starts.go_on.set()
+    taken = await taking
+    assert len(taken) == 2 and all(rank.alive for rank in taken)

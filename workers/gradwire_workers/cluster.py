@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import uuid
@@ -43,6 +44,8 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.worker_group import WorkerGroup
 
 _FRONTEND = "frontend"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +105,8 @@ class Cluster:
         self._pool = WarmPool[RankProcess](
             self._start_rank,
             spare=self._config.spare_ranks,
-            # One more than models may hold: the rank of functions.
-            most=self.capacity.workers + 1,
+            # What models may hold, and the rank of functions: beside them the spares, for ranks that are lost.
+            most=self.capacity.workers + 1 + self._config.spare_ranks,
             at_once=cores,
         )
         self._functions = FunctionRank(
@@ -157,8 +160,27 @@ class Cluster:
         example needed. Its segments stay the caller's.
 
         ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
-        (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong.
+        (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong. RankLost
+        where ranks are lost twice.
         """
+        try:
+            return await self._start_group(spec, tensors, example, model_id, owner, state)
+        except RankLost as lost:
+            logger.warning("models/%s lost its ranks before it was made, and gets others: %s", model_id, lost)
+        try:
+            return await self._start_group(spec, tensors, example, model_id, owner, state)
+        except RankLost as lost:
+            raise RankLost(lost.message, reason=lost.reason, outcome="not_applied") from lost
+
+    async def _start_group(
+        self,
+        spec: ModelSpec,
+        tensors: NamedTensors,
+        example: Batch | None,
+        model_id: str,
+        owner: str,
+        state: ModelState | None,
+    ) -> WorkerGroup:
         demand = self.capacity.demand(spec)
         lease = Lease(
             capacity=self.capacity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -32,6 +33,8 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import split
 from gradwire_workers.worker_group import examples_in, shard_fields
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED_FUNCTIONS = 64
 _REMEMBERED_BYTES = 1 << 30
@@ -117,7 +120,12 @@ class FunctionRank:
         """What the rank answers to a command about the function. Inside, no other command runs."""
         sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
         async with self._turn:
-            yield await self._compute(kind, function, sent, batch, extra, training)
+            try:
+                done = await self._compute(kind, function, sent, batch, extra, training)
+            except RankLost as lost:
+                logger.warning("the rank of functions was lost, and another takes its place: %s", lost)
+                done = await self._compute(kind, function, sent, batch, extra, training)
+            yield done
 
     async def _compute(
         self,

@@ -34,8 +34,8 @@ class OpenVariants:
         self._ranks = ranks
         self._limits = limits
 
-    async def open(self, batch: Batch, known: Sequence[Variant], *, training: bool) -> Variant:
-        """A variant for batches like `batch`, which every rank has from then on.
+    async def open(self, batch: Batch, known: Sequence[Variant], *, training: bool, reads: bool = False) -> Variant:
+        """A variant for batches like `batch`, which every rank has from then on. reads: for reads only.
 
         Raises InvalidArgument where the module does not take the batch, ResourceExhausted (TOO_MANY_VARIANTS) where
         `known` are as many as there may be.
@@ -47,7 +47,8 @@ class OpenVariants:
                 field="batch",
                 reason="TOO_MANY_VARIANTS",
             )
-        variant = describe(batch, name=f"{'train' if training else 'eval'}-{len(known)}", training=training)
+        name = f"{'read-' if reads else ''}{'train' if training else 'eval'}-{len(known)}"
+        variant = describe(batch, name=name, training=training)
         fields = {
             "variant": encode_variant(variant).SerializeToString(),
             "inputs": tuple(flatten(variant.input_structure, batch.inputs, "batch.inputs")),

@@ -97,7 +97,10 @@ class Placement:
     def reserve(self, ranks: int, gpus_per_rank: float, *, timeout: float) -> Reservation:
         """Reserves a CPU and some GPUs for each rank. ResourceExhausted when Ray has no room for them in time."""
         bundle = {"CPU": 1.0} | ({"GPU": gpus_per_rank} if gpus_per_rank else {})
-        group = placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")
+        try:
+            group = placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")
+        except RayError as error:
+            raise _unavailable(error) from error
         try:
             if not group.wait(timeout):
                 raise ResourceExhausted(
@@ -107,13 +110,20 @@ class Placement:
                     retryable=True,
                 )
             return Reservation(group=group, gpu_ids=_gpu_ids(group, ranks, gpus_per_rank) if gpus_per_rank else ())
-        except BaseException:
-            remove_placement_group(group)
+        except BaseException as error:
+            with contextlib.suppress(RayError):
+                remove_placement_group(group)
+            if isinstance(error, RayError):
+                raise _unavailable(error) from error
             raise
 
     def free(self, reservation: Reservation) -> None:
         """Gives a reservation back."""
         remove_placement_group(reservation.group)
+
+
+def _unavailable(error: RayError) -> Unavailable:
+    return Unavailable(f"Ray could not reserve ranks: {error}", reason="RAY_UNAVAILABLE")
 
 
 def _gpu_ids(group: PlacementGroup, ranks: int, gpus_per_rank: float) -> tuple[tuple[str, ...], ...]:

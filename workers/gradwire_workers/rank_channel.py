@@ -24,8 +24,8 @@ _COPY_BELOW = 64 << 10
 
 # Only the frontend asks: a rank whose frontend stands still for a while stays. Whoever does not answer within the
 # second of these is lost, after both of them together at the latest.
-_HEARTBEAT_MILLISECONDS = 1000
-_SILENCE_MILLISECONDS = 3000
+_HEARTBEAT_MILLISECONDS = 500
+_SILENCE_MILLISECONDS = 2500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,7 @@ class RankCommands:
             "reset": self._reset,
             "open_variant": self._open_variant,
             "check_rows": self._check_rows,
+            "weigh": self._weigh,
             "train_step": self._train_step,
             "forward_backward": self._forward_backward,
             "optimizer_step": self._optimizer_step,
@@ -206,6 +207,10 @@ class RankCommands:
         like = None if fields["like"] is None else (fields["like"]["variant"], RowsReport(**fields["like"]["found"]))
         report = self._model.check_rows(fields["variant"], inputs, targets, seconds=fields["seconds"], like=like)
         return asdict(report)
+
+    def _weigh(self, fields: Fields) -> Fields:
+        self._model.weigh(fields["variant"], fields["weight"])
+        return {}
 
     def _train_step(self, fields: Fields) -> Fields:
         report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class _Retained:
 class RetainedGroup:
     """See the module. Calls take turns with all others of the group.
 
-    worked: called when the ranks have computed what was chosen. shard_fields: a shard as plain values.
+    tried: inside, the ranks compute what was chosen. shard_fields: a shard as plain values.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class RetainedGroup:
         ranks: Ranks,
         writer: SegmentWriter,
         choose: Choose,
-        worked: Callable[[], None],
+        tried: Callable[[], AbstractContextManager[None]],
         shard_fields: Callable[[Shard], Mapping[str, Any]],
     ) -> None:
         self._ranks = ranks
         self._writer = writer
         self._choose = choose
-        self._worked = worked
+        self._tried = tried
         self._shard_fields = shard_fields
         self._kept: dict[str, _Retained] = {}
 
@@ -83,8 +84,8 @@ class RetainedGroup:
             "command": command,
         }
         fields = [{"shard": self._shard_fields(shard), **extra} for shard in shards]
-        answers = await self._ranks.call("retained_forward", fields)
-        self._worked()
+        with self._tried():
+            answers = await self._ranks.call("retained_forward", fields)
         differentiable = answers.fields[0]["differentiable"]
         of_ranks = [each["outputs"] for each in answers.fields]
         if differentiable:

@@ -25,6 +25,7 @@ from gradwire_workers.training import tensor_names
 from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
 from gradwire_workers.training.line_search import search
+from gradwire_workers.training.loss_weights import weight_named
 from gradwire_workers.training.passes import Passes, take
 from gradwire_workers.training.reads import Reads
 from gradwire_workers.training.reports import StepReport
@@ -84,6 +85,11 @@ class Trainer(Reads, RetainedCommands):
         with Attempt(self._groups, self._program.mutated_buffers(variant_name), changes=False):
             known = None if like is None else split_like(self._replica, variant_name, *like)
             return known or find_split(self._replica, variant_name, inputs, targets, seconds=seconds)
+
+    def weigh(self, variant_name: str, key: str) -> None:
+        """Combine the variant's loss by a weight that `check_rows` found. FailedPrecondition STATE_UNFIT for none."""
+        replica = self._replica
+        replica.weigh(variant_name, weight_named(key, replica.graphs, replica.program.variant(variant_name)))
 
     def update(
         self,

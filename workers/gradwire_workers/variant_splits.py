@@ -90,6 +90,11 @@ class VariantSplits:
         answers = await self._ranks.call("check_rows", [fields] * len(self._ranks), changes=False)
         return RowsReport(**answers.fields[0])
 
+    async def weigh(self, variant: Variant, weight: str) -> None:
+        """Ranks combine the variant's loss by the weight of this key, as was found out before."""
+        fields = {"variant": variant.name, "weight": weight}
+        await self._ranks.call("weigh", [fields] * len(self._ranks), changes=False)
+
     def _is_said(self, variant: Variant) -> bool:
         """Whether the client said what the loss is over the rows: a single rank tries that too."""
         return self._loss_is_given or variant.weight_graph is not None

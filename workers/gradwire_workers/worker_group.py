@@ -6,9 +6,10 @@ be had (a rank died, or failed in the middle of its update), the group is lost a
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -88,7 +89,9 @@ class WorkerGroup:
         """Makes variants for the batches of an architecture; None where the client brings them."""
         self._ranks = ranks
         self._variants = list(variants)
+        self._of_reads: list[Variant] = []
         self._untried: Variant | None = None
+        self._said: Mapping[str, SplitDecision] = {}
         self._decisions: dict[str, SplitDecision] = {}
         self._threads = threads
         self._writer = writer
@@ -96,13 +99,24 @@ class WorkerGroup:
         self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
         self._release = release
         self._closed = False
-        self.retained = RetainedGroup(ranks, writer, self._choose_forward, self._worked, shard_fields)
+        self._releasing: asyncio.Future[None] | None = None
+        self.retained = RetainedGroup(ranks, writer, self._choose_forward, self._tried, shard_fields)
         """Its forwards that are retained, and the gradients that its ranks hold."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Those that there are now."""
+        """Those that there are now, but for those that only reads use."""
         return tuple(self._variants)
+
+    @property
+    def splits(self) -> Mapping[str, SplitDecision]:
+        """How the batches of its variants are spread: as commands have found it."""
+        known = [each for each in self._variants if each is not self._untried]
+        return {each.name: self._decisions[each.name] for each in known if each.name in self._decisions}
+
+    def expect(self, splits: Mapping[str, SplitDecision]) -> None:
+        """Variants of these names that the next command brings are spread like this: nothing is tried again."""
+        self._said = splits
 
     @property
     def workers(self) -> int:
@@ -130,7 +144,9 @@ class WorkerGroup:
         if not self._closed:
             self._closed = True
             self._ranks.on_lost = None
-            await self._release(reuse and self._ranks.lost is None)
+            # To its end, whoever is cancelled: nobody could begin it again.
+            self._releasing = asyncio.ensure_future(self._release(reuse and self._ranks.lost is None))
+            await asyncio.shield(self._releasing)
 
     async def prepare(self, example: Batch | None) -> None:
         """Finds out how batches can be spread over the ranks.
@@ -220,11 +236,9 @@ class WorkerGroup:
         return None if found is None else self._state_of(*found)
 
     def _state_of(self, whole: Mapping[str, Any], held: Sequence[Any]) -> ModelState:
-        known = [each for each in self._variants if each is not self._untried]
-        decisions = {each.name: self._decisions[each.name] for each in known if each.name in self._decisions}
-        opened = known if self.opening is not None else ()
+        opened = [each for each in self._variants if each is not self._untried] if self.opening is not None else ()
         whole, held = self._writer.adopt((dict(whole), list(held)))
-        return model_state(whole, held, decisions=decisions, opened=opened, threads=self._threads)
+        return model_state(whole, held, decisions=self.splits, opened=opened, threads=self._threads)
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
@@ -257,7 +271,7 @@ class WorkerGroup:
         example's own gradients are asked for, and the program has no graph for one example.
         """
         variant, shards, rows = await self._choose(
-            batch, training=query.training, targets=True, of_inputs=query.input_gradients
+            batch, training=query.training, targets=True, of_inputs=query.input_gradients, reads=True
         )
         if query.per_example and not (varies(variant) and least_rows(variant) <= 1):
             raise FailedPrecondition(
@@ -271,7 +285,7 @@ class WorkerGroup:
 
     async def forward(self, inputs: Value, *, training: bool, seed: int | None, command: int) -> ForwardResult:
         """The outputs for the inputs. In training mode buffers move."""
-        variant, shards, _ = await self._choose(Batch(inputs), training=training, targets=False)
+        variant, shards, _ = await self._choose(Batch(inputs), training=training, targets=False, reads=not training)
         extra = {"training": training, "seed": seed, "command": command}
         answers = await self._call_shards("forward", shards, extra, changes=training)
         with errors_after_applied() if training else nullcontext():
@@ -329,11 +343,16 @@ class WorkerGroup:
             "operators": dict(operators or {}),
         }
         await self._ranks.call("add_variant", [fields] * self.workers)
+        self._variants.append(variant)
         await self._take_in(variant, tried)
 
     async def _take_in(self, variant: Variant, tried: ExampleLeaves | None) -> None:
         """Find out how the batches of a variant that the ranks have can be spread."""
-        self._variants.append(variant)
+        if (said := self._said.get(variant.name)) is not None:
+            if said.weight is not None and self.workers > 1:
+                await self._splits.weigh(variant, said.weight)
+            self._decisions[variant.name] = said
+            return
         # Until it is known, and should the check fail: the variant is on the ranks, and whole is always right.
         self._decisions[variant.name] = _UNKNOWN
         found = await self._find_or_whole(variant, tried, TrialTime())
@@ -365,13 +384,21 @@ class WorkerGroup:
         )
 
     async def _choose(
-        self, batch: Batch, *, training: bool, targets: bool, of_inputs: bool = False, loss_apart: bool = False
+        self,
+        batch: Batch,
+        *,
+        training: bool,
+        targets: bool,
+        of_inputs: bool = False,
+        loss_apart: bool = False,
+        reads: bool = False,
     ) -> tuple[Variant, list[Shard], int]:
         """(the variant that the batch fits, the ranks' shards of it, its rows).
 
         of_inputs: gradients of inputs are wanted. loss_apart: a loss among the outputs is differentiated by itself.
+        reads: the model is read only.
         """
-        variant, rows = await self._fitting(batch, training=training, targets=targets)
+        variant, rows = await self._fitting(batch, training=training, targets=targets, reads=reads)
         rows = rows if varies(variant) else examples_in(batch)
         decision = self._decisions.get(variant.name, _SPLIT)
         whole = (
@@ -381,21 +408,25 @@ class WorkerGroup:
         )
         return variant, split(variant, rows, batch, ranks=self.workers, whole=whole), rows
 
-    async def _fitting(self, batch: Batch, *, training: bool, targets: bool) -> tuple[Variant, int]:
+    async def _fitting(self, batch: Batch, *, training: bool, targets: bool, reads: bool) -> tuple[Variant, int]:
         """(the variant that the batch fits, its rows); an architecture's is made if need be.
 
         One whose first command failed is forgotten then: what no loss takes must not use up the variants that there
-        may be.
+        may be. One that a read has made is no command's: who applies the commands alone must get what they gave here.
         """
         if self._untried is not None:
-            self._variants.remove(self._untried)
+            for known in (self._variants, self._of_reads):
+                if self._untried in known:
+                    known.remove(self._untried)
             self._untried = None
+        known = [*self._variants, *self._of_reads] if reads else self._variants
         try:
-            return select_variant(self._variants, batch, training=training, targets=targets)
+            return select_variant(known, batch, training=training, targets=targets)
         except GradwireError:
             if self.opening is None:
                 raise
-        variant = await self.opening.open(batch, self._variants, training=training)
+        variant = await self.opening.open(batch, known, training=training, reads=reads)
+        (self._of_reads if reads else self._variants).append(variant)
         self._untried = variant
         await self._take_in(variant, self._splits.example_leaves(variant, batch))
         return variant, check_batch(variant, batch, targets=targets)
@@ -408,12 +439,18 @@ class WorkerGroup:
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True
     ) -> Answers:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
-        answers = await self._ranks.call(kind, fields, changes=changes)
-        self._worked()
-        return answers
+        with self._tried():
+            return await self._ranks.call(kind, fields, changes=changes)
 
-    def _worked(self) -> None:
-        """The ranks carried out a command of the last variant that was chosen."""
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        """Inside, the ranks carry out a command of the last variant that was chosen."""
+        try:
+            yield
+        except GradwireError as error:
+            if error.outcome == "applied":
+                self._untried = None
+            raise
         self._untried = None
 
 

@@ -19,6 +19,9 @@ from typing import Any
 ADDRESS_FILE_VARIABLE = "GRADWIRE_RAY_ADDRESS_FILE"
 """Names the file in which the frontend finds Ray's address, once Ray is ready."""
 
+RAY_PARTS = ("raylet", "gcs_server")
+"""The processes of `ray start` without which there is no Ray."""
+
 # The program that Ray starts for each worker, and the variable by which it finds the process to fork.
 _WORKER = "gradwire_workers.pool.forked_worker"
 _TEMPLATE_VARIABLE = "GRADWIRE_TEMPLATE"

@@ -16,6 +16,7 @@ from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Checkpoint, SplitDecision, StateTensor
+from gradwire_server.storage.records import decode_split
 from gradwire_server.storage.saved_model import SavedModel
 
 MANIFEST = "manifest.json"
@@ -162,14 +163,9 @@ def _decode(fields: dict[str, Any]) -> Manifest:
         tensors=tuple(StateTensor(**{**each, "shape": tuple(each["shape"])}) for each in fields["tensors"]),
         trained=tuple(fields["trained"]),
         held=tuple(None if names is None else tuple(names) for names in fields["held"]),
-        splits={name: _split(each) for name, each in fields["splits"].items()},
+        splits={name: decode_split(each) for name, each in fields["splits"].items()},
         files={name: _file(name, each) for name, each in fields["files"].items()},
     )
-
-
-def _split(fields: dict[str, Any]) -> SplitDecision:
-    written = fields["written"]
-    return SplitDecision(**{**fields, "written": None if written is None else tuple(written)})
 
 
 def _typed(fields: dict[str, Any], name: str, *types: type) -> Any:

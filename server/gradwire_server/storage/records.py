@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from gradwire_proto.values import SplitDecision
 
 _HEADER = struct.Struct("<4sHHIQQQ")
 _CHECK = struct.Struct("<I")
@@ -59,6 +61,7 @@ class Entry:
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
     released: names of retained forwards that were let go of since the command before.
+    splits: how batches of the variants that it brought are spread, as was found out then, by variant.
     """
 
     number: int
@@ -70,6 +73,7 @@ class Entry:
     refused: str | None = None
     uploads: tuple[StoredUpload, ...] = ()
     released: tuple[str, ...] = ()
+    splits: Mapping[str, SplitDecision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             refused=words.get("refused"),
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
             released=tuple(words.get("released", ())),
+            splits={name: decode_split(each) for name, each in words.get("splits", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"the record of command {header.number} has no description that is known here") from error
@@ -154,6 +159,8 @@ def _describe(entry: Entry) -> dict[str, Any]:
         words["uploads"] = _listed(entry.uploads)
     if entry.released:
         words["released"] = entry.released
+    if entry.splits:
+        words["splits"] = {name: asdict(each) for name, each in entry.splits.items()}
     return words
 
 
@@ -163,6 +170,12 @@ def _listed(uploads: Sequence[StoredUpload]) -> list[Any]:
 
 def _rows(upload: StoredUpload) -> list[tuple[str, tuple[int, ...], int, int]]:
     return [(tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes) for tensor in upload.tensors]
+
+
+def decode_split(fields: Mapping[str, Any]) -> SplitDecision:
+    """The decision whose fields JSON holds. Raises KeyError or TypeError for anything else."""
+    written = fields["written"]
+    return SplitDecision(**{**fields, "written": None if written is None else tuple(written)})
 
 
 def _upload(name: str, file: str, rows: Sequence[tuple[str, Sequence[int], int, int]]) -> StoredUpload:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradwire_proto.values import SplitDecision
 from gradwire_server.storage.records import (
     HEADER_BYTES,
     REPLY_BYTES,
@@ -29,6 +30,16 @@ tensors = st.builds(
 uploads = st.builds(
     StoredUpload, name=st.text(max_size=8), file=st.text(max_size=8), tensors=st.lists(tensors, max_size=2).map(tuple)
 )
+words = st.none() | st.text(max_size=12)
+splits = st.builds(
+    SplitDecision,
+    whole=words,
+    inputs_whole=st.booleans(),
+    returns_loss=st.booleans(),
+    loss=words,
+    weight=words,
+    written=st.none() | st.lists(st.text(max_size=8), max_size=2).map(tuple),
+)
 entries = st.builds(
     Entry,
     number=st.integers(0, (1 << 64) - 1),
@@ -40,6 +51,7 @@ entries = st.builds(
     refused=st.none() | st.text(max_size=20),
     uploads=st.lists(uploads, max_size=2).map(tuple),
     released=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+    splits=st.dictionaries(st.text(max_size=8), splits, max_size=2),
 )
 
 

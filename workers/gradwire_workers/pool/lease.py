@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.errors import RankLost
 from gradwire_workers.placement import Placement, Reservation
 from gradwire_workers.pool.capacity import Capacity, Demand
 from gradwire_workers.pool.rank_launcher import RankLauncher
@@ -62,22 +62,26 @@ class Lease:
     async def release(self, reuse: bool) -> None:
         """Gives everything back. With `reuse`, ranks that can be made as good as new go on to other models."""
         processes, self.processes = self.processes, ()
-        await asyncio.gather(*(self._give_back(process, reuse) for process in processes))
         reserving, self._reserving = self._reserving, None
-        if reserving is not None:
-            with contextlib.suppress(GradwireError):
-                await self._launcher.in_thread_briefly(self._placement.free, await reserving)
-        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         demand, self._demand = self._demand, None
-        if demand is not None:
-            self._capacity.free(demand)
+        try:
+            await asyncio.gather(*(self._give_back(process, reuse) for process in processes))
+            if reserving is not None:
+                # A reservation that failed was heard of where it was asked for.
+                with contextlib.suppress(Exception):
+                    await self._launcher.in_thread_briefly(self._placement.free, await reserving)
+            await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        finally:
+            if demand is not None:
+                self._capacity.free(demand)
 
     async def _give_back(self, process: RankProcess, reuse: bool) -> None:
         reusable = reuse and await _reset(process)
         process.channel.on_lost = lambda _: self._pool.remove(process)
         self._pool.give_back(process, reuse=reusable)
         if not reusable:
-            await process.kill()
+            # Whoever waits for it may be cancelled; its end must not be.
+            await asyncio.shield(process.kill())
 
 
 async def _reset(process: RankProcess) -> bool:

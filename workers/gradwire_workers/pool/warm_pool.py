@@ -107,12 +107,14 @@ class WarmPool(Generic[RankT]):
         self._settle()
 
     def remove(self, rank: RankT) -> None:
-        """Forgets a rank that died while it waited."""
-        if rank in self._ready:
-            self._ready.remove(rank)
-            rank.kill()
-            self._hold_on()
-            self._settle()
+        """Forgets a rank that died while it waited: for a model, or for the rest of one's ranks."""
+        for waiting in (self._ready, *(want.ranks for want in self._waiting)):
+            if rank in waiting:
+                waiting.remove(rank)
+                rank.kill()
+                self._hold_on()
+                self._settle()
+                return
 
     async def warm(self, count: int | None = None) -> None:
         """Waits until `count` ranks are ready, or as many as the pool keeps."""
