@@ -38,7 +38,9 @@ def list_checkpoints(rpc: Rpc) -> Iterator[Checkpoint]:
 
 def delete_checkpoint(rpc: Rpc, checkpoint: Checkpoint | str) -> None:
     """See `Client.delete_checkpoint`."""
-    request = pb.DeleteCheckpointRequest(name=checkpoint_name(_name_of(checkpoint), "name"))
+    request = pb.DeleteCheckpointRequest(
+        name=checkpoint_name(_name_of(checkpoint), "name"), request_id=new_request_id()
+    )
     rpc.call("DeleteCheckpoint", request, deletes=True)
 
 

@@ -148,6 +148,7 @@ def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch
     except (GradwireError, Interrupted) as error:
         # Nobody would hold what is made after all, and its ranks would be taken.
         if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
+            undo = pb.DeleteModelRequest(name=model_name(model_id), made_by=request.request_id)
             with suppress(GradwireError):
-                rpc.call("DeleteModel", pb.DeleteModelRequest(name=model_name(model_id)), timeout=2.0, repeat=False)
+                rpc.call("DeleteModel", undo, timeout=2.0, repeat=False)
         raise

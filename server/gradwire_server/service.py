@@ -42,7 +42,7 @@ class Service:
         self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
-        checkpoints = CheckpointList(storage.checkpoints, self._models)
+        checkpoints = CheckpointList(storage.checkpoints, self._models, config.stored_replies)
         servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
         hosting.replayer.servicer = servicer
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)

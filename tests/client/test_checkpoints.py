@@ -64,6 +64,7 @@ class Shelf:
         return pb.ListCheckpointsResponse(checkpoints=[found], next_page_token=more)
 
     def delete(self, request, context):
+        assert request.request_id, "a repeat would delete what was saved since"
         del self.checkpoints[self.find(request.name).name]
         return Empty()
 
