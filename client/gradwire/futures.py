@@ -101,6 +101,7 @@ class CallQueue:
                 future, call = self._waiting.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
+            result = None
             try:
                 result = call()
             except BaseException as error:
@@ -110,4 +111,4 @@ class CallQueue:
             with self._changed:
                 if self._last is future:
                     self._last = None
-            del future, call  # or this result would live until the next call
+            del future, call, result  # or this result would live until the next call has ended
