@@ -16,6 +16,7 @@ from gradwire.exporting.weight_export import LossWeight
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
+from gradwire.outcome import reserve
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import Uploads
 from gradwire.updates import as_labels, as_optimizer
@@ -143,12 +144,14 @@ def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch
     if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
     command = command_name(model_id, request.request_id)
+    # Of the call's time, so that the clean-up ends within it.
+    kept = reserve(rpc.timeout)
     try:
-        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again)
+        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again, kept=kept)
     except (GradwireError, Interrupted) as error:
         # Nobody would hold what is made after all, and its ranks would be taken.
         if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
             undo = pb.DeleteModelRequest(name=model_name(model_id), made_by=request.request_id)
             with suppress(GradwireError):
-                rpc.call("DeleteModel", undo, timeout=2.0, repeat=False)
+                rpc.call("DeleteModel", undo, timeout=kept, repeat=False)
         raise

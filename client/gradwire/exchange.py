@@ -47,7 +47,7 @@ class Exchange:
     command: "models/{model}/commands/{request_id}" where the request changes a model. finish: makes the result of the
     reply, and may fetch more of it. send_again: brings what the service must have before the request, within a
     deadline in monotonic seconds; None where there is nothing. deletes: whether a repeat that finds nothing has
-    succeeded. repeat: whether to send again at all.
+    succeeded. repeat: whether to send again at all. kept: seconds of the budget that its caller needs afterwards.
     """
 
     method: str
@@ -57,9 +57,10 @@ class Exchange:
     send_again: Callable[[float], None] | None = None
     deletes: bool = False
     repeat: bool = True
+    kept: float = 0.0
 
     def run(self, sender: Sender, budget: float) -> Any:
-        """The result, within `budget` seconds: what `finish` fetches may take longer, as long as it moves."""
+        """The result, within `budget` seconds less those `kept`. What `finish` fetches may take longer, if it moves."""
         return _Running(self, sender, budget).run()
 
     @property
@@ -86,7 +87,7 @@ class _Running:
         self._exchange = exchange
         self._sender = sender
         self._budget = budget
-        self._deadline = time.monotonic() + budget
+        self._deadline = time.monotonic() + budget - exchange.kept
         self._attempts = Attempts(self._deadline - outcome.reserve(budget), sender.closed)
         self._may_have_arrived = False
         self._is_upload_gone = False

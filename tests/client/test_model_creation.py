@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from gradwire_proto import codec
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+
+# What a busy machine may add to a timeout of two seconds: still no hang.
+SLACK = 0.7
 
 
 def test_creation_sends_program_weights_example_and_every_option(sdk, hosted):
@@ -103,7 +107,7 @@ def test_creation_that_may_have_happened_is_undone(scripted, hosted):
     )
     scripted.answers["DeleteModel"] = lambda request, context: deleted.set() or empty()
     with (
-        gradwire.connect(scripted.target, timeout=0.6) as sdk,
+        gradwire.connect(scripted.target, timeout=1.5) as sdk,
         pytest.raises(errors.DeadlineExceeded),
     ):
         sdk.create_model(net(), loss="cross_entropy", example=batch())
@@ -111,3 +115,21 @@ def test_creation_that_may_have_happened_is_undone(scripted, hosted):
     (undo,), (creation,) = scripted.requests("DeleteModel"), scripted.requests("CreateModel")
     # Somebody else's model may have the id by then.
     assert (undo.name, undo.made_by) == (f"models/{creation.model_id}", creation.request_id)
+
+
+def test_creation_that_nothing_answers_is_undone_within_its_time(scripted, hosted):
+    arrived: list[float] = []
+
+    def never(request, context):
+        arrived.append(time.monotonic())
+        return scripted.release.wait(10) and empty()
+
+    scripted.answers |= dict.fromkeys(("CreateModel", "GetCommand", "DeleteModel"), never)
+    with (
+        gradwire.connect(scripted.target, timeout=2.0) as sdk,
+        pytest.raises(errors.Unavailable) as caught,
+    ):
+        sdk.create_model(net(), loss="cross_entropy", example=batch())
+    assert time.monotonic() - arrived[0] < 2.0 + SLACK
+    assert caught.value.outcome == "unknown" and "within 2 s" in caught.value.message
+    assert len(scripted.requests("DeleteModel")) == 1
