@@ -91,6 +91,8 @@ class Commands:
         tensors: Any,
         work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None = None,
+        *,
+        limited: bool = True,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -100,7 +102,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed)
+        return self._queue.submit(call, tensors, run, failed, limited=limited)
 
     def _begin(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None

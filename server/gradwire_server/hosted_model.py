@@ -156,7 +156,7 @@ class HostedModel:
 
         Raises AlreadyExists CHECKPOINT_EXISTS, and errors of the storage. A repeat of the request gets its answer.
         """
-        return await self.life.save(name, call)
+        return await self.life.checkpoints.save(name, call)
 
     async def command(self, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of the command with that request id; with `wait`, once it has ended.

@@ -6,35 +6,30 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from gradwire_proto.errors import GradwireError, RankLost
-from gradwire_proto.names import automatic_checkpoint
-from gradwire_proto.values import Checkpoint, ModelInfo
+from gradwire_proto.values import ModelInfo
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
-from gradwire_server.checkpoint_policy import CheckpointPolicy
-from gradwire_server.checkpoint_source import CheckpointSource
-from gradwire_server.checkpointer import Checkpointer
 from gradwire_server.commands import Commands
 from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.model_checkpoints import ModelCheckpoints
 from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.request_log import RequestLog
-from gradwire_server.restoring import Restorer, ended_command, state_files, stored_reply_of
-from gradwire_server.storage.checkpoint_store import key_of
+from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.tensors.file_threads import in_thread
-from gradwire_server.tensors.held_files import remove_files
-from gradwire_server.work_queue import Job, WorkQueue
+from gradwire_server.work_queue import Job, WorkQueue, queue_full
 from gradwire_server.workers import Workers
 
 Trained: TypeAlias = "tuple[str, ...] | None"
@@ -43,14 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 class ModelLife:
-    """See the module. `commands` runs its requests; `autograd` those of clients whose own autograd goes through it."""
+    """See the module. `commands` runs its requests, `checkpoints` saves it.
+
+    `autograd` has the commands of clients whose own autograd goes through it.
+    """
 
     def __init__(self, description: ModelDescription, hosting: Hosting) -> None:
         self.description = description
         self._hosting = hosting
         self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
         self.ranks = LiveRanks(self._regain, self._ranks_lost)
-        self._records = ModelRecords(self._begin_anew, self._in_turn)
+        self._records = ModelRecords(lambda: self.checkpoints.begin_anew(), self._in_turn)
         # What waits or runs is never forgotten, however few replies are to be stored.
         capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
         log: RequestLog[Job[Any]] = RequestLog(capacity, hosting.limits.message_bytes)
@@ -61,8 +59,9 @@ class ModelLife:
             self.ranks,
             self._records,
             released=lambda: self.autograd.take_released(),
-            applied=self._applied,
+            applied=lambda: self.checkpoints.applied(),
         )
+        self.checkpoints = ModelCheckpoints(description, hosting, self.commands, self.ranks, self._records)
         turns = Turns(command=self.commands.run, read=self.commands.read, begin=self.commands.begin, weigh=log.weigh)
         self.autograd = AutogradCommands(
             turns,
@@ -72,7 +71,7 @@ class ModelLife:
             lambda: f"{self.id}/{description.info.created_at}",
         )
         self._there = asyncio.Event()
-        self._checkpointer: Checkpointer | None = None
+        self._waiting = 0
 
     @property
     def id(self) -> str:
@@ -106,7 +105,7 @@ class ModelLife:
                 self._records.close()
                 await asyncio.shield(in_thread(self._hosting.storage.delete, self.id))
                 raise
-        self._watch([number] if self.is_durable else ())
+        self.checkpoints.watch([number] if self.is_durable else ())
         self.description.ready()
         self._there.set()
         return self.description.info
@@ -116,7 +115,7 @@ class ModelLife:
         await storage.swept()
         # Of an earlier model of this name, should it be that they could not be removed with it.
         await in_thread(storage.checkpoints.delete_automatic, self.id)
-        await self._save_here()
+        await self.checkpoints.save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
             made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
@@ -132,16 +131,15 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
-                self._watch(await self._kept_checkpoints())
+                self.checkpoints.watch(await self._kept_checkpoints())
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
             except GradwireError as error:
                 self.description.failed(error)
                 logger.error("models/%s cannot be brought back: %s", self.id, error)
-            finally:
-                self._there.set()
 
-        self.commands.take_turn(Call(), None, work)
+        job = self.commands.take_turn(Call(), None, work, limited=False)
+        job.on_end(lambda _: self._there.set())
 
     async def _kept_checkpoints(self) -> list[int]:
         try:
@@ -152,9 +150,20 @@ class ModelLife:
             return []
 
     async def there(self, call: Call) -> None:
-        """Return when the model has been brought back, or cannot be. What repeats a request is only known then."""
-        if call.replay is None and not self._there.is_set():
+        """Return when the model has been brought back, or cannot be. What repeats a request is only known then.
+
+        Raises ResourceExhausted QUEUE_FULL where too many wait for it already.
+        """
+        if call.replay is not None or self._there.is_set():
+            return
+        limit = self._hosting.limits.requests_per_model
+        if self._waiting >= limit:
+            raise queue_full(limit)
+        self._waiting += 1
+        try:
             await self._there.wait()
+        finally:
+            self._waiting -= 1
 
     async def idle(self) -> None:
         """Return when no request waits or runs. To be brought back is no request."""
@@ -168,7 +177,7 @@ class ModelLife:
         """
         self.ranks.leave()
         self.autograd.close()
-        no_more_checkpoints = asyncio.ensure_future(self._end_checkpoints())
+        no_more_checkpoints = asyncio.ensure_future(self.checkpoints.close())
         ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
         first = await self._free_ranks(reuse=ended and not self.description.has_failed)
         if not ended:
@@ -186,88 +195,6 @@ class ModelLife:
         await self.ranks.workers.close(reuse=reuse)
         return self.ranks.workers
 
-    async def _end_checkpoints(self) -> None:
-        if self._checkpointer is not None:
-            await self._checkpointer.close()
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
-
-    async def save(self, name: str | None, call: Call) -> Checkpoint:
-        """Save the model under a name; None: one is made up. See Checkpointer.save."""
-        assert self._checkpointer is not None
-        return await self._checkpointer.save(name, call.request_id)
-
-    def needs_checkpoint(self, number: int) -> bool:
-        """Whether it would be brought back from its automatic checkpoint of that number."""
-        return self._checkpointer is None or number == self._checkpointer.newest
-
-    def _capture(self, automatic: bool) -> Awaitable[SavedModel | None]:
-        """The model in its turn. See SavableModel."""
-
-        async def work(_: Any) -> SavedModel | None:
-            # A model that is ahead of its journal may still go back.
-            ahead = self.journal is not None and self.journal.broken is not None
-            return None if automatic and (ahead or self.ranks.workers.retains) else await self._snapshot()
-
-        return self.commands.take_turn(Call(), None, work).result(None)
-
-    async def _snapshot(self) -> SavedModel:
-        """The model as it is, in a turn. Its tensors are files that belong to the caller."""
-        state, _ = await self.ranks.run(lambda: self.ranks.workers.state(), changes=False)
-        try:
-            spec = await in_thread(self.spec.encoded)
-        except BaseException:
-            remove_files(state_files(state))
-            raise
-        return SavedModel(
-            name=automatic_checkpoint(self.id, self.number),
-            model_id=self.id,
-            automatic=True,
-            created_at=time.time(),
-            request_id=None,
-            spec=spec,
-            layout=self.description.info.tensors,
-            workers=self.description.info.workers,
-            state=replace(state, command=self.number),
-            replies=tuple(stored_reply_of(*each) for each in self.commands.log.stored()),
-        )
-
-    async def _save_here(self) -> None:
-        """Take an automatic checkpoint in the turn that it is."""
-        saved = await self._snapshot()
-        try:
-            await in_thread(self._hosting.storage.checkpoints.write, key_of(saved.name), saved)
-        finally:
-            saved.remove_files()
-
-    async def _begin_anew(self) -> None:
-        """Take a checkpoint in the turn that it is, and start the journal anew behind it.
-
-        Forwards that are retained are not in it. There is nothing better: their journal has a hole.
-        """
-        assert self._records.journal is not None
-        await self._save_here()
-        self._records.journal.restart(self.number)
-        if self._checkpointer is not None:
-            self._checkpointer.took(self.number)
-
-    def _applied(self) -> None:
-        if self._checkpointer is not None:
-            self._checkpointer.applied()
-
-    def _watch(self, kept: Sequence[int]) -> None:
-        """Take checkpoints from now on. kept: the numbers of those that there are."""
-        info, keeping, policy = self.description.info, self._hosting.keeping, None
-        if self.is_durable:
-            policy = CheckpointPolicy(
-                commands=info.checkpoint_every,
-                journal_bytes=keeping.checkpoint_bytes,
-                seconds=keeping.checkpoint_seconds,
-                keep=info.keep_checkpoints,
-            )
-        source = CheckpointSource(self.id, lambda: self.number, lambda: self.journal, self._capture)
-        self._checkpointer = Checkpointer(source, self._hosting.storage.checkpoints, policy, kept)
-
     # --- how it comes back ----------------------------------------------------------------------------------------
 
     @property
@@ -280,7 +207,7 @@ class ModelLife:
         self.description.met(lost)
         self.description.recovering()
         try:
-            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure())
+            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure(), limited=False)
         except GradwireError:
             return  # The next of those that wait replaces them, or the model is on its way out.
 
@@ -310,7 +237,7 @@ class ModelLife:
         logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
 
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
-        await self.commands.take_turn(Call(), None, lambda _: work()).result(None)
+        await self.commands.take_turn(Call(), None, lambda _: work(), limited=False).result(None)
 
     @property
     def spec(self) -> CurrentSpec:

@@ -201,7 +201,7 @@ class ModelRegistry:
     def needs_checkpoint(self, model_id: str, number: int) -> bool:
         """Whether a model would be brought back from its automatic checkpoint of that number."""
         model = self._hosted.get(model_id)
-        return model is not None and model.life.needs_checkpoint(number)
+        return model is not None and model.life.checkpoints.is_needed(number)
 
     async def command(self, model_id: str, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of a command, the model's creation included."""

@@ -152,6 +152,16 @@ class Job(Generic[T]):
         self._ended.set_result(None)
 
 
+def queue_full(limit: int) -> ResourceExhausted:
+    """The error of one request too many."""
+    return ResourceExhausted(
+        f"{limit} requests wait or run, which the server's setting requests_per_model allows",
+        reason="QUEUE_FULL",
+        retryable=True,
+        retry_after=0.1,
+    )
+
+
 class WorkQueue:
     """Runs requests one by one. At most `limit`, the setting requests_per_model, wait or run."""
 
@@ -171,21 +181,19 @@ class WorkQueue:
         tensors: Any,
         work: Callable[[Any], Awaitable[T | Unsettled[T]]],
         failed: Callable[[GradwireError], None] | None = None,
+        *,
+        limited: bool = True,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
 
-        `failed`, of commands, hears of the work's error before the next work begins. Raises ResourceExhausted
+        `failed`, of commands, hears of the work's error before the next work begins. Without `limited`, for what no
+        client asks for, there is always room. Raises ResourceExhausted
         QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
         """
         if self._closed is not None:
             raise copy.copy(self._closed)
-        if self._count >= self._limit:
-            raise ResourceExhausted(
-                f"{self._limit} requests wait or run, which the server's setting requests_per_model allows",
-                reason="QUEUE_FULL",
-                retryable=True,
-                retry_after=0.1,
-            )
+        if limited and self._count >= self._limit:
+            raise queue_full(self._limit)
         job = Job(call, self._uploads.claim(tensors), work, failed)
         job.on_end(self._forget)
         self._jobs.append(job)

@@ -47,6 +47,10 @@ def test_flags_of_a_config_make_the_same_config(tmp_path: Path) -> None:
         ("held_seconds", 0, "greater than 0"),
         ("held_seconds", "nan", "held_seconds"),
         ("log_level", "loud", "'debug', 'info'"),
+        ("durability", "sometimes", "'none', 'process' or 'disk'"),
+        ("checkpoint_bytes", "1KiB", "greater than or equal to 1048576"),
+        ("checkpoint_seconds", 0, "greater than 0"),
+        ("keep_checkpoints", 0, "greater than or equal to 1"),
     ],
 )
 def test_wrong_setting_is_named_with_its_bound_in_one_line(setting: str, value: Any, bound: str) -> None:

@@ -117,6 +117,18 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
+async def test_so_many_requests_wait_for_a_model_as_would_in_its_queue(start: Any) -> None:
+    async with start() as frontend:
+        await frontend.create()
+    async with start(held=True, requests_per_model=2) as frontend:
+        waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
+        assert error.reason == "QUEUE_FULL" and error.retry_after
+        frontend.cluster.gate.set()
+        assert sorted(reply.result.step for reply in await asyncio.gather(*waiting)) == [1, 2]
+
+
 async def test_deleted_model_does_not_come_back_and_its_files_are_gone(start: Any, storage: Path) -> None:
     async with start() as frontend:
         await frontend.create()
@@ -154,6 +166,7 @@ async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: An
         assert len(steps(await ready(frontend, "other"))) == 2
         error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
         assert error.reason == "MODEL_FAILED" and str(journal) in error.message
+        assert (await frontend.error(save(frontend, "best"))).reason == "MODEL_FAILED"
         model = await frontend.model()
         assert model.state == model_pb2.MODEL_STATE_FAILED and str(journal) in model.last_error.message
         await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m"))
@@ -276,6 +289,19 @@ async def test_model_that_outlives_nothing_is_gone_after_a_restart(start: Any, s
         assert not list((storage / "models").iterdir())
     async with start() as frontend:
         assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
+
+
+async def test_checkpoint_is_taken_although_the_queue_is_full(start: Any, storage: Path, caplog: Any) -> None:
+    async with start(requests_per_model=2, checkpoint_commands=1) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        calls = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())) for _ in range(2)]
+        await frontend.until(lambda: workers.busy)
+        await asyncio.sleep(0.05)
+        workers.gate.set()
+        await asyncio.gather(*calls)
+        await frontend.until(lambda: len(list(storage.glob("checkpoints/auto/m/*"))) > 1)
+    assert "no checkpoint could be taken" not in caplog.text
 
 
 async def test_checkpoints_shorten_what_is_applied_again_and_replies_are_kept(start: Any, fakes: Any) -> None:
