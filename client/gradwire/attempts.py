@@ -31,14 +31,14 @@ class Attempts:
     """The attempts of one call, which end at `deadline` (monotonic seconds), or when `closed` is set."""
 
     def __init__(self, deadline: float, closed: threading.Event) -> None:
-        self._deadline = deadline
+        self.deadline = deadline
         self._closed = closed
         self._longest = _FIRST_WAIT
 
     @property
     def seconds_left(self) -> float:
         """Until the deadline; not above 0 where it has passed."""
-        return self._deadline - time.monotonic()
+        return self.deadline - time.monotonic()
 
     def wait(self, error: GradwireError, until_connected: Callable[[float], None]) -> bool:
         """Wait before another attempt, as `error` asks for. False where there is no time for one.

@@ -294,7 +294,8 @@ class ModelCalls:
         return Call("GetModel", pb.GetModelRequest(name=self._name), codec.decode_model_info)
 
     def delete(self) -> Call[None]:
-        return Call("DeleteModel", pb.DeleteModelRequest(name=self._name), _nothing, deletes=True)
+        request = pb.DeleteModelRequest(name=self._name, request_id=new_request_id())
+        return Call("DeleteModel", request, _nothing, deletes=True)
 
     def changed(self) -> None:
         """Note that a call was made that changes the model."""

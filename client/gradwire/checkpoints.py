@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,9 @@ def list_checkpoints(rpc: Rpc) -> Iterator[Checkpoint]:
 
 def delete_checkpoint(rpc: Rpc, checkpoint: Checkpoint | str) -> None:
     """See `Client.delete_checkpoint`."""
-    request = pb.DeleteCheckpointRequest(name=checkpoint_name(_name_of(checkpoint), "name"))
+    request = pb.DeleteCheckpointRequest(
+        name=checkpoint_name(_name_of(checkpoint), "name"), request_id=new_request_id()
+    )
     rpc.call("DeleteCheckpoint", request, deletes=True)
 
 
@@ -46,14 +49,16 @@ def restore_model(rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, 
     """See `Client.restore_model`."""
     name = checkpoint_name(_name_of(checkpoint))
     count = as_count(workers, "workers")
+    deadline = time.monotonic() + rpc.timeout
     if model_id is None:
         saved = checkpoint if isinstance(checkpoint, Checkpoint) else get_checkpoint(rpc, checkpoint)
         model_id = saved.model_id
     request = pb.RestoreModelRequest(
         checkpoint=name, model_id=check_model_id(model_id), workers=count or 0, request_id=new_request_id()
     )
+    command = command_name(model_id, request.request_id)
     return codec.decode_model_info(
-        rpc.call("RestoreModel", request, command=command_name(model_id, request.request_id))
+        rpc.call("RestoreModel", request, command=command, timeout=deadline - time.monotonic())
     )
 
 

@@ -39,7 +39,8 @@ def connect(
     takes at most; one that is not answered in time raises DeadlineExceeded. Until then, a call whose answer is lost, or
     that meets a service that is away, starts, recovers or is full, is sent again, and the service runs it once. Tensors
     above 4 MiB together travel in a stream of their own, before the call or after it: that may take longer, as long as
-    it never stands still for `timeout` seconds.
+    it never stands still for `timeout` seconds. Where a batch fits no graph that the service has, asking for another,
+    or bringing it, is a call of its own before the batch's.
 
     Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
     token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.

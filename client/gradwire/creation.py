@@ -16,6 +16,7 @@ from gradwire.exporting.weight_export import LossWeight
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
+from gradwire.outcome import reserve
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import Uploads
 from gradwire.updates import as_labels, as_optimizer
@@ -90,7 +91,7 @@ def create_model(
         spec = ModelSpec(program=module.spec(), loss=_loss_by_name(loss, targets), **settings)
         batch = Batch(normalize(inputs, "example.inputs"), normalize(targets, "example.targets"))
         # Always with the example: a batch that the module does not take is refused at once.
-        return Model(rpc, codec.decode_model_info(_create(rpc, spec, {}, batch, chosen_id, is_new=model_id is None)))
+        return Model(rpc, codec.decode_model_info(_create(rpc, spec, {}, batch, chosen_id)))
     exporter = ModuleExporter(module, loss, settings["precision"], loss_weight)
     exported = exporter.export_model(inputs, targets)
     if exported.loss is None and loss_weight is not None:
@@ -100,7 +101,7 @@ def create_model(
     # One rank has nothing to split: what the caller says of the loss is all that there is to check.
     is_tried = spec.workers > 1 or loss_reduction is not None or loss_weight is not None
     batch = exported.example if is_tried else None
-    reply = _create(rpc, spec, exported.tensors, batch, chosen_id, is_new=model_id is None)
+    reply = _create(rpc, spec, exported.tensors, batch, chosen_id)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 
 
@@ -131,10 +132,8 @@ def _loss_by_name(loss: Any, targets: Any) -> LossSpec:
     return known.spec
 
 
-def _create(
-    rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str, *, is_new: bool
-) -> Any:
-    """The service's reply. is_new: nobody else can have a model of that id."""
+def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str) -> Any:
+    """The service's reply."""
     request = pb.CreateModelRequest(model_id=model_id, request_id=new_request_id())
     codec.encode_model_spec(spec, request.model)
     tensors = {name: from_torch(tensor, f'tensors["{name}"]') for name, tensor in values.items()}
@@ -146,13 +145,14 @@ def _create(
     if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
     command = command_name(model_id, request.request_id)
+    # Of the call's time, so that the clean-up ends within it.
+    kept = reserve(rpc.timeout)
     try:
-        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again)
+        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again, kept=kept)
     except (GradwireError, Interrupted) as error:
-        # Nobody would hold what is made after all, and its ranks would be taken. Where nobody knows whether it was
-        # made, a name that the caller chose may be that of another one's model.
-        is_made = error.outcome == "applied" or (is_new and error.outcome != "not_applied")
-        if is_made and not isinstance(error, AlreadyExists):
+        # Nobody would hold what is made after all, and its ranks would be taken.
+        if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
+            undo = pb.DeleteModelRequest(name=model_name(model_id), made_by=request.request_id)
             with suppress(GradwireError):
-                rpc.call("DeleteModel", pb.DeleteModelRequest(name=model_name(model_id)), timeout=2.0, repeat=False)
+                rpc.call("DeleteModel", undo, timeout=kept, repeat=False)
         raise

@@ -47,7 +47,7 @@ class Exchange:
     command: "models/{model}/commands/{request_id}" where the request changes a model. finish: makes the result of the
     reply, and may fetch more of it. send_again: brings what the service must have before the request, within a
     deadline in monotonic seconds; None where there is nothing. deletes: whether a repeat that finds nothing has
-    succeeded. repeat: whether to send again at all.
+    succeeded. repeat: whether to send again at all. kept: seconds of the budget that its caller needs afterwards.
     """
 
     method: str
@@ -57,9 +57,10 @@ class Exchange:
     send_again: Callable[[float], None] | None = None
     deletes: bool = False
     repeat: bool = True
+    kept: float = 0.0
 
     def run(self, sender: Sender, budget: float) -> Any:
-        """The result, within `budget` seconds: what `finish` fetches may take longer, as long as it moves."""
+        """The result, within `budget` seconds less those `kept`. What `finish` fetches may take longer, if it moves."""
         return _Running(self, sender, budget).run()
 
     @property
@@ -77,15 +78,19 @@ class _Unfetched(Exception):
 
 
 class _Running:
-    """An exchange under way. may_have_arrived: whether an attempt whose answer was lost may have been carried out."""
+    """An exchange under way. may_have_arrived: whether an attempt whose answer was lost may have been carried out.
+
+    is_upload_gone: whether the tensors that the request names must be brought again before it.
+    """
 
     def __init__(self, exchange: Exchange, sender: Sender, budget: float) -> None:
         self._exchange = exchange
         self._sender = sender
         self._budget = budget
-        self._deadline = time.monotonic() + budget
+        self._deadline = time.monotonic() + budget - exchange.kept
         self._attempts = Attempts(self._deadline - outcome.reserve(budget), sender.closed)
         self._may_have_arrived = False
+        self._is_upload_gone = False
         self._is_answered = False
         self._reply: Any = None
 
@@ -106,11 +111,15 @@ class _Running:
 
     def _attempt(self) -> Any:
         exchange = self._exchange
+        self._bring_again()
         had_arrived, self._may_have_arrived = self._may_have_arrived, True
         try:
-            reply = self._sender.send(exchange.method, exchange.body, self._attempts.seconds_left, exchange.command)
+            reply = self._sender.send(exchange.method, exchange.body, self._seconds_for_attempt(), exchange.command)
         except Lost as lost:
             self._may_have_arrived = had_arrived or lost.error.reason != "NOT_CONNECTED"
+            # Nobody will be asked about what cannot have arrived: all of the time is there to wait for a connection.
+            kept = outcome.reserve(self._budget) if self._may_have_arrived else 0.0
+            self._attempts.deadline = self._deadline - kept
             raise
         except (ModelNotFound, CheckpointNotFound):
             self._may_have_arrived = had_arrived
@@ -128,19 +137,32 @@ class _Running:
             gone = error.reason == "DOWNLOAD_NOT_FOUND" and reply != reply_before
             raise _Unfetched(error) if gone or is_passing(error) else self._as_answered(error) from None
 
+    def _seconds_for_attempt(self) -> float:
+        """So many that what is left after them is enough for asking what became of it."""
+        left = self._deadline - time.monotonic()
+        return min(self._attempts.seconds_left, left - outcome.reserve(left))
+
+    def _bring_again(self) -> None:
+        """Upload again what the service has lost."""
+        if not self._is_upload_gone or self._exchange.send_again is None:
+            return
+        try:
+            self._exchange.send_again(self._attempts.deadline)
+        except GradwireError as error:
+            # Of the upload: the command itself was not sent again.
+            raise _with(error, self._standing("not_applied")) from None
+        self._is_upload_gone = False
+
     def _comes_again(self, failure: Lost | _Unfetched | GradwireError) -> bool:
-        """Wait, and bring again what is gone, where another attempt may go better. False: it is over."""
+        """Wait where another attempt may go better. False: it is over."""
         if not self._exchange.repeat:
             return False
         error = failure if isinstance(failure, GradwireError) else failure.error
         is_upload_gone = error.reason == "UPLOAD_NOT_FOUND" and self._exchange.send_again is not None
+        self._is_upload_gone |= is_upload_gone
         if not (is_upload_gone or isinstance(failure, _Unfetched) or is_passing(error)):
             return False
-        if not self._attempts.wait(error, self._sender.until_connected):
-            return False
-        if is_upload_gone and self._exchange.send_again is not None:
-            self._exchange.send_again(self._deadline)
-        return True
+        return self._attempts.wait(error, self._sender.until_connected)
 
     def _explain(self, failure: Lost | _Unfetched | GradwireError) -> GradwireError:
         """The error of the last attempt, with what the service says about the command."""

@@ -101,17 +101,14 @@ class CallQueue:
                 future, call = self._waiting.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
-            _settle(future, call)
+            result = None
+            try:
+                result = call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
             with self._changed:
                 if self._last is future:
                     self._last = None
-            del future, call  # or this result would live until the next call
-
-
-def _settle(future: concurrent.futures.Future[Any], call: Callable[[], Any]) -> None:
-    try:
-        result = call()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+            del future, call, result  # or this result would live until the next call has ended

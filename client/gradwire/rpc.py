@@ -1,8 +1,9 @@
 """Calls to the service: the connection, deadlines, credentials, errors. With channel.py, all that knows grpc.
 
-`Rpc.call` returns the result of one request or raises a GradwireError; it never outlives its timeout. A call whose
-answer was lost, or that the service cannot take now, is sent again until then; where that does not help, the service is
-asked what became of a command, and the error's `outcome` says so.
+`Rpc.call` returns the result of one request or raises a GradwireError; it never outlives its timeout, save
+to fetch tensors of the result that travel apart. A call whose answer was lost, or that the service cannot take now, is
+sent again until then; where that does not help, the service is asked what became of a command, and the error's
+`outcome` says so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from gradwire.tls import TLS
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 
 _ABANDONED: list[grpc.Channel] = []
-"""Channels in which a call was interrupted by Ctrl-C: see `Rpc._break_off`."""
+"""Channels in which a call was interrupted by Ctrl-C: see `Rpc._break_off`. Each keeps its socket and thread until the
+process ends."""
 
 
 def new_request_id() -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.names import checkpoint_name
 from gradwire_proto.values import Checkpoint
+from gradwire_server.calls import Call
 from gradwire_server.pages import page_of
+from gradwire_server.request_log import RequestLog, deletion_ended
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
+from gradwire_server.stored_replies import EndedCommand
 from gradwire_server.tensors.file_threads import in_thread
 
 
@@ -21,9 +25,11 @@ class Needed(Protocol):
 class CheckpointList:
     """See the module. Names are `Checkpoint.name`."""
 
-    def __init__(self, store: CheckpointStore, models: Needed) -> None:
+    def __init__(self, store: CheckpointStore, models: Needed, stored_replies: int) -> None:
         self._store = store
         self._models = models
+        self._deletions: dict[str, asyncio.Task[None]] = {}
+        self._seen: RequestLog[EndedCommand] = RequestLog(stored_replies, 0)
 
     async def get(self, name: str) -> Checkpoint:
         """What is known of a checkpoint. Raises CheckpointNotFound."""
@@ -34,8 +40,13 @@ class CheckpointList:
         found = await in_thread(self._store.list, threads=self._store.threads)
         return page_of({_order(each): each for each in found}, size, token)
 
-    async def delete(self, name: str) -> None:
-        """Delete a checkpoint. FailedPrecondition CHECKPOINT_NEEDED for one that its model is brought back from."""
+    async def delete(self, name: str, call: Call) -> None:
+        """Delete a checkpoint. A repeat of a request id leaves alone what was saved since.
+
+        Raises CheckpointNotFound; FailedPrecondition CHECKPOINT_NEEDED for one that its model is brought back from.
+        """
+        if self._seen.find(call) is not None:
+            return
         model_id, separator, number = name.partition("/")
         if separator and self._models.needs_checkpoint(model_id, int(number)):
             raise FailedPrecondition(
@@ -44,7 +55,11 @@ class CheckpointList:
                 reason="CHECKPOINT_NEEDED",
                 resource=checkpoint_name(name),
             )
-        await in_thread(self._store.delete, key_of(name), threads=self._store.threads)
+        if name not in self._deletions:
+            deleting = in_thread(self._store.delete, key_of(name), threads=self._store.threads)
+            deletion = self._deletions[name] = asyncio.ensure_future(deleting)
+            deletion.add_done_callback(lambda _: self._deletions.pop(name))
+        await deletion_ended(self._deletions[name], self._seen, call)
 
 
 def _order(checkpoint: Checkpoint) -> str:

@@ -26,11 +26,13 @@ class ModelDescription:
     """What is known of one model: first "creating" or "recovering", then "ready", in the end "failed" or "deleting".
 
     A model that was restored, and whose spec has not been read yet, has only an id. `operators` are the schemas of all
-    operators that its program names; `has_failed` stays true while it is deleted.
+    operators that its program names; `has_failed` stays true while it is deleted; `made_by` is the id of the request
+    that created the model, None where it had none.
     """
 
     def __init__(self, model_id: str, spec: ModelSpec | None, created_at: float | None = None) -> None:
         self.has_failed = False
+        self.made_by: str | None = None
         self.operators: dict[str, str] = {}
         self._spec: CurrentSpec | None = None
         self._shown: ModelInfo | None = None

@@ -24,7 +24,7 @@ from gradwire_server.model_creation import ModelCreation
 from gradwire_server.model_description import ModelDescription, not_ready
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
-from gradwire_server.request_log import RequestLog, command_info
+from gradwire_server.request_log import RequestLog, command_info, deletion_ended
 from gradwire_server.restoring import ended_command, read_checkpoint
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
@@ -51,6 +51,7 @@ class ModelRegistry:
             model = self._hosted[model_id] = HostedModel(description, self._hosting)
             if made_by is not None:
                 self._made_by[made_by.request_id] = model_id
+                description.made_by = made_by.request_id
                 self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by))
             model.life.restore()
         self._hosting.storage.begin_sweep()
@@ -140,6 +141,7 @@ class ModelRegistry:
     ) -> ModelCreation:
         model_id = model_id or f"model-{secrets.token_hex(6)}"
         description = self._descriptions[model_id] = ModelDescription(model_id, spec)
+        description.made_by = call.request_id
         new = HostedModel(description, self._hosting)
 
         async def run() -> ModelInfo:
@@ -215,16 +217,27 @@ class ModelRegistry:
         model = await self.get(model_id, Call())
         return await model.command(request_id, wait=wait)
 
-    async def delete(self, model_id: str) -> None:
+    async def delete(self, model_id: str, made_by: str | None, call: Call) -> None:
         """Delete a model in any state and free its ranks. Ends what was begun, whoever waits, by killing its
-        ranks where it takes longer than delete_seconds. Raises ModelNotFound.
+        ranks where it takes longer than delete_seconds. A repeat of a request id leaves alone what was made since.
+
+        made_by: only a model that the request with this id has made; None: whoever made it. Raises ModelNotFound.
         """
+        if self._seen.find(call) is not None:
+            return
         description = self.describe(model_id)
+        if made_by is not None and description.made_by != made_by:
+            raise ModelNotFound(
+                f"the model {model_id!r} was made by another request",
+                field="made_by",
+                reason="MODEL_NOT_FOUND",
+                resource=model_name(model_id),
+            )
         if model_id not in self._deletions:
             description.deleting()
             deletion = self._deletions[model_id] = asyncio.create_task(self._delete(model_id))
             deletion.add_done_callback(lambda _: self._deletions.pop(model_id))
-        await asyncio.shield(self._deletions[model_id])
+        await deletion_ended(self._deletions[model_id], self._seen, call)
 
     async def _delete(self, model_id: str) -> None:
         creation = self._creations.get(model_id)

@@ -44,7 +44,7 @@ class Service:
         self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
-        checkpoints = CheckpointList(storage.checkpoints, self._models)
+        checkpoints = CheckpointList(storage.checkpoints, self._models, config.stored_replies)
         servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)

@@ -9,7 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from gradwire_proto import codec
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.names import parse_checkpoint_name, parse_command_name, parse_model_name
+from gradwire_proto.names import check_request_id, parse_checkpoint_name, parse_command_name, parse_model_name
 from gradwire_proto.v1 import checkpoint_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, Limits
@@ -59,7 +59,8 @@ class Servicer:
         return pb.ListModelsResponse(models=map(codec.encode_model_info, page), next_page_token=next_page_token)
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, call: Call) -> Empty:
-        await self._models.delete(parse_model_name(request.name))
+        made_by = check_request_id(request.made_by, "made_by")
+        await self._models.delete(parse_model_name(request.name), made_by, call)
         return Empty()
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, call: Call) -> model_pb2.Model:
@@ -226,7 +227,7 @@ class Servicer:
         return pb.ListCheckpointsResponse(checkpoints=checkpoints, next_page_token=next_page_token)
 
     async def DeleteCheckpoint(self, request: pb.DeleteCheckpointRequest, call: Call) -> Empty:
-        await self._checkpoints.delete(parse_checkpoint_name(request.name))
+        await self._checkpoints.delete(parse_checkpoint_name(request.name), call)
         return Empty()
 
     async def RestoreModel(self, request: pb.RestoreModelRequest, call: Call) -> model_pb2.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -64,6 +65,7 @@ class Shelf:
         return pb.ListCheckpointsResponse(checkpoints=[found], next_page_token=more)
 
     def delete(self, request, context):
+        assert request.request_id, "a repeat would delete what was saved since"
         del self.checkpoints[self.find(request.name).name]
         return Empty()
 
@@ -179,6 +181,17 @@ def test_restoration_with_a_wrong_argument_is_refused_by_its_name(sdk, shelf, sc
     with pytest.raises(errors.InvalidArgument) as caught:
         sdk.restore_model(**arguments)
     assert caught.value.field == field and scripted.requests("RestoreModel") == []
+
+
+def test_looking_up_the_saved_model_is_part_of_the_time_to_restore_it(shelf, scripted):
+    find = scripted.answers["GetCheckpoint"]
+    scripted.answers["GetCheckpoint"] = lambda request, context: scripted.release.wait(1.2) or find(request, context)
+    scripted.answers["RestoreModel"] = lambda request, context: scripted.release.wait(10) and Empty()
+    with gradwire.connect(scripted.target, timeout=2.0) as sdk:
+        start = time.monotonic()
+        with pytest.raises(errors.GradwireError):
+            sdk.restore_model("mine/100")
+        assert scripted.requests("RestoreModel") and time.monotonic() - start < 2.0 + 0.7
 
 
 def test_checkpoint_that_is_not_there_is_not_restored(sdk, shelf):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import os
 import threading
 import time
@@ -42,6 +43,21 @@ def test_error_of_a_call_is_raised_by_result_and_the_next_call_runs(queue):
     with pytest.raises(ZeroDivisionError):
         failed.result(5)
     assert fine.result(5) == "fine"
+
+
+def test_result_that_nobody_holds_is_freed_while_the_next_call_runs(queue):
+    class Large:
+        pass
+
+    first, go, began = queue.submit(Large), threading.Event(), threading.Event()
+    result = weakref.ref(first.result(5))
+    second = queue.submit(lambda: began.set() or go.wait(5))
+    assert began.wait(5)
+    del first
+    gc.collect()
+    assert result() is None
+    go.set()
+    assert second.result(5) is True
 
 
 def test_result_stops_waiting_after_its_timeout_and_the_call_goes_on(queue):

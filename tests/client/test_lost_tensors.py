@@ -157,6 +157,48 @@ def test_tensors_that_the_service_lost_before_the_call_go_up_again_and_the_reque
     assert list(held.applied.values()) == [as_bytes(values(3.0))]
 
 
+@pytest.mark.parametrize("applied", [True, False])
+def test_upload_that_is_refused_when_it_goes_again_says_what_became_of_the_command(model, held, scripted, applied):
+    state = model_pb2.COMMAND_STATE_APPLIED if applied else model_pb2.COMMAND_STATE_NOT_APPLIED
+    scripted.answers["GetCommand"] = lambda request, context: model_pb2.Command(name=request.name, state=state)
+
+    def load(request, context):
+        if len(scripted.requests("LoadStateDict")) == 1:
+            # Perhaps it was applied: the answer is lost.
+            context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        raise errors.ModelNotFound("no uploaded tensor", reason="UPLOAD_NOT_FOUND")
+
+    def upload(messages, context):
+        if held.arrivals:
+            raise errors.ResourceExhausted("the disk is full", reason="STORAGE_FULL")
+        return held.upload(messages, context)
+
+    scripted.answers |= {"LoadStateDict": load, "UploadTensors": upload}
+    with pytest.raises(errors.ResourceExhausted, match="the disk is full") as caught:
+        model.load_state_dict({"weight": values(3.0)})
+    assert caught.value.request_id == scripted.requests("LoadStateDict")[0].request_id
+    assert caught.value.outcome == ("applied" if applied else "not_applied")
+
+
+def test_upload_that_breaks_when_it_goes_again_is_tried_until_it_arrives(model, held, scripted):
+    def load(request, context):
+        if not held.requests:
+            held.forget()
+        return held.load(request, context)
+
+    def upload(messages, context):
+        response = held.upload(messages, context)
+        if len(held.arrivals) in (2, 3):
+            held.forget()
+            raise errors.Unavailable("stops", reason="DRAINING")
+        return response
+
+    scripted.answers |= {"LoadStateDict": load, "UploadTensors": upload}
+    model.load_state_dict({"weight": values(3.0)})
+    assert len(held.arrivals) == 4 and len(held.requests) == 2
+    assert list(held.applied.values()) == [as_bytes(values(3.0))]
+
+
 def test_tensors_of_a_future_that_are_lost_go_up_again_as_they_were_when_it_was_made(model, held, scripted):
     weights = values(3.0)
 

@@ -136,6 +136,7 @@ def test_deleted_and_unknown_models_are_not_found(model, sdk, scripted):
     scripted.answers["DeleteModel"] = lambda request, context: empty()
     model.delete()
     assert sent(scripted, "DeleteModel").name == "models/mine"
+    assert sent(scripted, "DeleteModel").request_id, "a repeat would delete what was made since"
     with pytest.raises(errors.ModelNotFound):
         sdk.get_model("other")
     assert model.info().optimizer == optim.SGD(lr=0.5).spec()

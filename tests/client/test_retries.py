@@ -111,6 +111,18 @@ def test_call_to_a_service_that_is_away_waits_for_it(scripted, start_scripted):
     rpc.close()
 
 
+def test_service_that_stays_away_is_waited_for_until_the_time_is_spent(scripted):
+    scripted.stop()
+    rpc = Rpc(scripted.target, timeout=2.0)
+    start = time.monotonic()
+    with pytest.raises(errors.Unavailable) as caught:
+        train(rpc)
+    # Nobody needs to be asked what became of it: no time is kept for that.
+    assert 1.8 < time.monotonic() - start < 2.0 + SLACK
+    assert (caught.value.reason, caught.value.outcome) == ("NOT_CONNECTED", "not_applied")
+    rpc.close()
+
+
 def test_service_that_is_killed_and_started_again_on_its_port_is_found_again(free_server):
     rpc = Rpc(free_server.target, timeout=20.0)
     rpc.call("GetServerInfo", pb.GetServerInfoRequest())

@@ -739,6 +739,43 @@ async def test_saved_model_is_restored_under_another_name_and_goes_on_from_there
         assert error.reason == "CHECKPOINT_NOT_FOUND"
 
 
+async def test_repeated_deletion_leaves_alone_the_checkpoint_that_was_saved_since(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    await save(frontend, "best", fakes.request_id())
+    deletion = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+    await frontend.stub.DeleteCheckpoint(deletion)
+    saved = await save(frontend, "best", fakes.request_id())
+    await frontend.stub.DeleteCheckpoint(deletion)
+    assert await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best")) == saved
+    deletion.request_id = fakes.request_id()
+    await frontend.stub.DeleteCheckpoint(deletion)
+    error = await frontend.error(frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best")))
+    assert error.reason == "CHECKPOINT_NOT_FOUND"
+
+
+async def test_deletion_of_a_checkpoint_whose_caller_is_gone_is_remembered(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    await frontend.create()
+    await save(frontend, "best", fakes.request_id())
+    go, delete = threading.Event(), CheckpointStore.delete
+
+    def slowly(self: Any, key: str) -> None:
+        go.wait(5)
+        delete(self, key)
+
+    monkeypatch.setattr(CheckpointStore, "delete", slowly)
+    deletion = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+    call = frontend.stub.DeleteCheckpoint(deletion, timeout=0.3)
+    assert (await frontend.error(call)).reason == "DEADLINE_EXCEEDED"
+    again = asyncio.ensure_future(frontend.stub.DeleteCheckpoint(deletion))
+    go.set()
+    await again
+    saved = await save(frontend, "best", fakes.request_id())
+    await frontend.stub.DeleteCheckpoint(deletion)
+    assert await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best")) == saved
+
+
 async def test_checkpoint_that_a_model_is_brought_back_from_is_not_deleted(frontend: Any) -> None:
     await frontend.create()
     name = "models/m/checkpoints/0"

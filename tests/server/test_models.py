@@ -165,6 +165,59 @@ async def test_delete_ends_a_creation(frontend: Any) -> None:
     assert (await frontend.error(delete(frontend))).reason == "MODEL_NOT_FOUND"
 
 
+async def test_deletion_that_names_a_creation_spares_a_model_of_another(start: Any, fakes: Any) -> None:
+    async with start() as frontend:
+        mine = frontend.creation(request_id=fakes.request_id())
+        await frontend.stub.CreateModel(mine)
+
+        def delete_made_by(made_by: str) -> Any:
+            return frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m", made_by=made_by))
+
+        error = await frontend.error(delete_made_by(fakes.request_id()))
+        assert (error.reason, error.field, error.resource) == ("MODEL_NOT_FOUND", "made_by", "models/m")
+        assert (await frontend.error(delete_made_by("mine"))).reason == "REQUEST_ID_INVALID"
+        assert (await frontend.model()).state == model_pb2.MODEL_STATE_READY
+        await delete_made_by(mine.request_id)
+        assert (await frontend.error(frontend.model())).reason == "MODEL_NOT_FOUND"
+        # Made anew by another: the first creation's clean-up does not concern it.
+        await frontend.stub.CreateModel(another := frontend.creation(request_id=fakes.request_id()))
+        assert (await frontend.error(delete_made_by(mine.request_id))).reason == "MODEL_NOT_FOUND"
+    async with start() as frontend:
+        assert (await frontend.error(delete_made_by(mine.request_id))).reason == "MODEL_NOT_FOUND"
+        await delete_made_by(another.request_id)
+        assert not (await frontend.stub.ListModels(pb.ListModelsRequest())).models
+
+
+async def test_deletion_ends_a_creation_that_it_names(frontend: Any, fakes: Any) -> None:
+    frontend.cluster.gate.clear()
+    request = frontend.creation(request_id=fakes.request_id())
+    creation = asyncio.ensure_future(frontend.error(frontend.stub.CreateModel(request)))
+    await frontend.until(lambda: frontend.cluster.starting)
+    await frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m", made_by=request.request_id))
+    assert (await creation).reason == "CANCELLED" and not frontend.cluster.starting
+
+
+async def test_repeated_deletion_leaves_alone_what_was_made_since(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    deletion = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+    await frontend.stub.DeleteModel(deletion)
+    await frontend.stub.DeleteModel(deletion)
+    await frontend.create()
+    await frontend.stub.DeleteModel(deletion)
+    assert (await frontend.model()).state == model_pb2.MODEL_STATE_READY
+    deletion.request_id = fakes.request_id()
+    await frontend.stub.DeleteModel(deletion)
+    assert (await frontend.error(frontend.model())).reason == "MODEL_NOT_FOUND"
+
+
+async def test_deletion_that_found_nothing_is_carried_out_when_it_is_repeated(frontend: Any, fakes: Any) -> None:
+    deletion = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+    assert (await frontend.error(frontend.stub.DeleteModel(deletion))).reason == "MODEL_NOT_FOUND"
+    await frontend.create()
+    await frontend.stub.DeleteModel(deletion)
+    assert (await frontend.error(frontend.model())).reason == "MODEL_NOT_FOUND"
+
+
 async def test_values_must_be_those_that_the_program_names(frontend: Any) -> None:
     def wrong(change: Any) -> Any:
         request = frontend.creation()
