@@ -100,6 +100,8 @@ class Restorer:
         self._cluster = cluster
         self._storage = storage
         self._replayer = replayer
+        self._place: Workers | None = None
+        """Ranks that were vacated: nobody else can have what they hold of the cluster."""
 
     async def regain(self, lost: Workers | None, applied: int | None) -> None:
         """Bring the model back to its last command. lost: the ranks that it had; applied: what a rank has counted whose
@@ -110,11 +112,13 @@ class Restorer:
         state = None if lost is None or applied is None else await self._salvage(lost, applied)
         try:
             if lost is not None:
-                await self._give_up(lost)
+                await self._vacate(lost)
             await self._try_until_there(state)
         finally:
             if state is not None:
                 remove_files(state_files(state))
+            if self._place is not None:
+                await asyncio.shield(self._give_up(self._place))
 
     async def _salvage(self, lost: Workers, applied: int) -> ModelState | None:
         try:
@@ -122,6 +126,16 @@ class Restorer:
         except Exception:
             logger.exception("models/%s: what a rank still had could not be read", self._model.id)
             return None
+
+    async def _vacate(self, lost: Workers) -> None:
+        """End these ranks. What they hold of the cluster is kept for those that come."""
+        before, self._place = self._place, lost
+        try:
+            await lost.vacate()
+            if before is not None:
+                await before.close(reuse=False)
+        except Exception:
+            logger.exception("models/%s: its lost ranks could not be ended", self._model.id)
 
     async def _give_up(self, lost: Workers) -> None:
         try:
@@ -160,7 +174,9 @@ class Restorer:
 
     async def _from_state(self, state: ModelState) -> None:
         spec = self._model.spec.value
-        workers = await self._cluster.start_group(spec, state.tensors, None, model_id=self._model.id, state=state)
+        workers = await self._cluster.start_group(
+            spec, state.tensors, None, model_id=self._model.id, state=state, place=self._place
+        )
         self._model.adopt(workers, state.trained)
 
     async def _from_storage(self, storage: ModelStorage) -> None:
@@ -175,13 +191,13 @@ class Restorer:
         try:
             await self._apply_again(journal, entries)
         except BaseException:
-            await asyncio.shield(workers.close(reuse=False))
+            await asyncio.shield(self._vacate(workers))
             raise
 
     async def _start(self, spec: CurrentSpec, saved: SavedModel) -> Workers:
         try:
             return await self._cluster.start_group(
-                spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state
+                spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state, place=self._place
             )
         except RankLost as lost:
             # No command is to blame, so it is tried until it succeeds.

@@ -139,6 +139,10 @@ class Workers(Protocol):
         example: Batch | None,
     ) -> None: ...
 
+    async def vacate(self) -> None:
+        """End the ranks, and keep their place for others, until `close`."""
+        ...
+
     async def close(self, *, reuse: bool = True) -> None: ...
 
 
@@ -169,8 +173,12 @@ class Cluster(Protocol):
         *,
         model_id: str,
         state: ModelState | None = None,
+        place: Workers | None = None,
     ) -> Workers:
-        """Ranks that hold a new model, or, with `state`, one that goes on from there."""
+        """Ranks that hold a new model, or, with `state`, one that goes on from there.
+
+        place: ranks that were vacated. What they hold is taken, and given back to them should this fail.
+        """
         ...
 
     async def compute_function_gradients(

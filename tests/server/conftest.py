@@ -168,6 +168,7 @@ class FakeWorkers:
         self.step = 0
         self.busy = False
         self.closed: list[bool] = []
+        self.vacated = False
         self.retained = FakeRetained(self)
         if state is not None:
             self.weights, self.step = next(iter(state.tensors.values())), state.step
@@ -273,6 +274,9 @@ class FakeWorkers:
         found = whole(None if self.cluster is None else self.cluster.tried)
         self.splits = {**self.splits, variant.name: self.expected.get(variant.name, found)}
 
+    async def vacate(self) -> None:
+        self.vacated = True
+
     async def close(self, *, reuse: bool = True) -> None:
         self.closed.append(reuse)
 
@@ -295,14 +299,23 @@ class FakeCluster:
     starting: int = 0
     tries: int = 0
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
+    places: list[FakeWorkers | None] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
 
     async def start_group(
-        self, spec: Any, tensors: Any, example: Any, *, model_id: str, state: ModelState | None = None
+        self,
+        spec: Any,
+        tensors: Any,
+        example: Any,
+        *,
+        model_id: str,
+        state: ModelState | None = None,
+        place: FakeWorkers | None = None,
     ) -> FakeWorkers:
+        self.places.append(place)
         self.starting += 1
         self.tries += 1
         try:

@@ -639,6 +639,7 @@ async def test_command_that_meets_a_lost_rank_runs_again_on_new_ranks_and_takes_
     reply = await frontend.stub.TrainStep(frontend.train(b"b"))
     new = frontend.cluster.groups["m"]
     assert new is not old and old.closed == [False] and old.salvaged == [1]
+    assert old.vacated and frontend.cluster.places == [None, old], "nobody else could have had its place"
     assert steps(new) == [(b"a", 1), (b"b", 2)] and reply.result.step == 2
     assert reply.result.timing.recovery > 0
     assert (await frontend.stub.TrainStep(frontend.train(b"c"))).result.timing.recovery == 0

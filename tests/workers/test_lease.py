@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gradwire_proto.errors import Unavailable
+from gradwire_proto.errors import ResourceExhausted, Unavailable
 from gradwire_workers.pool.capacity import Capacity, Demand
 from gradwire_workers.pool.lease import Lease
 from gradwire_workers.pool.warm_pool import WarmPool
@@ -122,3 +122,20 @@ async def test_ranks_end_though_whoever_gives_them_back_is_cancelled(scene):
     await asyncio.sleep(0.01)
     assert not any(rank.alive for rank in scene.ranks)
     assert scene.capacity.free_workers == 2
+
+
+async def test_place_of_ranks_that_are_lost_is_nobody_elses_until_it_is_given_up(scene):
+    scene.gate.set()
+    lost, new, other = scene.lease("lost"), scene.lease("new"), scene.lease("other")
+    await lost.acquire(TWO, "")
+    (reservation,) = scene.reservations.there
+    await lost.vacate()
+    assert not any(rank.alive for rank in scene.ranks)
+    with pytest.raises(ResourceExhausted):
+        await other.acquire(TWO, "")
+    await new.acquire(TWO, "", place=lost)
+    assert scene.reservations.there == [reservation], "nothing is asked of Ray"
+    await lost.release(False)
+    assert scene.capacity.free_workers == 0 and len(new.processes) == 2
+    await new.release(False)
+    assert scene.capacity.free_workers == 2 and not scene.reservations.there

@@ -153,22 +153,26 @@ class Cluster:
         model_id: str = "",
         owner: str = "",
         state: ModelState | None = None,
+        place: object = None,
     ) -> WorkerGroup:
         """Ranks that hold the model, ready for commands. Whatever fails, nothing is left behind.
 
         With `state`, `tensors` are its tensors, and the ranks go on from there, bit for bit; nothing is tried, and no
         example needed. Its segments stay the caller's.
 
+        place: a group that was vacated. What it holds is taken, and given back to it should this fail: nobody else can
+        have it meanwhile.
+
         ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
         (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong. RankLost
         where ranks are lost twice.
         """
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place)
         except RankLost as lost:
             logger.warning("models/%s lost its ranks before it was made, and gets others: %s", model_id, lost)
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place)
         except RankLost as lost:
             raise RankLost(lost.message, reason=lost.reason, outcome="not_applied") from lost
 
@@ -180,6 +184,7 @@ class Cluster:
         model_id: str,
         owner: str,
         state: ModelState | None,
+        place: object,
     ) -> WorkerGroup:
         demand = self.capacity.demand(spec)
         lease = Lease(
@@ -191,7 +196,7 @@ class Cluster:
         )
         threads = self._threads if state is None else state.threads
         try:
-            await lease.acquire(demand, owner)
+            await lease.acquire(demand, owner, place=_lease_of(place))
             ranks = Ranks(lease.processes)
             group = WorkerGroup(
                 ranks=ranks,
@@ -203,6 +208,7 @@ class Cluster:
                 threads=threads,
                 release=lease.release,
             )
+            group.lease = lease
             built = await self._load(ranks, lease, spec, demand, tensors, threads, state)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors = built
@@ -214,7 +220,7 @@ class Cluster:
         except BaseException as error:
             # A program that is refused leaves good ranks behind.
             reuse = isinstance(error, GradwireError) and not isinstance(error, RankLost)
-            await asyncio.shield(lease.release(reuse))
+            await asyncio.shield(_give_up(lease, place, reuse))
             raise
         return group
 
@@ -272,3 +278,16 @@ class Cluster:
         await self._pool.close()
         await self._launcher.close()
         self._sweep()
+
+
+def _lease_of(place: object) -> Lease | None:
+    """What a group still holds whose ranks were vacated."""
+    return place.lease if isinstance(place, WorkerGroup) and not place.is_closed else None
+
+
+async def _give_up(lease: Lease, place: object, reuse: bool) -> None:
+    """Give back what was taken: to the group that keeps the place, or to everybody."""
+    await lease.vacate(reuse)
+    if (keeper := _lease_of(place)) is not None:
+        lease.hand_over(keeper)
+    await lease.release(reuse)

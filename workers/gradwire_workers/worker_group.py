@@ -37,6 +37,7 @@ from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.group_state import model_state
 from gradwire_workers.open_variants import OpenVariants
+from gradwire_workers.pool.lease import Lease
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
 from gradwire_workers.rows_report import RowsReport
@@ -87,6 +88,8 @@ class WorkerGroup:
         """An architecture's, as the ranks have built it."""
         self.opening: OpenVariants | None = None
         """Makes variants for the batches of an architecture; None where the client brings them."""
+        self.lease: Lease | None = None
+        """What it holds of the cluster."""
         self._ranks = ranks
         self._variants = list(variants)
         self._of_reads: list[Variant] = []
@@ -135,6 +138,17 @@ class WorkerGroup:
     @on_lost.setter
     def on_lost(self, callback: Callable[[RankLost], None] | None) -> None:
         self._ranks.on_lost = callback
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it holds nothing of the cluster any more."""
+        return self._closed
+
+    async def vacate(self) -> None:
+        """Ends its ranks, which are lost, and keeps their place for others until `close`."""
+        self._ranks.on_lost = None
+        if self.lease is not None and not self._closed:
+            await self.lease.vacate()
 
     async def close(self, *, reuse: bool = True) -> None:
         """Gives ranks and capacity back; a second call does nothing. Without `reuse` the ranks' processes end.

@@ -57,3 +57,29 @@ async def test_closed_group_gives_back_what_it_held_though_whoever_closes_it_is_
     async with asyncio.timeout(20):
         while cluster.capacity.free_workers < 3:
             await asyncio.sleep(0.05)
+
+
+async def test_capacity_of_lost_ranks_is_kept_for_those_that_replace_them_until_the_group_is_closed(
+    start, cluster, make_spec, process_ids, send, monkeypatch
+):
+    made = make_spec(nn.Linear(10, 3), nn.CrossEntropyLoss(), torch.randn(4, 10), torch.randint(0, 3, (4,)), workers=2)
+    spec = made[0]
+    lost = await start(made)
+    state = await lost.state()
+    await lost.vacate()
+    assert cluster.capacity.free_workers == 1
+    resume = cluster_module.WorkerGroup.resume
+    monkeypatch.setattr(cluster_module.WorkerGroup, "resume", fail)
+    with pytest.raises(OSError, match="no room"):
+        await cluster.start_group(spec, state.tensors, None, model_id="m", state=state, place=lost)
+    assert cluster.capacity.free_workers == 1, "it was given back to whom it is kept for"
+    monkeypatch.setattr(cluster_module.WorkerGroup, "resume", resume)
+    group = await cluster.start_group(spec, state.tensors, None, model_id="m", state=state, place=lost)
+    await lost.close(reuse=False)
+    assert cluster.capacity.free_workers == 1 and group.rank_lost is None
+    await group.close()
+    assert cluster.capacity.free_workers == 3
+
+
+def fail(*_: Any) -> None:
+    raise OSError("no room")

@@ -39,11 +39,21 @@ class Lease:
         self._demand: Demand | None = None
         self._reserving: asyncio.Future[Reservation] | None = None
 
-    async def acquire(self, demand: Demand, owner: str) -> None:
-        """Takes what the model needs, or fails and holds what it got until `release`."""
+    async def acquire(self, demand: Demand, owner: str, *, place: Lease | None = None) -> None:
+        """Takes what the model needs, or fails and holds what it got until `release`.
+
+        place: one whose ranks have left. What it holds beside them is taken over, where it is as much.
+        """
+        self.folder.mkdir(mode=0o700, parents=True)
+        if place is not None and place._demand == demand:
+            place.hand_over(self)
+        if self._demand is None:
+            await self._claim(demand)
+        self.processes = await self._pool.take(demand.ranks, owner)
+
+    async def _claim(self, demand: Demand) -> None:
         self._capacity.claim(demand)
         self._demand = demand
-        self.folder.mkdir(mode=0o700, parents=True)
         self._reserving = asyncio.ensure_future(
             self._launcher.in_thread(
                 self._placement.reserve, demand.ranks, demand.gpus_per_rank, timeout=_SECONDS_TO_RESERVE
@@ -51,7 +61,18 @@ class Lease:
         )
         # A caller who gives up must not lose sight of what Ray reserves all the same.
         await asyncio.shield(self._reserving)
-        self.processes = await self._pool.take(demand.ranks, owner)
+
+    def hand_over(self, other: Lease) -> None:
+        """Let the other, where it holds nothing, hold what this has reserved."""
+        reserving = self._reserving
+        if other._demand is None and reserving is not None and reserving.done() and not reserving.exception():
+            other._demand, self._demand = self._demand, None
+            other._reserving, self._reserving = reserving, None
+
+    async def vacate(self, reuse: bool = False) -> None:
+        """Gives the ranks back, as `release` does, and nothing else: others will take their place."""
+        processes, self.processes = self.processes, ()
+        await asyncio.gather(*(self._give_back(process, reuse) for process in processes))
 
     def gpu_ids(self, rank: int) -> tuple[str, ...]:
         """The GPUs that this rank may see; none on the CPU."""
@@ -61,11 +82,10 @@ class Lease:
 
     async def release(self, reuse: bool) -> None:
         """Gives everything back. With `reuse`, ranks that can be made as good as new go on to other models."""
-        processes, self.processes = self.processes, ()
         reserving, self._reserving = self._reserving, None
         demand, self._demand = self._demand, None
         try:
-            await asyncio.gather(*(self._give_back(process, reuse) for process in processes))
+            await self.vacate(reuse)
             if reserving is not None:
                 # A reservation that failed was heard of where it was asked for.
                 with contextlib.suppress(Exception):
