@@ -19,11 +19,13 @@ from gradwire import optim
 
 STEPS = 24
 KILLED_AT = (7, 15)
+MORTAL = "storage-of-the-mortal"
+"""By this, its service is told from others that tests have launched."""
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage")
+    return tmp_path_factory.mktemp(MORTAL)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +115,10 @@ def assert_same(first: gradwire.Model, second: gradwire.Model) -> None:
 
 
 def processes(word: str) -> list[psutil.Process]:
-    """The processes of this program's services whose command line has that word, the oldest first."""
+    """The processes of the service that is killed whose command line has that word, the oldest first."""
+    (service,) = [each for each in psutil.Process().children() if MORTAL in " ".join(each.cmdline())]
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in service.children(recursive=True):
         try:
             if word in " ".join(process.cmdline()):
                 found.append(process)

@@ -36,12 +36,16 @@ class Put(nn.Module):
 
 
 @pytest.fixture
-def rank(tmp_path) -> Iterator[RankCommands]:
+def rank(tmp_path, monkeypatch) -> Iterator[RankCommands]:
     """A rank without a process of its own. It computes with two threads."""
+    # Torch's own test database, where another test has imported it, forbids what a rank sets.
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     rank = RankCommands("rank-x", str(tmp_path))
-    yield rank
-    rank.answer("reset", {})
-    torch.set_num_threads(1)
+    try:
+        yield rank
+        rank.answer("reset", {})
+    finally:
+        torch.set_num_threads(1)
 
 
 def load(rank: RankCommands, module: nn.Module, example: Any, **settings: Any) -> dict[str, Any]:
