@@ -39,7 +39,7 @@ class Put(nn.Module):
 def rank(tmp_path, monkeypatch) -> Iterator[RankCommands]:
     """A rank without a process of its own. It computes with two threads."""
     # Torch's own test database, where another test has imported it, forbids what a rank sets.
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     rank = RankCommands("rank-x", str(tmp_path))
     try:
         yield rank
