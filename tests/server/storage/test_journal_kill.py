@@ -15,7 +15,7 @@ import pytest
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.storage_lock import StorageLock
 
-ROUNDS = 20
+ROUNDS = 10
 WRITER = Path(__file__).with_name("journal_writer.py")
 
 
