@@ -28,8 +28,8 @@ class Call:
     """One request. `arrived` and `deadline` are seconds of time.monotonic(); `deadline` None: there is none.
 
     `method` is the RPC's name, `raw` the message as it arrived. `request_id` is the caller's, None where it gave none;
-    `body` is a digest of method and message: the same request id with another body is another request. `replay`: None
-    for what a client sends.
+    `body` is the fingerprint of method and message: the same request id with another body is another request. `replay`:
+    None for what a client sends.
     """
 
     arrived: float = field(default_factory=time.monotonic)

@@ -210,6 +210,7 @@ class Commands:
             reply=reply,
             request_id=call.request_id,
             body=call.body,
+            body_checks=True,
             refused=refused,
             uploads=tuple(uploads),
             released=self._released(),

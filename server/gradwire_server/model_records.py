@@ -12,14 +12,19 @@ from typing import Any
 
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import Segment, TensorData
+from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry, StoredTensor, StoredUpload
+from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.tensors.file_threads import in_thread, move_bytes
 from gradwire_server.tensors.held_files import segment_paths
 from gradwire_server.work_queue import Job
 
 PAUSE = 1.0
 """Seconds between two attempts to mend a journal."""
+
+AHEAD_BYTES = 1 << 20
+"""Requests that are larger are written in a thread. A smaller one takes less time than that costs."""
 
 
 class ModelRecords:
@@ -66,13 +71,13 @@ class ModelRecords:
         return tuple(kept)
 
     async def _keep(self, journal: Journal, name: str, tensors: Sequence[TensorData]) -> StoredUpload:
-        file, paths = "", segment_paths(tensors)
+        file, check, paths = "", None, segment_paths(tensors)
         if paths:
             (path,) = paths
             nbytes = sum(tensor.nbytes for tensor in tensors)
-            keep = journal.keep_upload, Path(path), name
-            file = await (in_thread(*keep) if journal.waits_for_disk else move_bytes(nbytes, *keep))
-        return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)))
+            keep = _kept, journal, Path(path), name
+            file, check = await (in_thread(*keep) if journal.waits_for_disk else move_bytes(nbytes, *keep))
+        return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)), fingerprint=check)
 
     def drop(self, uploads: Sequence[StoredUpload]) -> None:
         """The command that they were kept for leaves no record."""
@@ -88,8 +93,8 @@ class ModelRecords:
 
     async def write(self, entry: Entry) -> None:
         """Do what takes long of `append`, which comes next, without holding up other models."""
-        if self.journal is not None:
-            await move_bytes(len(entry.request), self.journal.write_ahead, entry)
+        if self.journal is not None and len(entry.request) > AHEAD_BYTES:
+            await in_thread(self.journal.write_ahead, entry)
 
     def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:
         """Record a command. None: it outlives what it should; otherwise a future that is done when it does.
@@ -176,6 +181,16 @@ class ModelRecords:
         if self.journal is not None:
             self.journal.close()
             self.journal = None
+
+
+def _kept(journal: Journal, path: Path, name: str) -> tuple[str, bytes]:
+    """Keep an upload in `path`: its file among the journal's blobs, and that one's fingerprint."""
+    file = journal.keep_upload(path, name)
+    try:
+        return file, file_fingerprint(journal.blobs.path(file))
+    except OSError as error:
+        journal.drop_upload(file)
+        raise storage_error(error, "read the command's upload") from error
 
 
 def _undone(error: GradwireError | None) -> GradwireError:

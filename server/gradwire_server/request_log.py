@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
 from gradwire_proto.values import CommandInfo
 from gradwire_server.calls import Call
+from gradwire_server.fingerprints import fits
 from gradwire_server.stored_replies import EndedCommand
 
 
@@ -62,7 +63,7 @@ class RequestLog(Generic[R]):
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
         if entry is None:
             return None
-        if entry.body != call.body:
+        if not fits(entry.body, call.body, call.method, call.raw):
             raise InvalidArgument(
                 f"{call.request_id} was the id of another request; each needs its own",
                 field="request_id",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -22,13 +21,11 @@ from gradwire_proto.v1 import gradient_service_pb2
 from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
+from gradwire_server.fingerprints import fingerprint
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
 T = TypeVar("T")
-
-SLOW_DIGEST_BYTES = 1 << 20
-"""Above this, digests are computed in a thread: they leave Python's lock to others."""
 
 
 def generic_handler(
@@ -61,7 +58,7 @@ def _handler(
         call = Call(deadline=_deadline(context))
         try:
             with admission:
-                request, call = await _parse(kind, raw, method.name, call, message_bytes)
+                request, call = _parse(kind, raw, method.name, call, message_bytes)
                 response = await answer(request, call)
                 return _check_size(response.SerializeToString(), message_bytes)
         except Exception as error:
@@ -80,7 +77,7 @@ def _handler(
         call = Call(deadline=_deadline(context))
         try:
             with admission:
-                request, call = await _parse(kind, raw, method.name, call, message_bytes)
+                request, call = _parse(kind, raw, method.name, call, message_bytes)
                 async with aclosing(answer(request, call)) as responses:
                     async for response in responses:
                         await _in_time(context.write(response.SerializeToString()), stall_seconds)
@@ -99,7 +96,7 @@ def _deadline(context: grpc.aio.ServicerContext) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
-async def _parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
+def _parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
     if len(raw) > message_bytes:
         raise ResourceExhausted(
             f"the request has {len(raw)} bytes, and the server's setting message_bytes allows {message_bytes} in a"
@@ -107,12 +104,14 @@ async def _parse(kind: type[Message], raw: bytes, method: str, call: Call, messa
             reason="MESSAGE_TOO_LARGE",
         )
     request = _parse_one(kind, raw)
-    request_id, body = check_request_id(getattr(request, "request_id", "")), b""
-    if request_id is not None:
-        body = await asyncio.to_thread(_digest, method, raw) if len(raw) > SLOW_DIGEST_BYTES else _digest(method, raw)
     # Not dataclasses.replace, which takes ten times as long.
     return request, Call(
-        arrived=call.arrived, deadline=call.deadline, method=method, raw=raw, request_id=request_id, body=body
+        arrived=call.arrived,
+        deadline=call.deadline,
+        method=method,
+        raw=raw,
+        request_id=check_request_id(getattr(request, "request_id", "")),
+        body=fingerprint(method, raw),
     )
 
 
@@ -145,12 +144,6 @@ async def _in_time(step: Awaitable[T], stall_seconds: float) -> T:
             f"the stream stood still for {stall_seconds:g} s, as long as the server's setting stall_seconds allows",
             reason="STREAM_STALLED",
         ) from None
-
-
-def _digest(method: str, raw: bytes) -> bytes:
-    digest = hashlib.sha256(method.encode())
-    digest.update(raw)
-    return digest.digest()
 
 
 def _check_size(raw: bytes, message_bytes: int) -> bytes:

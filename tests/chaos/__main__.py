@@ -13,7 +13,7 @@ from collections import Counter
 
 import torch
 from chaos.faults import Fault
-from chaos.report import lost_share, quantile, stall, stalls
+from chaos.report import hit_by, lost_share, quantile, stall, stalls
 from chaos.run import Outcome, run
 
 LEAST_OF_EACH = 5
@@ -69,8 +69,8 @@ def _print_each(outcome: Outcome) -> None:
 
 
 def _recoveries(fault: Fault, outcome: Outcome) -> str:
-    hit = [next((each for each in made if each.end > fault.at), None) for made in outcome.made]
-    return "  ".join(f"{each.recovery if each else 0.0:6.2f}" for each in hit)
+    hit = [max((each.recovery for each in hit_by(fault, made)), default=0.0) for made in outcome.made]
+    return "  ".join(f"{recovery:6.2f}" for recovery in hit)
 
 
 def _too_few(outcomes: list[Outcome]) -> list[str]:

@@ -21,17 +21,21 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One that happened. `at`: seconds of time.monotonic(). `in_flight`: whether a command was."""
+    """One that happened. `at`: seconds of time.monotonic(). `in_flight`: whether a command of every model was."""
 
     kind: str
     at: float
     in_flight: bool
 
 
+Strike = Callable[[], bool]
+"""Lets a fault happen that is ready to; False where whom it should hit has gone."""
+
+
 class Faults:
     """Strikes one after another in a thread of its own, until `stop`.
 
-    pause: the least and the most seconds between two. busy: whether a command is in flight. Every kind comes equally
+    pause: the least and the most seconds between two. busy: whether commands are in flight. Every kind comes equally
     often, in shuffled rounds.
     """
 
@@ -46,7 +50,7 @@ class Faults:
         self._ended = threading.Event()
         self._resuming: list[threading.Timer] = []
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
-        self._strikes: dict[str, Callable[[], bool]] = {
+        self._strikes: dict[str, Callable[[], Strike | None]] = {
             "kill rank": lambda: self._kill(serving_ranks),
             "kill frontend": lambda: self._kill(frontends),
             "stop rank": lambda: self._stop(serving_ranks),
@@ -78,48 +82,59 @@ class Faults:
             for kind in self._random.sample(self.kinds, len(self.kinds)):
                 if self._ended.wait(self._random.uniform(*self._pause)):
                     return
+                strike = self._strikes[kind]()
+                if strike is None:
+                    self.missed.append(kind)
+                    continue
+                # Whom it strikes is known by now: looking for that takes longer than a command.
                 _wait_until(self._busy, _PATIENCE)
                 in_flight, at = self._busy(), time.monotonic()
-                if self._strikes[kind]():
+                if strike():
                     self.happened.append(Fault(kind=kind, at=at, in_flight=in_flight))
                 else:
                     self.missed.append(kind)
 
-    def _kill(self, candidates: Callable[[], Sequence[psutil.Process]]) -> bool:
-        return self._signal(candidates, signal.SIGKILL) is not None
+    def _kill(self, candidates: Callable[[], Sequence[psutil.Process]]) -> Strike | None:
+        return self._signal(candidates, signal.SIGKILL)
 
-    def _stop(self, candidates: Callable[[], Sequence[psutil.Process]]) -> bool:
-        stopped = self._signal(candidates, signal.SIGSTOP)
-        if stopped is None:
-            return False
+    def _stop(self, candidates: Callable[[], Sequence[psutil.Process]]) -> Strike | None:
+        return self._signal(candidates, signal.SIGSTOP, self._resume_later)
+
+    def _resume_later(self, stopped: psutil.Process) -> None:
         timer = threading.Timer(self._random.uniform(1.0, LONGEST_PAUSE), _resume, [stopped])
         timer.daemon = True
         self._resuming.append(timer)
         timer.start()
-        return True
 
-    def _signal(self, candidates: Callable[[], Sequence[psutil.Process]], number: int) -> psutil.Process | None:
+    def _signal(
+        self,
+        candidates: Callable[[], Sequence[psutil.Process]],
+        number: int,
+        then: Callable[[psutil.Process], None] = lambda _: None,
+    ) -> Strike | None:
         deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
-            found = list(candidates())
-            if found:
-                chosen = self._random.choice(sorted(found, key=lambda each: each.pid))
-                try:
-                    # psutil looks whether the id is still that process's.
-                    chosen.send_signal(number)
-                    return chosen
-                except psutil.Error:
-                    continue
+        while not (found := sorted(candidates(), key=lambda each: each.pid)):
+            if time.monotonic() > deadline:
+                return None
             time.sleep(0.1)
-        return None
+        chosen = self._random.choice(found)
 
-    def _cut(self) -> bool:
-        self._proxy.cut()
-        return True
+        def strike() -> bool:
+            try:
+                # psutil looks whether the id is still that process's.
+                chosen.send_signal(number)
+            except psutil.Error:
+                return False
+            then(chosen)
+            return True
 
-    def _cut_after_request(self) -> bool:
-        self._proxy.cut_after_request()
-        return True
+        return strike
+
+    def _cut(self) -> Strike:
+        return lambda: self._proxy.cut() is None
+
+    def _cut_after_request(self) -> Strike:
+        return lambda: self._proxy.cut_after_request() is None
 
 
 def _resume(process: psutil.Process) -> None:
@@ -132,4 +147,4 @@ def _resume(process: psutil.Process) -> None:
 def _wait_until(condition: Callable[[], bool], patience: float) -> None:
     deadline = time.monotonic() + patience
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.0005)

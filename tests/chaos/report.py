@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import islice
 
 from chaos.faults import Fault
 from chaos.training import Made
@@ -18,9 +19,16 @@ def stalls(faults: Sequence[Fault], trainings: Sequence[Sequence[Made]]) -> dict
 
 
 def stall(fault: Fault, made: Sequence[Made]) -> float:
-    """Seconds beyond the usual that the step took which was under way, or came next, when the fault struck."""
-    hit = next((each for each in made if each.end > fault.at), None)
-    return 0.0 if hit is None else max(0.0, hit.end - max(hit.begin, fault.at) - usual(made))
+    """Seconds beyond the usual that the step took which the fault hit: the one under way, or one of the next two.
+
+    What is killed may have ended its part of a step that is under way.
+    """
+    return max((0.0, *(each.end - max(each.begin, fault.at) - usual(made) for each in hit_by(fault, made))))
+
+
+def hit_by(fault: Fault, made: Sequence[Made]) -> list[Made]:
+    """The step that was under way, or came next, when the fault struck, and the two after it."""
+    return list(islice((each for each in made if each.end > fault.at), 3))
 
 
 def usual(made: Sequence[Made]) -> float:

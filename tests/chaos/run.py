@@ -45,7 +45,7 @@ def run(
         proxy = CuttingProxy(client.target)
         trainings = [Training(subject, proxy.target, ranks_each, rate=RATE) for subject in SUBJECTS]
         before = _Holdings.now()
-        faults = Faults(proxy, lambda: any(each.in_flight for each in trainings), seed=seed, pause=pause)
+        faults = Faults(proxy, lambda: all(each.in_flight for each in trainings), seed=seed, pause=pause)
         for each in (*trainings, faults):
             each.start()
         time.sleep(seconds)

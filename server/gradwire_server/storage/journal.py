@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
+from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.blobs import Blobs
 from gradwire_server.storage.durable_files import sync_file, sync_folder
 from gradwire_server.storage.record_sizes import RecordSizes
@@ -315,7 +316,11 @@ class Journal:
         there = path.stat().st_size if path.exists() else -1
         if there < max((tensor.offset + tensor.nbytes for tensor in upload.tensors), default=0):
             what = "is missing" if there < 0 else "is cut off"
-            raise journal_corrupt(path, max(there, 0), f"{upload.name}, which command {number} needs, {what}")
+        elif upload.fingerprint is not None and file_fingerprint(path) != upload.fingerprint:
+            what = "is damaged: its fingerprint differs"
+        else:
+            return
+        raise journal_corrupt(path, max(there, 0), f"{upload.name}, which command {number} needs, {what}")
 
     def _tidy(self, found: list[SegmentFile], after: int, end: int) -> None:
         """Behind a new segment: cut off the torn end, and remove segments and blobs that nothing needs."""

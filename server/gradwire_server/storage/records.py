@@ -2,12 +2,14 @@
 
 A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
 
-    header    "GWRC", flags (2 bytes; 1: there is a reply), zero (2), length of the description (4), of the request (8),
-              of the reply (8), number (8), CRC-32 of the header so far (4)
+    header    "GWRC", flags (2 bytes), zero (2), length of the description (4), of the request (8), of the reply (8),
+              number (8), CRC-32 of the header so far (4)
     trailer   CRC-32 of all before it (4), "END\\n" (4)
 
-Both checksums go on from a seed that the segment gives, so that no record of another one is taken for its own. The last
-byte of a record is never zero: zeros at the end of a journal are room that was never written to.
+Flags are 1: there is a reply; 2: the fingerprint in the description checks the request, which the trailer's CRC leaves
+out: so the request is read once, at the speed of memory. Both CRCs go on from a seed that the segment gives, so that no
+record of another one is taken for its own. The last byte of a record is never zero: zeros at the end of a journal are
+room that was never written to.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gradwire_proto.values import SplitDecision
+from gradwire_server.fingerprints import fingerprint
 
 _HEADER = struct.Struct("<4sHHIQQQ")
 _CHECK = struct.Struct("<I")
@@ -27,6 +30,7 @@ _TRAILER = struct.Struct("<I4s")
 _BEGIN = b"GWRC"
 _END = b"END\n"
 _HAS_REPLY = 1
+_BODY_CHECKS = 2
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 HEADER_BYTES = _HEADER.size + _CHECK.size
@@ -47,17 +51,22 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredUpload:
-    """An upload that a request names: `name` is "uploads/{upload}", `file` its name among the model's blobs."""
+    """An upload that a request names: `name` is "uploads/{upload}", `file` its name among the model's blobs.
+
+    fingerprint: the file's; None: an older version wrote the record, or there is no file.
+    """
 
     name: str
     file: str
     tensors: tuple[StoredTensor, ...]
+    fingerprint: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One command. `request` and `reply` are messages as they travelled, `body` the digest in Call.body.
 
+    body_checks: whether `body` is the fingerprint of just this request, so that it serves as its checksum.
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
     released: names of retained forwards that were let go of since the command before.
@@ -70,6 +79,7 @@ class Entry:
     reply: bytes | None
     request_id: str | None
     body: bytes
+    body_checks: bool = False
     refused: str | None = None
     uploads: tuple[StoredUpload, ...] = ()
     released: tuple[str, ...] = ()
@@ -81,6 +91,7 @@ class Header:
     """What a record's header says; lengths in bytes."""
 
     has_reply: bool
+    body_checks: bool
     description: int
     request: int
     reply: int
@@ -100,14 +111,13 @@ def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
     """The record's parts, in order; the request is one of them, not copied. None of them is empty."""
     description = _to_json(_describe(entry)).encode()
     reply = entry.reply if entry.reply is not None and len(entry.reply) <= REPLY_BYTES else None
-    flags = _HAS_REPLY if reply is not None else 0
+    flags = (_HAS_REPLY if reply is not None else 0) | (_BODY_CHECKS if entry.body_checks else 0)
     lengths = (len(description), len(entry.request), len(reply or b""))
     start = _HEADER.pack(_BEGIN, flags, 0, *lengths, entry.number)
     start += _CHECK.pack(zlib.crc32(start, seed))
-    check = zlib.crc32(entry.request, zlib.crc32(description, zlib.crc32(start, seed)))
-    if not reply:
-        return start, description, entry.request, _TRAILER.pack(check, _END)
-    return start, description, entry.request, reply, _TRAILER.pack(zlib.crc32(reply, check), _END)
+    checked = (start, description, b"" if entry.body_checks else entry.request, reply or b"")
+    parts = (start, description, entry.request, reply or b"", _TRAILER.pack(_crc(checked, seed), _END))
+    return tuple(part for part in parts if len(part))
 
 
 def decode_header(data: memoryview, seed: int) -> Header:
@@ -116,25 +126,29 @@ def decode_header(data: memoryview, seed: int) -> Header:
     (check,) = _CHECK.unpack_from(data, _HEADER.size)
     if begin != _BEGIN or zero or check != zlib.crc32(data[: _HEADER.size], seed):
         raise BadRecord("no record begins here, or its header is damaged")
-    return Header(bool(flags & _HAS_REPLY), description, request, reply, number)
+    if flags & ~(_HAS_REPLY | _BODY_CHECKS):
+        raise BadRecord(f"its flags {flags:#x} are not known here")
+    return Header(bool(flags & _HAS_REPLY), bool(flags & _BODY_CHECKS), description, request, reply, number)
 
 
 def decode(header: Header, record: memoryview, seed: int) -> Entry:
     """The entry in `record`, which is all of it. The request is a part of `record`, not copied. Raises BadRecord."""
     check, end = _TRAILER.unpack_from(record, header.nbytes - TRAILER_BYTES)
-    if end != _END or check != zlib.crc32(record[:-TRAILER_BYTES], seed):
-        raise BadRecord(f"the record of command {header.number} is damaged: its checksum differs")
     request = HEADER_BYTES + header.description
     reply = request + header.request
+    checked = (record[:request], b"" if header.body_checks else record[request:reply], record[reply:-TRAILER_BYTES])
+    if end != _END or check != _crc(checked, seed):
+        raise BadRecord(f"the record of command {header.number} is damaged: its checksum differs")
     try:
         words = json.loads(bytes(record[HEADER_BYTES:request]))
-        return Entry(
+        entry = Entry(
             number=header.number,
             request=record[request:reply],
             reply=bytes(record[reply:-TRAILER_BYTES]) if header.has_reply else None,
             method=words["method"],
             request_id=words.get("request_id"),
             body=bytes.fromhex(words["body"]),
+            body_checks=header.body_checks,
             refused=words.get("refused"),
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
             released=tuple(words.get("released", ())),
@@ -142,6 +156,15 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"the record of command {header.number} has no description that is known here") from error
+    if entry.body_checks and entry.body != fingerprint(entry.method, entry.request):
+        raise BadRecord(f"the record of command {header.number} is damaged: its request's fingerprint differs")
+    return entry
+
+
+def _crc(parts: Sequence[bytes | memoryview], seed: int) -> int:
+    for part in parts:
+        seed = zlib.crc32(part, seed)
+    return seed
 
 
 def uploads_room(uploads: Sequence[StoredUpload]) -> int:
@@ -165,7 +188,7 @@ def _describe(entry: Entry) -> dict[str, Any]:
 
 
 def _listed(uploads: Sequence[StoredUpload]) -> list[Any]:
-    return [[upload.name, upload.file, _rows(upload)] for upload in uploads]
+    return [[upload.name, upload.file, _rows(upload), (upload.fingerprint or b"").hex()] for upload in uploads]
 
 
 def _rows(upload: StoredUpload) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -178,6 +201,6 @@ def decode_split(fields: Mapping[str, Any]) -> SplitDecision:
     return SplitDecision(**{**fields, "written": None if written is None else tuple(written)})
 
 
-def _upload(name: str, file: str, rows: Sequence[tuple[str, Sequence[int], int, int]]) -> StoredUpload:
+def _upload(name: str, file: str, rows: Sequence[tuple[str, Sequence[int], int, int]], check: str = "") -> StoredUpload:
     tensors = tuple(StoredTensor(dtype=d, shape=tuple(s), offset=o, nbytes=n) for d, s, o, n in rows)
-    return StoredUpload(name=name, file=file, tensors=tensors)
+    return StoredUpload(name=name, file=file, tensors=tensors, fingerprint=bytes.fromhex(check) or None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gradwire_proto.errors import FailedPrecondition
+from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.records import StoredTensor, StoredUpload
 
 
@@ -248,3 +250,18 @@ def test_cut_that_the_disk_refuses_is_told_and_can_be_repeated(open_journal, upl
     assert len(open_journal()[1]) == 2 and blobs(model) == ["a"]
     journal.cut(1)
     assert blobs(model) == []
+
+
+def test_upload_whose_file_was_damaged_is_told(open_journal, upload, entry, model):
+    journal, _ = open_journal()
+    file = journal.keep_upload(upload("a"), "uploads/a")
+    (whole,) = naming(file)
+    journal.reserve(100)
+    journal.append(entry(1, uploads=(replace(whole, fingerprint=file_fingerprint(journal.blobs.path(file))),)))
+    assert [found.number for found in open_journal()[1]] == [1]
+    data = bytearray((model / "blobs" / file).read_bytes())
+    data[50] ^= 1
+    (model / "blobs" / file).write_bytes(data)
+    with pytest.raises(FailedPrecondition, match="uploads/a, which command 1 needs, is damaged") as caught:
+        open_journal()
+    assert caught.value.reason == "JOURNAL_CORRUPT"

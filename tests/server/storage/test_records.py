@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwire_proto.values import SplitDecision
+from gradwire_server.fingerprints import fingerprint
 from gradwire_server.storage.records import (
     HEADER_BYTES,
     REPLY_BYTES,
@@ -71,15 +74,19 @@ def test_what_is_encoded_is_decoded_to_the_same(entry):
     assert read(joined(entry)) == entry
 
 
-def test_no_bit_of_a_record_can_be_flipped_unnoticed(entry):
-    record = bytearray(joined(entry(7, 30)))
+@pytest.mark.parametrize("by_fingerprint", [False, True])
+def test_no_bit_of_a_record_can_be_flipped_unnoticed(entry, by_fingerprint):
+    written = entry(7, 30)
+    if by_fingerprint:
+        written = replace(written, body=fingerprint(written.method, written.request), body_checks=True)
+    record = bytearray(joined(written))
     for index in range(len(record)):
         for bit in range(8):
             record[index] ^= 1 << bit
             with pytest.raises(BadRecord):
                 read(bytes(record))
             record[index] ^= 1 << bit
-    assert read(bytes(record)) == entry(7, 30)
+    assert read(bytes(record)) == written
 
 
 def test_record_of_another_segment_is_none_of_this_one(entry):
