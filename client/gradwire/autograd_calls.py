@@ -61,8 +61,8 @@ class AutogradCalls:
             request.seed = fresh_seed()
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
-        variant = self._variants.choose(batch, given, training=training, targets=False)
         uploads = Uploads(self._rpc)
+        variant = self._variants.choose(batch, given, uploads.deadline, training=training, targets=False)
         codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
         wanted = {
             index: leaf

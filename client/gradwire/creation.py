@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwire.architecture import Architecture
 from gradwire.arguments import as_bool, as_count, as_int, as_number, as_text
+from gradwire.deadline import Deadline
 from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
@@ -146,13 +147,17 @@ def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
     command = command_name(model_id, request.request_id)
     # Of the call's time, so that the clean-up ends within it.
-    kept = reserve(rpc.timeout)
+    deadline, kept = uploads.deadline, reserve(uploads.deadline.left)
     try:
-        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again, kept=kept)
+        return rpc.call(
+            "CreateModel", request, deadline=deadline, command=command, send_again=uploads.send_again, kept=kept
+        )
     except (GradwireError, Interrupted) as error:
         # Nobody would hold what is made after all, and its ranks would be taken.
         if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
             undo = pb.DeleteModelRequest(name=model_name(model_id), made_by=request.request_id)
+            # Ctrl-C has a time of its own.
+            left = Deadline(kept) if isinstance(error, Interrupted) else deadline
             with suppress(GradwireError):
-                rpc.call("DeleteModel", undo, timeout=kept, repeat=False)
+                rpc.call("DeleteModel", undo, deadline=left, repeat=False)
         raise

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from gradwire.attempts import Attempts
 from gradwire.errors import GradwireError
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -34,33 +34,33 @@ def reserve(budget: float) -> float:
     return min(2.0, 0.2 * budget)
 
 
-def ask(send: Send, command: str | None, deadline: float) -> Standing:
-    """Ask what became of `command` ("models/{model}/commands/{request_id}") until `deadline` (monotonic seconds).
+def ask(send: Send, command: str | None, attempts: Attempts) -> Standing:
+    """Ask what became of `command` ("models/{model}/commands/{request_id}") while there is time for `attempts`.
 
     Without a command only whether the service is alive is asked.
     """
     if command is None:
-        return Standing(_answers(send, deadline), "not_applied")
+        return Standing(_answers(send, attempts.seconds_left), "not_applied")
     try:
         # First without waiting: a service that answers is alive, however long the command still runs.
-        state = _state(send, command, deadline, wait=False)
+        state = _state(send, command, attempts, wait=False)
     except GradwireError as error:
         return Standing(_said_by_service(error), "not_applied" if error.reason == "COMMAND_NOT_FOUND" else "unknown")
     if state not in _OUTCOMES:
         # An error: it still runs, or the service went away meanwhile, and nobody knows.
         with suppress(GradwireError):
-            state = _state(send, command, deadline, wait=True)
+            state = _state(send, command, attempts, wait=True)
     return Standing(True, _OUTCOMES.get(state, "unknown"))
 
 
-def _state(send: Send, command: str, deadline: float, *, wait: bool) -> int:
+def _state(send: Send, command: str, attempts: Attempts, *, wait: bool) -> int:
     request = pb.GetCommandRequest(name=command, wait=wait)
-    return send("GetCommand", request, deadline - time.monotonic()).state
+    return send("GetCommand", request, attempts.seconds_left).state
 
 
-def _answers(send: Send, deadline: float) -> bool:
+def _answers(send: Send, seconds: float) -> bool:
     try:
-        send("GetServerInfo", pb.GetServerInfoRequest(), deadline - time.monotonic())
+        send("GetServerInfo", pb.GetServerInfoRequest(), seconds)
     except GradwireError as error:
         return _said_by_service(error)
     return True

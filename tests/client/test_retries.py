@@ -13,6 +13,7 @@ import pytest
 
 from gradwire import errors
 from gradwire.attempts import Attempts
+from gradwire.deadline import Deadline
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto import codec
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -53,10 +54,12 @@ def ledger(scripted) -> Ledger:
     return ledger
 
 
-def train(rpc: Rpc, *, size: int = 0, **options):
+def train(rpc: Rpc, *, size: int = 0, timeout: float | None = None):
     request = pb.TrainStepRequest(name="models/m", request_id=new_request_id())
     request.batch.inputs.text = "x" * size
-    return rpc.call("TrainStep", request, command=f"models/m/commands/{request.request_id}", **options)
+    deadline = Deadline(rpc.timeout if timeout is None else timeout)
+    command = f"models/m/commands/{request.request_id}"
+    return rpc.call("TrainStep", request, command=command, deadline=deadline)
 
 
 def raises(error: Exception):
@@ -383,11 +386,13 @@ def waits_of(monkeypatch, count: int, seconds: float) -> list[float]:
             now[0] += timeout
             return False
 
-    monkeypatch.setattr("gradwire.attempts.time.monotonic", lambda: now[0])
-    attempts = Attempts(100.0 + seconds, Closed())
-    for _ in range(count):
-        if not attempts.wait(errors.Unavailable(), lambda seconds: None):
-            break
+    monkeypatch.setattr("gradwire.deadline.time.monotonic", lambda: now[0])
+    deadline = Deadline(seconds)
+    attempts = Attempts(deadline, Closed())
+    with deadline.running():
+        for _ in range(count):
+            if not attempts.wait(errors.Unavailable(), lambda seconds: None):
+                break
     assert now[0] <= 100.0 + seconds
     return waits
 

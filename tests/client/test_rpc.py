@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from gradwire import errors
+from gradwire.deadline import Deadline
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -27,9 +28,11 @@ APPLIED, NOT_APPLIED, RUNNING = (
 SLACK = 0.7
 
 
-def train_step(rpc: Rpc, **options):
+def train_step(rpc: Rpc, *, timeout: float | None = None):
     request = pb.TrainStepRequest(name="models/m", request_id=new_request_id())
-    return rpc.call("TrainStep", request, command=f"models/m/commands/{request.request_id}", **options)
+    deadline = Deadline(rpc.timeout if timeout is None else timeout)
+    command = f"models/m/commands/{request.request_id}"
+    return rpc.call("TrainStep", request, command=command, deadline=deadline)
 
 
 def never_answers(service):
@@ -96,7 +99,7 @@ def test_slow_read_is_deadline_exceeded_within_the_timeout(scripted, rpc):
     scripted.answers["GetModel"] = never_answers(scripted)
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded, match="within 1 s"):
-        rpc.call("GetModel", pb.GetModelRequest(name="models/m"), timeout=1.0)
+        rpc.call("GetModel", pb.GetModelRequest(name="models/m"), deadline=Deadline(1.0))
     assert time.monotonic() - start < 1.0 + SLACK
 
 
