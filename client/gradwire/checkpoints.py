@@ -7,9 +7,10 @@ from typing import Any
 
 from gradwire.arguments import as_count, as_text, wrong_type
 from gradwire.deadline import Deadline
+from gradwire.made_models import make_model
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto import codec
-from gradwire_proto.names import check_checkpoint_id, check_model_id, checkpoint_name, command_name
+from gradwire_proto.names import check_checkpoint_id, check_model_id, checkpoint_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Checkpoint, ModelInfo
 
@@ -56,8 +57,7 @@ def restore_model(rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, 
     request = pb.RestoreModelRequest(
         checkpoint=name, model_id=check_model_id(model_id), workers=count or 0, request_id=new_request_id()
     )
-    command = command_name(model_id, request.request_id)
-    return codec.decode_model_info(rpc.call("RestoreModel", request, command=command, deadline=deadline))
+    return codec.decode_model_info(make_model(rpc, "RestoreModel", request, deadline))
 
 
 def _name_of(checkpoint: Any) -> str:
