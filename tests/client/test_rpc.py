@@ -140,6 +140,35 @@ def test_command_that_never_reached_the_service_was_not_applied(scripted, rpc):
     assert caught.value.outcome == "not_applied"
 
 
+@pytest.mark.parametrize("came", [True, False])
+def test_recovering_model_is_asked_again_what_became_of_the_command(scripted, rpc, came):
+    scripted.answers["TrainStep"] = never_answers(scripted)
+
+    def get_command(request, context):
+        if len(scripted.requests("GetCommand")) < 4:
+            raise errors.Unavailable("is brought back", reason="MODEL_RECOVERING", retry_after=0.02)
+        if not came:
+            raise errors.ModelNotFound("no such command", reason="COMMAND_NOT_FOUND")
+        return model_pb2.Command(state=APPLIED)
+
+    scripted.answers["GetCommand"] = get_command
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        train_step(rpc, timeout=3.0)
+    assert caught.value.outcome == ("applied" if came else "not_applied")
+    # First whether it lives, then until it knows.
+    assert [request.wait for request in scripted.requests("GetCommand")] == [False, True, True, True]
+
+
+def test_model_that_goes_on_recovering_leaves_the_outcome_unknown_on_a_service_that_is_alive(scripted, rpc):
+    scripted.answers["TrainStep"] = never_answers(scripted)
+    scripted.answers["GetCommand"] = raises(errors.Unavailable("is brought back", reason="MODEL_RECOVERING"))
+    start = time.monotonic()
+    with pytest.raises(errors.DeadlineExceeded, match="may be applied yet") as caught:
+        train_step(rpc, timeout=1.0)
+    assert time.monotonic() - start < 1.0 + SLACK
+    assert caught.value.outcome == "unknown" and len(scripted.requests("GetCommand")) > 1
+
+
 def test_connection_lost_in_a_command_leaves_the_outcome_unknown(scripted, rpc):
     arrived = threading.Event()
 
