@@ -84,6 +84,12 @@ def test_connection_that_is_cut_after_the_request_has_arrived(cut_rpc, proxy, le
     assert train(cut_rpc).result.step == 2
 
 
+def test_connection_that_is_cut_between_a_request_and_its_reply(cut_rpc, proxy, ledger):
+    proxy.cut_after_request()
+    assert train(cut_rpc, size=1000).result.step == 1
+    assert len(ledger.arrived) == 2 and len(ledger.applied) == 1
+
+
 def test_connection_that_is_cut_in_the_midst_of_the_reply(cut_rpc, proxy, scripted):
     ledger = Ledger(size=100_000)
     scripted.answers |= ledger.answers
