@@ -15,7 +15,8 @@ from gradwire.arguments import as_bool, as_mapping
 from gradwire.checkpoints import creation_request
 from gradwire.deadline import Deadline
 from gradwire.errors import InvalidArgument
-from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
+from gradwire.forward_requests import forward_request
+from gradwire.gradient_queries import check_keeps_imaginary_parts, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, Uploads, receive
@@ -207,18 +208,8 @@ class ModelCalls:
         return receive(self._rpc, (dict(codec.decode_gradient_result(reply).gradients),))[0]
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
-        self._rpc.check_usable()
-        request = pb.ForwardRequest(
-            name=self._name, training=as_bool(training, "training"), max_inline_bytes=INLINE_BYTES
-        )
-        if not training:
-            # A command draws anew by its number, which a read does not have.
-            request.seed = fresh_seed()
-        given = Batch(normalize(inputs, "inputs"))
-        batch = Batch(from_nested(given.inputs, "inputs"))
-        uploads = Uploads(self._rpc)
-        variant = self._variants.choose(batch, given, uploads.deadline, training=training, targets=False)
-        codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
+        training = as_bool(training, "training")
+        request, uploads, variant = forward_request(self._rpc, self._name, self._variants, inputs, training=training)
 
         def finish(reply: pb.ForwardResponse) -> Any:
             return self._variants.rebuild(variant, receive(self._rpc, (codec.decode_forward_result(reply).outputs,))[0])
