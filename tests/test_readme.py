@@ -11,6 +11,7 @@ from typer.main import get_group
 
 import gradwire
 from gradwire.cli import app
+from gradwire_server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +58,13 @@ def test_make_targets_that_are_named_exist():
 def test_subcommands_that_are_named_exist():
     named = set(re.findall(r"(?:^|/)gradwire ([a-z]+)", TYPED, re.MULTILINE))
     assert {"serve", "demo"} <= named <= set(get_group(app).commands)
+
+
+def test_settings_of_the_table_exist_and_none_that_durability_depends_on_is_left_out():
+    named = {name for row in re.findall(r"^\|([^|]*)\|", README, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    settings = set(ServerConfig.model_fields)
+    durable = {name for name in settings if re.match("storage|durability|checkpoint_|keep_|stored_|spare_", name)}
+    assert durable <= named <= settings
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

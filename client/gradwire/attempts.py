@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 
+from gradwire.deadline import Deadline
 from gradwire.errors import GradwireError, Unavailable
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0
@@ -28,17 +28,18 @@ class Lost(Exception):
 
 
 class Attempts:
-    """The attempts of one call, which end at `deadline` (monotonic seconds), or when `closed` is set."""
+    """The attempts of one call, which end `kept` seconds before its deadline, or when `closed` is set."""
 
-    def __init__(self, deadline: float, closed: threading.Event) -> None:
-        self.deadline = deadline
+    def __init__(self, deadline: Deadline, closed: threading.Event, kept: float = 0.0) -> None:
+        self.kept = kept
+        self._deadline = deadline
         self._closed = closed
         self._longest = _FIRST_WAIT
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; not above 0 where it has passed."""
-        return self.deadline - time.monotonic()
+        """Until they end; not above 0 where they have."""
+        return self._deadline.left - self.kept
 
     def wait(self, error: GradwireError, until_connected: Callable[[float], None]) -> bool:
         """Wait before another attempt, as `error` asks for. False where there is no time for one.

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 
 from gradwire.calls import Call
-from gradwire.gradient_queries import fresh_seed
+from gradwire.forward_requests import forward_request
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, Uploads, receive
-from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.batch_check import flatten
 from gradwire_proto.names import command_name, model_name
-from gradwire_proto.tensors import from_any, from_nested
+from gradwire_proto.tensors import from_any
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import BackwardQuery, Batch, Retention, StepResult, Value, Variant, in_key_order, leaves
+from gradwire_proto.values import BackwardQuery, Retention, StepResult, Value, Variant, in_key_order, leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +53,7 @@ class AutogradCalls:
         self, inputs: Any, *, training: bool, wrt: tuple[str, ...] | None, release: Sequence[str]
     ) -> Call[RetainedOutputs]:
         """A forward that is retained. wrt: the parameters that `backward` may add gradients of; None for all."""
-        self._rpc.check_usable()
-        request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=INLINE_BYTES)
-        if not training:
-            # Not by the number of the command: a read in eval mode draws anew too.
-            request.seed = fresh_seed()
-        given = Batch(normalize(inputs, "inputs"))
-        batch = Batch(from_nested(given.inputs, "inputs"))
-        variant = self._variants.choose(batch, given, training=training, targets=False)
-        uploads = Uploads(self._rpc)
-        codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
+        request, uploads, variant = forward_request(self._rpc, self._name, self._variants, inputs, training=training)
         wanted = {
             index: leaf
             for index, leaf in enumerate(_in_order(variant, inputs))

@@ -13,8 +13,10 @@ from weakref import WeakSet
 
 from gradwire.arguments import as_bool, as_mapping
 from gradwire.checkpoints import creation_request
+from gradwire.deadline import Deadline
 from gradwire.errors import InvalidArgument
-from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
+from gradwire.forward_requests import forward_request
+from gradwire.gradient_queries import check_keeps_imaginary_parts, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, Uploads, receive
@@ -58,11 +60,17 @@ class Call(Generic[R]):
     uploads: Uploads | None = None
     deletes: bool = False
 
-    def run(self, rpc: Rpc) -> R:
-        """Send the request, again where that helps, and return the result."""
+    def run(self, rpc: Rpc, deadline: Deadline | None = None) -> R:
+        """Send the request, again where that helps, and return the result.
+
+        deadline: that of the call of which this is a part; None: that of the uploads, or a new one.
+        """
+        if deadline is None and self.uploads is not None:
+            deadline = self.uploads.deadline
         return rpc.call(
             self.method,
             self.request,
+            deadline=deadline,
             command=self.command,
             finish=self.finish,
             send_again=self.uploads.send_again if self.uploads else None,
@@ -200,18 +208,8 @@ class ModelCalls:
         return receive(self._rpc, (dict(codec.decode_gradient_result(reply).gradients),))[0]
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
-        self._rpc.check_usable()
-        request = pb.ForwardRequest(
-            name=self._name, training=as_bool(training, "training"), max_inline_bytes=INLINE_BYTES
-        )
-        if not training:
-            # A command draws anew by its number, which a read does not have.
-            request.seed = fresh_seed()
-        given = Batch(normalize(inputs, "inputs"))
-        batch = Batch(from_nested(given.inputs, "inputs"))
-        variant = self._variants.choose(batch, given, training=training, targets=False)
-        uploads = Uploads(self._rpc)
-        codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
+        training = as_bool(training, "training")
+        request, uploads, variant = forward_request(self._rpc, self._name, self._variants, inputs, training=training)
 
         def finish(reply: pb.ForwardResponse) -> Any:
             return self._variants.rebuild(variant, receive(self._rpc, (codec.decode_forward_result(reply).outputs,))[0])
@@ -272,14 +270,14 @@ class ModelCalls:
         self.settings_changes += update.concerns_ranks
         return self._command("UpdateModel", request, finish)
 
-    def add_variant(self, exported: ExportedVariant, batch: Batch) -> Call[ModelInfo]:
+    def add_variant(self, exported: ExportedVariant, batch: Batch, deadline: Deadline) -> Call[ModelInfo]:
         request = pb.AddVariantRequest(name=self._name)
         codec.encode_variant(exported.variant, request.variant)
         codec.encode_operators(exported.operators, request.operators)
         for tensor in exported.tensors:
             codec.encode_state_tensor(tensor, request.tensors.add())
         values: NamedTensors = {name: from_any(tensor) for name, tensor in exported.values.items()}
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, deadline)
         values, inputs, targets = uploads.send_apart((values, batch.inputs, batch.targets))
         codec.encode_named_tensors(values, request.values)
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
@@ -318,7 +316,7 @@ class ModelCalls:
     def _set_batch(
         self, request: Any, uploads: Uploads, given: Batch, batch: Batch, *, training: bool
     ) -> Variant | None:
-        variant = self._variants.choose(batch, given, training=training, targets=True)
+        variant = self._variants.choose(batch, given, uploads.deadline, training=training, targets=True)
         codec.encode_batch(Batch(*uploads.send_apart((batch.inputs, batch.targets))), request.batch)
         return variant
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from gradwire.arguments import as_count, as_text, wrong_type
+from gradwire.deadline import Deadline
+from gradwire.made_models import make_model
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto import codec
-from gradwire_proto.names import check_checkpoint_id, check_model_id, checkpoint_name, command_name
+from gradwire_proto.names import check_checkpoint_id, check_model_id, checkpoint_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Checkpoint, ModelInfo
 
@@ -20,17 +21,17 @@ def creation_request(parent: str, name: str | None) -> pb.CreateCheckpointReques
     return pb.CreateCheckpointRequest(parent=parent, checkpoint_id=checkpoint_id, request_id=new_request_id())
 
 
-def get_checkpoint(rpc: Rpc, name: str) -> Checkpoint:
-    """See `Client.get_checkpoint`."""
+def get_checkpoint(rpc: Rpc, name: str, deadline: Deadline | None = None) -> Checkpoint:
+    """See `Client.get_checkpoint`. deadline: that of the call of which this is a part."""
     request = pb.GetCheckpointRequest(name=checkpoint_name(_name_of(name), "name"))
-    return codec.decode_checkpoint(rpc.call("GetCheckpoint", request))
+    return codec.decode_checkpoint(rpc.call("GetCheckpoint", request, deadline=deadline))
 
 
 def list_checkpoints(rpc: Rpc) -> Iterator[Checkpoint]:
     """See `Client.list_checkpoints`."""
-    request = pb.ListCheckpointsRequest()
+    request, deadline = pb.ListCheckpointsRequest(), Deadline(rpc.timeout)
     while True:
-        reply = rpc.call("ListCheckpoints", request)
+        reply = rpc.call("ListCheckpoints", request, deadline=deadline)
         yield from map(codec.decode_checkpoint, reply.checkpoints)
         if not reply.next_page_token:
             return
@@ -49,17 +50,14 @@ def restore_model(rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, 
     """See `Client.restore_model`."""
     name = checkpoint_name(_name_of(checkpoint))
     count = as_count(workers, "workers")
-    deadline = time.monotonic() + rpc.timeout
+    deadline = Deadline(rpc.timeout)
     if model_id is None:
-        saved = checkpoint if isinstance(checkpoint, Checkpoint) else get_checkpoint(rpc, checkpoint)
+        saved = checkpoint if isinstance(checkpoint, Checkpoint) else get_checkpoint(rpc, checkpoint, deadline)
         model_id = saved.model_id
     request = pb.RestoreModelRequest(
         checkpoint=name, model_id=check_model_id(model_id), workers=count or 0, request_id=new_request_id()
     )
-    command = command_name(model_id, request.request_id)
-    return codec.decode_model_info(
-        rpc.call("RestoreModel", request, command=command, timeout=deadline - time.monotonic())
-    )
+    return codec.decode_model_info(make_model(rpc, "RestoreModel", request, deadline))
 
 
 def _name_of(checkpoint: Any) -> str:

@@ -13,6 +13,7 @@ from gradwire.arguments import as_function
 from gradwire.checkpoints import delete_checkpoint, get_checkpoint, list_checkpoints, restore_model
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
+from gradwire.deadline import Deadline
 from gradwire.function_transforms import FunctionTransforms
 from gradwire.model import Model
 from gradwire.optim import Optimizer
@@ -36,11 +37,12 @@ def connect(
 
     target: "host:port"; $GRADWIRE_TARGET where left out, then localhost:50051. token: proves who calls. tls: None is
     plain text, True trusts the system's certificates, TLS(...) says whom to trust. timeout: seconds that each call
-    takes at most; one that is not answered in time raises DeadlineExceeded. Until then, a call whose answer is lost, or
-    that meets a service that is away, starts, recovers or is full, is sent again, and the service runs it once. Tensors
-    above 4 MiB together travel in a stream of their own, before the call or after it: that may take longer, as long as
-    it never stands still for `timeout` seconds. Where a batch fits no graph that the service has, asking for another,
-    or bringing it, is a call of its own before the batch's.
+    takes at most, in however many requests; one that is not answered in time raises DeadlineExceeded. Until then, a
+    call whose answer is lost, or that meets a service that is away, starts, recovers or is full, is sent again, and the
+    service runs it once. What is exported here, or waits behind futures of the model, does not count yet. Tensors above
+    4 MiB together travel in a stream of their own, before the request or after the reply: that may take longer, as long
+    as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds. Modules and
+    optimizers of `Model.as_module` and `as_optimizer` make several calls where gradients were changed here.
 
     Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
     token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.
@@ -191,9 +193,9 @@ class Client(FunctionTransforms):
     def list_models(self) -> list[ModelInfo]:
         """Every model of the service, ordered by id. `tensors` and `variants` are left empty."""
         models: list[ModelInfo] = []
-        request = pb.ListModelsRequest()
+        request, deadline = pb.ListModelsRequest(), Deadline(self._rpc.timeout)
         while True:
-            reply = self._rpc.call("ListModels", request)
+            reply = self._rpc.call("ListModels", request, deadline=deadline)
             models.extend(codec.decode_model_info(model) for model in reply.models)
             if not reply.next_page_token:
                 return models

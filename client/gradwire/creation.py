@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gradwire.architecture import Architecture
 from gradwire.arguments import as_bool, as_count, as_int, as_number, as_text
-from gradwire.errors import AlreadyExists, GradwireError, Interrupted, InvalidArgument
+from gradwire.errors import InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
 from gradwire.exporting.weight_export import LossWeight
+from gradwire.made_models import make_model
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
-from gradwire.outcome import reserve
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import Uploads
 from gradwire.updates import as_labels, as_optimizer
 from gradwire.user_values import normalize
 from gradwire_proto import codec
 from gradwire_proto.autocast import check_precision
-from gradwire_proto.names import check_model_id, command_name, model_name
+from gradwire_proto.names import check_model_id
 from gradwire_proto.tensors import from_nested, from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, LossSpec, ModelSpec, OutputLossSpec
@@ -144,15 +143,4 @@ def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch
     codec.encode_named_tensors(tensors, request.tensors)
     if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
-    command = command_name(model_id, request.request_id)
-    # Of the call's time, so that the clean-up ends within it.
-    kept = reserve(rpc.timeout)
-    try:
-        return rpc.call("CreateModel", request, command=command, send_again=uploads.send_again, kept=kept)
-    except (GradwireError, Interrupted) as error:
-        # Nobody would hold what is made after all, and its ranks would be taken.
-        if error.outcome != "not_applied" and not isinstance(error, AlreadyExists):
-            undo = pb.DeleteModelRequest(name=model_name(model_id), made_by=request.request_id)
-            with suppress(GradwireError):
-                rpc.call("DeleteModel", undo, timeout=kept, repeat=False)
-        raise
+    return make_model(rpc, "CreateModel", request, uploads.deadline, uploads.send_again)

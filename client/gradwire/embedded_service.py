@@ -67,7 +67,8 @@ def launch(
 class EmbeddedService:
     """A local Ray and a frontend on a free loopback port, which end with this process, however it ends.
 
-    workers: how many ranks the service can host. storage: a folder that keeps models and logs; None keeps none.
+    workers: how many ranks the service can host. storage: a folder that keeps models, checkpoints and logs; None: they
+    live as long as the service.
     options: settings of the server by name, such as `spare_ranks=1` or `log_level="debug"`.
 
     The constructor returns as soon as the process runs; FailedPrecondition (SERVER_NOT_INSTALLED) where the server

@@ -6,13 +6,13 @@ A command has the same request id and bytes in every attempt, so that the servic
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from gradwire import outcome
 from gradwire.attempts import Attempts, Lost, is_passing
+from gradwire.deadline import Deadline
 from gradwire.errors import (
     Cancelled,
     CheckpointNotFound,
@@ -45,23 +45,24 @@ class Exchange:
     """What is to be sent, and what to do with the reply.
 
     command: "models/{model}/commands/{request_id}" where the request changes a model. finish: makes the result of the
-    reply, and may fetch more of it. send_again: brings what the service must have before the request, within a
-    deadline in monotonic seconds; None where there is nothing. deletes: whether a repeat that finds nothing has
-    succeeded. repeat: whether to send again at all. kept: seconds of the budget that its caller needs afterwards.
+    reply, and may fetch more of it. send_again: brings what the service must have before the request, by a deadline;
+    None where there is nothing. deletes: whether a repeat that finds nothing has succeeded. repeat: whether to send
+    again at all. kept: seconds before the deadline that its caller needs afterwards.
     """
 
     method: str
     body: bytes
     command: str | None = None
     finish: Callable[[Any], Any] = lambda reply: reply
-    send_again: Callable[[float], None] | None = None
+    send_again: Callable[[Deadline], None] | None = None
     deletes: bool = False
     repeat: bool = True
     kept: float = 0.0
 
-    def run(self, sender: Sender, budget: float) -> Any:
-        """The result, within `budget` seconds less those `kept`. What `finish` fetches may take longer, if it moves."""
-        return _Running(self, sender, budget).run()
+    def run(self, sender: Sender, deadline: Deadline) -> Any:
+        """The result, by `deadline` less the seconds `kept`. What `finish` fetches may take longer, if it moves."""
+        with deadline.running():
+            return _Running(self, sender, deadline).run()
 
     @property
     def request_id(self) -> str | None:
@@ -83,12 +84,12 @@ class _Running:
     is_upload_gone: whether the tensors that the request names must be brought again before it.
     """
 
-    def __init__(self, exchange: Exchange, sender: Sender, budget: float) -> None:
+    def __init__(self, exchange: Exchange, sender: Sender, deadline: Deadline) -> None:
         self._exchange = exchange
         self._sender = sender
-        self._budget = budget
-        self._deadline = time.monotonic() + budget - exchange.kept
-        self._attempts = Attempts(self._deadline - outcome.reserve(budget), sender.closed)
+        self._deadline = deadline
+        self._kept_for_asking = outcome.reserve(deadline.left)
+        self._attempts = Attempts(deadline, sender.closed, exchange.kept + self._kept_for_asking)
         self._may_have_arrived = False
         self._is_upload_gone = False
         self._is_answered = False
@@ -118,8 +119,7 @@ class _Running:
         except Lost as lost:
             self._may_have_arrived = had_arrived or lost.error.reason != "NOT_CONNECTED"
             # Nobody will be asked about what cannot have arrived: all of the time is there to wait for a connection.
-            kept = outcome.reserve(self._budget) if self._may_have_arrived else 0.0
-            self._attempts.deadline = self._deadline - kept
+            self._attempts.kept = exchange.kept + (self._kept_for_asking if self._may_have_arrived else 0.0)
             raise
         except (ModelNotFound, CheckpointNotFound):
             self._may_have_arrived = had_arrived
@@ -139,7 +139,7 @@ class _Running:
 
     def _seconds_for_attempt(self) -> float:
         """So many that what is left after them is enough for asking what became of it."""
-        left = self._deadline - time.monotonic()
+        left = self._deadline.left - self._exchange.kept
         return min(self._attempts.seconds_left, left - outcome.reserve(left))
 
     def _bring_again(self) -> None:
@@ -147,7 +147,7 @@ class _Running:
         if not self._is_upload_gone or self._exchange.send_again is None:
             return
         try:
-            self._exchange.send_again(self._attempts.deadline)
+            self._exchange.send_again(self._deadline.within(self._attempts.seconds_left))
         except GradwireError as error:
             # Of the upload: the command itself was not sent again.
             raise _with(error, self._standing("not_applied")) from None
@@ -182,21 +182,22 @@ class _Running:
         """`error`, with what became of the command; Unavailable where the service is dead, not slow."""
         if error.reason == "NOT_CONNECTED":
             return _with(error, self._standing(self._unasked()))
-        standing = self._ask()
+        standing, within = self._ask(), f"within {self._deadline.seconds:g} s"
         attributes: dict[str, Any] = error.attributes() | self._standing(standing.outcome)
         if not isinstance(error, DeadlineExceeded):
             return type(error)(error.message, **attributes)
         if not standing.alive:
             attributes |= {"reason": "NO_ANSWER", "retryable": True}
-            return Unavailable(f"{self._sender.target} did not answer within {self._budget:g} s", **attributes)
+            return Unavailable(f"{self._sender.target} did not answer {within}", **attributes)
         words = {"applied": "; it was applied", "unknown": "; it may be applied yet"}.get(attributes["outcome"], "")
-        return DeadlineExceeded(f"the call did not end within {self._budget:g} s{words}", **attributes)
+        return DeadlineExceeded(f"the call did not end {within}{words}", **attributes)
 
     def _as_answered(self, error: GradwireError) -> GradwireError:
         return error if self._exchange.command is None else _with(error, self._standing("applied"))
 
     def _ask(self) -> outcome.Standing:
-        standing = outcome.ask(self._sender.ask, self._exchange.command, self._deadline)
+        left = Attempts(self._deadline, self._sender.closed, self._exchange.kept)
+        standing = outcome.ask(self._sender.ask, self._exchange.command, left)
         is_known = self._exchange.command is not None and not self._is_answered
         return standing if is_known else outcome.Standing(standing.alive, self._unasked())
 
@@ -213,7 +214,9 @@ class _Running:
     def _interrupted(self, command: str) -> NoReturn:
         word = self._unasked()
         if word == "unknown":
-            word = outcome.ask(self._sender.ask, command, time.monotonic() + _INTERRUPT_PATIENCE).outcome
+            patience = Deadline(_INTERRUPT_PATIENCE)
+            with patience.running():
+                word = outcome.ask(self._sender.ask, command, Attempts(patience, self._sender.closed)).outcome
         words = {"applied": "was applied", "not_applied": "was not applied", "unknown": "may have been applied"}
         request_id = self._exchange.request_id
         message = f"interrupted: the command {words[word]} (request {request_id})"

@@ -115,7 +115,9 @@ class PreparedFunction:
         message = request(uploads)
         codec.encode_function(self.exported.spec, message.function)
         try:
-            return self._rpc.call(method, message, finish=finish, send_again=uploads.send_again)
+            return self._rpc.call(
+                method, message, deadline=uploads.deadline, finish=finish, send_again=uploads.send_again
+            )
         except FailedPrecondition as error:
             if error.reason != "FUNCTION_UNKNOWN":
                 raise
@@ -126,11 +128,12 @@ class PreparedFunction:
                 reason="FUNCTION_CHANGED",
             )
         # Handles serve one request, so that big arguments go up again.
-        uploads = Uploads(self._rpc)
+        deadline = uploads.deadline
+        uploads = Uploads(self._rpc, deadline)
         message = request(uploads)
         constants = {name: from_torch(tensor) for name, tensor in whole.constants.items()}
         codec.encode_function(replace(whole.spec, tensors=uploads.send_apart((constants,))[0]), message.function)
-        return self._rpc.call(method, message, finish=finish, send_again=uploads.send_again)
+        return self._rpc.call(method, message, deadline=deadline, finish=finish, send_again=uploads.send_again)
 
 
 def positions_of(argnums: int | tuple[int, ...], count: int) -> int | tuple[int, ...]:

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
+from gradwire.deadline import Deadline
 from gradwire.errors import GradwireError
 from gradwire.futures import CallQueue
 from gradwire.gradient_queries import names_of
@@ -57,7 +58,7 @@ class Model:
         self._queue = CallQueue(info.id)
         variants = Variants(
             map(without_graph, info.variants),
-            refresh=lambda: self._calls.info().run(rpc).variants,
+            refresh=lambda deadline: self._calls.info().run(rpc, deadline).variants,
             add=self._add_variant,
             exporter=exporter,
             exported=exported,
@@ -341,5 +342,5 @@ class Model:
         self._queue.wait()
         return call.run(self._rpc)
 
-    def _add_variant(self, exported: ExportedVariant, batch: Batch) -> None:
-        self._calls.add_variant(exported, batch).run(self._rpc)
+    def _add_variant(self, exported: ExportedVariant, batch: Batch, deadline: Deadline) -> None:
+        self._calls.add_variant(exported, batch, deadline).run(self._rpc)

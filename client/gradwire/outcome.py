@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from gradwire.attempts import Attempts, is_passing
 from gradwire.errors import GradwireError
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -34,33 +33,41 @@ def reserve(budget: float) -> float:
     return min(2.0, 0.2 * budget)
 
 
-def ask(send: Send, command: str | None, deadline: float) -> Standing:
-    """Ask what became of `command` ("models/{model}/commands/{request_id}") until `deadline` (monotonic seconds).
+def ask(send: Send, command: str | None, attempts: Attempts) -> Standing:
+    """Ask what became of `command` ("models/{model}/commands/{request_id}") while there is time for `attempts`.
 
     Without a command only whether the service is alive is asked.
     """
     if command is None:
-        return Standing(_answers(send, deadline), "not_applied")
+        return Standing(_answers(send, attempts.seconds_left), "not_applied")
+    # First without waiting: a service that answers is alive, however long the command still runs.
+    is_alive = waits = False
+    while True:
+        try:
+            state = send("GetCommand", pb.GetCommandRequest(name=command, wait=waits), attempts.seconds_left).state
+        except GradwireError as error:
+            is_answer = _said_by_service(error)
+            is_alive |= is_answer
+            if error.reason == "COMMAND_NOT_FOUND":
+                # The service has noted it: a request that is still on its way will be refused.
+                return Standing(True, "not_applied")
+            # A model that recovers knows its commands when it is back.
+            if not (is_answer and is_passing(error) and attempts.wait(error, _no_wait)):
+                return Standing(is_alive, "unknown")
+            waits = True
+        else:
+            if waits or state in _OUTCOMES:
+                return Standing(True, _OUTCOMES.get(state, "unknown"))
+            is_alive = waits = True
+
+
+def _no_wait(seconds: float) -> None:
+    """Whoever has answered is connected."""
+
+
+def _answers(send: Send, seconds: float) -> bool:
     try:
-        # First without waiting: a service that answers is alive, however long the command still runs.
-        state = _state(send, command, deadline, wait=False)
-    except GradwireError as error:
-        return Standing(_said_by_service(error), "not_applied" if error.reason == "COMMAND_NOT_FOUND" else "unknown")
-    if state not in _OUTCOMES:
-        # An error: it still runs, or the service went away meanwhile, and nobody knows.
-        with suppress(GradwireError):
-            state = _state(send, command, deadline, wait=True)
-    return Standing(True, _OUTCOMES.get(state, "unknown"))
-
-
-def _state(send: Send, command: str, deadline: float, *, wait: bool) -> int:
-    request = pb.GetCommandRequest(name=command, wait=wait)
-    return send("GetCommand", request, deadline - time.monotonic()).state
-
-
-def _answers(send: Send, deadline: float) -> bool:
-    try:
-        send("GetServerInfo", pb.GetServerInfoRequest(), deadline - time.monotonic())
+        send("GetServerInfo", pb.GetServerInfoRequest(), seconds)
     except GradwireError as error:
         return _said_by_service(error)
     return True

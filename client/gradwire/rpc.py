@@ -1,7 +1,7 @@
 """Calls to the service: the connection, deadlines, credentials, errors. With channel.py, all that knows grpc.
 
-`Rpc.call` returns the result of one request or raises a GradwireError; it never outlives its timeout, save
-to fetch tensors of the result that travel apart. A call whose answer was lost, or that the service cannot take now, is
+`Rpc.call` returns the result of one request or raises a GradwireError, by its deadline, save to fetch tensors of the
+result that travel apart. A call whose answer was lost, or that the service cannot take now, is
 sent again until then; where that does not help, the service is asked what became of a command, and the error's
 `outcome` says so.
 """
@@ -20,6 +20,7 @@ import grpc
 
 from gradwire.attempts import Attempts, Lost, is_passing
 from gradwire.channel import bind, open_channel, translate
+from gradwire.deadline import Deadline
 from gradwire.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire.exchange import Exchange
 from gradwire.stall_watch import StallWatch
@@ -39,8 +40,8 @@ def new_request_id() -> str:
 class Rpc:
     """One channel to one service. Threads may share it; a forked child must make its own.
 
-    target: "host:port". token: sent with every call. tls: None is plain text. timeout: a call's seconds at most; of
-    uploads and downloads, the seconds that they may stand still.
+    target: "host:port". token: sent with every call. tls: None is plain text. timeout: seconds that a call of the SDK
+    may take at most, in all its requests; what it downloads may stand still for as many.
     """
 
     def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
@@ -53,33 +54,44 @@ class Rpc:
         self._methods: dict[str, Any] = {}
         self._process = os.getpid()
 
-    def call(self, method: str, request: Any, *, timeout: float | None = None, **how: Any) -> Any:
-        """Send `request` to `method`, again where that helps, and return the reply, within `timeout` seconds.
+    def call(self, method: str, request: Any, *, deadline: Deadline | None = None, **how: Any) -> Any:
+        """Send `request` to `method`, again where that helps, and return the reply, by `deadline`.
 
-        how: what `Exchange` takes besides, such as command="models/{model}/commands/{request_id}".
+        deadline: that of the call of the SDK of which this is a part; None where it is all of it. how: what `Exchange`
+        takes besides, such as command="models/{model}/commands/{request_id}".
 
         Raises the GradwireError that the service answered; Unavailable where no live service answers; DeadlineExceeded
         where a live one was too slow; Interrupted on Ctrl-C during a command.
         """
         # Serialized once: every attempt has the same bytes.
         exchange = Exchange(method=method, body=request.SerializeToString(), **how)
-        return exchange.run(self, self.timeout if timeout is None else timeout)
+        return exchange.run(self, Deadline(self.timeout) if deadline is None else deadline)
 
     def upload(
-        self, messages: Callable[[], Iterable[pb.UploadTensorsRequest]], *, deadline: float | None = None
+        self,
+        messages: Callable[[], Iterable[pb.UploadTensorsRequest]],
+        deadline: Deadline,
+        *,
+        may_take_longer: bool = True,
     ) -> None:
-        """Stream the messages of UploadTensors. The timeout bounds the wait for each, not for all.
+        """Stream the messages of UploadTensors, anew where the stream breaks, until `deadline`.
 
-        A stream that breaks is begun anew until the timeout has passed. deadline: when all must be over, in monotonic
-        seconds; None where it may go on as long as it moves.
+        may_take_longer: a stream that never stands still until the deadline has the time that it needs; what it took
+        does not count where it arrived.
         """
-        attempts = Attempts(time.monotonic() + self.timeout if deadline is None else deadline, self.closed)
-        while True:
-            try:
-                return self._upload_once(messages(), None if deadline is None else max(attempts.seconds_left, 0.001))
-            except GradwireError as error:
-                if not is_passing(error) or not attempts.wait(error, self.until_connected):
-                    raise
+        with deadline.running():
+            attempts = Attempts(deadline, self.closed)
+            while True:
+                began = time.monotonic()
+                try:
+                    self._upload_once(messages(), max(deadline.left, 0.001), may_take_longer)
+                except GradwireError as error:
+                    if not is_passing(error) or not attempts.wait(error, self.until_connected):
+                        raise
+                else:
+                    if may_take_longer:
+                        deadline.give_back(time.monotonic() - began)
+                    return
 
     def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
         """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
@@ -142,11 +154,12 @@ class Rpc:
             message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
             raise FailedPrecondition(message, reason="CLIENT_FORKED")
 
-    def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], timeout: float | None) -> None:
+    def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], seconds: float, may_take_longer: bool) -> None:
         method = self._method("UploadTensors")
         call: Any = None
-        with StallWatch(self.timeout, lambda: call.cancel()) as watch:
+        with StallWatch(seconds, lambda: call.cancel()) as watch:
             bodies = (message.SerializeToString() for message in watch.over(messages))
+            timeout = None if may_take_longer else seconds
             call = method.future(bodies, timeout=timeout, metadata=self._metadata)
             try:
                 call.result()
@@ -180,7 +193,7 @@ class Rpc:
 
     def _stream_error(self, error: Any, watch: StallWatch) -> GradwireError:
         if watch.stalled:
-            message = f"{self.target} took or sent no bytes for {self.timeout:g} s"
+            message = f"{self.target} took or sent no bytes for {watch.patience:.3g} s"
             return Unavailable(message, reason="NO_ANSWER")
         translated = translate(error, self.target, None, closed=self.closed.is_set())
         return translated.error if isinstance(translated, Lost) else translated

@@ -15,7 +15,7 @@ class StallWatch:
 
     def __init__(self, patience: float, cancel: Callable[[], object]) -> None:
         self.stalled = False
-        self._patience = patience
+        self.patience = patience
         self._cancel = cancel
         self._last_moved = time.monotonic()
         self._ended = threading.Event()
@@ -38,7 +38,7 @@ class StallWatch:
         self._last_moved = time.monotonic()
 
     def _watch(self) -> None:
-        while (rest := self._last_moved + self._patience - time.monotonic()) > 0:
+        while (rest := self._last_moved + self.patience - time.monotonic()) > 0:
             if self._ended.wait(rest):
                 return
         self.stalled = True

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gradwire.deadline import Deadline
 from gradwire.errors import InternalError
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.encoding.enum_words import DTYPES
@@ -29,11 +30,13 @@ CHUNK_BYTES = 1 << 20
 
 
 class Uploads:
-    """What one request brings to the service ahead of it. The names are the client's choice, so that the tensors can
-    be sent again for the same request where the service has lost them: they are kept as long as this is.
+    """What one request brings to the service ahead of it, and `deadline`, by which the whole call ends: a new one
+    where none is given. The names are the client's choice, so that the tensors can be sent again for the same request
+    where the service has lost them: they are kept as long as this is.
     """
 
-    def __init__(self, rpc: Rpc) -> None:
+    def __init__(self, rpc: Rpc, deadline: Deadline | None = None) -> None:
+        self.deadline = Deadline(rpc.timeout) if deadline is None else deadline
         self._rpc = rpc
         self._sent: list[tuple[str, list[TensorData]]] = []
 
@@ -48,7 +51,7 @@ class Uploads:
         if sum(tensor.nbytes for tensor in found) <= INLINE_BYTES:
             return values
         upload_id = new_request_id()
-        self._rpc.upload(lambda: _upload_messages(upload_id, found))
+        self._rpc.upload(lambda: _upload_messages(upload_id, found), self.deadline)
         self._sent.append((upload_id, found))
         handles = iter(
             TensorData(item.dtype, item.shape, Handle(handle_name(upload_name(upload_id), index)))
@@ -56,10 +59,10 @@ class Uploads:
         )
         return [map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, it) for it in values]
 
-    def send_again(self, deadline: float) -> None:
-        """Upload all once more, under the same names, until `deadline` (monotonic seconds). What is there stays."""
+    def send_again(self, deadline: Deadline) -> None:
+        """Upload all once more, under the same names, until `deadline`, however it moves. What is there stays."""
         for upload_id, tensors in self._sent:
-            self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline=deadline)
+            self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline, may_take_longer=False)
 
     def own_tensors(self) -> None:
         """Keep copies from here on: the memory that was given may change."""

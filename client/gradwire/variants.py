@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gradwire.deadline import Deadline
 from gradwire.errors import ExportError, FailedPrecondition, GradwireError
 from gradwire_proto.batch_check import check_batch, select_variant
 from gradwire_proto.values import Batch, Variant
@@ -34,16 +35,16 @@ class Variants:
     """The variants of one model.
 
     exporter: makes more of them; None where the module is in another process. add: brings one to the service, given the
-    batch that asked for it. refresh: the variants that the service has now. made_there: the service makes them itself,
-    for every batch (an architecture).
+    batch that asked for it. refresh: the variants that the service has now. Both are parts of the call that has the
+    batch, and take its deadline. made_there: the service makes them itself, for every batch (an architecture).
     """
 
     def __init__(
         self,
         known: Iterable[Variant],
         *,
-        refresh: Callable[[], Iterable[Variant]],
-        add: Callable[[ExportedVariant, Batch], None],
+        refresh: Callable[[Deadline], Iterable[Variant]],
+        add: Callable[[ExportedVariant, Batch, Deadline], None],
         exporter: ModuleExporter | None = None,
         exported: Iterable[ExportedVariant] = (),
         made_there: bool = False,
@@ -56,7 +57,9 @@ class Variants:
         self._made_there = made_there
         self._growing = threading.Lock()
 
-    def choose(self, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant | None:
+    def choose(
+        self, batch: Batch, given: Batch, deadline: Deadline, *, training: bool, targets: bool
+    ) -> Variant | None:
         """The variant that fits `batch` (TensorData leaves), made from `given` (the user's own tensors) if need be.
 
         None where the service makes it.
@@ -72,18 +75,20 @@ class Variants:
         except GradwireError as misfit:
             if misfit.reason not in _MISFITS:
                 raise
-            return self._grow(misfit, batch, given, training=training, targets=targets)
+            return self._grow(misfit, batch, given, deadline, training=training, targets=targets)
 
     def rebuild(self, variant: Variant | None, outputs: Any) -> Any:
         """Outputs of `variant` as the module returns them; tuples, lists and dicts where the module is not at hand."""
         rebuild = None if variant is None else self._rebuild.get(variant.name)
         return outputs if rebuild is None else rebuild(outputs)
 
-    def _grow(self, misfit: GradwireError, batch: Batch, given: Batch, *, training: bool, targets: bool) -> Variant:
+    def _grow(
+        self, misfit: GradwireError, batch: Batch, given: Batch, deadline: Deadline, *, training: bool, targets: bool
+    ) -> Variant:
         with self._growing:
             try:
                 if self._exporter is None:
-                    self._known = tuple(self._refresh())
+                    self._known = tuple(self._refresh(deadline))
                 return select_variant(self._known, batch, training=training, targets=targets)[0]
             except GradwireError:
                 if self._exporter is None:
@@ -92,7 +97,7 @@ class Variants:
             exported = self._export(misfit, given, training=training, name=name)
             # The module may look at less than the batch brings, such as targets that no loss compares with.
             check_batch(exported.variant, batch, targets=targets)
-            self._add(exported, batch)
+            self._add(exported, batch, deadline)
             self._rebuild[name] = exported.output_tree.rebuild
             self._known = (*self._known, without_graph(exported.variant))
             return exported.variant

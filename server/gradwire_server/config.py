@@ -78,7 +78,7 @@ class ServerConfig(BaseSettings):
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="automatic checkpoints kept of each model")
     ray_address: Address | None = Field(None, description="HOST:PORT of a running Ray; none: start one")
     ray_namespace: str = Field("gradwire", pattern=r"^[a-z][a-z0-9-]{0,62}$", description="Ray namespace of the ranks")
-    spare_ranks: int = Field(2, ge=0, le=256, description="warm rank processes kept ready for the next model")
+    spare_ranks: int = Field(2, ge=0, le=256, description="warm rank processes kept for lost ranks and the next model")
     threads_per_rank: int = Field(0, ge=0, le=1024, description="torch threads of each rank; 0: cores / workers")
     runtime_dir: Path | None = Field(None, description="private folder for sockets; none: a temporary one")
     shared_memory_dir: Path | None = Field(

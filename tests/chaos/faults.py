@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
-from chaos.proxy import CuttingProxy
 from chaos.service_processes import frontends, raylets, serving_ranks
+from cutting_proxy import CuttingProxy
 
 LONGEST_PAUSE = 20.0
 """Seconds that a process stands still at most."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 from chaos.faults import Fault, Faults
-from chaos.proxy import CuttingProxy
 from chaos.service_processes import processes, ranks
 from chaos.training import SUBJECTS, TIMEOUT, Made, Training, differences, everything, undisturbed
+from cutting_proxy import CuttingProxy
 
 import gradwire
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from chaos.faults import Faults
 from chaos.linearizability import Operation, is_linearizable
-from chaos.proxy import CuttingProxy
+from cutting_proxy import CuttingProxy
 from torch import nn
 
 import gradwire

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from cutting_proxy import Proxy
+from cutting_proxy import CuttingProxy
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire.rpc import Rpc
@@ -166,14 +166,14 @@ def rpc(scripted: ScriptedService) -> Iterator[Rpc]:
 
 
 @pytest.fixture
-def proxy(scripted: ScriptedService) -> Iterator[Proxy]:
-    proxy = Proxy(scripted.port)
+def proxy(scripted: ScriptedService) -> Iterator[CuttingProxy]:
+    proxy = CuttingProxy(scripted.target)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def cut_rpc(proxy: Proxy) -> Iterator[Rpc]:
+def cut_rpc(proxy: CuttingProxy) -> Iterator[Rpc]:
     """Connected through `proxy`."""
     rpc = Rpc(proxy.target, timeout=8.0)
     rpc.call("GetServerInfo", pb.GetServerInfoRequest())

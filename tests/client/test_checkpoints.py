@@ -18,6 +18,7 @@ from gradwire.cli import app
 from gradwire_proto import codec
 from gradwire_proto.names import parse_checkpoint_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Checkpoint, ModelInfo
 
 BEST = Checkpoint(
@@ -192,6 +193,34 @@ def test_looking_up_the_saved_model_is_part_of_the_time_to_restore_it(shelf, scr
         with pytest.raises(errors.GradwireError):
             sdk.restore_model("mine/100")
         assert scripted.requests("RestoreModel") and time.monotonic() - start < 2.0 + 0.7
+
+
+def test_restoration_that_may_have_happened_is_undone_within_its_time(shelf, scripted):
+    """Nobody would hold the model, and its ranks would be taken."""
+    scripted.answers["RestoreModel"] = lambda request, context: scripted.release.wait(10) and Empty()
+    scripted.answers["GetCommand"] = lambda request, context: model_pb2.Command(
+        state=model_pb2.COMMAND_STATE_APPLIED, name=request.name
+    )
+    scripted.answers["DeleteModel"] = lambda request, context: Empty()
+    with gradwire.connect(scripted.target, timeout=1.5) as sdk:
+        start = time.monotonic()
+        with pytest.raises(errors.DeadlineExceeded) as caught:
+            sdk.restore_model(BEST, model_id="again")
+        assert time.monotonic() - start < 1.5 + 0.7
+    assert caught.value.outcome == "applied"
+    (undo,), (restoration,) = scripted.requests("DeleteModel"), scripted.requests("RestoreModel")
+    # Somebody else's model may have the id by then.
+    assert (undo.name, undo.made_by) == ("models/again", restoration.request_id)
+
+
+def test_restoration_under_an_id_that_is_taken_deletes_nothing(sdk, shelf, scripted):
+    def refuse(request, context):
+        raise errors.AlreadyExists("there is one", reason="MODEL_EXISTS", outcome="unknown")
+
+    scripted.answers["RestoreModel"] = refuse
+    with pytest.raises(errors.AlreadyExists):
+        sdk.restore_model("best")
+    assert scripted.requests("DeleteModel") == []
 
 
 def test_checkpoint_that_is_not_there_is_not_restored(sdk, shelf):

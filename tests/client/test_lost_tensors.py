@@ -180,6 +180,20 @@ def test_upload_that_is_refused_when_it_goes_again_says_what_became_of_the_comma
     assert caught.value.outcome == ("applied" if applied else "not_applied")
 
 
+def test_upload_that_is_refused_when_it_goes_again_names_the_command_that_was_not_applied(model, held, scripted):
+    def upload(messages, context):
+        if held.arrivals:
+            raise errors.ResourceExhausted("the disk is full", reason="STORAGE_FULL")
+        return held.upload(messages, context)
+
+    scripted.answers["UploadTensors"] = upload
+    scripted.answers["LoadStateDict"] = lambda request, context: held.forget() or held.load(request, context)
+    with pytest.raises(errors.ResourceExhausted, match="the disk is full") as caught:
+        model.load_state_dict({"weight": values(3.0)})
+    assert caught.value.request_id == scripted.requests("LoadStateDict")[0].request_id
+    assert caught.value.outcome == "not_applied" and scripted.requests("GetCommand") == []
+
+
 def test_upload_that_breaks_when_it_goes_again_is_tried_until_it_arrives(model, held, scripted):
     def load(request, context):
         if not held.requests:

@@ -13,6 +13,7 @@ import pytest
 
 from gradwire import errors
 from gradwire.attempts import Attempts
+from gradwire.deadline import Deadline
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto import codec
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -53,10 +54,12 @@ def ledger(scripted) -> Ledger:
     return ledger
 
 
-def train(rpc: Rpc, *, size: int = 0, **options):
+def train(rpc: Rpc, *, size: int = 0, timeout: float | None = None):
     request = pb.TrainStepRequest(name="models/m", request_id=new_request_id())
     request.batch.inputs.text = "x" * size
-    return rpc.call("TrainStep", request, command=f"models/m/commands/{request.request_id}", **options)
+    deadline = Deadline(rpc.timeout if timeout is None else timeout)
+    command = f"models/m/commands/{request.request_id}"
+    return rpc.call("TrainStep", request, command=command, deadline=deadline)
 
 
 def raises(error: Exception):
@@ -79,6 +82,12 @@ def test_connection_that_is_cut_after_the_request_has_arrived(cut_rpc, proxy, le
     assert len(ledger.applied) == 1
     assert len(ledger.arrived) == 4 and len(set(ledger.arrived)) == 1, "a repeat had other bytes"
     assert train(cut_rpc).result.step == 2
+
+
+def test_connection_that_is_cut_between_a_request_and_its_reply(cut_rpc, proxy, ledger):
+    proxy.cut_after_request()
+    assert train(cut_rpc, size=1000).result.step == 1
+    assert len(ledger.arrived) == 2 and len(ledger.applied) == 1
 
 
 def test_connection_that_is_cut_in_the_midst_of_the_reply(cut_rpc, proxy, scripted):
@@ -383,11 +392,13 @@ def waits_of(monkeypatch, count: int, seconds: float) -> list[float]:
             now[0] += timeout
             return False
 
-    monkeypatch.setattr("gradwire.attempts.time.monotonic", lambda: now[0])
-    attempts = Attempts(100.0 + seconds, Closed())
-    for _ in range(count):
-        if not attempts.wait(errors.Unavailable(), lambda seconds: None):
-            break
+    monkeypatch.setattr("gradwire.deadline.time.monotonic", lambda: now[0])
+    deadline = Deadline(seconds)
+    attempts = Attempts(deadline, Closed())
+    with deadline.running():
+        for _ in range(count):
+            if not attempts.wait(errors.Unavailable(), lambda seconds: None):
+                break
     assert now[0] <= 100.0 + seconds
     return waits
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from gradwire import errors
+from gradwire.deadline import Deadline
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -27,9 +28,11 @@ APPLIED, NOT_APPLIED, RUNNING = (
 SLACK = 0.7
 
 
-def train_step(rpc: Rpc, **options):
+def train_step(rpc: Rpc, *, timeout: float | None = None):
     request = pb.TrainStepRequest(name="models/m", request_id=new_request_id())
-    return rpc.call("TrainStep", request, command=f"models/m/commands/{request.request_id}", **options)
+    deadline = Deadline(rpc.timeout if timeout is None else timeout)
+    command = f"models/m/commands/{request.request_id}"
+    return rpc.call("TrainStep", request, command=command, deadline=deadline)
 
 
 def never_answers(service):
@@ -96,7 +99,7 @@ def test_slow_read_is_deadline_exceeded_within_the_timeout(scripted, rpc):
     scripted.answers["GetModel"] = never_answers(scripted)
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded, match="within 1 s"):
-        rpc.call("GetModel", pb.GetModelRequest(name="models/m"), timeout=1.0)
+        rpc.call("GetModel", pb.GetModelRequest(name="models/m"), deadline=Deadline(1.0))
     assert time.monotonic() - start < 1.0 + SLACK
 
 
@@ -135,6 +138,35 @@ def test_command_that_never_reached_the_service_was_not_applied(scripted, rpc):
     with pytest.raises(errors.DeadlineExceeded) as caught:
         train_step(rpc, timeout=1.0)
     assert caught.value.outcome == "not_applied"
+
+
+@pytest.mark.parametrize("came", [True, False])
+def test_recovering_model_is_asked_again_what_became_of_the_command(scripted, rpc, came):
+    scripted.answers["TrainStep"] = never_answers(scripted)
+
+    def get_command(request, context):
+        if len(scripted.requests("GetCommand")) < 4:
+            raise errors.Unavailable("is brought back", reason="MODEL_RECOVERING", retry_after=0.02)
+        if not came:
+            raise errors.ModelNotFound("no such command", reason="COMMAND_NOT_FOUND")
+        return model_pb2.Command(state=APPLIED)
+
+    scripted.answers["GetCommand"] = get_command
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        train_step(rpc, timeout=3.0)
+    assert caught.value.outcome == ("applied" if came else "not_applied")
+    # First whether it lives, then until it knows.
+    assert [request.wait for request in scripted.requests("GetCommand")] == [False, True, True, True]
+
+
+def test_model_that_goes_on_recovering_leaves_the_outcome_unknown_on_a_service_that_is_alive(scripted, rpc):
+    scripted.answers["TrainStep"] = never_answers(scripted)
+    scripted.answers["GetCommand"] = raises(errors.Unavailable("is brought back", reason="MODEL_RECOVERING"))
+    start = time.monotonic()
+    with pytest.raises(errors.DeadlineExceeded, match="may be applied yet") as caught:
+        train_step(rpc, timeout=1.0)
+    assert time.monotonic() - start < 1.0 + SLACK
+    assert caught.value.outcome == "unknown" and len(scripted.requests("GetCommand")) > 1
 
 
 def test_connection_lost_in_a_command_leaves_the_outcome_unknown(scripted, rpc):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cutting_proxy import Proxy
+from cutting_proxy import CuttingProxy
 from torch import nn
 
 import gradwire
@@ -18,8 +18,8 @@ STEPS = 40
 
 
 @pytest.fixture
-def proxy(service: str) -> Iterator[Proxy]:
-    proxy = Proxy(int(service.rpartition(":")[2]))
+def proxy(service: str) -> Iterator[CuttingProxy]:
+    proxy = CuttingProxy(service)
     yield proxy
     proxy.close()
 
@@ -27,7 +27,7 @@ def proxy(service: str) -> Iterator[Proxy]:
 class Cutter:
     """Cuts a proxy's connections: soon, or in the midst of what passes next."""
 
-    def __init__(self, proxy: Proxy, seed: int) -> None:
+    def __init__(self, proxy: CuttingProxy, seed: int) -> None:
         self._proxy = proxy
         self._random = random.Random(seed)
 

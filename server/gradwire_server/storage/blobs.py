@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from gradwire_server.storage.durable_files import sync_file, sync_folder
+from gradwire_server.storage.durable_files import link_or_copy, sync_file, sync_folder
 from gradwire_server.storage.storage_errors import storage_error
 
 _UPLOAD = re.compile(r"uploads/([A-Za-z0-9_-]{1,64})")
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class Blobs:
@@ -101,7 +98,7 @@ class Blobs:
         temporary = target.with_name(f".{target.name}")
         try:
             temporary.unlink(missing_ok=True)
-            _link_or_copy(source, temporary)
+            link_or_copy(source, temporary)
             if self._durable:
                 sync_file(temporary)
             os.replace(temporary, target)
@@ -109,12 +106,3 @@ class Blobs:
             temporary.unlink(missing_ok=True)
         if self._durable:
             sync_folder(self._folder)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        shutil.copyfile(source, target)  # By sendfile, inside the kernel.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_server.storage.checkpoint_folders import place, storage_errors, taken
-from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.durable_files import link_or_copy, sync_folder
 from gradwire_server.storage.manifest import MANIFEST
 
 _PARTIAL = ".partial"
@@ -29,7 +29,6 @@ _FLUSH_BYTES = 32 << 20
 """Written pages are flushed so often: whoever else flushes a file meanwhile never waits for more than these."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 
 
 class LocalFolders:
@@ -73,7 +72,7 @@ class LocalFolders:
     def fetch(self, key: str, names: list[str]) -> Path:
         with self._errors():
             try:
-                return _fetched(self._path(key), names, self._own(_READING), _link)
+                return _fetched(self._path(key), names, self._own(_READING), link_or_copy)
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
@@ -229,13 +228,3 @@ def _fetched(source: Path, names: list[str], parent: Path, get: Callable[[Path, 
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file; where the file system has no links, copy it."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        shutil.copyfile(source, target)

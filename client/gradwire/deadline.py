@@ -1,0 +1,47 @@
+"""The time that one call of the SDK may take, in however many requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Deadline:
+    """When a call must have ended: `seconds` after it began to ask the service.
+
+    The clock runs in `with deadline.running()`, while the service is asked. Outside it stands: what the client does by
+    itself, such as an export, and the wait behind calls that were made before, is not the service's. For one thread at
+    a time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._left = seconds
+        self._end: float | None = None
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; not above 0 where it has passed."""
+        return self._left if self._end is None else self._end - time.monotonic()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the clock run. Inside another such block this changes nothing."""
+        if self._end is not None:
+            yield
+            return
+        self._end = time.monotonic() + self._left
+        try:
+            yield
+        finally:
+            self._left, self._end = self.left, None
+
+    def give_back(self, seconds: float) -> None:
+        """Do not count `seconds` that have passed."""
+        assert self._end is not None
+        self._end += seconds
+
+    def within(self, seconds: float) -> Deadline:
+        """The end of a part of the call: `seconds` from when it begins, if this one comes no earlier."""
+        return Deadline(min(seconds, self.left))

@@ -1,0 +1,172 @@
+"""A call has one time, in however many requests: none of them starts it anew."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from client.one_model import batch, net
+from torch import nn
+
+import gradwire
+from gradwire import errors, optim
+from gradwire.deadline import Deadline
+from gradwire.rpc import Rpc
+from gradwire.transfer import INLINE_BYTES, Uploads
+from gradwire.variants import without_graph
+from gradwire_proto import codec
+from gradwire_proto.tensors import from_torch
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+
+TIME, SLOW = 1.5, 0.9
+"""Of a call, and of each of the two requests that it makes: seconds."""
+
+LATE = (errors.DeadlineExceeded, errors.Unavailable)
+"""The second where a busy machine did not say in time what became of it."""
+
+# What a busy machine may add: still no hang.
+SLACK = 0.7
+
+
+@pytest.fixture
+def hurried(scripted):
+    """A client whose calls have little time."""
+    with gradwire.connect(scripted.target, timeout=TIME) as sdk:
+        yield sdk
+
+
+def slow_down(scripted, *methods: str) -> None:
+    for method in methods:
+        answer = scripted.answers[method]
+        scripted.answers[method] = lambda request, context, answer=answer: (
+            scripted.release.wait(SLOW) or answer(request, context)
+        )
+
+
+def scale() -> nn.Module:
+    class Scale(nn.Module):
+        """Each number of features has a graph of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.factor * x if x.shape[1] % 2 else x * self.factor
+
+    return Scale()
+
+
+def pair(features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(5, features), torch.randn(5, features)
+
+
+def test_bringing_a_variant_and_the_step_that_needs_it_share_the_time(hurried, hosted, scripted):
+    model = hurried.create_model(scale(), loss="mse_loss", optimizer=optim.SGD(), example=pair(3))
+    slow_down(scripted, "AddVariant", "TrainStep")
+    with pytest.raises(LATE, match=r"within 1\.5 s"):
+        model.train_step(*pair(4))
+    assert scripted.requests("TrainStep")
+    model.train_step(*pair(4))
+
+
+def test_asking_for_variants_and_the_step_share_the_time(sdk, hurried, hosted, scripted):
+    made = sdk.create_model(scale(), loss="mse_loss", optimizer=optim.SGD(), example=pair(3))
+    found = hurried.get_model(made.id)
+    made.train_step(*pair(4))
+    variant = codec.decode_variant(scripted.requests("AddVariant")[0].variant)
+    hosted.info = replace(hosted.info, variants=(*hosted.info.variants, without_graph(variant)))
+    slow_down(scripted, "GetModel", "TrainStep")
+    with pytest.raises(LATE, match=r"within 1\.5 s"):
+        found.train_step(*pair(4))
+    assert len(scripted.requests("TrainStep")) == 2
+
+
+def test_bringing_a_function_that_was_forgotten_is_part_of_the_call_that_needs_it(hurried, scripted):
+    def forget(request, context):
+        scripted.release.wait(SLOW)
+        raise errors.FailedPrecondition("unknown function", reason="FUNCTION_UNKNOWN")
+
+    scripted.answers["ComputeGradients"] = forget
+    started = time.monotonic()
+    with pytest.raises(LATE):
+        hurried.grad(lambda x: (x * x).sum())(torch.ones(3))
+    assert len(scripted.requests("ComputeGradients")) == 2 and time.monotonic() - started > TIME / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "page"), [("ListModels", pb.ListModelsResponse), ("ListCheckpoints", pb.ListCheckpointsResponse)]
+)
+def test_pages_of_a_listing_share_the_time(hurried, scripted, method, page):
+    scripted.answers[method] = lambda request, context: page(next_page_token="" if request.page_token else "next")
+    slow_down(scripted, method)
+    with pytest.raises(LATE):
+        hurried.list_models() if method == "ListModels" else hurried.list_checkpoints()
+    assert len(scripted.requests(method)) == 2
+
+
+def test_upload_stands_still_no_longer_than_its_call_has_time(scripted):
+    rpc = Rpc(scripted.target, timeout=30.0)
+    scripted.answers["UploadTensors"] = lambda messages, context: (
+        scripted.release.wait(10) and pb.UploadTensorsResponse()
+    )
+    uploads = Uploads(rpc, Deadline(0.4))
+    started = time.monotonic()
+    with pytest.raises(errors.Unavailable, match=r"no bytes for 0\.4 s"):
+        uploads.send_apart((from_torch(torch.zeros(INLINE_BYTES // 2)),))
+    assert time.monotonic() - started < 0.4 + SLACK
+    rpc.close()
+
+
+def test_upload_that_moves_takes_its_time_and_the_request_has_its_own(scripted, rpc):
+    def trickle(messages, context):
+        for _ in messages:
+            time.sleep(0.1)
+        return pb.UploadTensorsResponse(name="uploads/u")
+
+    scripted.answers["UploadTensors"] = trickle
+    uploads = Uploads(rpc, Deadline(0.5))
+    started = time.monotonic()
+    uploads.send_apart((from_torch(torch.zeros(INLINE_BYTES // 2)),))
+    assert time.monotonic() - started > 0.5 and uploads.deadline.left > 0.4
+
+
+def test_upload_that_goes_again_is_over_by_the_deadline_however_it_moves(scripted, rpc):
+    uploads = Uploads(rpc)
+    pause = 0.0
+
+    def upload(messages, context):
+        for _ in messages:
+            time.sleep(pause)
+        return pb.UploadTensorsResponse(name="uploads/u")
+
+    scripted.answers["UploadTensors"] = upload
+    uploads.send_apart((from_torch(torch.zeros(INLINE_BYTES // 2)),))
+    pause = 0.1
+    started = time.monotonic()
+    with pytest.raises(errors.GradwireError):
+        uploads.send_again(Deadline(0.5))
+    assert time.monotonic() - started < 0.5 + SLACK
+
+
+def test_clock_stands_while_the_client_works_by_itself():
+    deadline = Deadline(5.0)
+    time.sleep(0.02)
+    assert deadline.left == 5.0
+    with deadline.running(), deadline.running():
+        time.sleep(0.02)
+        assert 0 < deadline.left < 5.0 - 0.01
+    left = deadline.left
+    time.sleep(0.02)
+    assert deadline.left == left < 5.0 - 0.01
+    assert deadline.within(1.0).left == 1.0 and deadline.within(9.0).left == left
+
+
+def test_call_behind_futures_has_its_whole_time_when_its_turn_comes(hurried, hosted, scripted):
+    model = hurried.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(), example=batch())
+    slow_down(scripted, "TrainStep")
+    futures = [model.futures.train_step(*batch()) for _ in range(2)]
+    assert model.train_step(*batch()).step == 4
+    assert all(each.done() for each in futures)
