@@ -97,7 +97,7 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
     }
     (folder / "group").mkdir()
     await ranks.call("load", [{**common, "rank": rank} for rank in range(2)])
-    await ranks.call("start", [{"folder": str(folder / "group"), "epoch": ranks.next_epoch()}] * 2)
+    await ranks.call("start", [{"folder": str(folder / "group"), "generation": ranks.next_generation()}] * 2)
 
     async def release(reuse: bool) -> None:
         """The fixture of the ranks ends them."""

@@ -254,7 +254,7 @@ class Cluster:
             for rank in range(len(ranks))
         ]
         await ranks.call("load", of_ranks, changes=False)
-        where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
+        where = {"folder": str(lease.folder), "generation": ranks.next_generation()}
         answers = await ranks.call("start", [where] * len(ranks), changes=False)
         return tuple(
             StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]

@@ -33,7 +33,7 @@ class Ranks:
         self.on_lost: Callable[[RankLost], None] | None = None
         self.applied = 0
         """Commands that have changed the model. Each rank counts the same, for itself."""
-        self._epoch = 0
+        self._generation = 0
         self._calls: list[asyncio.Future[Answer]] = []
         for process in self.processes:
             process.channel.on_lost = self._lose
@@ -41,10 +41,10 @@ class Ranks:
     def __len__(self) -> int:
         return len(self.processes)
 
-    def next_epoch(self) -> int:
+    def next_generation(self) -> int:
         """A number that no process group of these ranks has had."""
-        self._epoch += 1
-        return self._epoch
+        self._generation += 1
+        return self._generation
 
     async def call(self, kind: str, fields: Sequence[Mapping[str, Any]], *, changes: bool = True) -> Answers:
         """Sends each rank its fields; waits for every rank. Fewer fields than ranks: the first ranks only.
@@ -115,8 +115,8 @@ class Ranks:
         return cause or InternalError(f"a {kind} failed")
 
     async def _rejoin(self) -> None:
-        epoch = self.next_epoch()
-        answers, missing = await self._answers("rejoin", [{"epoch": epoch}] * len(self))
+        generation = self.next_generation()
+        answers, missing = await self._answers("rejoin", [{"generation": generation}] * len(self))
         error = missing or next((answer.error for answer in answers if answer.error is not None), None)
         if error is not None:
             self._lose(RankLost(f"the ranks could not join again: {error.message}", outcome="not_applied"))

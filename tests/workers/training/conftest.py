@@ -45,11 +45,11 @@ class RankProcesses:
         self._listener = Listener(str(folder / "ranks"), family="AF_UNIX")
         self._processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
-        self._epoch = 0
+        self._generation = 0
 
-    def new_epoch(self) -> int:
-        self._epoch += 1
-        return self._epoch
+    def new_generation(self) -> int:
+        self._generation += 1
+        return self._generation
 
     def grow(self, size: int) -> None:
         while len(self.connections) < size:
@@ -99,10 +99,10 @@ class Group:
         self.loss: dict[str, str | None] = {}
         self.reports_of: dict[str, Any] = {}
         processes.grow(self.size)
-        epoch = processes.new_epoch()
+        generation = processes.new_generation()
         folder = str(processes.folder)
         state = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.call("start", [((spec, state, rank, self.size, folder, epoch), {}) for rank in range(self.size)])
+        self.call("start", [((spec, state, rank, self.size, folder, generation), {}) for rank in range(self.size)])
         for variant in self.variants:
             self.whole[variant.name] = None
             if self.size > 1:
@@ -181,7 +181,7 @@ class Group:
             return [answer for _, answer in answers]
         self.errors = errors
         if name != "start" and any(self.call_all("needs_rejoin")):
-            self.call_all("rejoin", self.processes.new_epoch())
+            self.call_all("rejoin", self.processes.new_generation())
         raise next((error for error in errors if getattr(error, "reason", "") != "PEER_FAILED"), errors[0])
 
     def rank_rows(self) -> list[int]:

@@ -18,12 +18,12 @@ PROGRAM = textwrap.dedent("""
     if sys.argv[4] == "missing":
         began = time.monotonic()
         try:
-            ProcessGroups.join(folder=folder, epoch=1, rank=rank, size=size + 1, timeout=1.0)
+            ProcessGroups.join(folder=folder, generation=1, rank=rank, size=size + 1, timeout=1.0)
         except InternalError as error:
             print(error.reason, time.monotonic() - began < 10)
         os._exit(0)
-    groups = ProcessGroups.join(folder=folder, epoch=1, rank=rank, size=size)
-    for epoch in range(2, 8):
+    groups = ProcessGroups.join(folder=folder, generation=1, rank=rank, size=size)
+    for generation in range(2, 8):
         assert groups.all_reduce(torch.full((3,), rank + 1.0)).tolist() == [size * (size + 1) / 2] * 3
         assert groups.all_reduce(torch.tensor([rank]), largest=True).item() == size - 1
         assert groups.all_gather(torch.tensor([rank])).flatten().tolist() == list(range(size))
@@ -44,8 +44,8 @@ PROGRAM = textwrap.dedent("""
         except InternalError as error:
             assert error.reason == "PEER_FAILED"
         assert groups.failed and time.monotonic() - began < 5
-        groups = groups.rejoin(epoch)
-    print("joined", epoch)
+        groups = groups.rejoin(generation)
+    print("joined", generation)
     sys.stdout.flush()
     os._exit(0)
 """)

@@ -180,7 +180,7 @@ async def test_what_every_rank_refuses_by_itself_costs_no_new_connections(start,
             await call
     with pytest.raises(InvalidArgument):
         await group.compute_gradients(in_batch(*data(4)), GradientQuery(wrt=("nothing",)))
-    assert group._ranks._epoch == 1
+    assert group._ranks._generation == 1
 
 
 class Wide(nn.Module):
