@@ -25,6 +25,7 @@ from gradwire.export import ModuleExporter
 from gradwire_proto.codec import encode_model_spec
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import Batch, GradientQuery, Limits, ModelSpec, OptimizerSpec
+from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import RankChannel
 from gradwire_workers.ranks import Ranks
@@ -104,10 +105,9 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
 
     group = WorkerGroup(
         ranks=ranks,
-        variants=spec.program.variants,
+        variants=GroupVariants(ranks, spec.program.variants, require_sharding=True),
         device="cpu",
         writer=SegmentWriter(folder, "frontend"),
-        require_sharding=True,
         release=release,
     )
     await group.prepare(Batch(from_nested(exported.example.inputs), from_nested(exported.example.targets)))
