@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +16,7 @@ import pytest
 import pytest_asyncio
 import torch
 from torch import nn
+from torch_forks import Fork, TorchForks
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.tensors import from_any, from_nested
@@ -33,9 +32,10 @@ torch.set_num_threads(1)
 class PlainProcesses:
     """In place of Ray. `answers` False: what Ray is asked to end, it does not, and takes its time not to."""
 
-    def __init__(self) -> None:
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+    def __init__(self, forks: TorchForks) -> None:
+        self.processes: dict[str, Fork] = {}
         self.answers = True
+        self._forks = forks
 
     def join(self) -> None: ...
 
@@ -45,18 +45,15 @@ class PlainProcesses:
         return 3, 0.0
 
     def kill_orphans(self) -> int:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
+        while self.processes:
+            self.processes.popitem()[1].close()
         return 0
 
     def start_rank(self, name: str, folder: str, memory_folder: str, *, patience: float) -> dict[str, Any]:
         endpoint = f"ipc://{folder}/{name}.sock"
-        command = [sys.executable, Path(__file__).with_name("rank.py"), endpoint, memory_folder, name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = self._forks.start(Path(__file__).with_name("rank.py"), endpoint, memory_folder, name)
         self.processes[name] = process
-        assert process.stdout is not None
-        assert process.stdout.readline() == "serving\n"
+        assert process.output.readline() == "serving\n"
         return {"endpoint": endpoint, "process_id": process.pid}
 
     def kill(self, name: str) -> None:
@@ -78,9 +75,9 @@ class _Reservation:
 
 
 @pytest.fixture(scope="session")
-def plain_processes() -> PlainProcesses:
+def plain_processes(torch_forks: TorchForks) -> PlainProcesses:
     """What starts and ends the ranks of the cluster."""
-    return PlainProcesses()
+    return PlainProcesses(torch_forks)
 
 
 @pytest.fixture(scope="session")
