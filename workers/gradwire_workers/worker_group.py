@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from gradwire_proto.codec import encode_optimizer, encode_variant
@@ -178,8 +178,10 @@ class WorkerGroup:
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
         shards, rows = await self._split(batch, training=True)
-        answers = await self._call_shards("train_step", shards, {"command": command, "lr": lr})
-        return step_result(answers, rows)
+        fields = {"command": command, "lr": lr}
+        answers = await self._call_shards("train_step", shards, fields, any_will_do=True)
+        # Of all that ranks answer only this is not the same: a lost one need not be asked.
+        return replace(step_result(answers, rows), rank_rows=tuple(shard.count for shard in shards))
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         """Adds the batch's gradients to those that the ranks hold."""
@@ -287,8 +289,14 @@ class WorkerGroup:
         return shards, rows
 
     async def _call_shards(
-        self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True
+        self,
+        kind: str,
+        shards: Sequence[Shard],
+        extra: Mapping[str, Any],
+        *,
+        changes: bool = True,
+        any_will_do: bool = False,
     ) -> Answers:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
         with self._variants.carried_out():
-            return await self._ranks.call(kind, fields, changes=changes)
+            return await self._ranks.call(kind, fields, changes=changes, any_will_do=any_will_do)

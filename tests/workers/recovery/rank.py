@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from gradwire_workers.rank_commands import RankCommands
 from gradwire_workers.rank_server import RankServer
 
+
+class Told(RankCommands):
+    """After the command that a file names, and before it answers, it ends or takes its time, as the file says."""
+
+    def __init__(self, name: str, memory_folder: str) -> None:
+        super().__init__(name, memory_folder)
+        self._told = Path(memory_folder, f"{name}.told")
+
+    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = super().answer(kind, fields)
+        if self._told.exists():
+            command, what = self._told.read_text().split()
+            if command == kind and what == "ends":
+                os._exit(1)
+            elif command == kind:
+                time.sleep(float(what))
+        return answer
+
+
 if __name__ == "__main__":
     endpoint, memory_folder, name = sys.argv[1:]
-    RankServer(endpoint, RankCommands(name, memory_folder), patience=60).start()
+    RankServer(endpoint, Told(name, memory_folder), patience=60).start()
     print("serving", flush=True)
     time.sleep(3600)
