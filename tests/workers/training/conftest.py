@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_forks import Fork, TorchForks
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.batch_check import flatten, select_variant
@@ -40,10 +38,11 @@ torch.set_num_threads(1)
 class RankProcesses:
     """Processes that wait to be ranks; more are started as tests need them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forks: TorchForks) -> None:
         self.folder = folder
+        self._forks = forks
         self._listener = Listener(str(folder / "ranks"), family="AF_UNIX")
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[Fork] = []
         self.connections: list[Connection] = []
         self._generation = 0
 
@@ -54,10 +53,7 @@ class RankProcesses:
     def grow(self, size: int) -> None:
         while len(self.connections) < size:
             script = Path(__file__).parent / "rank_process.py"
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self._processes.append(
-                subprocess.Popen([sys.executable, str(script), str(self._listener.address)], env=environment)
-            )
+            self._processes.append(self._forks.start(script, str(self._listener.address)))
             self.connections.append(self._listener.accept())
 
     @property
@@ -76,8 +72,7 @@ class RankProcesses:
             connection.close()
         self._listener.close()
         for process in self._processes:
-            process.kill()
-            process.wait()
+            process.close()
 
 
 class Group:
@@ -225,8 +220,8 @@ def _as_tensors(shard: Shard) -> Shard:
 
 
 @pytest.fixture(scope="session")
-def rank_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
-    processes = RankProcesses(tmp_path_factory.mktemp("r"))
+def rank_processes(tmp_path_factory: pytest.TempPathFactory, torch_forks: TorchForks) -> Iterator[RankProcesses]:
+    processes = RankProcesses(tmp_path_factory.mktemp("r"), torch_forks)
     yield processes
     processes.close()
 
