@@ -59,14 +59,14 @@ async def test_the_rank_that_is_left_is_a_source(start, bits, made, victim):
     assert bits(state) == expected
 
 
-def tell(memory_folder: Path, group, rank: int, kind: str, what: str) -> None:
+def tell(cluster, group, rank: int, kind: str, what: str) -> None:
     """What a rank does when it has carried out its next command of that kind, before it answers: see rank.py."""
-    (memory_folder / f"{group._ranks.processes[rank].name}.told").write_text(f"{kind} {what}")
+    Path(cluster._config.folder, f"{group._ranks.processes[rank].name}.told").write_text(f"{kind} {what}")
 
 
 @pytest.mark.parametrize(("victim", "seconds"), [(0, 0.0), (1, 0.3)])
 async def test_a_step_that_a_lost_rank_has_not_answered_is_applied_where_another_has(
-    start, bits, made, memory_folder, victim, seconds
+    start, bits, made, cluster, victim, seconds
 ):
     batches = [batch_of(7) for _ in range(2)]
     undisturbed = await start(made)
@@ -75,8 +75,8 @@ async def test_a_step_that_a_lost_rank_has_not_answered_is_applied_where_another
     await undisturbed.close()
     group = await start(made)
     found = [await group.train_step(batches[0], command=1)]
-    tell(memory_folder, group, victim, "train_step", "ends")
-    tell(memory_folder, group, 1 - victim, "train_step", str(seconds))
+    tell(cluster, group, victim, "train_step", "ends")
+    tell(cluster, group, 1 - victim, "train_step", str(seconds))
     found.append(await group.train_step(batches[1], command=2))
     assert [replace(each, timing=None) for each in found] == [replace(each, timing=None) for each in expected]
     assert group.rank_lost is not None and group.applied == 2
@@ -86,11 +86,9 @@ async def test_a_step_that_a_lost_rank_has_not_answered_is_applied_where_another
     assert bits(await group.salvage(2)) == last
 
 
-async def test_a_command_of_which_each_rank_has_a_part_is_not_applied_where_one_has_not_answered(
-    start, made, memory_folder
-):
+async def test_a_command_of_which_each_rank_has_a_part_is_not_applied_where_one_has_not_answered(start, made, cluster):
     group = await start(made)
-    tell(memory_folder, group, 1, "forward_backward", "ends")
+    tell(cluster, group, 1, "forward_backward", "ends")
     with pytest.raises(RankLost) as lost:
         await group.forward_backward(batch_of(7), command=1)
     assert lost.value.outcome == "unknown" and group.applied == 0

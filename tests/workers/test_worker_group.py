@@ -18,7 +18,7 @@ from gradwire_proto.values import Batch, GradientQuery, Segment, TensorData, lea
 from gradwire_workers import segments
 from gradwire_workers.segments import SegmentWriter
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 def net() -> nn.Module:

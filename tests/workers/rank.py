@@ -16,9 +16,9 @@ from gradwire_workers.rank_server import RankServer
 class Told(RankCommands):
     """After the command that a file names, and before it answers, it ends or takes its time, as the file says."""
 
-    def __init__(self, name: str, memory_folder: str) -> None:
+    def __init__(self, name: str, memory_folder: str, told: Path) -> None:
         super().__init__(name, memory_folder)
-        self._told = Path(memory_folder, f"{name}.told")
+        self._told = told
 
     def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         answer = super().answer(kind, fields)
@@ -33,6 +33,7 @@ class Told(RankCommands):
 
 if __name__ == "__main__":
     endpoint, memory_folder, name = sys.argv[1:]
-    RankServer(endpoint, Told(name, memory_folder), patience=60).start()
+    told = Path(endpoint.removeprefix("ipc://")).with_suffix(".told")
+    RankServer(endpoint, Told(name, memory_folder, told), patience=60).start()
     print("serving", flush=True)
     time.sleep(3600)
