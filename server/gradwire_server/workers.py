@@ -54,9 +54,10 @@ class Workers(Protocol):
     is lost. Result tensors in segments belong to the caller, who removes their files.
     """
 
-    sharding: Sharding
     device: str
 
+    @property
+    def sharding(self) -> Sharding: ...
     @property
     def tensors(self) -> tuple[StateTensor, ...]:
         """Those of an architecture that the ranks have built; of a program of graphs, none."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +18,13 @@ import pytest_asyncio
 import torch
 import zmq
 from torch import nn
+from torch_forks import TorchForks
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.codec import encode_model_spec
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import Batch, GradientQuery, Limits, ModelSpec, OptimizerSpec
+from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import RankChannel
 from gradwire_workers.ranks import Ranks
@@ -41,25 +41,20 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return module.tripwire
 
 
-def start_rank(endpoint: str, memory_folder: Path) -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("rank_without_ray.py")
-    return subprocess.Popen([sys.executable, script, endpoint, str(memory_folder)], stdout=subprocess.PIPE, text=True)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def ranks(folder: Path) -> AsyncIterator[Ranks]:
+async def ranks(folder: Path, torch_forks: TorchForks) -> AsyncIterator[Ranks]:
     """Two ranks, connected as the launcher does it."""
     context = zmq.Context()
     endpoints = [f"ipc://{folder}/{number}.sock" for number in range(2)]
-    processes = [start_rank(endpoint, folder) for endpoint in endpoints]
+    script = Path(__file__).with_name("rank_without_ray.py")
+    processes = [torch_forks.start(script, endpoint, str(folder)) for endpoint in endpoints]
     for process in processes:
-        assert process.stdout is not None
-        assert await asyncio.to_thread(process.stdout.readline) == "serving\n"
+        assert process.output.readline() == "serving\n"
     channels = [RankChannel(context, endpoint, "rank-x") for endpoint in endpoints]
 
     def end(process: RankProcess) -> asyncio.Task[None]:
@@ -69,8 +64,8 @@ async def ranks(folder: Path) -> AsyncIterator[Ranks]:
     for channel in channels:
         channel.close()
     for process in processes:
-        await asyncio.to_thread(process.wait, 5)
-        process.communicate()
+        assert process.ends(5)
+        process.close()
     context.destroy(linger=0)
 
 
@@ -97,17 +92,16 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
     }
     (folder / "group").mkdir()
     await ranks.call("load", [{**common, "rank": rank} for rank in range(2)])
-    await ranks.call("start", [{"folder": str(folder / "group"), "epoch": ranks.next_epoch()}] * 2)
+    await ranks.call("start", [{"folder": str(folder / "group"), "generation": ranks.next_generation()}] * 2)
 
     async def release(reuse: bool) -> None:
         """The fixture of the ranks ends them."""
 
     group = WorkerGroup(
         ranks=ranks,
-        variants=spec.program.variants,
+        variants=GroupVariants(ranks, spec.program.variants, require_sharding=True),
         device="cpu",
         writer=SegmentWriter(folder, "frontend"),
-        require_sharding=True,
         release=release,
     )
     await group.prepare(Batch(from_nested(exported.example.inputs), from_nested(exported.example.targets)))

@@ -18,8 +18,7 @@ from gradwire_proto.errors import InternalError, InvalidArgument
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import GradientQuery, Limits, ModelSpec
 from gradwire_workers.rank_commands import RankCommands
-from gradwire_workers.shard import Shard
-from gradwire_workers.worker_group import shard_fields
+from gradwire_workers.shard import Shard, shard_fields
 
 ROWS = 70_000  # so many that the outputs do not fit into the message
 

@@ -17,8 +17,7 @@ from gradwire_proto.tensors import from_any, from_nested, from_torch
 from gradwire_proto.values import Limits, ModelSpec, TensorData
 from gradwire_workers.rank_commands import RankCommands
 from gradwire_workers.rank_tensors import leaves_in, owned
-from gradwire_workers.shard import Shard
-from gradwire_workers.worker_group import shard_fields
+from gradwire_workers.shard import Shard, shard_fields
 
 
 class Histogram(nn.Module):

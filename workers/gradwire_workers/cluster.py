@@ -32,6 +32,7 @@ from gradwire_proto.values import (
 from gradwire_workers import segments
 from gradwire_workers.function_rank import FunctionRank
 from gradwire_workers.group_state import for_rank
+from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
@@ -200,11 +201,9 @@ class Cluster:
             ranks = Ranks(lease.processes)
             group = WorkerGroup(
                 ranks=ranks,
-                variants=() if isinstance(spec.program, ArchitectureSpec) else spec.program.variants,
+                variants=self._variants(spec, ranks),
                 device=demand.device,
                 writer=self._writer,
-                require_sharding=spec.require_sharding,
-                loss_is_given=spec.loss_reduction is not None,
                 threads=threads,
                 release=lease.release,
             )
@@ -212,7 +211,6 @@ class Cluster:
             built = await self._load(ranks, lease, spec, demand, tensors, threads, state)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors = built
-                group.opening = OpenVariants(ranks, self._config.limits)
             if state is None:
                 await group.prepare(example)
             else:
@@ -223,6 +221,19 @@ class Cluster:
             await asyncio.shield(_give_up(lease, place, reuse))
             raise
         return group
+
+    def _variants(self, spec: ModelSpec, ranks: Ranks) -> GroupVariants:
+        if isinstance(spec.program, ArchitectureSpec):
+            graphs, opening = (), OpenVariants(ranks, self._config.limits)
+        else:
+            graphs, opening = spec.program.variants, None
+        return GroupVariants(
+            ranks,
+            graphs,
+            opening=opening,
+            loss_is_given=spec.loss_reduction is not None,
+            require_sharding=spec.require_sharding,
+        )
 
     async def _load(
         self,
@@ -254,7 +265,7 @@ class Cluster:
             for rank in range(len(ranks))
         ]
         await ranks.call("load", of_ranks, changes=False)
-        where = {"folder": str(lease.folder), "epoch": ranks.next_epoch()}
+        where = {"folder": str(lease.folder), "generation": ranks.next_generation()}
         answers = await ranks.call("start", [where] * len(ranks), changes=False)
         return tuple(
             StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]

@@ -30,9 +30,8 @@ from gradwire_workers.combining import derivative_result, gradient_result
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.segments import SegmentWriter
-from gradwire_workers.shard import Shard
-from gradwire_workers.sharding import split
-from gradwire_workers.worker_group import examples_in, shard_fields
+from gradwire_workers.shard import Shard, shard_fields
+from gradwire_workers.sharding import examples_in, split
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Built on torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors. Ranks find each other through a file in a
 private folder and talk over the loopback interface. What torch lacks is added here: a collective fails at once when
-a peer gives up, instead of waiting for its timeout, and the same processes can then join again in a new epoch.
+a peer gives up, instead of waiting for its timeout, and the same processes can then join again in a new generation.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class ProcessGroups:
     ProcessGroups at a time. Every method but `abort` belongs to one thread.
     """
 
-    def __init__(self, *, folder: Path, epoch: int, rank: int, size: int, device: str, join_seconds: float) -> None:
-        self.folder, self.epoch, self.rank, self.size, self.device = folder, epoch, rank, size, device
+    def __init__(
+        self, *, folder: Path, generation: int, rank: int, size: int, device: str, join_seconds: float
+    ) -> None:
+        self.folder, self.generation, self.rank, self.size, self.device = folder, generation, rank, size, device
         self.seconds = 0.0  # spent waiting in collectives, ever
         self._join_seconds = join_seconds
         self._lock = threading.Lock()
@@ -57,7 +59,7 @@ class ProcessGroups:
             raise peer_failed(f"it did not join: {error}") from error
 
     def _connect(self, timeout: timedelta) -> None:
-        store = FileStore(str(self.folder / f"epoch-{self.epoch}"), self.size)
+        store = FileStore(str(self.folder / f"generation-{self.generation}"), self.size)
         store.set_timeout(timeout)
         backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
@@ -69,21 +71,23 @@ class ProcessGroups:
 
     @classmethod
     def join(
-        cls, *, folder: str | Path, epoch: int, rank: int, size: int, device: str = "cpu", timeout: float = 60.0
+        cls, *, folder: str | Path, generation: int, rank: int, size: int, device: str = "cpu", timeout: float = 60.0
     ) -> ProcessGroups:
         """Wait until all `size` ranks have joined, `timeout` seconds at most, about 30 ms when all are there.
 
-        `folder` is private to the model and the same for all its ranks; every join of a model has a new `epoch`.
+        `folder` is private to the model and the same for all its ranks; every join of a model has a new `generation`.
         Raises InternalError PEER_FAILED when some rank does not come.
         """
-        return cls(folder=Path(folder), epoch=epoch, rank=rank, size=size, device=device, join_seconds=timeout)
+        return cls(
+            folder=Path(folder), generation=generation, rank=rank, size=size, device=device, join_seconds=timeout
+        )
 
-    def rejoin(self, epoch: int) -> ProcessGroups:
+    def rejoin(self, generation: int) -> ProcessGroups:
         """Leave, and join the same ranks again."""
         self.leave()
         return type(self)(
             folder=self.folder,
-            epoch=epoch,
+            generation=generation,
             rank=self.rank,
             size=self.size,
             device=self.device,

@@ -150,7 +150,7 @@ class RankCommands:
                     spec=spec, state=state, device=device, limits=limits, weights_folder=weights, saved=saved
                 )
             groups = ProcessGroups.join(
-                folder=where["folder"], epoch=where["epoch"], rank=rank, size=size, device=device
+                folder=where["folder"], generation=where["generation"], rank=rank, size=size, device=device
             )
             try:
                 return Trainer(
@@ -177,7 +177,7 @@ class RankCommands:
         return {"tensors": [asdict(tensor) for tensor in self._trainer.built_tensors]}
 
     def _rejoin(self, fields: Fields) -> Fields:
-        self._model.rejoin(fields["epoch"])
+        self._model.rejoin(fields["generation"])
         return {}
 
     def _reset(self, _: Fields) -> Fields:

@@ -14,10 +14,16 @@ from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.rank_standing import NUMBER
 
+_SECONDS_TO_FINISH = 1.0
+# A rank that is through the last collective of a command has only its update before it.
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What each rank answered, in the order of ranks. `transfer`: seconds that no rank was at work."""
+    """What each rank answered, in the order of ranks. `transfer`: seconds that no rank was at work.
+
+    Of a command of which any answer will do there may be fewer than ranks.
+    """
 
     fields: list[dict[str, Any]]
     transfer: float
@@ -33,23 +39,28 @@ class Ranks:
         self.on_lost: Callable[[RankLost], None] | None = None
         self.applied = 0
         """Commands that have changed the model. Each rank counts the same, for itself."""
-        self._epoch = 0
+        self._generation = 0
         self._calls: list[asyncio.Future[Answer]] = []
+        self._patience = 0.0
         for process in self.processes:
             process.channel.on_lost = self._lose
 
     def __len__(self) -> int:
         return len(self.processes)
 
-    def next_epoch(self) -> int:
+    def next_generation(self) -> int:
         """A number that no process group of these ranks has had."""
-        self._epoch += 1
-        return self._epoch
+        self._generation += 1
+        return self._generation
 
-    async def call(self, kind: str, fields: Sequence[Mapping[str, Any]], *, changes: bool = True) -> Answers:
+    async def call(
+        self, kind: str, fields: Sequence[Mapping[str, Any]], *, changes: bool = True, any_will_do: bool = False
+    ) -> Answers:
         """Sends each rank its fields; waits for every rank. Fewer fields than ranks: the first ranks only.
 
-        `changes`: whether the command changes the model.
+        `changes`: whether the command changes the model. any_will_do: a rank that has carried it out has been told by
+        all others what it takes, and answers what they do. Then the command is applied though others are lost before
+        they answer: it is as if they were lost right after it, and `lost` is set.
 
         Raises the error that the others follow from. Unless `lost` is set now, the ranks are ready for the next
         command, and this one changed nothing; or everything, on every rank, where the error's outcome is "applied".
@@ -59,14 +70,15 @@ class Ranks:
         started = time.perf_counter()
         if changes:
             fields = [{**of_rank, NUMBER: self.applied + 1} for of_rank in fields]
-        answers, missing = await self._answers(kind, fields)
+        answers, missing = await self._answers(kind, fields, patience=_SECONDS_TO_FINISH if any_will_do else 0.0)
         total = time.perf_counter() - started
         failed = [answer for answer in answers if answer.error is not None]
-        if not failed and missing is None:
+        done = [answer for answer in answers if answer.error is None]
+        if done and (len(done) == len(fields) or (any_will_do and missing is not None)):
             self.applied += changes
             return Answers(
-                fields=[answer.fields for answer in answers],
-                transfer=max(0.0, total - max(answer.busy for answer in answers)),
+                fields=[answer.fields for answer in done],
+                transfer=max(0.0, total - max(answer.busy for answer in done)),
                 total=total,
             )
         segments.release(*(answer.fields for answer in answers))
@@ -75,8 +87,14 @@ class Ranks:
             raise missing
         raise await self._recover(kind, answers, failed, changes)
 
-    async def _answers(self, kind: str, fields: Sequence[Mapping[str, Any]]) -> tuple[list[Answer], RankLost | None]:
-        """Every answer that came, and what became of a rank that gave none."""
+    async def _answers(
+        self, kind: str, fields: Sequence[Mapping[str, Any]], *, patience: float = 0.0
+    ) -> tuple[list[Answer], RankLost | None]:
+        """Every answer that came, and what became of a rank that gave none.
+
+        patience: seconds that the others have to answer once a rank is lost.
+        """
+        self._patience = patience
         calls = [process.call(kind, of_rank) for process, of_rank in zip(self.processes, fields, strict=False)]
         self._calls = calls
         answers: list[Answer] = []
@@ -93,6 +111,8 @@ class Ranks:
                 call.cancel()
             self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
             raise
+        finally:
+            self._patience = 0.0
         return answers, missing
 
     async def _recover(self, kind: str, answers: list[Answer], failed: list[Answer], changes: bool) -> GradwireError:
@@ -115,8 +135,8 @@ class Ranks:
         return cause or InternalError(f"a {kind} failed")
 
     async def _rejoin(self) -> None:
-        epoch = self.next_epoch()
-        answers, missing = await self._answers("rejoin", [{"epoch": epoch}] * len(self))
+        generation = self.next_generation()
+        answers, missing = await self._answers("rejoin", [{"generation": generation}] * len(self))
         error = missing or next((answer.error for answer in answers if answer.error is not None), None)
         if error is not None:
             self._lose(RankLost(f"the ranks could not join again: {error.message}", outcome="not_applied"))
@@ -124,14 +144,28 @@ class Ranks:
     def _lose(self, lost: RankLost) -> None:
         if self.lost is None:
             self.lost = lost
-            # The other ranks may be busy for a long time yet, and what they will say no longer matters.
-            for call in self._calls:
-                if not call.done():
-                    call.set_exception(lost)
+            if self._patience:
+                self._end_lost_processes()
+                asyncio.get_running_loop().call_later(self._patience, _give_up, self._calls, lost)
+            else:
+                _give_up(self._calls, lost)
             if self.on_lost is not None:
                 self.on_lost(lost)
+
+    def _end_lost_processes(self) -> None:
+        """One that is stopped must not keep the others waiting."""
+        for process in self.processes:
+            if process.channel.lost is not None:
+                process.kill()
 
     def _lost_before(self) -> RankLost:
         """The same loss, told to a command that was never sent."""
         assert self.lost is not None
         return RankLost(self.lost.message, reason=self.lost.reason, outcome="not_applied")
+
+
+def _give_up(calls: Sequence[asyncio.Future[Answer]], lost: RankLost) -> None:
+    """The other ranks may be busy for a long time yet, and what they will say no longer matters."""
+    for call in calls:
+        if not call.done():
+            call.set_exception(lost)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import (
@@ -21,13 +19,11 @@ from gradwire_proto.values import (
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import backward_result, forward_result
+from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.segments import SegmentWriter
-from gradwire_workers.shard import Shard
+from gradwire_workers.shard import Shard, shard_fields
 from gradwire_workers.sharding import rows_of
-
-Choose = Callable[[Batch, bool], Awaitable[tuple[Variant, list[Shard]]]]
-"""(inputs, training) -> the variant that they fit, and each rank's shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,24 +41,12 @@ class _Retained:
 
 
 class RetainedGroup:
-    """See the module. Calls take turns with all others of the group.
+    """See the module. Calls take turns with all others of the group."""
 
-    tried: inside, the ranks compute what was chosen. shard_fields: a shard as plain values.
-    """
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        writer: SegmentWriter,
-        choose: Choose,
-        tried: Callable[[], AbstractContextManager[None]],
-        shard_fields: Callable[[Shard], Mapping[str, Any]],
-    ) -> None:
+    def __init__(self, ranks: Ranks, writer: SegmentWriter, variants: GroupVariants) -> None:
         self._ranks = ranks
         self._writer = writer
-        self._choose = choose
-        self._tried = tried
-        self._shard_fields = shard_fields
+        self._variants = variants
         self._kept: dict[str, _Retained] = {}
 
     @property
@@ -74,7 +58,9 @@ class RetainedGroup:
         self, inputs: Value, retention: Retention, name: str, *, training: bool, seed: int | None, command: int
     ) -> ForwardResult:
         """The outputs for the inputs, retained as `name`. In training mode buffers move."""
-        variant, shards = await self._choose(Batch(inputs), training)
+        variant, shards, _ = await self._variants.choose(
+            Batch(inputs), training=training, targets=False, loss_apart=True
+        )
         self._forget(retention.release)
         extra = {
             "retention": asdict(retention),
@@ -83,8 +69,8 @@ class RetainedGroup:
             "seed": seed,
             "command": command,
         }
-        fields = [{"shard": self._shard_fields(shard), **extra} for shard in shards]
-        with self._tried():
+        fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
+        with self._variants.carried_out():
             answers = await self._ranks.call("retained_forward", fields)
         differentiable = answers.fields[0]["differentiable"]
         of_ranks = [each["outputs"] for each in answers.fields]

@@ -1,8 +1,9 @@
 """The model of a group that has lost a rank, from one that is left: if there is one that is whole and up to date.
 
 A rank that waits for a lost one in a collective fails it as soon as the lost one's process is gone, puts back what the
-command had changed, and answers. One that had got through the command already is ahead of the others, one that failed
-inside its update is torn, and one that computes for long does not answer in time: none of these is a source.
+command had changed, and answers. One that had got through the command already is a source where its answer was enough
+to count the command as applied (see `Ranks.call`); else it is ahead of what was counted. One that failed inside its
+update is torn, and one that computes for long does not answer in time: none of these is a source.
 """
 
 from __future__ import annotations

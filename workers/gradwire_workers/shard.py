@@ -29,3 +29,8 @@ class Shard:
     def count(self) -> int:
         """How many rows this rank computes."""
         return self.stop - self.start
+
+
+def shard_fields(shard: Shard) -> dict[str, Any]:
+    """A shard as a message's plain values. Not asdict: it would copy the tensors."""
+    return {name: getattr(shard, name) for name in Shard.__slots__}

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from gradwire_proto.batch_check import flatten
-from gradwire_proto.values import ITEM_SIZE, ROWS, Batch, Leaf, Segment, TensorData, TensorSpec, Variant
+from gradwire_proto.values import ITEM_SIZE, ROWS, Batch, Leaf, Segment, TensorData, TensorSpec, Variant, leaves
 from gradwire_workers.shard import Shard
 
 
@@ -26,6 +26,13 @@ def smallest_share(rows: int, ranks: int) -> int:
 def least_rows(variant: Variant) -> int:
     """The fewest rows for which the variant's graph is known to be right."""
     return next((symbol.min for symbol in variant.symbols if symbol.name == ROWS), 0)
+
+
+def examples_in(batch: Batch) -> int:
+    """Dimension 0 of the first tensor, at least 1: what a batch of fixed size counts as."""
+    shapes = (leaf.shape for _, leaf in leaves(batch.inputs) if isinstance(leaf, TensorData))
+    # Never 0: a shard of no rows is a dummy, whose gradients do not count.
+    return max(1, next((shape[0] for shape in shapes if shape), 1))
 
 
 def split(variant: Variant, rows: int, batch: Batch, *, ranks: int, whole: bool) -> list[Shard]:

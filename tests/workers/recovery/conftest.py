@@ -1,17 +1,11 @@
-"""A cluster whose ranks are plain processes: all of the workers' side but Ray."""
+"""Models that are lost and come back, compared bit for bit."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,89 +16,11 @@ from torch import nn
 from gradwire.export import ModuleExporter
 from gradwire_proto.tensors import from_any, from_nested
 from gradwire_proto.values import Batch, ModelSpec, ModelState, NamedTensors, OptimizerSpec, Segment, TensorData, leaves
-from gradwire_workers.cluster import Cluster, ClusterConfig
-from gradwire_workers.pool.rank_launcher import RankLauncher
+from gradwire_workers.cluster import Cluster
 from gradwire_workers.segments import pieces
 from gradwire_workers.worker_group import WorkerGroup
 
 torch.set_num_threads(1)
-
-
-class PlainProcesses:
-    """In place of Ray. `answers` False: what Ray is asked to end, it does not, and takes its time not to."""
-
-    def __init__(self) -> None:
-        self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.answers = True
-
-    def join(self) -> None: ...
-
-    def leave(self) -> None: ...
-
-    def totals(self) -> tuple[int, float]:
-        return 3, 0.0
-
-    def kill_orphans(self) -> int:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
-        return 0
-
-    def start_rank(self, name: str, folder: str, memory_folder: str, *, patience: float) -> dict[str, Any]:
-        endpoint = f"ipc://{folder}/{name}.sock"
-        command = [sys.executable, Path(__file__).with_name("rank.py"), endpoint, memory_folder, name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.processes[name] = process
-        assert process.stdout is not None
-        assert process.stdout.readline() == "serving\n"
-        return {"endpoint": endpoint, "process_id": process.pid}
-
-    def kill(self, name: str) -> None:
-        if not self.answers:
-            time.sleep(8)
-            return
-        self.processes[name].kill()
-
-    def reserve(self, ranks: int, gpus_per_rank: float, *, timeout: float) -> Any:
-        return _Reservation()
-
-    def free(self, reservation: Any) -> None:
-        if not self.answers:
-            time.sleep(8)
-
-
-class _Reservation:
-    gpu_ids = ()
-
-
-@pytest.fixture(scope="session")
-def plain_processes() -> PlainProcesses:
-    """What starts and ends the ranks of the cluster."""
-    return PlainProcesses()
-
-
-@pytest.fixture(scope="session")
-def memory_folder() -> Iterator[Path]:
-    """A folder in shared memory."""
-    folder = Path(tempfile.mkdtemp(prefix="gradwire-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def cluster(plain_processes: PlainProcesses, memory_folder: Path) -> AsyncIterator[Cluster]:
-    """Three ranks for models, and as many warm."""
-    folder = tempfile.mkdtemp(prefix="gw-", dir="/tmp")
-    config = ClusterConfig(
-        address="", namespace="", folder=folder, memory_folder=str(memory_folder), workers=3, threads_per_rank=1
-    )
-    placement: Any = plain_processes
-    launcher = RankLauncher(placement, folder=folder, memory_folder=str(memory_folder))
-    cluster = Cluster(config, placement, launcher)
-    await cluster._join()
-    yield cluster
-    await cluster.close()
-    shutil.rmtree(folder)
 
 
 Made = tuple[ModelSpec, NamedTensors, Batch]

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,42 @@ async def test_the_rank_that_is_left_is_a_source(start, bits, made, victim):
     await group.close(reuse=False)
     # Its files outlive the processes, all of which are gone now.
     assert bits(state) == expected
+
+
+def tell(cluster, group, rank: int, kind: str, what: str) -> None:
+    """What a rank does when it has carried out its next command of that kind, before it answers: see rank.py."""
+    Path(cluster._config.folder, f"{group._ranks.processes[rank].name}.told").write_text(f"{kind} {what}")
+
+
+@pytest.mark.parametrize(("victim", "seconds"), [(0, 0.0), (1, 0.3)])
+async def test_a_step_that_a_lost_rank_has_not_answered_is_applied_where_another_has(
+    start, bits, made, cluster, victim, seconds
+):
+    batches = [batch_of(7) for _ in range(2)]
+    undisturbed = await start(made)
+    expected = [await undisturbed.train_step(batch, command=number) for number, batch in enumerate(batches, 1)]
+    last = bits(await undisturbed.state())
+    await undisturbed.close()
+    group = await start(made)
+    found = [await group.train_step(batches[0], command=1)]
+    tell(cluster, group, victim, "train_step", "ends")
+    tell(cluster, group, 1 - victim, "train_step", str(seconds))
+    found.append(await group.train_step(batches[1], command=2))
+    assert [replace(each, timing=None) for each in found] == [replace(each, timing=None) for each in expected]
+    assert group.rank_lost is not None and group.applied == 2
+    with pytest.raises(RankLost) as lost:
+        await group.train_step(batches[0], command=3)
+    assert lost.value.outcome == "not_applied"
+    assert bits(await group.salvage(2)) == last
+
+
+async def test_a_command_of_which_each_rank_has_a_part_is_not_applied_where_one_has_not_answered(start, made, cluster):
+    group = await start(made)
+    tell(cluster, group, 1, "forward_backward", "ends")
+    with pytest.raises(RankLost) as lost:
+        await group.forward_backward(batch_of(7), command=1)
+    assert lost.value.outcome == "unknown" and group.applied == 0
+    assert await group.salvage(0) is None
 
 
 async def test_a_rank_that_is_a_command_ahead_is_no_source_but_one_that_is_not_is(start, bits, made):
@@ -173,6 +210,6 @@ async def test_a_rank_is_ended_though_ray_does_not_answer(start, plain_processes
         await group.close(reuse=False)
         assert time.monotonic() - began < 7
         for name in names:
-            assert plain_processes.processes[name].wait(1) == -signal.SIGKILL
+            assert plain_processes.processes[name].ends(1)
     finally:
         plain_processes.answers = True

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_forks import Fork, TorchForks
 
 from gradwire.export import ModuleExporter
 from gradwire_proto.batch_check import flatten, select_variant
@@ -40,24 +38,22 @@ torch.set_num_threads(1)
 class RankProcesses:
     """Processes that wait to be ranks; more are started as tests need them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forks: TorchForks) -> None:
         self.folder = folder
+        self._forks = forks
         self._listener = Listener(str(folder / "ranks"), family="AF_UNIX")
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[Fork] = []
         self.connections: list[Connection] = []
-        self._epoch = 0
+        self._generation = 0
 
-    def new_epoch(self) -> int:
-        self._epoch += 1
-        return self._epoch
+    def new_generation(self) -> int:
+        self._generation += 1
+        return self._generation
 
     def grow(self, size: int) -> None:
         while len(self.connections) < size:
             script = Path(__file__).parent / "rank_process.py"
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self._processes.append(
-                subprocess.Popen([sys.executable, str(script), str(self._listener.address)], env=environment)
-            )
+            self._processes.append(self._forks.start(script, str(self._listener.address)))
             self.connections.append(self._listener.accept())
 
     @property
@@ -76,8 +72,7 @@ class RankProcesses:
             connection.close()
         self._listener.close()
         for process in self._processes:
-            process.kill()
-            process.wait()
+            process.close()
 
 
 class Group:
@@ -99,10 +94,10 @@ class Group:
         self.loss: dict[str, str | None] = {}
         self.reports_of: dict[str, Any] = {}
         processes.grow(self.size)
-        epoch = processes.new_epoch()
+        generation = processes.new_generation()
         folder = str(processes.folder)
         state = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.call("start", [((spec, state, rank, self.size, folder, epoch), {}) for rank in range(self.size)])
+        self.call("start", [((spec, state, rank, self.size, folder, generation), {}) for rank in range(self.size)])
         for variant in self.variants:
             self.whole[variant.name] = None
             if self.size > 1:
@@ -181,7 +176,7 @@ class Group:
             return [answer for _, answer in answers]
         self.errors = errors
         if name != "start" and any(self.call_all("needs_rejoin")):
-            self.call_all("rejoin", self.processes.new_epoch())
+            self.call_all("rejoin", self.processes.new_generation())
         raise next((error for error in errors if getattr(error, "reason", "") != "PEER_FAILED"), errors[0])
 
     def rank_rows(self) -> list[int]:
@@ -225,8 +220,8 @@ def _as_tensors(shard: Shard) -> Shard:
 
 
 @pytest.fixture(scope="session")
-def rank_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
-    processes = RankProcesses(tmp_path_factory.mktemp("r"))
+def rank_processes(tmp_path_factory: pytest.TempPathFactory, torch_forks: TorchForks) -> Iterator[RankProcesses]:
+    processes = RankProcesses(tmp_path_factory.mktemp("r"), torch_forks)
     yield processes
     processes.close()
 

@@ -13,8 +13,8 @@ from gradwire_workers.trainer import Trainer
 FAULTS = {}
 
 
-def start(spec, state, rank, size, folder, epoch, limits=None):
-    groups = None if size == 1 else ProcessGroups.join(folder=folder, epoch=epoch, rank=rank, size=size)
+def start(spec, state, rank, size, folder, generation, limits=None):
+    groups = None if size == 1 else ProcessGroups.join(folder=folder, generation=generation, rank=rank, size=size)
     try:
         return Trainer(spec=spec, state=state, rank=rank, groups=groups)
     except BaseException:

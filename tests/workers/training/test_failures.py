@@ -269,8 +269,8 @@ def test_failed_commands_leave_neither_threads_nor_descriptors_behind(make_group
         assert threads_later <= threads + 12 and descriptors_later <= descriptors + 16, seen
 
 
-def test_death_of_a_rank_fails_its_peers_at_once(tmp_path: Path, make_group, rank_processes):
-    processes = type(rank_processes)(tmp_path)
+def test_death_of_a_rank_fails_its_peers_at_once(tmp_path: Path, make_group, rank_processes, torch_forks):
+    processes = type(rank_processes)(tmp_path, torch_forks)
     try:
         group = make_group(Words().double(), nn.CrossEntropyLoss(), batch(4), ranks=3, processes=processes)
         group.train_step(*batch(6))

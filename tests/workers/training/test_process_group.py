@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch_forks import TorchForks
 
 PROGRAM = textwrap.dedent("""
     import os, sys, time, torch
@@ -18,12 +18,12 @@ PROGRAM = textwrap.dedent("""
     if sys.argv[4] == "missing":
         began = time.monotonic()
         try:
-            ProcessGroups.join(folder=folder, epoch=1, rank=rank, size=size + 1, timeout=1.0)
+            ProcessGroups.join(folder=folder, generation=1, rank=rank, size=size + 1, timeout=1.0)
         except InternalError as error:
             print(error.reason, time.monotonic() - began < 10)
         os._exit(0)
-    groups = ProcessGroups.join(folder=folder, epoch=1, rank=rank, size=size)
-    for epoch in range(2, 8):
+    groups = ProcessGroups.join(folder=folder, generation=1, rank=rank, size=size)
+    for generation in range(2, 8):
         assert groups.all_reduce(torch.full((3,), rank + 1.0)).tolist() == [size * (size + 1) / 2] * 3
         assert groups.all_reduce(torch.tensor([rank]), largest=True).item() == size - 1
         assert groups.all_gather(torch.tensor([rank])).flatten().tolist() == list(range(size))
@@ -44,33 +44,35 @@ PROGRAM = textwrap.dedent("""
         except InternalError as error:
             assert error.reason == "PEER_FAILED"
         assert groups.failed and time.monotonic() - began < 5
-        groups = groups.rejoin(epoch)
-    print("joined", epoch)
+        groups = groups.rejoin(generation)
+    print("joined", generation)
     sys.stdout.flush()
     os._exit(0)
 """)
 
 
-def run(folder: Path, size: int, mode: str) -> list[str]:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder), str(rank), str(size), mode],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    answers = [rank.communicate(timeout=100) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), answers
-    return [output.strip() for output, _ in answers]
+@pytest.fixture
+def run(torch_forks: TorchForks, tmp_path: Path) -> Callable[[int, str], list[str]]:
+    """`run(size, mode)`: what so many ranks print."""
+
+    def run(size: int, mode: str) -> list[str]:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        ranks = [torch_forks.start(program, str(tmp_path), str(rank), str(size), mode) for rank in range(size)]
+        assert all(rank.ends(100) for rank in ranks)
+        printed = [rank.output.read().strip() for rank in ranks]
+        for rank in ranks:
+            rank.close()
+        return printed
+
+    return run
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_join_again_after_one_gave_up(tmp_path, size):
-    assert run(tmp_path, size, "all") == ["joined 7"] * size
+def test_ranks_join_again_after_one_gave_up(run, size):
+    assert run(size, "all") == ["joined 7"] * size
 
 
 @pytest.mark.slow
-def test_rank_that_does_not_come_fails_the_others_in_time(tmp_path):
-    assert run(tmp_path, 2, "missing") == ["PEER_FAILED True"] * 2
+def test_rank_that_does_not_come_fails_the_others_in_time(run):
+    assert run(2, "missing") == ["PEER_FAILED True"] * 2

@@ -87,7 +87,7 @@ def test_a_rejoin_drops_the_forwards_that_need_the_old_connections(make_group, f
     for module, survives in ((make_module(), False), (nn.Linear(4, 3).double(), True)):
         group = make(make_group, 2, module)
         _, reports = forward(group, torch.randn(6, 4, dtype=torch.float64))
-        group.call_all("rejoin", group.processes.new_epoch())
+        group.call_all("rejoin", group.processes.new_generation())
         if survives:
             backward(group, reports, torch.ones(6, 3, dtype=torch.float64))
         else:

@@ -144,12 +144,12 @@ def test_schedule_without_a_further_step_refuses_the_update_and_nothing_changes(
     for _ in range(4):
         group.train_step(*batch())
     before, state = group.state_dict(), group.call_all("optimizer_state")[0]
-    connections = group.processes.new_epoch()
+    connections = group.processes.new_generation()
     for update in (lambda: group.train_step(*batch()), lambda: group.optimizer_step(gradients_of(module))):
         with pytest.raises(FailedPrecondition, match="total steps is 4") as caught:
             update()
         assert caught.value.reason == "SCHEDULE_FAILED"
-    assert group.processes.new_epoch() == connections + 1, "all ranks refuse alike: none has to join again"
+    assert group.processes.new_generation() == connections + 1, "all ranks refuse alike: none has to join again"
     assert_same_bits(group.state_dict(), before)
     assert_same_bits(group.call_all("optimizer_state")[0], state)
 

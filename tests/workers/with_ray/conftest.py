@@ -1,4 +1,4 @@
-"""A real Ray, a cluster of ranks on it, and models made by the SDK's exporter, for the tests of this folder."""
+"""A real Ray, and a cluster of ranks on it, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
-import torch
 from ray._private import ray_constants
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-from gradwire.export import ModuleExporter
-from gradwire_proto.tensors import from_any, from_nested
-from gradwire_proto.values import Batch, ModelSpec, NamedTensors, OptimizerSpec
 from gradwire_workers.cluster import Cluster, ClusterConfig
-from gradwire_workers.worker_group import WorkerGroup
 
 
 @pytest.fixture(scope="session")
@@ -86,48 +80,3 @@ async def cluster(cluster_config: ClusterConfig) -> AsyncIterator[Cluster]:
     await cluster.warm()
     yield cluster
     await cluster.close()
-
-
-def spec_of(
-    module: torch.nn.Module, loss: Any, inputs: Any, targets: Any = None, **changes: Any
-) -> tuple[ModelSpec, NamedTensors, Batch]:
-    """(spec, tensors, example) as CreateModel brings them. SGD with momentum, unless told otherwise."""
-    exported = ModuleExporter(module, loss).export_model(inputs, targets)
-    settings = {"optimizer": OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9}), "device": "cpu", **changes}
-    tensors = {name: from_any(tensor) for name, tensor in exported.tensors.items()}
-    example = Batch(from_nested(exported.example.inputs), from_nested(exported.example.targets))
-    return ModelSpec(program=exported.program, loss=exported.loss, **settings), tensors, example
-
-
-def batch_of(inputs: Any, targets: Any = None) -> Batch:
-    """Tensors as they come from the wire."""
-    return Batch(from_nested(inputs), from_nested(targets))
-
-
-Start = Callable[..., Awaitable[WorkerGroup]]
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def start(cluster: Cluster) -> AsyncIterator[Start]:
-    """Starts worker groups: `await start(module, loss, inputs, targets, workers=2)`. They end with the test."""
-    groups: list[WorkerGroup] = []
-
-    async def start(*arguments: Any, **changes: Any) -> WorkerGroup:
-        groups.append(await cluster.start_group(*spec_of(*arguments, **changes), model_id="m"))
-        return groups[-1]
-
-    yield start
-    for group in groups:
-        await group.close()
-
-
-@pytest.fixture
-def in_batch() -> Callable[..., Batch]:
-    """Makes batches of the wire's tensors."""
-    return batch_of
-
-
-@pytest.fixture
-def specify() -> Callable[..., tuple[ModelSpec, NamedTensors, Batch]]:
-    """Makes what `Cluster.start_group` takes."""
-    return spec_of

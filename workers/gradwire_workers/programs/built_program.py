@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gradwire_proto.conditions import run_cond
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.function_replay import ReplayedFunction
-from gradwire_proto.graph_writes import written_inputs
-from gradwire_proto.values import GraphInput, Limits, Program, StateTensor, Variant
-from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms, training_batch_norms
-from gradwire_workers.programs.graph_builder import build_graph
-from gradwire_workers.programs.randomness import is_random, without_randomness
-from gradwire_workers.programs.size_guard import SizeGuard
+from gradwire_proto.values import Limits, Program, StateTensor, Variant
+from gradwire_workers.programs.batch_norm import BatchNorm, replace_batch_norms
+from gradwire_workers.programs.variant_run import VariantRun
 
 
 class BuiltProgram(nn.Module):
@@ -44,8 +38,8 @@ class BuiltProgram(nn.Module):
         self._casts = casts
         self._program = replace(program, tensors=(), variants=(), operators={})
         self._tensors: dict[str, Tensor] = {}
-        self._runs: dict[str, _Run] = {}
-        self._random_runs: dict[str, _Run] | None = None
+        self._runs: dict[str, VariantRun] = {}
+        self._random_runs: dict[str, VariantRun] | None = None
         self._batch_norm: BatchNorm | None = None
         self._merge(program.tensors, state, program.operators)
         for variant in program.variants:
@@ -182,7 +176,7 @@ class BuiltProgram(nn.Module):
         finally:
             self._runs = kept
 
-    def _run(self, variant_name: str) -> _Run:
+    def _run(self, variant_name: str) -> VariantRun:
         try:
             return self._runs[variant_name]
         except KeyError:
@@ -211,140 +205,15 @@ class BuiltProgram(nn.Module):
         return tensor
 
     def _add(self, variant: Variant) -> None:
-        graph = variant.graph
-        assert graph is not None, "graph_check lets no variant through without its graph"
-        module = build_graph(graph, self._device, self._limits.tensor_bytes)
-        if self._batch_norm is not None:
-            replace_batch_norms(module, self._batch_norm)
-        written = sorted(written_inputs(graph, self._program.operators))
-        names = [variant.graph_inputs[index].key for index in written if variant.graph_inputs[index].kind == "tensor"]
-        loss = loss_module = None
-        if variant.loss_graph is not None:
-            loss_module = build_graph(variant.loss_graph, self._device, self._limits.tensor_bytes)
-            loss = _LossRun(loss_module, variant.loss_graph_inputs, self._tensors, ("output", "target"))
-        weight = weight_module = None
-        if variant.weight_graph is not None:
-            if written_inputs(variant.weight_graph, self._program.operators):
-                raise InvalidArgument(
-                    "a weight graph changes nothing", field="variant.weight_graph", reason="GRAPH_MALFORMED"
-                )
-            weight_module = build_graph(variant.weight_graph, self._device, self._limits.tensor_bytes)
-            weight = _LossRun(weight_module, variant.weight_graph_inputs, self._tensors, ("input", "target"))
-        run = _Run(
-            variant=variant,
-            module=module,
-            template=[self._tensors[str(i.key)] if i.kind == "tensor" else None for i in variant.graph_inputs],
-            leaf_positions=_positions(variant.graph_inputs, "input"),
-            written_leaves=[(i, int(b.key)) for i in written if (b := variant.graph_inputs[i]).kind == "input"],
-            loss=loss,
-            written=tuple(dict.fromkeys(str(name) for name in names)),
-            is_random=is_random(module),
-            has_random_loss=any(each is not None and is_random(each) for each in (loss_module, weight_module)),
-            has_batch_norm=any(True for _ in training_batch_norms(module)),
-            has_functions=any(map(_has_functions, (module, loss_module))),
-            has_conditions=_has_conditions(module),
-            weight=weight,
-            sizes=SizeGuard(
-                variant,
-                module,
-                loss_module,
-                weight_module,
-                self._tensors,
-                self._limits.tensor_bytes,
-                casts=self._casts,
-            ),
+        run = VariantRun.of(
+            variant,
+            self._program.operators,
+            self._tensors,
+            self._device,
+            self._limits.tensor_bytes,
+            batch_norm=self._batch_norm,
+            casts=self._casts,
         )
         run.sizes.check_smallest()
         self._runs[variant.name] = run
         self._program = replace(self._program, variants=(*self._program.variants, variant))
-
-
-@dataclass(kw_only=True)
-class _Run:
-    """A variant, ready to run: which tensors go where."""
-
-    variant: Variant
-    module: fx.GraphModule
-    template: list[Tensor | None]
-    leaf_positions: list[tuple[int, int]]
-    written_leaves: list[tuple[int, int]]
-    loss: _LossRun | None
-    weight: _LossRun | None
-    written: tuple[str, ...]
-    is_random: bool
-    has_random_loss: bool
-    has_batch_norm: bool
-    has_functions: bool
-    has_conditions: bool
-    sizes: SizeGuard
-
-    def reading(self, values: Mapping[Tensor, Tensor]) -> _Run:
-        loss = None if self.loss is None else self.loss.reading(values)
-        return replace(self, template=_replaced(self.template, values), loss=loss)
-
-    def without_randomness(self) -> _Run:
-        run = replace(self, module=without_randomness(self.module)) if self.is_random else self
-        if not self.has_random_loss:
-            return run
-        loss, weight = (None if each is None else each.without_randomness() for each in (self.loss, self.weight))
-        return replace(run, loss=loss, weight=weight)
-
-    def outputs(self, leaves: Sequence[Any]) -> list[Any]:
-        inputs: list[Any] = self.template.copy()
-        for position, leaf in self.leaf_positions:
-            inputs[position] = leaves[leaf]
-        for position, leaf in self.written_leaves:
-            # The batch's memory is not the graph's to change; some of it cannot even be written.
-            inputs[position] = leaves[leaf].clone()
-        return list(self.module.forward(*inputs))
-
-
-def _has_functions(module: fx.GraphModule | None) -> bool:
-    return module is not None and any(isinstance(each, ReplayedFunction) for each in module.modules())
-
-
-def _has_conditions(module: fx.GraphModule) -> bool:
-    graphs = (each.graph for each in module.modules() if isinstance(each, fx.GraphModule))
-    return any(node.target is run_cond for graph in graphs for node in graph.nodes)
-
-
-class _LossRun:
-    """A loss or weight graph, ready to run. kinds: what its first and second arguments are."""
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        inputs: tuple[GraphInput, ...],
-        tensors: Mapping[str, Tensor],
-        kinds: tuple[str, str],
-    ) -> None:
-        self._module = module
-        self._forward: Callable[..., Any] = module.forward
-        self._template = [tensors[str(each.key)] if each.kind == "tensor" else None for each in inputs]
-        self._positions = [_positions(inputs, kind) for kind in kinds]
-
-    def reading(self, values: Mapping[Tensor, Tensor]) -> _LossRun:
-        changed = copy(self)
-        changed._template = _replaced(self._template, values)
-        return changed
-
-    def without_randomness(self) -> _LossRun:
-        changed = copy(self)
-        changed._module = without_randomness(self._module)
-        changed._forward = changed._module.forward
-        return changed
-
-    def __call__(self, *arguments: Sequence[Any]) -> Tensor:
-        inputs: list[Any] = self._template.copy()
-        for positions, leaves in zip(self._positions, arguments, strict=True):
-            for position, leaf in positions:
-                inputs[position] = leaves[leaf]
-        return self._forward(*inputs)[0]
-
-
-def _replaced(template: Sequence[Tensor | None], values: Mapping[Tensor, Tensor]) -> list[Tensor | None]:
-    return [None if tensor is None else values.get(tensor, tensor) for tensor in template]
-
-
-def _positions(inputs: Sequence[GraphInput], kind: str) -> list[tuple[int, int]]:
-    return [(position, int(each.key)) for position, each in enumerate(inputs) if each.kind == kind]

@@ -100,12 +100,12 @@ class RankModel:
         """Whether a command has failed on some rank, so that all must rejoin before the next."""
         return self._groups is not None and self._groups.failed
 
-    def rejoin(self, epoch: int) -> None:
-        """Join the other ranks again, who do the same at the same time. `epoch` must be new."""
+    def rejoin(self, generation: int) -> None:
+        """Join the other ranks again, who do the same at the same time. `generation` must be new."""
         assert self._groups is not None, "a single rank has nobody to rejoin"
         self._passes.drop()
         self._retained.release_connected()
-        self._replica.groups = self._groups.rejoin(epoch)
+        self._replica.groups = self._groups.rejoin(generation)
 
     def break_off(self, cause: str) -> None:
         """Make what the other ranks wait for fail at once: this one will not do its part."""

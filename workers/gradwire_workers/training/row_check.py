@@ -6,42 +6,36 @@ what whatever the numbers are, but not what depends on how many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradwire_proto.autocast import AUTOCAST_TYPES
-from gradwire_proto.errors import GradwireError, InvalidArgument
-from gradwire_proto.values import ROWS, Variant
+from gradwire_proto.values import Variant
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows, least_rows, row_range, smallest_share
-from gradwire_workers.training.closeness import are_close, has_rounding
-from gradwire_workers.training.failures import as_program_failure
+from gradwire_workers.training.closeness import are_close
 from gradwire_workers.training.gradients import add_up
 from gradwire_workers.training.replica import Replica
-from gradwire_workers.training.row_examples import Change, changed, random_like, repeated, rows_to_try, shuffled
-from gradwire_workers.training.row_marks import MarkedRow, rows_to_mark
-from gradwire_workers.training.snapshots import Snapshot
+from gradwire_workers.training.row_examples import changed, random_like, repeated, rows_to_try, shuffled
+from gradwire_workers.training.row_pass import RowsMissingError, is_not_taken, run_pass, trainable_of, weights_of_rows
+from gradwire_workers.training.row_reach import where_rows_reach
+from gradwire_workers.training.row_reasons import (
+    BUFFERS,
+    GRADIENTS,
+    OTHER_OUTPUTS,
+    OUTPUTS,
+    REASONS,
+    REFUSED,
+    SHAPE,
+    TOO_SMALL,
+)
 from gradwire_workers.training.time_left import TimeLeft
 from gradwire_workers.training.trainable import differentiable_parameters, set_trained, trained_parameters
-
-_REASONS = (
-    None,
-    "an output does not have one entry for each row of the batch",
-    "the outputs of a row depend on other rows",
-    "the gradients of a batch are not the sum of its rows' gradients",
-    "what training changes in the buffers depends on how the batch is split",
-    "an output that is no tensor depends on how the batch is split",
-    "the batches that the program takes are too small to be split",
-    "the program refuses some batches that are made of the example's rows",
-)
-_NOT_TAKEN = frozenset({"ASSERTION_FAILED", "PROGRAM_FAILED", "INDEX_OUT_OF_RANGE", "TARGET_OUT_OF_RANGE"})
-_SHAPE, _OUTPUTS, _GRADIENTS, _BUFFERS, _OTHER_OUTPUTS, _TOO_SMALL, _REFUSED = 1, 2, 3, 4, 5, 6, 7
 
 
 def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], time_left: TimeLeft) -> str | None:
@@ -58,7 +52,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], 
     least = max(least_rows(variant), 2)
     rows = rows_to_try(variant, least * groups.size + 1)
     if smallest_share(rows, groups.size) < least_rows(variant):
-        return _REASONS[_TOO_SMALL]
+        return REASONS[TOO_SMALL]
     found = torch.zeros(1, dtype=torch.uint8)
     with replica.program.without_randomness(), _all_trained(replica):
         changes = [repeated, random_like]
@@ -70,7 +64,7 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], 
                 groups.all_reduce(found, largest=True)
                 if found.item():
                     break
-            if found.item() == _REFUSED and change is not repeated:
+            if found.item() == REFUSED and change is not repeated:
                 if change is random_like:
                     changes.append(shuffled)
                 found.zero_()
@@ -78,9 +72,9 @@ def why_rows_depend(replica: Replica, variant_name: str, inputs: Sequence[Any], 
                 break
         else:
             time_left.check()
-            found[0] = _where_rows_reach(replica, variant, inputs, changes[-1])
+            found[0] = where_rows_reach(replica, variant, inputs, changes[-1])
             groups.all_reduce(found, largest=True)
-    return _REASONS[int(found.item())]
+    return REASONS[int(found.item())]
 
 
 @contextmanager
@@ -93,18 +87,6 @@ def _all_trained(replica: Replica) -> Iterator[None]:
         yield
     finally:
         set_trained(parameters, trained)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Result:
-    """outputs: those that are tensors; others: those that are not. gradients: of the trainable parameters, and of the
-    inputs' leaves."""
-
-    outputs: list[Tensor]
-    others: list[Any]
-    parameters: list[Tensor | None]
-    inputs: dict[int, Tensor | None]
-    buffers: list[Tensor]
 
 
 def _scales(replica: Replica, variant: Variant) -> tuple[float, ...]:
@@ -130,16 +112,16 @@ def _difference(
     part = Shard(variant=variant.name, rows=rows, start=start, stop=stop, inputs=tuple(cut), targets=())
 
     def weights(index: int, output: Tensor) -> Tensor:
-        return _weights_of_rows(index, output) * scale
+        return weights_of_rows(index, output) * scale
 
     try:
-        expected = _run(replica, whole, weights)
+        expected = run_pass(replica, whole, weights)
     except Exception as error:
-        if not _refuses(error):
+        if not is_not_taken(error):
             raise
-        return _REFUSED  # all ranks see that, too
+        return REFUSED  # all ranks see that, too
     if any(output.dim() == 0 or output.shape[0] != rows for output in expected.outputs):
-        return _SHAPE  # all ranks see that, so none goes on to the collectives
+        return SHAPE  # all ranks see that, so none goes on to the collectives
     counts = 1.0 if part.count else 0.0
 
     def have_rows(outputs: list[Tensor]) -> bool:
@@ -148,11 +130,13 @@ def _difference(
         return not groups.all_reduce(torch.tensor([misfits], dtype=torch.uint8), largest=True).item()
 
     try:
-        found = _run(replica, part, lambda index, _: weights(index, expected.outputs[index])[mine] * counts, have_rows)
-    except _RowsMissingError:
-        return _SHAPE
+        found = run_pass(
+            replica, part, lambda index, _: weights(index, expected.outputs[index])[mine] * counts, have_rows
+        )
+    except RowsMissingError:
+        return SHAPE
 
-    trainable = _trainable(replica)
+    trainable = trainable_of(replica)
     shared = [index for index in expected.inputs if not has_rows(variant.input_leaves[index])]
     like = [*trainable, *(leaves[index] for index in shared)]
     summed = add_up([*found.parameters, *(found.inputs[index] for index in shared)], like, groups)
@@ -164,122 +148,15 @@ def _difference(
     computed_in = AUTOCAST_TYPES.get(replica.precision)
     outputs = zip(found.outputs, (reference[mine] for reference in expected.outputs), strict=True)
     if part.count and not are_close(list(outputs), computed_in):
-        return _OUTPUTS
+        return OUTPUTS
     if part.count and not all(map(_same, found.others, expected.others)):
-        return _OTHER_OUTPUTS
+        return OTHER_OUTPUTS
     # What counts nothing must have no gradient: a rank without rows computes one row that does not count.
     if not are_close(pairs, computed_in) or (scale == 0 and any(_is_nonzero(reference) for _, reference in pairs)):
-        return _GRADIENTS
+        return GRADIENTS
     if not are_close(list(zip(found.buffers, expected.buffers, strict=True)), computed_in):
-        return _BUFFERS
+        return BUFFERS
     return 0
-
-
-def _where_rows_reach(replica: Replica, variant: Variant, inputs: Sequence[Any], change: Change) -> int:
-    """Index of the reason for which the first or the last of some rows reaches others, as far as this rank looks.
-
-    0 where it sees neither. The rows are shared out among the ranks, which do not wait for each other here.
-    """
-    groups = replica.groups
-    assert groups is not None
-    symbol = next(symbol for symbol in variant.symbols if symbol.name == ROWS)
-    sizes = {size for leaf in inputs if isinstance(leaf, Tensor) for size in leaf.shape[1:]}
-    sizes |= {size for tensor in replica.program.all_state().values() for size in tensor.shape}
-    rows = rows_to_mark(max(symbol.min, 2), symbol.max, sizes)
-    if rows is None:
-        return 0
-    if groups.rank >= 2:
-        return 0
-    leaves = changed(change, variant, inputs, rows)
-    shard = Shard(variant=variant.name, rows=rows, start=0, stop=rows, whole=True, inputs=tuple(leaves), targets=())
-    with replica.row_by_row():
-        try:
-            clean = _run(replica, shard, _weights_of_rows)
-        except Exception as error:
-            if not _refuses(error):
-                raise
-            return 0
-        for row in (0, rows - 1)[groups.rank :: groups.size]:
-            try:
-                if reason := _where_row_reaches(replica, shard, variant, MarkedRow(row=row, rows=rows), clean):
-                    return reason
-            except (RuntimeError, IndexError, GradwireError):
-                # Some operators refuse what is not a number. What numbers have shown has to do.
-                return 0
-    return 0
-
-
-def _where_row_reaches(replica: Replica, shard: Shard, variant: Variant, marked: MarkedRow, clean: _Result) -> int:
-    with_rows = [has_rows(spec) for spec in variant.input_leaves]
-    inputs = [marked.put(leaf) if has else _copied(leaf) for leaf, has in zip(shard.inputs, with_rows, strict=True)]
-    whole_numbers = [leaf for leaf, has in zip(inputs, with_rows, strict=True) if has and not has_rounding(leaf)]
-    before = Snapshot(replica.program.mutated_buffers(shard.variant))
-    try:
-        marked_shard = replace(shard, inputs=tuple(inputs))
-        outputs, spread = marked.follow(lambda: replica.row_outputs(replica.outputs(marked_shard)), whole_numbers)
-    finally:
-        before.restore()
-    tensors = [output for output in outputs if isinstance(output, Tensor)]
-    pairs = zip(tensors, clean.outputs, strict=True)
-    if any(spread) or any(marked.has_spread(*pair) for pair in pairs if has_rounding(pair[0])):
-        return _OUTPUTS
-    back = _run(replica, shard, lambda index, output: marked.put(_weights_of_rows(index, output)))
-    for index, gradient in back.inputs.items():
-        reference = clean.inputs[index]
-        if gradient is None or reference is None or not with_rows[index]:
-            continue
-        if marked.has_spread(gradient, reference):
-            return _GRADIENTS
-    return 0
-
-
-def _refuses(error: Exception) -> bool:
-    """Whether an error says that a program does not take these numbers, as one that takes shares between 0 and 1."""
-    failure = as_program_failure(error)
-    return isinstance(failure, InvalidArgument) and failure.reason in _NOT_TAKEN
-
-
-class _RowsMissingError(Exception):
-    """An output does not have one entry for each row."""
-
-
-def _run(
-    replica: Replica,
-    shard: Shard,
-    cotangent: Callable[[int, Tensor], Tensor],
-    have_rows: Callable[[list[Tensor]], bool] | None = None,
-) -> _Result:
-    """One pass; buffers are as before after it. Raises _RowsMissingError where `have_rows(outputs)` is not true."""
-    leaves = {index: leaf.detach().requires_grad_() for index, leaf in enumerate(shard.inputs) if has_rounding(leaf)}
-    # Copies, because a graph may change its inputs in place.
-    inputs = [leaves[i].clone() if i in leaves else _copied(leaf) for i, leaf in enumerate(shard.inputs)]
-    mutated = replica.program.mutated_buffers(shard.variant)
-    before = Snapshot(mutated)
-    outputs = replica.row_outputs(replica.outputs(replace(shard, inputs=tuple(inputs))))
-    tensors = [output for output in outputs if isinstance(output, Tensor)]
-    if have_rows is not None and not have_rows(tensors):
-        before.restore()
-        raise _RowsMissingError
-    buffers = [buffer.detach().clone() for buffer in mutated]
-    trainable = _trainable(replica)
-    heads = [(index, output) for index, output in enumerate(tensors) if output.requires_grad]
-    gradients: Sequence[Tensor | None] = [None] * (len(trainable) + len(leaves))
-    if heads and gradients:
-        gradients = torch.autograd.grad(
-            [output for _, output in heads],
-            [*trainable, *leaves.values()],
-            [cotangent(index, output) for index, output in heads],
-            allow_unused=True,
-        )
-    outputs_now = [tensor.detach().clone() for tensor in tensors]
-    before.restore()
-    return _Result(
-        outputs=outputs_now,
-        others=[output for output in outputs if not isinstance(output, Tensor)],
-        parameters=list(gradients[: len(trainable)]),
-        inputs=dict(zip(leaves, gradients[len(trainable) :], strict=True)),
-        buffers=buffers,
-    )
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:
@@ -288,18 +165,3 @@ def _is_nonzero(gradient: Tensor | None) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     return one == other or (one != one and other != other)
-
-
-def _trainable(replica: Replica) -> list[Tensor]:
-    return [parameter for parameter in replica.program.parameters_by_name().values() if parameter.requires_grad]
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _weights_of_rows(index: int, output: Tensor) -> Tensor:
-    """What each number counts in the value that is differentiated: random, so that no sum over rows hides anything."""
-    generator = torch.Generator().manual_seed(index)
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    return weights.to(output.device, output.dtype)

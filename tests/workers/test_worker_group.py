@@ -18,7 +18,7 @@ from gradwire_proto.values import Batch, GradientQuery, Segment, TensorData, lea
 from gradwire_workers import segments
 from gradwire_workers.segments import SegmentWriter
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 def net() -> nn.Module:
@@ -180,7 +180,7 @@ async def test_what_every_rank_refuses_by_itself_costs_no_new_connections(start,
             await call
     with pytest.raises(InvalidArgument):
         await group.compute_gradients(in_batch(*data(4)), GradientQuery(wrt=("nothing",)))
-    assert group._ranks._epoch == 1
+    assert group._ranks._generation == 1
 
 
 class Wide(nn.Module):

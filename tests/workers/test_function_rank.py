@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from gradwire.functions import export_function
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.values import Batch, FunctionSpec, GradientQuery
-from gradwire_workers import segments
+from gradwire_workers import function_rank, segments
 from gradwire_workers.segments import SegmentWriter
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -103,7 +104,8 @@ async def test_a_function_that_is_given_up_ends_with_its_rank_and_holds_nobody_u
         assert result.rank_rows == (4,)
         assert not first.alive
     finally:
-        os.kill(first.process_id, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(first.process_id, signal.SIGCONT)
     await first.kill()
     assert not alive(first.process_id)
 
@@ -116,8 +118,9 @@ async def test_wrong_inputs_of_a_known_function_are_refused(cluster):
     assert caught.value.reason == "SHAPE_MISMATCH"
 
 
-async def test_many_functions_are_forgotten_in_order_of_use(cluster):
-    functions = [exported(lambda w, k=k: (w * (k + 1)).sum(), torch.randn(3)) for k in range(66)]
+async def test_many_functions_are_forgotten_in_order_of_use(cluster, monkeypatch):
+    monkeypatch.setattr(function_rank, "_REMEMBERED_FUNCTIONS", 6)
+    functions = [exported(lambda w, k=k: (w * (k + 1)).sum(), torch.randn(3)) for k in range(8)]
     for function, batch in functions:
         await cluster.compute_function_gradients(function, batch, QUERY)
     with pytest.raises(FailedPrecondition):
