@@ -22,7 +22,7 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
-from gradwire_server.restoring import state_files, stored_reply_of
+from gradwire_server.restoring import state_files
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.tensors.file_threads import in_thread
@@ -94,8 +94,10 @@ class ModelCheckpoints:
             return await self._ranks.workers.state()
 
         state, _ = await self._ranks.run(look, changes=False)
+        replies = self._commands.log.stored()
         try:
             spec = await in_thread(self._description.spec.encoded)
+            stored = await in_thread(replies)
         except BaseException:
             remove_files(state_files(state))
             raise
@@ -109,7 +111,7 @@ class ModelCheckpoints:
             layout=self._description.info.tensors,
             workers=self._description.info.workers,
             state=replace(state, command=self._commands.number),
-            replies=tuple(stored_reply_of(*each) for each in self._commands.log.stored()),
+            replies=stored,
         )
 
     async def save_here(self, *, alone: bool = False) -> None:

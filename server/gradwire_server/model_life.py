@@ -23,11 +23,11 @@ from gradwire_server.model_checkpoints import ModelCheckpoints
 from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.request_log import RequestLog
-from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
+from gradwire_server.restoring import Restorer
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel
-from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.stored_replies import EndedCommand, encode_reply, ended_command, stored_reply_of
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.work_queue import Job, WorkQueue, queue_full
 from gradwire_server.workers import Workers
@@ -126,7 +126,8 @@ class ModelLife:
         await self.checkpoints.save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
-            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
+            ended = EndedCommand(self.number, call.method, reply)
+            made_by = stored_reply_of(call.request_id, call.body, ended, time.time())
         await in_thread(storage.make, self.id, made_by)
         durability = self.description.info.durability
         journal, _ = await in_thread(storage.open_journal, self.id, durability, self.number)
@@ -269,8 +270,10 @@ class ModelLife:
         self.commands.number = saved.state.command
         self.checkpoints.came_from(saved.state.command)
         self._records.saved(saved.state.command)
+        if self._there.is_set():
+            return  # All of it is known, or was forgotten because it is old.
         for reply in saved.replies:
-            self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
+            self.commands.log.restore(reply.request_id, reply.body, ended_command(reply), reply.ended_at)
 
     def adopt(self, workers: Workers, trained: Trained) -> None:
         """Commands run on these ranks from now on. trained: the parameters that they train; None: as the spec says."""
@@ -292,5 +295,5 @@ class ModelLife:
     def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
         """This command of the journal was applied once more."""
         self.commands.number = entry.number
-        if entry.request_id is not None:
+        if entry.request_id is not None and not self._there.is_set():
             self.commands.log.restore(entry.request_id, entry.body, ended)

@@ -25,9 +25,10 @@ from gradwire_server.model_description import ModelDescription, not_ready
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info, deletion_ended
-from gradwire_server.restoring import ended_command, read_checkpoint
+from gradwire_server.restoring import read_checkpoint
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.stored_replies import EndedCommand, ended_command
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.workers import Workers
 
@@ -42,7 +43,6 @@ class ModelRegistry:
         self._hosted: dict[str, HostedModel] = {}
         self._deletions: dict[str, asyncio.Task[None]] = {}
         self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, hosting.limits.message_bytes)
-        self._made_by: dict[str, str] = {}
 
     def open(self) -> None:
         """Begin to bring back the models of the storage. Requests for one wait for it."""
@@ -50,9 +50,8 @@ class ModelRegistry:
             description = self._descriptions[model_id] = ModelDescription(model_id, None)
             model = self._hosted[model_id] = HostedModel(description, self._hosting)
             if made_by is not None:
-                self._made_by[made_by.request_id] = model_id
                 description.made_by = made_by.request_id
-                self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by))
+                self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by), made_by.ended_at)
             model.life.restore()
         self._hosting.storage.begin_sweep()
 
@@ -211,11 +210,17 @@ class ModelRegistry:
     async def command(self, model_id: str, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of a command, the model's creation included."""
         creation = self._seen.get(request_id) if request_id in self._seen else None
-        made = creation.model_id if isinstance(creation, ModelCreation) else self._made_by.get(request_id)
-        if creation is not None and made == model_id:
+        if self._is_creation(creation, model_id, request_id):
             return await command_info(command_name(model_id, request_id), creation, wait=wait)
         model = await self.get(model_id, Call())
         return await model.command(request_id, wait=wait)
+
+    def _is_creation(self, seen: ModelCreation | EndedCommand | None, model_id: str, request_id: str) -> bool:
+        """Whether the request with that id, which was `seen`, was to make the model."""
+        if isinstance(seen, ModelCreation):
+            return seen.model_id == model_id
+        description = self._descriptions.get(model_id)
+        return description is not None and description.made_by == request_id
 
     async def delete(self, model_id: str, made_by: str | None, call: Call) -> None:
         """Delete a model in any state and free its ranks. Ends what was begun, whoever waits, by killing its

@@ -20,7 +20,7 @@ from gradwire_server.replaying import Replayer, check_same
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.storage.saved_model import SavedModel, StoredReply
+from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.stored_replies import EndedCommand, decode_reply, kills_ranks
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files, segment_paths
@@ -291,24 +291,6 @@ def _untried(state: ModelState) -> ModelState:
     reason = "the model was saved from one rank, which computes every batch whole"
     splits = {name: replace(each, whole=reason) for name, each in state.splits.items()}
     return replace(state, splits=splits)
-
-
-def ended_command(reply: StoredReply) -> EndedCommand:
-    """What a checkpoint says of a request."""
-    error = None if reply.refused is None else kills_ranks(reply.refused)
-    return EndedCommand(reply.number, reply.method, reply.reply, error)
-
-
-def stored_reply_of(request_id: str, body: bytes, ended: EndedCommand) -> StoredReply:
-    """The same for a checkpoint."""
-    return StoredReply(
-        number=ended.number,
-        request_id=request_id,
-        body=body,
-        method=ended.method,
-        reply=ended.reply,
-        refused=None if ended.error is None else ended.error.message,
-    )
 
 
 def state_files(state: ModelState) -> set[str]:

@@ -74,16 +74,18 @@ async def test_stored_error_is_the_reply_of_a_repeat(frontend: Any, fakes: Any) 
     assert len(workers.calls) == 1
 
 
-async def test_stored_replies_are_bounded(start: Any, fakes: Any) -> None:
+async def test_repeat_of_a_step_is_not_applied_again_however_many_came_after_it(start: Any, fakes: Any) -> None:
     async with start(stored_replies=4, requests_per_model=4) as frontend:
         workers = await frontend.create()
         requests = [frontend.train(request_id=fakes.request_id()) for _ in range(6)]
         for request in requests:
             await frontend.stub.TrainStep(request)
         await frontend.stub.TrainStep(requests[-1])
+        error = await frontend.error(frontend.stub.TrainStep(requests[0]))
+        assert (error.reason, error.outcome) == ("REPLY_FORGOTTEN", "applied")
+        command = pb.GetCommandRequest(name=f"models/m/commands/{requests[0].request_id}")
+        assert (await frontend.stub.GetCommand(command)).state == model_pb2.COMMAND_STATE_APPLIED
         assert len(workers.calls) == 6
-        await frontend.stub.TrainStep(requests[0])
-        assert len(workers.calls) == 7
 
 
 async def test_malformed_request_id_is_refused(frontend: Any) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from gradwire_proto.values import Checkpoint, ModelState, StateTensor, TensorData, leaves
 from gradwire_server.tensors.held_files import remove_files, segment_paths
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredReply:
     """What became of a request with an id. `reply`: the raw response; None where it was refused, or was too large.
 
     body: `Call.body`. method: the RPC's name. refused: the text of the error of a command that is never tried again.
+    ended_at: when it ended, in seconds since 1970; None where that was not noted.
     """
 
     number: int
@@ -25,6 +28,7 @@ class StoredReply:
     method: str
     reply: bytes | None
     refused: str | None = None
+    ended_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +90,12 @@ def encode_replies(replies: tuple[StoredReply, ...]) -> Iterator[bytes]:
             "method": each.method,
             "bytes": None if each.reply is None else len(each.reply),
             "refused": each.refused,
+            "ended_at": each.ended_at,
         }
         for each in replies
     ]
-    text = json.dumps(listed, ensure_ascii=False, indent=1).encode()
+    # Line by line, which takes a tenth of the time that indenting takes.
+    text = ("[" + ",\n".join(map(_to_json, listed)) + "]").encode()
     yield len(text).to_bytes(8, "little")
     yield text
     yield from (each.reply for each in replies if each.reply is not None)
@@ -110,6 +116,7 @@ def decode_replies(content: bytes) -> tuple[StoredReply, ...]:
                 method=item["method"],
                 reply=None if item["bytes"] is None else content[begin:end],
                 refused=item["refused"],
+                ended_at=item.get("ended_at"),
             )
         )
     if end != len(content):
