@@ -157,9 +157,11 @@ class Commands:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
             result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
-            if error.outcome == "applied" or error.reason == "COMMAND_KILLS_RANKS":
+            if error.outcome == "applied":
                 return await self._end_with(error, call, job, uploads)
             self._records.drop(uploads)
+            if error.reason == "COMMAND_KILLS_RANKS":
+                return await self._refuse_for_good(error, call, job)
             raise
         except BaseException:
             self._records.drop(uploads)
@@ -179,9 +181,26 @@ class Commands:
     async def _end_with(
         self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]
     ) -> Unsettled[T]:
-        """Record a command that ends with `error`: it was applied and has no reply, or must never be tried again."""
-        refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
-        settled = await self._record(call, job, uploads, None, refused)
+        """Record a command that was applied, and has an error in place of a reply."""
+        return self._ended(error, await self._record(call, job, uploads, None))
+
+    async def _refuse_for_good(self, error: GradwireError, call: Call, job: Job[T]) -> Unsettled[T]:
+        """Record a command that must never be tried again. It takes no number, and nothing of its request is needed."""
+        self.log.store(call, EndedCommand(self.number, call.method, None, kills_ranks(error.message)))
+        entry = Entry(
+            number=self.number,
+            method=call.method,
+            request=b"",
+            reply=None,
+            request_id=call.request_id,
+            body=call.body,
+            refused=error.message,
+            unnumbered=True,
+            released=self._released(),
+        )
+        return self._ended(error, self._records.append(entry, job))
+
+    def _ended(self, error: GradwireError, settled: asyncio.Future[None] | None) -> Unsettled[Any]:
         if settled is None:
             raise error
         self._description.met(error)
@@ -193,13 +212,11 @@ class Commands:
         job: Job[Any],
         uploads: Sequence[StoredUpload],
         reply: bytes | None,
-        refused: str | None = None,
     ) -> asyncio.Future[None] | None:
         """Number the command that was applied and put it into the journal. None: it outlives what it should."""
         # Only these have numbers: what was refused leaves no trace, in random numbers neither.
         self.number += 1
-        error = None if refused is None else kills_ranks(refused)
-        self.log.store(call, EndedCommand(self.number, call.method, reply, error))
+        self.log.store(call, EndedCommand(self.number, call.method, reply))
         if reply is not None:
             self.log.weigh(call, len(reply))
         self._applied()
@@ -210,7 +227,6 @@ class Commands:
             reply=reply,
             request_id=call.request_id,
             body=call.body,
-            refused=refused,
             uploads=tuple(uploads),
             released=self._released(),
             splits={name: each for name, each in self._ranks.workers.splits.items() if self._splits.get(name) != each},

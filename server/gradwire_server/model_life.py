@@ -294,6 +294,7 @@ class ModelLife:
 
     def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
         """This command of the journal was applied once more."""
-        self.commands.number = entry.number
+        if not entry.unnumbered:
+            self.commands.number = entry.number
         if entry.request_id is not None and not self._there.is_set():
             self.commands.log.restore(entry.request_id, entry.body, ended)

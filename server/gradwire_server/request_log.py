@@ -33,8 +33,8 @@ class Seen(Protocol):
 
 R = TypeVar("R", bound=Seen)
 
-_MOST = 64
-"""Of so many requests for each whose reply is kept it is known, at most, what became of them."""
+_MOST = 65_536
+"""Of so many requests whose replies are gone it is known what became of them, at most: 100 a second."""
 
 
 @dataclass(slots=True)
@@ -55,9 +55,9 @@ class RequestLog(Generic[R]):
 
     Of those that have ended the replies go first: beyond `capacity`, and before that where they have more than
     `reply_bytes` together, oldest first. What became of the request stays known for REMEMBER_SECONDS after its end: a
-    repeat hears so, and is not applied again. After that it is a new request. Memory is bounded all the same: of
-    64 x `capacity` older requests, about 0.5 KB each, the oldest go even when they are younger. `clock`: seconds since
-    1970, so that what a checkpoint stores ages while no service runs.
+    repeat hears so, and is not applied again. After that it is a new request. Memory is bounded all the same: beyond
+    65,536 of them (or `capacity`, where that is more), about 0.5 KB each, the oldest go even when they are younger.
+    `clock`: seconds since 1970, so that what a checkpoint stores ages while no service runs.
     """
 
     def __init__(self, capacity: int, reply_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
@@ -65,7 +65,7 @@ class RequestLog(Generic[R]):
         self._room = reply_bytes
         self._clock = clock
         self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
-        self._older: Aging[_Entry[R]] = Aging(_MOST * capacity, clock)
+        self._older: Aging[_Entry[R]] = Aging(max(_MOST, capacity), clock)
 
     def find(self, call: Call) -> R | EndedCommand | None:
         """The request that `call` repeats; None where it is a new one, or repeats one that may be tried again.
@@ -136,8 +136,12 @@ class RequestLog(Generic[R]):
     def restore(self, request_id: str, body: bytes, ended: EndedCommand, ended_at: float | None = None) -> None:
         """Remember a request of an earlier process of the service, unless it is known. ended_at: when it ended, in
         seconds since 1970; None where nobody knows: now.
+
+        One that was applied after it had been refused was refused by a service that was taken over from: that was told
+        to nobody.
         """
-        if request_id in self:
+        known = self._entry(request_id)
+        if known is not None and (known.stored is None or known.stored.error is None or ended.error is not None):
             return
         call = Call(request_id=request_id, body=body)
         self._remember(call, ended)

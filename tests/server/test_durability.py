@@ -680,8 +680,12 @@ async def test_command_that_loses_its_ranks_twice_is_refused_for_good_and_the_mo
         assert len(frontend.cluster.started) == started == 3
     async with start() as frontend:
         workers = await ready(frontend)
-        assert [batch for batch, _ in steps(workers)] == [b"a", b"b"]
+        assert steps(workers) == [(b"a", 1), (b"b", 2)], "random numbers are those of a run without it"
         assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
+        command = await frontend.stub.GetCommand(get_command(request.request_id))
+        assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+        assert (await frontend.stub.TrainStep(frontend.train(b"c"))).result.step == 3
+        assert steps(workers)[-1] == (b"c", 3)
 
 
 async def test_command_of_which_nobody_knows_what_it_left_behind_is_undone(frontend: Any, fakes: Any) -> None:

@@ -62,7 +62,7 @@ def test_so_many_requests_are_known_at_most(monkeypatch: Any) -> None:
     log: RequestLog[Any] = RequestLog(2, 100, clock=Clock())
     for number in range(20):
         end(log, str(number))
-    assert [number for number in range(20) if is_known(log, str(number))] == list(range(12, 20))
+    assert [number for number in range(20) if is_known(log, str(number))] == list(range(15, 20))
 
 
 def test_old_request_that_was_refused_is_not_taken_for_one_that_was_applied() -> None:
@@ -95,9 +95,17 @@ def test_what_is_stored_keeps_its_age_and_what_has_none_ended_now() -> None:
     assert [(each.request_id, each.ended_at) for each in stored] == [("a", 1e9), ("b", clock.now)]
     assert [each.reply for each in stored] == [None, b"reply"], "replies go as they do here"
     again: RequestLog[Any] = RequestLog(1, 100, clock=clock)
-    again.restore("first", b"first", EndedCommand(1, "ZeroGrad", b""))
     for each in stored:
         again.restore(each.request_id, each.body, ended_command(each), each.ended_at)
+    again.restore("of the journal", b"of the journal", EndedCommand(2, "ZeroGrad", b""))
     clock.now += REMEMBER_SECONDS / 2
     end(again, "c")
-    assert [is_known(again, name) for name in ("first", "a", "b", "c")] == [True, False, True, True]
+    assert [is_known(again, name) for name in ("a", "b", "of the journal", "c")] == [False, True, True, True]
+
+
+def test_request_that_was_applied_after_it_was_refused_is_known_as_applied() -> None:
+    log: RequestLog[Any] = RequestLog(2, 100, clock=Clock())
+    log.restore("a", b"a", EndedCommand(1, "ZeroGrad", None, InvalidArgument("it kills", reason="COMMAND_KILLS_RANKS")))
+    log.restore("a", b"a", EndedCommand(2, "ZeroGrad", b"reply"))
+    found = log.find(call("a"))
+    assert isinstance(found, EndedCommand) and found.error is None

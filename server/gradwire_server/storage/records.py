@@ -2,8 +2,9 @@
 
 A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
 
-    header    "GWRC", flags (2 bytes; 1: there is a reply), zero (2), length of the description (4), of the request (8),
-              of the reply (8), number (8), CRC-32 of the header so far (4)
+    header    "GWRC", flags (2 bytes; 1: there is a reply; 2: the command was refused and has no number, so that this is
+              the number of the command before), zero (2), length of the description (4), of the request (8), of the
+              reply (8), number (8), CRC-32 of the header so far (4)
     trailer   CRC-32 of all before it (4), "END\\n" (4)
 
 Both checksums go on from a seed that the segment gives, so that no record of another one is taken for its own. The last
@@ -27,6 +28,7 @@ _TRAILER = struct.Struct("<I4s")
 _BEGIN = b"GWRC"
 _END = b"END\n"
 _HAS_REPLY = 1
+_UNNUMBERED = 2
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 HEADER_BYTES = _HEADER.size + _CHECK.size
@@ -60,6 +62,8 @@ class Entry:
 
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
+    unnumbered: whether such a command has no number of its own: `number` is that of the command before. Those that were
+    written first have one.
     released: names of retained forwards that were let go of since the command before.
     splits: how batches of the variants that it brought are spread, as was found out then, by variant.
     """
@@ -71,9 +75,14 @@ class Entry:
     request_id: str | None
     body: bytes
     refused: str | None = None
+    unnumbered: bool = False
     uploads: tuple[StoredUpload, ...] = ()
     released: tuple[str, ...] = ()
     splits: Mapping[str, SplitDecision] = field(default_factory=dict)
+
+    def is_behind(self, number: int) -> bool:
+        """Whether it came after command `number`."""
+        return self.number >= number if self.unnumbered else self.number > number
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,7 @@ class Header:
     """What a record's header says; lengths in bytes."""
 
     has_reply: bool
+    unnumbered: bool
     description: int
     request: int
     reply: int
@@ -98,9 +108,10 @@ class BadRecord(Exception):
 
 def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
     """The record's parts, in order; the request is one of them, not copied. None of them is empty."""
+    assert entry.refused is not None or not entry.unnumbered, "a command that was applied has a number"
     description = _to_json(_describe(entry)).encode()
     reply = entry.reply if entry.reply is not None and len(entry.reply) <= REPLY_BYTES else None
-    flags = _HAS_REPLY if reply is not None else 0
+    flags = (_HAS_REPLY if reply is not None else 0) | (_UNNUMBERED if entry.unnumbered else 0)
     lengths = (len(description), len(entry.request), len(reply or b""))
     start = _HEADER.pack(_BEGIN, flags, 0, *lengths, entry.number)
     start += _CHECK.pack(zlib.crc32(start, seed))
@@ -116,7 +127,7 @@ def decode_header(data: memoryview, seed: int) -> Header:
     (check,) = _CHECK.unpack_from(data, _HEADER.size)
     if begin != _BEGIN or zero or check != zlib.crc32(data[: _HEADER.size], seed):
         raise BadRecord("no record begins here, or its header is damaged")
-    return Header(bool(flags & _HAS_REPLY), description, request, reply, number)
+    return Header(bool(flags & _HAS_REPLY), bool(flags & _UNNUMBERED), description, request, reply, number)
 
 
 def decode(header: Header, record: memoryview, seed: int) -> Entry:
@@ -135,7 +146,8 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             method=words["method"],
             request_id=words.get("request_id"),
             body=bytes.fromhex(words["body"]),
-            refused=words.get("refused"),
+            refused=words["refused"] if header.unnumbered else words.get("refused"),
+            unnumbered=header.unnumbered,
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
             released=tuple(words.get("released", ())),
             splits={name: decode_split(each) for name, each in words.get("splits", {}).items()},
