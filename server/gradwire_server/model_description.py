@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError
+from gradwire_proto.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire_proto.names import model_name
 from gradwire_proto.values import (
     ArchitectureSpec,
@@ -210,6 +210,11 @@ def not_ready(name: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"{name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
     )
+
+
+def recovering(message: str) -> Unavailable:
+    """The error of requests that do not wait for a model that is brought back; nothing was applied."""
+    return Unavailable(message, reason="MODEL_RECOVERING", retry_after=0.2)
 
 
 def deleted(name: str) -> FailedPrecondition:

@@ -74,6 +74,8 @@ class ModelLife:
         )
         self._there = asyncio.Event()
         self._waiting = 0
+        self.wants_ranks = False
+        """Whether it is brought back by a service that has just started, and may still find ranks for it."""
 
     @property
     def id(self) -> str:
@@ -147,8 +149,12 @@ class ModelLife:
                 self.description.failed(error)
                 logger.error("models/%s cannot be brought back: %s", self.id, error)
 
-        job = self.commands.take_turn(Call(), None, work, limited=False)
-        job.on_end(lambda _: self._there.set())
+        def ended(_: Job[None]) -> None:
+            self.wants_ranks = False
+            self._there.set()
+
+        self.wants_ranks = True
+        self.commands.take_turn(Call(), None, work, limited=False).on_end(ended)
 
     async def _kept_checkpoints(self) -> list[int]:
         try:
@@ -278,6 +284,7 @@ class ModelLife:
     def adopt(self, workers: Workers, trained: Trained) -> None:
         """Commands run on these ranks from now on. trained: the parameters that they train; None: as the spec says."""
         self.ranks.adopt(workers)
+        self.wants_ranks = False
         if self.description.info.architecture is not None:
             self.description.built(workers.tensors, workers.variants)
         if trained is not None:
@@ -286,6 +293,9 @@ class ModelLife:
 
     def waits_for(self, error: GradwireError) -> None:
         """It cannot be brought back yet, because of this."""
+        if error.reason in ("WORKERS_EXHAUSTED", "GPUS_EXHAUSTED"):
+            # Others need not wait for as long as it does.
+            self.wants_ranks = False
         self.description.met(error)
 
     async def release_again(self, names: tuple[str, ...]) -> None:

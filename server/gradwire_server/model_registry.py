@@ -21,7 +21,7 @@ from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
-from gradwire_server.model_description import ModelDescription, not_ready
+from gradwire_server.model_description import ModelDescription, not_ready, recovering
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info, deletion_ended
@@ -60,7 +60,8 @@ class ModelRegistry:
     ) -> ModelInfo:
         """Make a model; `model_id` "" lets the registry choose. A repeat of a request id joins it or gets its answer.
 
-        Raises AlreadyExists, ResourceExhausted (the limit models, or too few free ranks) and what the ranks find wrong.
+        Raises AlreadyExists, ResourceExhausted (the limit models, or too few free ranks), Unavailable MODEL_RECOVERING
+        while a model of the storage may still take ranks, and what the ranks find wrong.
         """
         creation = self._seen.find(call)
         if creation is None:
@@ -177,6 +178,11 @@ class ModelRegistry:
                 f"there are {len(self._descriptions)} models, as many as the server's setting models allows",
                 reason="TOO_MANY_MODELS",
             )
+        for model in self._hosted.values():
+            if model.life.wants_ranks:
+                raise recovering(
+                    f"{model.description.name} is being brought back, and comes first: it may need the ranks"
+                )
 
     async def get(self, model_id: str, call: Call) -> HostedModel:
         """The model, once it has been brought back. Raises ModelNotFound; FailedPrecondition while it is made."""

@@ -119,6 +119,40 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
+async def test_newcomer_takes_no_ranks_before_the_models_of_the_storage_have_theirs(start: Any, fakes: Any) -> None:
+    async with start() as frontend:
+        await frontend.create("m")
+        await frontend.create("other")
+        created = frontend.creation("third", request_id=fakes.request_id())
+        await frontend.stub.CreateModel(created)
+        await save(frontend, "best")
+    async with start(held=True) as frontend:
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation("new")))
+        assert (error.reason, error.retryable, error.outcome) == ("MODEL_RECOVERING", True, "not_applied")
+        assert error.retry_after
+        restore = pb.RestoreModelRequest(checkpoint="checkpoints/best", model_id="again")
+        assert (await frontend.error(frontend.stub.RestoreModel(restore))).reason == "MODEL_RECOVERING"
+        # Who repeats a request takes nothing.
+        await frontend.stub.CreateModel(created)
+        await frontend.until(lambda: frontend.cluster.starting == 3)
+        frontend.cluster.error = InvalidArgument("the third time it has failed")
+        frontend.cluster.gate.set()
+        await frontend.until(lambda: frontend.cluster.tries == 9)
+        frontend.cluster.error = None
+        await frontend.create("new")
+
+
+async def test_model_that_finds_too_few_ranks_holds_up_no_newcomer(start: Any) -> None:
+    async with start() as frontend:
+        await frontend.create("m")
+    async with start(held=True) as frontend:
+        frontend.cluster.error = ResourceExhausted("no free ranks", reason="WORKERS_EXHAUSTED")
+        frontend.cluster.gate.set()
+        await frontend.until(lambda: frontend.cluster.tries > 1)
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation("new")))
+        assert error.reason == "WORKERS_EXHAUSTED"
+
+
 async def test_so_many_requests_wait_for_a_model_as_would_in_its_queue(start: Any) -> None:
     async with start() as frontend:
         await frontend.create()
