@@ -40,6 +40,9 @@ class Aging(Generic[V]):
         found = self._values.get(name)
         return None if found is None else found[0]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def pop(self, name: str) -> V | None:
         """Forget it; what it was."""
         found = self._values.pop(name, None)

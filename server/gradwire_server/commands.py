@@ -74,6 +74,13 @@ class Commands:
             request = self._begin(call, tensors, work, deliver)
         return await request.result(call.deadline)
 
+    def is_settled(self, request_id: str) -> bool:
+        """Whether a request with that id is known, and what became of it if it has ended."""
+        if request_id not in self.log:
+            return False
+        request = self.log.get(request_id)
+        return request is None or not _is_unknown(request)
+
     async def seen(self, request_id: str) -> Job[Any] | EndedCommand | None:
         """The request with that id, settled where it can be. See RequestLog.get."""
         request = self.log.get(request_id)

@@ -20,7 +20,7 @@ from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_checkpoints import ModelCheckpoints
-from gradwire_server.model_description import ModelDescription, deleted
+from gradwire_server.model_description import ModelDescription, deleted, recovering
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.request_log import RequestLog
 from gradwire_server.restoring import Restorer
@@ -74,6 +74,8 @@ class ModelLife:
         )
         self._there = asyncio.Event()
         self._waiting = 0
+        self._knows_all = False
+        """Whether the log has all requests: not before the journal was read."""
         self.wants_ranks = False
         """Whether it is brought back by a service that has just started, and may still find ranks for it."""
 
@@ -116,6 +118,7 @@ class ModelLife:
                     self._there.set()
                 raise
         self.checkpoints.watch([number] if self.is_durable else ())
+        self._knows_all = True
         self.description.ready()
         self._there.set()
         return self.description.info
@@ -142,6 +145,7 @@ class ModelLife:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
+                self._knows_all = True
                 self.checkpoints.watch(await self._kept_checkpoints())
                 self.description.ready()
                 logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
@@ -180,6 +184,23 @@ class ModelLife:
             await self._there.wait()
         finally:
             self._waiting -= 1
+
+    async def knows(self, request_id: str, *, wait: bool) -> None:
+        """Return when it is known what became of the request with that id, as far as it ever will be.
+
+        Raises Unavailable MODEL_RECOVERING where it is not known yet and the caller does not `wait`; FailedPrecondition
+        where the model cannot be brought back.
+        """
+        if self.commands.is_settled(request_id):
+            return
+        if wait:
+            await self.there(Call())
+        elif self.description.info.state == "recovering" and (request_id in self.commands.log or not self._knows_all):
+            raise recovering(
+                f"{self.description.name} is being brought back: nobody knows yet what became of {request_id}"
+            )
+        if not (self._knows_all or request_id in self.commands.log):
+            self.description.check_usable()
 
     async def idle(self) -> None:
         """Return when no request waits or runs. To be brought back is no request."""

@@ -186,12 +186,16 @@ class ModelRegistry:
 
     async def get(self, model_id: str, call: Call) -> HostedModel:
         """The model, once it has been brought back. Raises ModelNotFound; FailedPrecondition while it is made."""
+        model = self._get(model_id)
+        await model.life.there(call)
+        return model
+
+    def _get(self, model_id: str) -> HostedModel:
         model = self._hosted.get(model_id)
         if model is None:
             description = self.describe(model_id)
             description.check_usable()
             raise not_ready(description.name)
-        await model.life.there(call)
         return model
 
     def describe(self, model_id: str) -> ModelDescription:
@@ -214,12 +218,11 @@ class ModelRegistry:
         return model is not None and model.life.checkpoints.is_needed(number)
 
     async def command(self, model_id: str, request_id: str, *, wait: bool) -> CommandInfo:
-        """What became of a command, the model's creation included."""
+        """What became of a command, the model's creation included. See HostedModel.command."""
         creation = self._seen.get(request_id) if request_id in self._seen else None
         if self._is_creation(creation, model_id, request_id):
             return await command_info(command_name(model_id, request_id), creation, wait=wait)
-        model = await self.get(model_id, Call())
-        return await model.command(request_id, wait=wait)
+        return await self._get(model_id).command(request_id, wait=wait)
 
     def _is_creation(self, seen: ModelCreation | EndedCommand | None, model_id: str, request_id: str) -> bool:
         """Whether the request with that id, which was `seen`, was to make the model."""

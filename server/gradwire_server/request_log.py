@@ -66,15 +66,23 @@ class RequestLog(Generic[R]):
         self._clock = clock
         self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
         self._older: Aging[_Entry[R]] = Aging(max(_MOST, capacity), clock)
+        self._declared: Aging[None] = Aging(max(_MOST, capacity), clock)
+        """Ids of which it was told that nothing was applied, before anything came with them."""
 
     def find(self, call: Call) -> R | EndedCommand | None:
         """The request that `call` repeats; None where it is a new one, or repeats one that may be tried again.
 
         Raises InvalidArgument REQUEST_ID_REUSED where the id was given to another request, and FailedPrecondition
-        REPLY_FORGOTTEN where the reply is no longer stored.
+        REPLY_FORGOTTEN where the reply is no longer stored, DECLARED_NOT_APPLIED where it comes too late: see `get`.
         """
         entry = self._entry(call.request_id) if call.request_id is not None else None
         if entry is None:
+            if call.request_id is not None and call.request_id in self._declared:
+                raise FailedPrecondition(
+                    f"{call.request_id} was declared not applied when somebody asked before it arrived; send it again"
+                    " under another id",
+                    reason="DECLARED_NOT_APPLIED",
+                )
             return None
         if entry.body != call.body:
             raise InvalidArgument(
@@ -189,10 +197,12 @@ class RequestLog(Generic[R]):
     def get(self, request_id: str) -> R | EndedCommand | None:
         """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
 
-        Raises ModelNotFound COMMAND_NOT_FOUND.
+        Raises ModelNotFound COMMAND_NOT_FOUND. Whoever asked goes on as if it had not been applied, and that stays so:
+        a first attempt that is still on its way is refused, for as long as requests are known.
         """
         entry = self._entry(request_id)
         if entry is None:
+            self._declared.add(request_id, None, self._clock())
             raise ModelNotFound(
                 f"no command with the request id {request_id} is known here", field="name", reason="COMMAND_NOT_FOUND"
             )

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
@@ -160,6 +160,19 @@ async def test_duplicate_keeps_a_queued_command_whose_first_caller_left(frontend
     workers.gate.set()
     assert (await second).result.step == 2
     await running
+
+
+async def test_request_that_was_declared_not_applied_is_not_when_it_arrives_late(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    request = frontend.train(b"late", request_id=fakes.request_id())
+    command = pb.GetCommandRequest(name=f"models/m/commands/{request.request_id.upper()}")
+    assert (await frontend.error(frontend.stub.GetCommand(command))).reason == "COMMAND_NOT_FOUND"
+    error = await frontend.error(frontend.stub.TrainStep(request))
+    assert (error.reason, error.outcome, error.retryable) == ("DECLARED_NOT_APPLIED", "not_applied", False)
+    assert isinstance(error, FailedPrecondition) and not values(workers)
+    request.request_id = fakes.request_id()
+    await frontend.stub.TrainStep(request)
+    assert values(workers) == [b"late"]
 
 
 async def test_unknown_commands_and_models_are_told_apart(frontend: Any, fakes: Any) -> None:

@@ -119,6 +119,30 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
+async def test_who_does_not_wait_hears_at_once_that_a_command_is_not_known_yet(start: Any, fakes: Any) -> None:
+    async with start(checkpoint_commands=1) as frontend:
+        await frontend.create()
+        requests = [frontend.train(value, request_id=fakes.request_id()) for value in (b"a", b"b")]
+        await frontend.stub.TrainStep(requests[0])
+        async with asyncio.timeout(5):
+            while len((await frontend.stub.ListCheckpoints(pb.ListCheckpointsRequest())).checkpoints) < 2:
+                await asyncio.sleep(0.01)
+        # Nobody took one behind it.
+        frontend.cluster.groups["m"].retained.kept.append("a forward")
+        await frontend.stub.TrainStep(requests[1])
+    in_checkpoint, in_journal = (pb.GetCommandRequest(name=get_command(each.request_id).name) for each in requests)
+    async with start(held=True) as frontend:
+        await frontend.until(lambda: frontend.cluster.starting)
+        error = await frontend.error(frontend.stub.GetCommand(in_journal, timeout=2))
+        assert (error.reason, error.retryable) == ("MODEL_RECOVERING", True) and error.retry_after
+        found = await frontend.stub.GetCommand(in_checkpoint, timeout=2)
+        assert found.state == model_pb2.COMMAND_STATE_APPLIED
+        frontend.cluster.gate.set()
+        assert steps(await ready(frontend))[-1] == (b"b", 2)
+        assert (await frontend.stub.GetCommand(in_journal)).state == model_pb2.COMMAND_STATE_APPLIED
+        assert (await frontend.stub.TrainStep(requests[1])).result.step == 2
+
+
 async def test_newcomer_takes_no_ranks_before_the_models_of_the_storage_have_theirs(start: Any, fakes: Any) -> None:
     async with start() as frontend:
         await frontend.create("m")
@@ -187,7 +211,7 @@ async def test_creation_or_deletion_that_was_cut_off_leaves_nothing(start: Any, 
         assert not list((storage / "models").iterdir())
 
 
-async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: Any, storage: Path) -> None:
+async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: Any, fakes: Any, storage: Path) -> None:
     async with start() as frontend:
         await frontend.create()
         await frontend.create("other")
@@ -202,6 +226,9 @@ async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: An
         assert len(steps(await ready(frontend, "other"))) == 2
         error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
         assert error.reason == "MODEL_FAILED" and str(journal) in error.message
+        # Whether the journal has the command is not known, so it is not declared not to have been applied.
+        error = await frontend.error(frontend.stub.GetCommand(get_command(fakes.request_id())))
+        assert error.reason == "MODEL_FAILED"
         assert (await frontend.error(save(frontend, "best"))).reason == "MODEL_FAILED"
         model = await frontend.model()
         assert model.state == model_pb2.MODEL_STATE_FAILED and str(journal) in model.last_error.message

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ModelNotFound
 from gradwire_server.aging import REMEMBER_SECONDS
 from gradwire_server.calls import Call
 from gradwire_server.request_log import RequestLog
@@ -55,6 +55,21 @@ def test_request_is_known_for_ten_minutes_after_its_end_and_while_it_is_among_th
     assert [is_known(log, name) for name in "abcde"] == [False, False, False, True, True]
     clock.now += 10 * REMEMBER_SECONDS
     assert is_known(log, "d") and is_known(log, "e")
+
+
+def test_what_was_declared_not_applied_stays_so_for_as_long_as_requests_are_known() -> None:
+    clock = Clock()
+    log: RequestLog[Any] = RequestLog(2, 100, clock=clock)
+    for name in "ab":
+        with pytest.raises(ModelNotFound):
+            log.get(name)
+        clock.now += REMEMBER_SECONDS - 1
+    with pytest.raises(FailedPrecondition, match="declared not applied"):
+        log.find(call("b"))
+    clock.now += 1
+    with pytest.raises(ModelNotFound):
+        log.get("c")
+    assert log.find(call("a")) is None
 
 
 def test_so_many_requests_are_known_at_most(monkeypatch: Any) -> None:
