@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from gradwire_proto.errors import (
@@ -18,16 +18,17 @@ from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
 from gradwire_server.calls import Call
 from gradwire_server.current_spec import CurrentSpec
+from gradwire_server.deletions import Deletion, Deletions
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
 from gradwire_server.model_description import ModelDescription, not_ready, recovering
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
-from gradwire_server.request_log import RequestLog, command_info, deletion_ended
+from gradwire_server.request_log import RequestLog, command_info
 from gradwire_server.restoring import read_checkpoint
 from gradwire_server.storage.checkpoint_store import key_of
-from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.storage.saved_model import SavedModel, StoredReply
 from gradwire_server.stored_replies import EndedCommand, ended_command
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.workers import Workers
@@ -41,11 +42,17 @@ class ModelRegistry:
         self._descriptions: dict[str, ModelDescription] = {}
         self._creations: dict[str, ModelCreation] = {}
         self._hosted: dict[str, HostedModel] = {}
-        self._deletions: dict[str, asyncio.Task[None]] = {}
-        self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, hosting.limits.message_bytes)
+        self._seen: RequestLog[ModelCreation | Deletion] = RequestLog(
+            hosting.stored_replies, hosting.limits.message_bytes
+        )
+        self._deletions = Deletions("DeleteModel", self._seen, hosting.storage.deletions)
 
-    def open(self) -> None:
-        """Begin to bring back the models of the storage. Requests for one wait for it."""
+    def open(self, deletions: Iterable[StoredReply]) -> None:
+        """Begin to bring back the models of the storage. Requests for one wait for it.
+
+        deletions: these requests, among others, were answered by an earlier process of the service.
+        """
+        self._deletions.restore(deletions)
         for model_id, made_by in self._hosting.storage.open().items():
             description = self._descriptions[model_id] = ModelDescription(model_id, None)
             model = self._hosted[model_id] = HostedModel(description, self._hosting)
@@ -224,7 +231,9 @@ class ModelRegistry:
             return await command_info(command_name(model_id, request_id), creation, wait=wait)
         return await self._get(model_id).command(request_id, wait=wait)
 
-    def _is_creation(self, seen: ModelCreation | EndedCommand | None, model_id: str, request_id: str) -> bool:
+    def _is_creation(
+        self, seen: ModelCreation | Deletion | EndedCommand | None, model_id: str, request_id: str
+    ) -> bool:
         """Whether the request with that id, which was `seen`, was to make the model."""
         if isinstance(seen, ModelCreation):
             return seen.model_id == model_id
@@ -237,7 +246,7 @@ class ModelRegistry:
 
         made_by: only a model that the request with this id has made; None: whoever made it. Raises ModelNotFound.
         """
-        if self._seen.find(call) is not None:
+        if await self._deletions.is_repeated(call):
             return
         description = self.describe(model_id)
         if made_by is not None and description.made_by != made_by:
@@ -247,11 +256,8 @@ class ModelRegistry:
                 reason="MODEL_NOT_FOUND",
                 resource=model_name(model_id),
             )
-        if model_id not in self._deletions:
-            description.deleting()
-            deletion = self._deletions[model_id] = asyncio.create_task(self._delete(model_id))
-            deletion.add_done_callback(lambda _: self._deletions.pop(model_id))
-        await deletion_ended(self._deletions[model_id], self._seen, call)
+        description.deleting()
+        await self._deletions.run(model_id, lambda: self._delete(model_id), call)
 
     async def _delete(self, model_id: str) -> None:
         creation = self._creations.get(model_id)
@@ -279,7 +285,7 @@ class ModelRegistry:
     async def close(self) -> None:
         """End every model. The storage keeps them."""
         creations = [creation.cancel() for creation in list(self._creations.values())]
-        await asyncio.gather(*creations, *self._deletions.values(), return_exceptions=True)
+        await asyncio.gather(*creations, self._deletions.close(), return_exceptions=True)
         await asyncio.gather(*(model.life.close() for model in self._hosted.values()), return_exceptions=True)
 
 

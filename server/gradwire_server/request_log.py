@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
 from gradwire_proto.values import CommandInfo
@@ -219,20 +218,6 @@ class RequestLog(Generic[R]):
         entry = self._entries.pop(call.request_id, None)
         if entry is not None:
             self._room += entry.reply_bytes
-
-
-async def deletion_ended(deletion: asyncio.Task[None], log: RequestLog[Any], call: Call) -> None:
-    """Wait for a deletion, which goes on without its callers. Once it has succeeded, a repeat of `call` finds it done:
-    what was made under the same name since is another's.
-    """
-
-    def note(ended: asyncio.Task[None]) -> None:
-        if not ended.cancelled() and ended.exception() is None:
-            log.add(call, EndedCommand(0, call.method, b""))
-
-    # Not by whoever waits: a caller whose connection broke is not there to note it.
-    deletion.add_done_callback(note)
-    await asyncio.shield(deletion)
 
 
 async def command_info(name: str, request: Seen | None, *, wait: bool) -> CommandInfo:

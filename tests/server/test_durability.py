@@ -20,6 +20,7 @@ from gradwire_proto.values import Batch, Handle, Retention, TensorData, Value
 from gradwire_server.model_storage import ModelStorage
 from gradwire_server.storage.blobs import Blobs
 from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.deletion_notes import DeletionNotes
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_server.tensors.uploads import resolve
@@ -840,6 +841,70 @@ async def test_deletion_of_a_checkpoint_whose_caller_is_gone_is_remembered(
     saved = await save(frontend, "best", fakes.request_id())
     await frontend.stub.DeleteCheckpoint(deletion)
     assert await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best")) == saved
+
+
+async def test_repeated_deletions_leave_alone_what_was_made_since_also_after_a_restart(
+    start: Any, fakes: Any, storage: Path
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await save(frontend, "best")
+        checkpoint = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+        await frontend.stub.DeleteCheckpoint(checkpoint)
+        await save(frontend, "best")
+        model = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+        await frontend.stub.DeleteModel(model)
+        await frontend.create()
+        missing = pb.DeleteModelRequest(name="models/later", request_id=fakes.request_id())
+        assert (await frontend.error(frontend.stub.DeleteModel(missing))).reason == "MODEL_NOT_FOUND"
+    async with start() as frontend:
+        await frontend.stub.DeleteModel(model)
+        await frontend.stub.DeleteCheckpoint(checkpoint)
+        await ready(frontend)
+        await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best"))
+        await frontend.create("later")
+        await frontend.stub.DeleteModel(missing)
+        assert (await frontend.error(frontend.model("later"))).reason == "MODEL_NOT_FOUND"
+        assert len(list((storage / "deletions").iterdir())) == 3
+
+
+async def test_deletion_is_noted_before_it_is_answered_and_its_repeat_waits_for_that(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    may_write, write = threading.Event(), DeletionNotes.write
+
+    def slowly(self: DeletionNotes, note: Any) -> None:
+        assert may_write.wait(5)
+        write(self, note)
+
+    monkeypatch.setattr(DeletionNotes, "write", slowly)
+    await frontend.create()
+    deletion = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.DeleteModel(deletion))
+    async with asyncio.timeout(5):
+        while (await frontend.stub.ListModels(pb.ListModelsRequest())).models:
+            await asyncio.sleep(0.01)
+    await frontend.create()
+    again = asyncio.ensure_future(frontend.stub.DeleteModel(deletion))
+    await asyncio.sleep(0.1)
+    assert not first.done() and not again.done()
+    may_write.set()
+    await asyncio.gather(first, again)
+    await ready(frontend)
+
+
+async def test_deletion_that_cannot_be_noted_is_answered_all_the_same(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    await frontend.create()
+    await save(frontend, "best")
+    monkeypatch.setattr("gradwire_server.storage.deletion_notes.replace_file", full)
+    deletion = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+    await frontend.stub.DeleteCheckpoint(deletion)
+    await frontend.stub.DeleteCheckpoint(deletion)
 
 
 async def test_checkpoint_that_a_model_is_brought_back_from_is_not_deleted(frontend: Any) -> None:
