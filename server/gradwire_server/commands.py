@@ -165,7 +165,7 @@ class Commands:
             result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
             if error.outcome == "applied":
-                return await self._end_with(error, call, job, uploads)
+                return await self._end_with(error, call, job, uploads, self._description.info.step)
             self._records.drop(uploads)
             if error.reason == "COMMAND_KILLS_RANKS":
                 return await self._refuse_for_good(error, call, job)
@@ -173,6 +173,7 @@ class Commands:
         except BaseException:
             self._records.drop(uploads)
             raise
+        before = self._description.info.step
         self._description.applied(result)
         try:
             result = result if deliver is None else await deliver(result)
@@ -181,15 +182,18 @@ class Commands:
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            return await self._end_with(refusal, call, job, uploads)
+            return await self._end_with(refusal, call, job, uploads, before)
         settled = await self._record(call, job, uploads, reply)
+        self._description.settles(settled, before)
         return result if settled is None else Unsettled(result, settled)
 
     async def _end_with(
-        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]
+        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload], before: int
     ) -> Unsettled[T]:
         """Record a command that was applied, and has an error in place of a reply."""
-        return self._ended(error, await self._record(call, job, uploads, None))
+        settled = await self._record(call, job, uploads, None)
+        self._description.settles(settled, before)
+        return self._ended(error, settled)
 
     async def _refuse_for_good(self, error: GradwireError, call: Call, job: Job[T]) -> Unsettled[T]:
         """Record a command that must never be tried again. It takes no number, and nothing of its request is needed."""

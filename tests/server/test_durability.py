@@ -684,9 +684,34 @@ async def test_at_disk_the_model_goes_on_while_answers_wait_for_their_fsync(star
         read = asyncio.ensure_future(frontend.stub.GetStateDict(pb.GetStateDictRequest(name="models/m")))
         await asyncio.sleep(0.1)
         assert not any(call.done() for call in calls) and not read.done()
+        assert (await frontend.model()).step == 0, "nobody sees what a loss of power may undo"
+        assert (await frontend.stub.ListModels(pb.ListModelsRequest())).models[0].step == 0
         may_sync.set()
+        assert (await calls[0]).result.step == 1 <= (await frontend.model()).step
         assert [reply.result.step for reply in await asyncio.gather(*calls)] == [1, 2, 3]
-        assert (await read).step == 3
+        assert (await frontend.model()).step == 3 == (await read).step
+
+
+async def test_step_whose_fsync_failed_is_shown_once_a_checkpoint_holds_it(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.05)
+    async with start(durability="disk") as frontend:
+        await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+        request = frontend.train(b"b", request_id=fakes.request_id())
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "sync", broken)
+            patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+            assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+            assert (await frontend.model()).step == 1
+        await asyncio.sleep(0.1)
+        # Who asks has it saved.
+        await frontend.stub.GetCommand(get_command(request.request_id))
+        assert (await frontend.model()).step == 2
 
 
 # --- ranks that are lost -------------------------------------------------------------------------------------------
