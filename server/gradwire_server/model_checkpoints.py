@@ -135,7 +135,7 @@ class ModelCheckpoints:
         except AlreadyExists:
             # The same one is being written in the background: the journal is mended the next time.
             raise copy.copy(self._records.journal.broken) from None
-        self._records.journal.restart(self._commands.number)
+        await in_thread(self._records.journal.restart, self._commands.number)
         self._description.all_settled()
         if self._checkpointer is not None:
             self._checkpointer.took(self._commands.number)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost, ResourceExhausted, Unavailable
@@ -46,6 +47,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 
 ANSWERED = 8
 """How many of the last commands may have been answered to nobody: their answers are made anew where not stored."""
+
+READ_AHEAD = 16
+"""Entries of a journal that are read at once, each with a reply of up to 4 MiB."""
 
 
 class Restored(Protocol):
@@ -227,9 +231,10 @@ class Restorer:
 
     async def _apply_again(self, journal: Journal, entries: Iterator[Entry]) -> None:
         newest: deque[Entry] = deque()
-        for entry in entries:
-            newest.append(entry)
-            if len(newest) > ANSWERED:
+        # In a thread: every byte of a journal is looked at.
+        while read := await in_thread(lambda: list(islice(entries, READ_AHEAD))):
+            newest.extend(read)
+            while len(newest) > ANSWERED:
                 await self._apply_one(journal, newest.popleft(), answered=False)
         for entry in newest:
             await self._apply_one(journal, entry, answered=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -58,6 +59,7 @@ class Journal:
         self._begin_anew = False
         self._next = 1
         self._sizes = RecordSizes(self._next)
+        self._cutting = threading.Lock()
         self._refused: set[int] = set()
         """The numbers behind which there are records without a number."""
         self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
@@ -200,8 +202,16 @@ class Journal:
 
         Whatever cuts this off, the rest is whole: segments go oldest first, their blobs afterwards. What cannot be
         removed stays until another time. The next command begins another segment, which the next cut can end at. What
-        was refused behind that command stays: the checkpoint may not know it.
+        was refused behind that command stays: the checkpoint may not know it. While the journal is started anew, which
+        cuts it, nothing is done.
         """
+        if self._cutting.acquire(blocking=False):
+            try:
+                self._cut(number)
+            finally:
+                self._cutting.release()
+
+    def _cut(self, number: int) -> None:
         self._sizes.forget(number)
         self._refused = {each for each in self._refused if each >= number}
         needed_from = number if number in self._refused else number + 1
@@ -225,8 +235,13 @@ class Journal:
 
         That checkpoint holds every command that was carried out, also those whose record failed. FailedPrecondition
         MODEL_FENCED for ever once another frontend has taken over; errors of `storage_error` leave things as they are.
+        Blocks until nothing of before is synced any more: a thread may call it, while nothing but `cut` is called here.
         """
         assert after >= self.last, f"the checkpoint at {after} lacks commands up to {self.last}"
+        with self._cutting:
+            self._restart(after)
+
+    def _restart(self, after: int) -> None:
         self._lock.check()
         self._lock.commits.finish(self)
         before, self._next = self._next, after + 1
@@ -239,7 +254,7 @@ class Journal:
         self._sizes = RecordSizes(self._next)
         self._refused.clear()
         with suppress(GradwireError):  # The next cut tries again.
-            self.cut(after)
+            self._cut(after)
 
     def close(self) -> None:
         """Wait until all is durable that is to be, and close the file. What is in the folder stays."""

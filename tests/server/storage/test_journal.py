@@ -252,6 +252,23 @@ def test_journal_that_goes_on_after_a_failure_goes_on_behind_refused_commands(op
     assert list(journal.entries(2)) == written == open_journal(2)[1]
 
 
+def test_cut_while_the_journal_is_started_anew_does_nothing(open_journal, entry, small_segments, model, monkeypatch):
+    journal, _ = open_journal()
+    fill(journal, entry, range(1, 7))
+    before = segments(model)
+
+    def finish(_: Journal) -> None:
+        journal.cut(6)
+        assert segments(model) == before
+
+    monkeypatch.setattr(journal._lock.commits, "finish", finish)
+    journal.restart(6)
+    monkeypatch.undo()
+    assert segments(model) == ["00000001-000000000007.log"]
+    fill(journal, entry, [7])
+    journal.cut(6)
+
+
 def test_what_a_frontend_that_was_taken_over_from_recorded_ends_nothing(open_journal, entry, storage, model):
     old, _ = open_journal()
     written = fill(old, entry, [1])
