@@ -22,9 +22,8 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
-from gradwire_server.restoring import state_files
 from gradwire_server.storage.checkpoint_store import key_of
-from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.storage.saved_model import SavedModel, state_files
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.work_queue import Unsettled

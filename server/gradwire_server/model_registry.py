@@ -17,6 +17,7 @@ from gradwire_proto.errors import (
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
 from gradwire_server.calls import Call
+from gradwire_server.checkpoint_reading import read_checkpoint
 from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.deletions import Deletion, Deletions
 from gradwire_server.hosted_model import HostedModel
@@ -26,7 +27,6 @@ from gradwire_server.model_description import ModelDescription, not_ready, recov
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info
-from gradwire_server.restoring import read_checkpoint
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel, StoredReply
 from gradwire_server.stored_replies import EndedCommand, ended_command

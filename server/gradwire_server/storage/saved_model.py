@@ -68,9 +68,14 @@ class SavedModel:
 
     def remove_files(self) -> None:
         """Remove the files that hold the tensors, which belong to whoever has this. Idempotent."""
-        remove_files(segment_paths(_tensors(self.state)))
+        remove_files(state_files(self.state))
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def state_files(state: ModelState) -> set[str]:
+    """The files that hold a state's tensors."""
+    return segment_paths(_tensors(state))
 
 
 def _tensors(state: ModelState) -> Iterator[TensorData]:
