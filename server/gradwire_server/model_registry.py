@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
-from gradwire_proto.errors import (
-    AlreadyExists,
-    Cancelled,
-    GradwireError,
-    ModelNotFound,
-    ResourceExhausted,
-)
+from gradwire_proto.errors import AlreadyExists, GradwireError, ModelNotFound, ResourceExhausted
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_reading import read_checkpoint
-from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.deletions import Deletion, Deletions
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
 from gradwire_server.model_description import ModelDescription, not_ready, recovering
+from gradwire_server.model_making import Making, made_of_checkpoint, made_of_spec
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
 from gradwire_server.request_log import RequestLog, command_info
 from gradwire_server.storage.checkpoint_store import key_of
-from gradwire_server.storage.saved_model import SavedModel, StoredReply
+from gradwire_server.storage.saved_model import StoredReply
 from gradwire_server.stored_replies import EndedCommand, ended_command
 from gradwire_server.tensors.file_threads import in_thread
-from gradwire_server.workers import Workers
 
 
 class ModelRegistry:
@@ -75,32 +67,11 @@ class ModelRegistry:
             self._check_new(model_id)
             await asyncio.to_thread(check_model, spec, values, self._hosting.limits)
             # Again: others came meanwhile, this request's repeat perhaps.
-            creation = self._seen.find(call) or self._create(spec, values, example, model_id, call)
+            creation = self._seen.find(call)
+        if creation is None:
+            self._check_new(model_id)
+            creation = self._begin(made_of_spec(self._hosting, spec, values, example, call), model_id, call)
         return await creation.result(call.deadline)
-
-    def _create(
-        self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
-    ) -> ModelCreation:
-        spec = self._hosting.keeping.of(spec)
-        batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
-        self._check_new(model_id)
-        claim = self._hosting.tensors.uploads.claim({"tensors": values, "example": batch})
-
-        async def make(new: HostedModel) -> ModelInfo:
-            example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
-            workers = await self._hosting.cluster.start_group(
-                spec, claim.value["tensors"], example, model_id=new.life.id
-            )
-            return await _begun(new, workers, call)
-
-        def ended(creation: ModelCreation) -> None:
-            if isinstance(creation.error, Cancelled):
-                # Perhaps only the connection broke: then the caller comes back with the same handles.
-                claim.give_back()
-            else:
-                claim.spend()
-
-        return self._begin(spec, model_id, make, ended, call)
 
     async def restore(self, name: str, model_id: str | None, workers: int | None, call: Call) -> ModelInfo:
         """Make a model of the checkpoint `name`. None: the id, or as many ranks, as the model had that was saved.
@@ -114,45 +85,28 @@ class ModelRegistry:
             model_id = model_id or (await in_thread(store.get, key_of(name), threads=store.threads)).model_id
             self._check_new(model_id)
             saved, spec = await in_thread(read_checkpoint, store, name, workers, threads=store.threads)
-            # Again: others came meanwhile, this request's repeat perhaps.
-            creation = self._seen.find(call)
-            if creation is not None:
+            try:
+                # Again: others came meanwhile, this request's repeat perhaps.
+                creation = self._seen.find(call)
+                if creation is None:
+                    self._check_new(model_id)
+            except GradwireError:
                 saved.remove_files()
+                raise
+            if creation is None:
+                creation = self._begin(made_of_checkpoint(self._hosting, saved, spec, call), model_id, call)
             else:
-                creation = self._restore(saved, spec, model_id, call)
+                saved.remove_files()
         return await creation.result(call.deadline)
 
-    def _restore(self, saved: SavedModel, spec: CurrentSpec, model_id: str, call: Call) -> ModelCreation:
-        async def make(new: HostedModel) -> ModelInfo:
-            state = saved.state
-            new.description.goes_back_to(spec, state.step)
-            workers = await self._hosting.cluster.start_group(
-                spec.value, state.tensors, None, model_id=model_id, state=state
-            )
-            return await _begun(new, workers, call, number=state.command, trained=state.trained)
-
-        try:
-            self._check_new(model_id)
-        except GradwireError:
-            saved.remove_files()
-            raise
-        return self._begin(spec.value, model_id, make, lambda _: saved.remove_files(), call)
-
-    def _begin(
-        self,
-        spec: ModelSpec,
-        model_id: str,
-        make: Callable[[HostedModel], Awaitable[ModelInfo]],
-        ended: Callable[[ModelCreation], None],
-        call: Call,
-    ) -> ModelCreation:
+    def _begin(self, making: Making, model_id: str, call: Call) -> ModelCreation:
         model_id = model_id or f"model-{secrets.token_hex(6)}"
-        description = self._descriptions[model_id] = ModelDescription(model_id, spec)
+        description = self._descriptions[model_id] = ModelDescription(model_id, making.spec)
         description.made_by = call.request_id
         new = HostedModel(description, self._hosting)
 
         async def run() -> ModelInfo:
-            info = await make(new)
+            info = await making.make(new)
             self._hosted[model_id] = new
             return info
 
@@ -164,7 +118,7 @@ class ModelRegistry:
                 self._hosted[model_id] = new
             elif model_id not in self._hosted:
                 del self._descriptions[model_id]
-            ended(creation)
+            making.ended(creation)
 
         creation = self._creations[model_id] = ModelCreation(model_id, call.request_id, run, end)
         self._seen.add(call, creation)
@@ -287,13 +241,3 @@ class ModelRegistry:
         creations = [creation.cancel() for creation in list(self._creations.values())]
         await asyncio.gather(*creations, self._deletions.close(), return_exceptions=True)
         await asyncio.gather(*(model.life.close() for model in self._hosted.values()), return_exceptions=True)
-
-
-async def _begun(new: HostedModel, workers: Workers, call: Call, **begin: Any) -> ModelInfo:
-    """Serve a new model with these ranks, which are freed where that fails."""
-    try:
-        return await new.life.begin(workers, call, **begin)
-    except BaseException:
-        workers.on_lost = None
-        await asyncio.shield(workers.close())
-        raise
