@@ -51,7 +51,7 @@ class ModelRegistry:
             if made_by is not None:
                 description.made_by = made_by.request_id
                 self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by), made_by.ended_at)
-            model.life.restore()
+            model.life.recovery.restore()
         self._hosting.storage.begin_sweep()
 
     async def create(
@@ -140,7 +140,7 @@ class ModelRegistry:
                 reason="TOO_MANY_MODELS",
             )
         for model in self._hosted.values():
-            if model.life.wants_ranks:
+            if model.life.recovery.wants_ranks:
                 raise recovering(
                     f"{model.description.name} is being brought back, and comes first: it may need the ranks"
                 )
@@ -148,7 +148,7 @@ class ModelRegistry:
     async def get(self, model_id: str, call: Call) -> HostedModel:
         """The model, once it has been brought back. Raises ModelNotFound; FailedPrecondition while it is made."""
         model = self._get(model_id)
-        await model.life.there(call)
+        await model.life.recovery.there(call)
         return model
 
     def _get(self, model_id: str) -> HostedModel:
