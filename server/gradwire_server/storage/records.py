@@ -2,7 +2,7 @@
 
 A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
 
-    header    "GWRC", flags (2 bytes; 1: there is a reply; 2: the command was refused and has no number, so that this is
+    header    "GWRC", flags (2 bytes; 1: there is a reply; 4: the command was refused and has no number, so that this is
               the number of the command before), zero (2), length of the description (4), of the request (8), of the
               reply (8), number (8), CRC-32 of the header so far (4)
     trailer   CRC-32 of all before it (4), "END\\n" (4)
@@ -28,7 +28,7 @@ _TRAILER = struct.Struct("<I4s")
 _BEGIN = b"GWRC"
 _END = b"END\n"
 _HAS_REPLY = 1
-_UNNUMBERED = 2
+_UNNUMBERED = 4
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 HEADER_BYTES = _HEADER.size + _CHECK.size

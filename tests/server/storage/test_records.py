@@ -98,7 +98,7 @@ def test_record_of_another_segment_is_none_of_this_one(entry):
 
 
 def test_only_a_refused_command_may_have_no_number(entry, monkeypatch):
-    monkeypatch.setattr("gradwire_server.storage.records._HAS_REPLY", 2)
+    monkeypatch.setattr("gradwire_server.storage.records._HAS_REPLY", 4)
     record = joined(entry(7))
     monkeypatch.undo()
     with pytest.raises(BadRecord, match="command 7"):
