@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 REMEMBER_SECONDS = 600.0
@@ -48,6 +49,9 @@ class Aging(Generic[V]):
         found = self._values.pop(name, None)
         return None if found is None else found[0]
 
-    def items(self) -> Iterator[tuple[str, V]]:
-        """All that is known, oldest first."""
-        return ((name, value) for name, (value, _) in self._values.items())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def values(self) -> Iterator[V]:
+        """All that is known, oldest first, as the names are."""
+        return map(itemgetter(0), self._values.values())

@@ -32,8 +32,11 @@ class Seen(Protocol):
 
 R = TypeVar("R", bound=Seen)
 
-_MOST = 65_536
-"""Of so many requests whose replies are gone it is known what became of them, at most: 100 a second."""
+_MOST = 32_768
+"""Of so many requests whose replies are gone it is known what became of them, at most: of 50 a second.
+
+Each checkpoint holds them, which takes some 5 us for each.
+"""
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class RequestLog(Generic[R]):
     Of those that have ended the replies go first: beyond `capacity`, and before that where they have more than
     `reply_bytes` together, oldest first. What became of the request stays known for REMEMBER_SECONDS after its end: a
     repeat hears so, and is not applied again. After that it is a new request. Memory is bounded all the same: beyond
-    65,536 of them (or `capacity`, where that is more), about 0.5 KB each, the oldest go even when they are younger.
+    32,768 of them (or `capacity`, where that is more), about 0.5 KB each, the oldest go even when they are younger.
     `clock`: seconds since 1970, so that what a checkpoint stores ages while no service runs.
     """
 
@@ -158,21 +161,19 @@ class RequestLog(Generic[R]):
 
     def goes_back_to(self, number: int) -> None:
         """Commands behind this number are undone: what was stored of them is not so."""
-        for _, entry in self._known():
+        for entry in (*self._older.values(), *self._entries.values()):
             if entry.stored is not None and entry.stored.number > number:
                 entry.stored = None
-
-    def _known(self) -> list[tuple[str, _Entry[R]]]:
-        return [*self._older.items(), *self._entries.items()]
 
     def stored(self) -> Callable[[], tuple[StoredReply, ...]]:
         """What a checkpoint holds of the requests that are known now and were applied, oldest first: by a function
         that takes a while, which a thread may call before the next request runs.
         """
-        known, now = self._known(), self._clock()
+        names, now = [*self._older, *self._entries], self._clock()
+        entries = [*self._older.values(), *self._entries.values()]
         return lambda: tuple(
             stored_reply_of(request_id, entry.body, entry.stored, now if entry.ended_at is None else entry.ended_at)
-            for request_id, entry in known
+            for request_id, entry in zip(names, entries, strict=True)
             if entry.stored is not None
         )
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from gradwire_server.storage.durable_files import replace_file
@@ -31,13 +32,13 @@ class DeletionNotes:
         """All that there are, oldest first; those that are too old, or cut off, are removed."""
         found = []
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            for path in self._folder.iterdir():
+            for path in self._folder.iterdir() if self._folder.exists() else ():
                 note = _read(path)
-                if note is None or (note.ended_at or 0.0) < time.time() - KEEP_SECONDS:
-                    path.unlink(missing_ok=True)
-                else:
+                if note is not None and (note.ended_at or 0.0) >= time.time() - KEEP_SECONDS:
                     found.append((note.ended_at, path, note))
+                    continue
+                with suppress(OSError):  # The next start tries again.
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, f"be opened ({self._folder})") from error
         found.sort(key=lambda each: each[:2])
@@ -49,6 +50,7 @@ class DeletionNotes:
         now, path = time.time(), self._folder / f"{note.request_id}.bin"
         self._lock.check()
         try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
             replace_file(path, b"".join(encode_replies((note,))))
             with self._one_at_a_time:
                 self._written.append((now, path))

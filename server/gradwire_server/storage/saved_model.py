@@ -87,23 +87,21 @@ def _tensors(state: ModelState) -> Iterator[TensorData]:
 
 def encode_replies(replies: tuple[StoredReply, ...]) -> Iterator[bytes]:
     """The length of a list in JSON in 8 bytes, the list, and behind it the responses themselves."""
-    listed = [
-        {
-            "number": each.number,
-            "request_id": each.request_id,
-            "body": each.body.hex(),
-            "method": each.method,
-            "bytes": None if each.reply is None else len(each.reply),
-            "refused": each.refused,
-            "ended_at": each.ended_at,
-        }
-        for each in replies
-    ]
-    # Line by line, which takes a tenth of the time that indenting takes.
-    text = ("[" + ",\n".join(map(_to_json, listed)) + "]").encode()
+    text = ("[" + ",\n".join(map(_line, replies)) + "]").encode()
     yield len(text).to_bytes(8, "little")
     yield text
     yield from (each.reply for each in replies if each.reply is not None)
+
+
+def _line(reply: StoredReply) -> str:
+    """Not by json, which takes four times as long: there may be very many."""
+    nbytes = "null" if reply.reply is None else len(reply.reply)
+    refused = "null" if reply.refused is None else _to_json(reply.refused)
+    ended_at = "null" if reply.ended_at is None else repr(reply.ended_at)
+    return (
+        f'{{"number": {reply.number}, "request_id": {_to_json(reply.request_id)}, "body": "{reply.body.hex()}",'
+        f' "method": {_to_json(reply.method)}, "bytes": {nbytes}, "refused": {refused}, "ended_at": {ended_at}}}'
+    )
 
 
 def decode_replies(content: bytes) -> tuple[StoredReply, ...]:
