@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Iterable
 from typing import Protocol
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.names import checkpoint_name
 from gradwire_proto.values import Checkpoint
 from gradwire_server.calls import Call
+from gradwire_server.deletions import Deletion, Deletions
+from gradwire_server.model_storage import ModelStorage
 from gradwire_server.pages import page_of
-from gradwire_server.request_log import RequestLog, deletion_ended
-from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
-from gradwire_server.stored_replies import EndedCommand
+from gradwire_server.request_log import RequestLog
+from gradwire_server.storage.checkpoint_store import key_of
+from gradwire_server.storage.saved_model import StoredReply
 from gradwire_server.tensors.file_threads import in_thread
 
 
@@ -25,11 +27,19 @@ class Needed(Protocol):
 class CheckpointList:
     """See the module. Names are `Checkpoint.name`."""
 
-    def __init__(self, store: CheckpointStore, models: Needed, stored_replies: int) -> None:
-        self._store = store
+    def __init__(self, storage: ModelStorage, models: Needed, stored_replies: int) -> None:
+        self._store = storage.checkpoints
         self._models = models
-        self._deletions: dict[str, asyncio.Task[None]] = {}
-        self._seen: RequestLog[EndedCommand] = RequestLog(stored_replies, 0)
+        seen: RequestLog[Deletion] = RequestLog(stored_replies, 0)
+        self._deletions = Deletions("DeleteCheckpoint", seen, storage.deletions)
+
+    def open(self, deletions: Iterable[StoredReply]) -> None:
+        """These requests, among others, were answered by an earlier process of the service."""
+        self._deletions.restore(deletions)
+
+    async def close(self) -> None:
+        """Wait for what is being deleted."""
+        await self._deletions.close()
 
     async def get(self, name: str) -> Checkpoint:
         """What is known of a checkpoint. Raises CheckpointNotFound."""
@@ -45,7 +55,7 @@ class CheckpointList:
 
         Raises CheckpointNotFound; FailedPrecondition CHECKPOINT_NEEDED for one that its model is brought back from.
         """
-        if self._seen.find(call) is not None:
+        if await self._deletions.is_repeated(call):
             return
         model_id, separator, number = name.partition("/")
         if separator and self._models.needs_checkpoint(model_id, int(number)):
@@ -55,11 +65,11 @@ class CheckpointList:
                 reason="CHECKPOINT_NEEDED",
                 resource=checkpoint_name(name),
             )
-        if name not in self._deletions:
-            deleting = in_thread(self._store.delete, key_of(name), threads=self._store.threads)
-            deletion = self._deletions[name] = asyncio.ensure_future(deleting)
-            deletion.add_done_callback(lambda _: self._deletions.pop(name))
-        await deletion_ended(self._deletions[name], self._seen, call)
+
+        async def delete() -> None:
+            await in_thread(self._store.delete, key_of(name), threads=self._store.threads)
+
+        await self._deletions.run(name, delete, call)
 
 
 def _order(checkpoint: Checkpoint) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, GradwireError, InvalidArgument
+from gradwire_proto.errors import CheckpointNotFound, GradwireError, InvalidArgument
 from gradwire_proto.names import automatic_checkpoint, check_checkpoint_id
 from gradwire_proto.values import Checkpoint
 from gradwire_server.checkpoint_policy import CheckpointPolicy, Checkpoints, SavableModel
@@ -98,17 +98,6 @@ class Checkpointer:
     def came_from(self, number: int) -> None:
         """The model was brought back from its automatic checkpoint of that number: newer ones cannot be read."""
         self._kept = [each for each in self._kept if each <= number]
-
-    async def take(self) -> int:
-        """Save the model by itself now; the number of the newest checkpoint, which holds all that was applied so far.
-
-        FailedPrecondition FORWARDS_RETAINED while forwards are retained; errors of the store.
-        """
-        if not await self._shielded(self._take(self._model.number)):
-            raise FailedPrecondition(
-                "the model retains forwards, which no checkpoint can hold", reason="FORWARDS_RETAINED"
-            )
-        return self.newest
 
     async def save(self, name: str | None, request_id: str | None) -> Checkpoint:
         """Save the model as it is when its turn comes, under a name (None: one is made up), until somebody deletes it.

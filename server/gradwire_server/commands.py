@@ -74,6 +74,13 @@ class Commands:
             request = self._begin(call, tensors, work, deliver)
         return await request.result(call.deadline)
 
+    def is_settled(self, request_id: str) -> bool:
+        """Whether a request with that id is known, and what became of it if it has ended."""
+        if request_id not in self.log:
+            return False
+        request = self.log.get(request_id)
+        return request is None or not _is_unknown(request)
+
     async def seen(self, request_id: str) -> Job[Any] | EndedCommand | None:
         """The request with that id, settled where it can be. See RequestLog.get."""
         request = self.log.get(request_id)
@@ -157,13 +164,16 @@ class Commands:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
             result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
-            if error.outcome == "applied" or error.reason == "COMMAND_KILLS_RANKS":
-                return await self._end_with(error, call, job, uploads)
+            if error.outcome == "applied":
+                return await self._end_with(error, call, job, uploads, self._description.info.step)
             self._records.drop(uploads)
+            if error.reason == "COMMAND_KILLS_RANKS":
+                return await self._refuse_for_good(error, call, job)
             raise
         except BaseException:
             self._records.drop(uploads)
             raise
+        before = self._description.info.step
         self._description.applied(result)
         try:
             result = result if deliver is None else await deliver(result)
@@ -172,16 +182,36 @@ class Commands:
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            return await self._end_with(refusal, call, job, uploads)
+            return await self._end_with(refusal, call, job, uploads, before)
         settled = await self._record(call, job, uploads, reply)
+        self._description.settles(settled, before)
         return result if settled is None else Unsettled(result, settled)
 
     async def _end_with(
-        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]
+        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload], before: int
     ) -> Unsettled[T]:
-        """Record a command that ends with `error`: it was applied and has no reply, or must never be tried again."""
-        refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
-        settled = await self._record(call, job, uploads, None, refused)
+        """Record a command that was applied, and has an error in place of a reply."""
+        settled = await self._record(call, job, uploads, None)
+        self._description.settles(settled, before)
+        return self._ended(error, settled)
+
+    async def _refuse_for_good(self, error: GradwireError, call: Call, job: Job[T]) -> Unsettled[T]:
+        """Record a command that must never be tried again. It takes no number, and nothing of its request is needed."""
+        self.log.store(call, EndedCommand(self.number, call.method, None, kills_ranks(error.message)))
+        entry = Entry(
+            number=self.number,
+            method=call.method,
+            request=b"",
+            reply=None,
+            request_id=call.request_id,
+            body=call.body,
+            refused=error.message,
+            unnumbered=True,
+            released=self._released(),
+        )
+        return self._ended(error, self._records.append(entry, job))
+
+    def _ended(self, error: GradwireError, settled: asyncio.Future[None] | None) -> Unsettled[Any]:
         if settled is None:
             raise error
         self._description.met(error)
@@ -193,13 +223,11 @@ class Commands:
         job: Job[Any],
         uploads: Sequence[StoredUpload],
         reply: bytes | None,
-        refused: str | None = None,
     ) -> asyncio.Future[None] | None:
         """Number the command that was applied and put it into the journal. None: it outlives what it should."""
         # Only these have numbers: what was refused leaves no trace, in random numbers neither.
         self.number += 1
-        error = None if refused is None else kills_ranks(refused)
-        self.log.store(call, EndedCommand(self.number, call.method, reply, error))
+        self.log.store(call, EndedCommand(self.number, call.method, reply))
         if reply is not None:
             self.log.weigh(call, len(reply))
         self._applied()
@@ -211,7 +239,6 @@ class Commands:
             request_id=call.request_id,
             body=call.body,
             body_checks=True,
-            refused=refused,
             uploads=tuple(uploads),
             released=self._released(),
             splits={name: each for name, each in self._ranks.workers.splits.items() if self._splits.get(name) != each},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 
-from gradwire_proto.errors import GradwireError, InternalError
+from gradwire_proto.errors import GradwireError, InternalError, RankLost, ResourceExhausted, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -27,3 +27,11 @@ def public_error(error: BaseException, request_id: str | None, *, outcome: str =
         request_id=request_id,
         outcome=outcome,
     )
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a model may come back when it is tried again later: ranks, memory or storage are not there now."""
+    if isinstance(error, RankLost):
+        return False
+    read_only = isinstance(error, GradwireError) and error.reason == "STORAGE_READ_ONLY"
+    return read_only or isinstance(error, Unavailable | ResourceExhausted)

@@ -162,8 +162,10 @@ class HostedModel:
     async def command(self, request_id: str, *, wait: bool) -> CommandInfo:
         """What became of the command with that request id; with `wait`, once it has ended.
 
-        Raises ModelNotFound COMMAND_NOT_FOUND; the command's own error where nobody knows what became of it.
+        Raises ModelNotFound COMMAND_NOT_FOUND, and what comes with that id later is refused; the command's own error
+        where nobody knows what became of it; what `ModelRecovery.knows` raises.
         """
+        await self.life.recovery.knows(request_id, wait=wait)
         name = command_name(self.description.info.id, request_id)
         return await command_info(name, await self._commands.seen(request_id), wait=wait)
 

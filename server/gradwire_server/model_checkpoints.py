@@ -22,9 +22,8 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
-from gradwire_server.restoring import state_files, stored_reply_of
 from gradwire_server.storage.checkpoint_store import key_of
-from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.storage.saved_model import SavedModel, state_files
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.work_queue import Unsettled
@@ -94,8 +93,10 @@ class ModelCheckpoints:
             return await self._ranks.workers.state()
 
         state, _ = await self._ranks.run(look, changes=False)
+        replies = self._commands.log.stored()
         try:
             spec = await in_thread(self._description.spec.encoded)
+            stored = await in_thread(replies)
         except BaseException:
             remove_files(state_files(state))
             raise
@@ -109,7 +110,7 @@ class ModelCheckpoints:
             layout=self._description.info.tensors,
             workers=self._description.info.workers,
             state=replace(state, command=self._commands.number),
-            replies=tuple(stored_reply_of(*each) for each in self._commands.log.stored()),
+            replies=stored,
         )
 
     async def save_here(self, *, alone: bool = False) -> None:
@@ -133,7 +134,8 @@ class ModelCheckpoints:
         except AlreadyExists:
             # The same one is being written in the background: the journal is mended the next time.
             raise copy.copy(self._records.journal.broken) from None
-        self._records.journal.restart(self._commands.number)
+        await in_thread(self._records.journal.restart, self._commands.number)
+        self._description.all_settled()
         if self._checkpointer is not None:
             self._checkpointer.took(self._commands.number)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError
+from gradwire_proto.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire_proto.names import model_name
 from gradwire_proto.values import (
     ArchitectureSpec,
@@ -36,6 +38,9 @@ class ModelDescription:
         self.operators: dict[str, str] = {}
         self._spec: CurrentSpec | None = None
         self._shown: ModelInfo | None = None
+        self._settled_step: int | None = None
+        """The step of the last command that outlives what it should; None where all do."""
+        self._unsettled = 0
         created_at = time.time() if created_at is None else created_at
         if spec is None:
             self._info = ModelInfo(
@@ -99,10 +104,14 @@ class ModelDescription:
 
     @property
     def shown(self) -> ModelInfo:
-        """The whole description for clients: as of the last command, also while ranks are brought back to it."""
-        if self._shown is None:
-            return self._info
-        return replace(self._shown, state=self._info.state, last_error=self._info.last_error)
+        """The whole description for clients: as of the last command, also while ranks are brought back to it.
+
+        The step is that of the last one that outlives what it should.
+        """
+        shown = self._info
+        if self._shown is not None:
+            shown = replace(self._shown, state=self._info.state, last_error=self._info.last_error)
+        return shown if self._settled_step is None else replace(shown, step=self._settled_step)
 
     @property
     def brief(self) -> ModelInfo:
@@ -159,6 +168,24 @@ class ModelDescription:
         rank_rows = getattr(result, "rank_rows", ()) or self._info.rank_rows
         self._info = replace(self._info, step=step, rank_rows=rank_rows)
 
+    def settles(self, settled: asyncio.Future[None] | None, before: int) -> None:
+        """The last command outlives what it should once `settled` is done; None: it does. before: the step before."""
+        if settled is None:
+            return
+        if self._settled_step is None:
+            self._settled_step = before
+        self._unsettled += 1
+        settled.add_done_callback(partial(self._settled, self._info.step))
+
+    def _settled(self, step: int, settled: asyncio.Future[None]) -> None:
+        self._unsettled -= 1
+        if not settled.cancelled() and settled.exception() is None and self._settled_step is not None:
+            self._settled_step = step if self._unsettled else None
+
+    def all_settled(self) -> None:
+        """A checkpoint holds the model as it is."""
+        self._settled_step = None
+
     def met(self, error: GradwireError) -> None:
         """A command failed, or ranks were lost."""
         self._info = replace(self._info, last_error=str(error))
@@ -210,6 +237,11 @@ def not_ready(name: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"{name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
     )
+
+
+def recovering(message: str) -> Unavailable:
+    """The error of requests that do not wait for a model that is brought back; nothing was applied."""
+    return Unavailable(message, reason="MODEL_RECOVERING", retry_after=0.2)
 
 
 def deleted(name: str) -> FailedPrecondition:

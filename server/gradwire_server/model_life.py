@@ -1,44 +1,33 @@
-"""A model from its making to its end: its ranks, its journal and its checkpoints, and how they come back."""
+"""A model from its making to its end: its ranks, its journal and its checkpoints, put together."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import ModelInfo
 from gradwire_server.autograd_commands import AutogradCommands, Turns
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
-from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_checkpoints import ModelCheckpoints
 from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
+from gradwire_server.model_recovery import ModelRecovery, Trained
 from gradwire_server.request_log import RequestLog
-from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
-from gradwire_server.storage.journal import Journal
-from gradwire_server.storage.records import Entry
-from gradwire_server.storage.saved_model import SavedModel
-from gradwire_server.stored_replies import EndedCommand, encode_reply
+from gradwire_server.stored_replies import EndedCommand, encode_reply, stored_reply_of
 from gradwire_server.tensors.file_threads import in_thread
-from gradwire_server.work_queue import Job, WorkQueue, queue_full
+from gradwire_server.work_queue import Job, WorkQueue
 from gradwire_server.workers import Workers
-
-Trained: TypeAlias = "tuple[str, ...] | None"
-
-logger = logging.getLogger(__name__)
 
 
 class ModelLife:
-    """See the module. `commands` runs its requests, `checkpoints` saves it.
+    """See the module. `commands` runs its requests, `checkpoints` saves it, `recovery` brings it back.
 
     `autograd` has the commands of clients whose own autograd goes through it.
     """
@@ -47,7 +36,9 @@ class ModelLife:
         self.description = description
         self._hosting = hosting
         self._queue = WorkQueue(hosting.tensors.uploads, hosting.limits.requests_per_model)
-        self.ranks = LiveRanks(self._regain, self._ranks_lost)
+        self.ranks = LiveRanks(
+            lambda lost, salvage: self.recovery.regain(lost, salvage), lambda lost: self.recovery.begin(lost)
+        )
         self._records = ModelRecords(lambda: self.checkpoints.begin_anew(), self._in_turn)
         # Some that failed, or were given up, come between the few replies that may be wanted again.
         capacity = max(hosting.stored_replies, hosting.limits.requests_per_model)
@@ -72,8 +63,9 @@ class ModelLife:
             hosting.limits,
             lambda: f"{self.id}/{description.info.created_at}",
         )
-        self._there = asyncio.Event()
-        self._waiting = 0
+        self.recovery = ModelRecovery(
+            description, hosting, self.commands, self.ranks, self._records, self.checkpoints, self.autograd
+        )
 
     @property
     def id(self) -> str:
@@ -81,25 +73,19 @@ class ModelLife:
         return self.description.info.id
 
     @property
-    def number(self) -> int:
-        """The number of the last command that was applied."""
-        return self.commands.number
-
-    @property
     def is_durable(self) -> bool:
         """Whether anything of it outlives its ranks."""
         return self.description.info.durability != "none"
 
-    # --- making and ending ----------------------------------------------------------------------------------------
-
     async def begin(self, workers: Workers, call: Call, *, number: int = 0, trained: Trained = None) -> ModelInfo:
         """Serve a new model that these ranks have, once it outlives what it should. `call`: the request that makes it.
 
-        number: that of the last command that it has applied. trained: as in `adopt`. Whatever fails, nothing of it is
-        left in the storage, but where the description says that the model has failed; the ranks are the caller's.
+        number: that of the last command that it has applied. trained: as in `ModelRecovery.adopt`. Whatever fails,
+        nothing of it is left in the storage, but where the description says that the model has failed; the ranks are
+        the caller's.
         """
         self.commands.number = number
-        self.adopt(workers, trained)
+        self.recovery.adopt(workers, trained)
         if self.is_durable:
             try:
                 await self._enter_storage(call)
@@ -111,11 +97,11 @@ class ModelLife:
                 except GradwireError as error:
                     # A restart may find it.
                     self.description.failed(error)
-                    self._there.set()
+                    self.recovery.ended()
                 raise
         self.checkpoints.watch([number] if self.is_durable else ())
         self.description.ready()
-        self._there.set()
+        self.recovery.not_needed()
         return self.description.info
 
     async def _enter_storage(self, call: Call) -> None:
@@ -126,57 +112,16 @@ class ModelLife:
         await self.checkpoints.save_here()
         if call.request_id is not None:
             reply = encode_reply(call.method, replace(self.description.info, state="ready")).SerializeToString()
-            made_by = stored_reply_of(call.request_id, call.body, EndedCommand(self.number, call.method, reply))
+            ended = EndedCommand(self.commands.number, call.method, reply)
+            made_by = stored_reply_of(call.request_id, call.body, ended, time.time())
         await in_thread(storage.make, self.id, made_by)
         durability = self.description.info.durability
-        journal, _ = await in_thread(storage.open_journal, self.id, durability, self.number)
-        self.takes_journal(journal)
-
-    def restore(self) -> None:
-        """Serve a model of the storage, once it has been brought back, in the background."""
-
-        async def work(_: Any) -> None:
-            try:
-                await self._hosting.storage.swept()
-                await self._restorer.regain(None, None)
-                self.checkpoints.watch(await self._kept_checkpoints())
-                self.description.ready()
-                logger.info("models/%s is back, at step %d", self.id, self.description.info.step)
-            except GradwireError as error:
-                self.description.failed(error)
-                logger.error("models/%s cannot be brought back: %s", self.id, error)
-
-        job = self.commands.take_turn(Call(), None, work, limited=False)
-        job.on_end(lambda _: self._there.set())
-
-    async def _kept_checkpoints(self) -> list[int]:
-        try:
-            store = self._hosting.storage.checkpoints
-            return await in_thread(store.automatic, self.id, threads=store.threads)
-        except GradwireError as error:
-            # The others stay until the model is brought back once more.
-            logger.warning("models/%s: its checkpoints cannot be listed: %s", self.id, error)
-            return []
-
-    async def there(self, call: Call) -> None:
-        """Return when the model has been brought back, or cannot be. What repeats a request is only known then.
-
-        Raises ResourceExhausted QUEUE_FULL where too many wait for it already.
-        """
-        if call.replay is not None or self._there.is_set():
-            return
-        limit = self._hosting.limits.requests_per_model
-        if self._waiting >= limit:
-            raise queue_full(limit)
-        self._waiting += 1
-        try:
-            await self._there.wait()
-        finally:
-            self._waiting -= 1
+        journal, _ = await in_thread(storage.open_journal, self.id, durability, self.commands.number)
+        self._records.journal = journal
 
     async def idle(self) -> None:
         """Return when no request waits or runs. To be brought back is no request."""
-        if self._there.is_set():
+        if self.recovery.is_over:
             await self._queue.idle()
 
     async def close(self) -> None:
@@ -194,7 +139,7 @@ class ModelLife:
             if self.ranks.there and self.ranks.workers is not first:
                 # They had just taken the place of lost ones.
                 await self._free_ranks(reuse=False)
-        self._there.set()
+        self.recovery.ended()
         await no_more_checkpoints
         await in_thread(self._records.close)
 
@@ -204,93 +149,5 @@ class ModelLife:
         await self.ranks.workers.close(reuse=reuse)
         return self.ranks.workers
 
-    # --- how it comes back ----------------------------------------------------------------------------------------
-
-    @property
-    def _restorer(self) -> Restorer:
-        storage = self._hosting.storage if self.is_durable else None
-        return Restorer(self, self._hosting.cluster, storage, self._hosting.replayer)
-
-    def _ranks_lost(self, lost: RankLost) -> None:
-        """Nobody may be at work: the ranks are replaced all the same."""
-        self.description.met(lost)
-        self.description.recovering()
-        try:
-            self.commands.take_turn(Call(), None, lambda _: self.ranks.ensure(), limited=False)
-        except GradwireError:
-            return  # The next of those that wait replaces them, or the model is on its way out.
-
-    async def _regain(self, lost: RankLost, salvage: bool) -> None:
-        if not self._there.is_set():
-            # Nobody has been told of it yet.
-            lost = copy.copy(lost)
-            lost.outcome = "not_applied"
-            raise lost
-        started = time.monotonic()
-        logger.warning("models/%s lost its ranks: %s", self.id, lost)
-        self.description.met(lost)
-        self.description.recovering()
-        try:
-            await self._restorer.regain(self.ranks.workers, self.ranks.applied if salvage else None)
-        except GradwireError as error:
-            logger.error("models/%s cannot be brought back: %s", self.id, error)
-            self.description.failed(error if self.is_durable else lost)
-            if not self.is_durable:
-                raise copy.copy(lost) from None
-            self.description.check_usable()
-        self.commands.log.goes_back_to(self.number)
-        self._records.goes_back_to(self.number)
-        self.description.ready()
-        with suppress(RankLost):
-            await self.autograd.release_again()
-        logger.info("models/%s is back after %.2f s", self.id, time.monotonic() - started)
-
     async def _in_turn(self, work: Callable[[], Awaitable[None]]) -> None:
         await self.commands.take_turn(Call(), None, lambda _: work(), limited=False).result(None)
-
-    @property
-    def spec(self) -> CurrentSpec:
-        """The spec as of the last command."""
-        return self.description.spec
-
-    @property
-    def journal(self) -> Journal | None:
-        """Where commands are recorded; None: nowhere."""
-        return self._records.journal
-
-    def takes_journal(self, journal: Journal) -> None:
-        """Commands are recorded here."""
-        self._records.journal = journal
-
-    def goes_back_to(self, saved: SavedModel, spec: CurrentSpec) -> None:
-        """What follows is applied to this checkpoint."""
-        self.description.goes_back_to(spec, saved.state.step)
-        self.autograd.goes_back()
-        self.commands.number = saved.state.command
-        self.checkpoints.came_from(saved.state.command)
-        self._records.saved(saved.state.command)
-        for reply in saved.replies:
-            self.commands.log.restore(reply.request_id, reply.body, ended_command(reply))
-
-    def adopt(self, workers: Workers, trained: Trained) -> None:
-        """Commands run on these ranks from now on. trained: the parameters that they train; None: as the spec says."""
-        self.ranks.adopt(workers)
-        if self.description.info.architecture is not None:
-            self.description.built(workers.tensors, workers.variants)
-        if trained is not None:
-            self.description.trains(trained)
-        self.description.has_ranks(workers.sharding, workers.device)
-
-    def waits_for(self, error: GradwireError) -> None:
-        """It cannot be brought back yet, because of this."""
-        self.description.met(error)
-
-    async def release_again(self, names: tuple[str, ...]) -> None:
-        """Let go of retained forwards on ranks to which commands are applied once more."""
-        await self.autograd.release_again(names)
-
-    def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
-        """This command of the journal was applied once more."""
-        self.commands.number = entry.number
-        if entry.request_id is not None:
-            self.commands.log.restore(entry.request_id, entry.body, ended)

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Iterable
 
-from gradwire_proto.errors import (
-    AlreadyExists,
-    Cancelled,
-    GradwireError,
-    ModelNotFound,
-    ResourceExhausted,
-)
+from gradwire_proto.errors import AlreadyExists, GradwireError, ModelNotFound, ResourceExhausted
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
 from gradwire_server.calls import Call
-from gradwire_server.current_spec import CurrentSpec
+from gradwire_server.checkpoint_reading import read_checkpoint
+from gradwire_server.deletions import Deletion, Deletions
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
-from gradwire_server.model_description import ModelDescription, not_ready
+from gradwire_server.model_description import ModelDescription, not_ready, recovering
+from gradwire_server.model_making import Making, made_of_checkpoint, made_of_spec
 from gradwire_server.pages import page_of
 from gradwire_server.program_checks import check_model
-from gradwire_server.request_log import RequestLog, command_info, deletion_ended
-from gradwire_server.restoring import ended_command, read_checkpoint
+from gradwire_server.request_log import RequestLog, command_info
 from gradwire_server.storage.checkpoint_store import key_of
-from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.storage.saved_model import StoredReply
+from gradwire_server.stored_replies import EndedCommand, ended_command
 from gradwire_server.tensors.file_threads import in_thread
-from gradwire_server.workers import Workers
 
 
 class ModelRegistry:
@@ -40,20 +34,24 @@ class ModelRegistry:
         self._descriptions: dict[str, ModelDescription] = {}
         self._creations: dict[str, ModelCreation] = {}
         self._hosted: dict[str, HostedModel] = {}
-        self._deletions: dict[str, asyncio.Task[None]] = {}
-        self._seen: RequestLog[ModelCreation] = RequestLog(hosting.stored_replies, hosting.limits.message_bytes)
-        self._made_by: dict[str, str] = {}
+        self._seen: RequestLog[ModelCreation | Deletion] = RequestLog(
+            hosting.stored_replies, hosting.limits.message_bytes
+        )
+        self._deletions = Deletions("DeleteModel", self._seen, hosting.storage.deletions)
 
-    def open(self) -> None:
-        """Begin to bring back the models of the storage. Requests for one wait for it."""
+    def open(self, deletions: Iterable[StoredReply]) -> None:
+        """Begin to bring back the models of the storage. Requests for one wait for it.
+
+        deletions: these requests, among others, were answered by an earlier process of the service.
+        """
+        self._deletions.restore(deletions)
         for model_id, made_by in self._hosting.storage.open().items():
             description = self._descriptions[model_id] = ModelDescription(model_id, None)
             model = self._hosted[model_id] = HostedModel(description, self._hosting)
             if made_by is not None:
-                self._made_by[made_by.request_id] = model_id
                 description.made_by = made_by.request_id
-                self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by))
-            model.life.restore()
+                self._seen.restore(made_by.request_id, made_by.body, ended_command(made_by), made_by.ended_at)
+            model.life.recovery.restore()
         self._hosting.storage.begin_sweep()
 
     async def create(
@@ -61,39 +59,19 @@ class ModelRegistry:
     ) -> ModelInfo:
         """Make a model; `model_id` "" lets the registry choose. A repeat of a request id joins it or gets its answer.
 
-        Raises AlreadyExists, ResourceExhausted (the limit models, or too few free ranks) and what the ranks find wrong.
+        Raises AlreadyExists, ResourceExhausted (the limit models, or too few free ranks), Unavailable MODEL_RECOVERING
+        while a model of the storage may still take ranks, and what the ranks find wrong.
         """
         creation = self._seen.find(call)
         if creation is None:
             self._check_new(model_id)
             await asyncio.to_thread(check_model, spec, values, self._hosting.limits)
             # Again: others came meanwhile, this request's repeat perhaps.
-            creation = self._seen.find(call) or self._create(spec, values, example, model_id, call)
+            creation = self._seen.find(call)
+        if creation is None:
+            self._check_new(model_id)
+            creation = self._begin(made_of_spec(self._hosting, spec, values, example, call), model_id, call)
         return await creation.result(call.deadline)
-
-    def _create(
-        self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
-    ) -> ModelCreation:
-        spec = self._hosting.keeping.of(spec)
-        batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
-        self._check_new(model_id)
-        claim = self._hosting.tensors.uploads.claim({"tensors": values, "example": batch})
-
-        async def make(new: HostedModel) -> ModelInfo:
-            example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
-            workers = await self._hosting.cluster.start_group(
-                spec, claim.value["tensors"], example, model_id=new.life.id
-            )
-            return await _begun(new, workers, call)
-
-        def ended(creation: ModelCreation) -> None:
-            if isinstance(creation.error, Cancelled):
-                # Perhaps only the connection broke: then the caller comes back with the same handles.
-                claim.give_back()
-            else:
-                claim.spend()
-
-        return self._begin(spec, model_id, make, ended, call)
 
     async def restore(self, name: str, model_id: str | None, workers: int | None, call: Call) -> ModelInfo:
         """Make a model of the checkpoint `name`. None: the id, or as many ranks, as the model had that was saved.
@@ -107,45 +85,28 @@ class ModelRegistry:
             model_id = model_id or (await in_thread(store.get, key_of(name), threads=store.threads)).model_id
             self._check_new(model_id)
             saved, spec = await in_thread(read_checkpoint, store, name, workers, threads=store.threads)
-            # Again: others came meanwhile, this request's repeat perhaps.
-            creation = self._seen.find(call)
-            if creation is not None:
+            try:
+                # Again: others came meanwhile, this request's repeat perhaps.
+                creation = self._seen.find(call)
+                if creation is None:
+                    self._check_new(model_id)
+            except GradwireError:
                 saved.remove_files()
+                raise
+            if creation is None:
+                creation = self._begin(made_of_checkpoint(self._hosting, saved, spec, call), model_id, call)
             else:
-                creation = self._restore(saved, spec, model_id, call)
+                saved.remove_files()
         return await creation.result(call.deadline)
 
-    def _restore(self, saved: SavedModel, spec: CurrentSpec, model_id: str, call: Call) -> ModelCreation:
-        async def make(new: HostedModel) -> ModelInfo:
-            state = saved.state
-            new.description.goes_back_to(spec, state.step)
-            workers = await self._hosting.cluster.start_group(
-                spec.value, state.tensors, None, model_id=model_id, state=state
-            )
-            return await _begun(new, workers, call, number=state.command, trained=state.trained)
-
-        try:
-            self._check_new(model_id)
-        except GradwireError:
-            saved.remove_files()
-            raise
-        return self._begin(spec.value, model_id, make, lambda _: saved.remove_files(), call)
-
-    def _begin(
-        self,
-        spec: ModelSpec,
-        model_id: str,
-        make: Callable[[HostedModel], Awaitable[ModelInfo]],
-        ended: Callable[[ModelCreation], None],
-        call: Call,
-    ) -> ModelCreation:
+    def _begin(self, making: Making, model_id: str, call: Call) -> ModelCreation:
         model_id = model_id or f"model-{secrets.token_hex(6)}"
-        description = self._descriptions[model_id] = ModelDescription(model_id, spec)
+        description = self._descriptions[model_id] = ModelDescription(model_id, making.spec)
         description.made_by = call.request_id
         new = HostedModel(description, self._hosting)
 
         async def run() -> ModelInfo:
-            info = await make(new)
+            info = await making.make(new)
             self._hosted[model_id] = new
             return info
 
@@ -157,7 +118,7 @@ class ModelRegistry:
                 self._hosted[model_id] = new
             elif model_id not in self._hosted:
                 del self._descriptions[model_id]
-            ended(creation)
+            making.ended(creation)
 
         creation = self._creations[model_id] = ModelCreation(model_id, call.request_id, run, end)
         self._seen.add(call, creation)
@@ -178,15 +139,24 @@ class ModelRegistry:
                 f"there are {len(self._descriptions)} models, as many as the server's setting models allows",
                 reason="TOO_MANY_MODELS",
             )
+        for model in self._hosted.values():
+            if model.life.recovery.wants_ranks:
+                raise recovering(
+                    f"{model.description.name} is being brought back, and comes first: it may need the ranks"
+                )
 
     async def get(self, model_id: str, call: Call) -> HostedModel:
         """The model, once it has been brought back. Raises ModelNotFound; FailedPrecondition while it is made."""
+        model = self._get(model_id)
+        await model.life.recovery.there(call)
+        return model
+
+    def _get(self, model_id: str) -> HostedModel:
         model = self._hosted.get(model_id)
         if model is None:
             description = self.describe(model_id)
             description.check_usable()
             raise not_ready(description.name)
-        await model.life.there(call)
         return model
 
     def describe(self, model_id: str) -> ModelDescription:
@@ -209,13 +179,20 @@ class ModelRegistry:
         return model is not None and model.life.checkpoints.is_needed(number)
 
     async def command(self, model_id: str, request_id: str, *, wait: bool) -> CommandInfo:
-        """What became of a command, the model's creation included."""
+        """What became of a command, the model's creation included. See HostedModel.command."""
         creation = self._seen.get(request_id) if request_id in self._seen else None
-        made = creation.model_id if isinstance(creation, ModelCreation) else self._made_by.get(request_id)
-        if creation is not None and made == model_id:
+        if self._is_creation(creation, model_id, request_id):
             return await command_info(command_name(model_id, request_id), creation, wait=wait)
-        model = await self.get(model_id, Call())
-        return await model.command(request_id, wait=wait)
+        return await self._get(model_id).command(request_id, wait=wait)
+
+    def _is_creation(
+        self, seen: ModelCreation | Deletion | EndedCommand | None, model_id: str, request_id: str
+    ) -> bool:
+        """Whether the request with that id, which was `seen`, was to make the model."""
+        if isinstance(seen, ModelCreation):
+            return seen.model_id == model_id
+        description = self._descriptions.get(model_id)
+        return description is not None and description.made_by == request_id
 
     async def delete(self, model_id: str, made_by: str | None, call: Call) -> None:
         """Delete a model in any state and free its ranks. Ends what was begun, whoever waits, by killing its
@@ -223,7 +200,7 @@ class ModelRegistry:
 
         made_by: only a model that the request with this id has made; None: whoever made it. Raises ModelNotFound.
         """
-        if self._seen.find(call) is not None:
+        if await self._deletions.is_repeated(call):
             return
         description = self.describe(model_id)
         if made_by is not None and description.made_by != made_by:
@@ -233,11 +210,8 @@ class ModelRegistry:
                 reason="MODEL_NOT_FOUND",
                 resource=model_name(model_id),
             )
-        if model_id not in self._deletions:
-            description.deleting()
-            deletion = self._deletions[model_id] = asyncio.create_task(self._delete(model_id))
-            deletion.add_done_callback(lambda _: self._deletions.pop(model_id))
-        await deletion_ended(self._deletions[model_id], self._seen, call)
+        description.deleting()
+        await self._deletions.run(model_id, lambda: self._delete(model_id), call)
 
     async def _delete(self, model_id: str) -> None:
         creation = self._creations.get(model_id)
@@ -265,15 +239,5 @@ class ModelRegistry:
     async def close(self) -> None:
         """End every model. The storage keeps them."""
         creations = [creation.cancel() for creation in list(self._creations.values())]
-        await asyncio.gather(*creations, *self._deletions.values(), return_exceptions=True)
+        await asyncio.gather(*creations, self._deletions.close(), return_exceptions=True)
         await asyncio.gather(*(model.life.close() for model in self._hosted.values()), return_exceptions=True)
-
-
-async def _begun(new: HostedModel, workers: Workers, call: Call, **begin: Any) -> ModelInfo:
-    """Serve a new model with these ranks, which are freed where that fails."""
-    try:
-        return await new.life.begin(workers, call, **begin)
-    except BaseException:
-        workers.on_lost = None
-        await asyncio.shield(workers.close())
-        raise

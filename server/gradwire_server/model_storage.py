@@ -13,6 +13,7 @@ from pathlib import Path
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.names import check_model_id
 from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.deletion_notes import DeletionNotes
 from gradwire_server.storage.durable_files import replace_file, sync_folder
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
@@ -37,6 +38,7 @@ class ModelStorage:
         self._lock = lock
         self._models = lock.storage / "models"
         self.checkpoints = checkpoints
+        self.deletions = DeletionNotes(lock)
         self._swept: asyncio.Future[None] | None = None
 
     def open(self) -> dict[str, StoredReply | None]:

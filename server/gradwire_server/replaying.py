@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_server.calls import Call, Replay
+from gradwire_server.failures import may_pass
 from gradwire_server.model_records import stored_tensors
+from gradwire_server.restored_model import Restored
 from gradwire_server.rpc_handlers import SERVICE
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
+from gradwire_server.stored_replies import EndedCommand, decode_reply, kills_ranks
+from gradwire_server.tensors.file_threads import in_thread
 
 logger = logging.getLogger(__name__)
+
+ANSWERED = 8
+"""How many of the last commands may have been answered to nobody: their answers are made anew where not stored."""
+
+READ_AHEAD = 16
+"""Entries of a journal that are read at once, each with a reply of up to 4 MiB."""
 
 
 class Replayer:
@@ -40,7 +54,45 @@ class Replayer:
         return await getattr(self.servicer, entry.method)(kind.FromString(call.raw), call)
 
 
-def check_same(model: str, entry: Entry, response: Message) -> None:
+async def apply_again(model: Restored, replayer: Replayer, journal: Journal, entries: Iterator[Entry]) -> None:
+    """Apply the entries to a model's ranks, in order. Raises RankLost, and why one cannot be applied any more."""
+    newest: deque[Entry] = deque()
+    # In a thread: every byte of a journal is looked at.
+    while read := await in_thread(lambda: list(islice(entries, READ_AHEAD))):
+        newest.extend(read)
+        while len(newest) > ANSWERED:
+            await _apply_one(model, replayer, journal, newest.popleft(), answered=False)
+    for entry in newest:
+        await _apply_one(model, replayer, journal, entry, answered=True)
+
+
+async def _apply_one(model: Restored, replayer: Replayer, journal: Journal, entry: Entry, *, answered: bool) -> None:
+    await model.release_again(entry.released)
+    answered = answered and entry.reply is None
+    ended = EndedCommand(entry.number, entry.method, entry.reply)
+    if entry.refused is not None:
+        ended.error = kills_ranks(entry.refused)
+    else:
+        try:
+            response = await replayer.apply(entry, journal, answered=answered)
+        except RankLost:
+            raise
+        except GradwireError as error:
+            if error.outcome != "applied":
+                if may_pass(error):
+                    raise
+                raise FailedPrecondition(
+                    f"command {entry.number} of its journal, a {entry.method}, is refused now: {error}",
+                    reason="JOURNAL_CORRUPT",
+                ) from None
+        else:
+            _check_same(f"models/{model.id}", entry, response)
+            if answered:
+                ended.answer = decode_reply(entry.method, response.SerializeToString())
+    model.applied_again(entry, ended)
+
+
+def _check_same(model: str, entry: Entry, response: Message) -> None:
     """Say so in the log where a command that was applied once more did something else than the first time."""
     if entry.reply is None or not hasattr(response, "result"):
         return

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
 from gradwire_proto.values import CommandInfo
+from gradwire_server.aging import Aging
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fits
-from gradwire_server.stored_replies import EndedCommand
+from gradwire_server.storage.saved_model import StoredReply
+from gradwire_server.stored_replies import EndedCommand, stored_reply_of
 
 
 class Seen(Protocol):
@@ -31,37 +33,59 @@ class Seen(Protocol):
 
 R = TypeVar("R", bound=Seen)
 
+_MOST = 32_768
+"""Of so many requests whose replies are gone it is known what became of them, at most: of 50 a second.
+
+Each checkpoint holds them, which takes some 5 us for each.
+"""
+
 
 @dataclass(slots=True)
 class _Entry(Generic[R]):
-    """`stored`: what the storage has of it, once it has been applied."""
+    """`stored`: what the storage has of it, once it has been applied. `ended_at`: when it ended, in seconds since 1970,
+    or a little later; None where that was not noted yet.
+    """
 
     body: bytes
     request: R | EndedCommand | None
     reply_bytes: int = 0
     stored: EndedCommand | None = None
+    ended_at: float | None = None
 
 
 class RequestLog(Generic[R]):
-    """The newest `capacity` requests with an id. Older ones that have ended are forgotten: a repeat of theirs is a new
-    request.
+    """The newest `capacity` requests with an id, with their replies, and what became of older ones.
 
-    Replies that together have more than `reply_bytes` go earlier, oldest first; what became of the request stays known.
+    Of those that have ended the replies go first: beyond `capacity`, and before that where they have more than
+    `reply_bytes` together, oldest first. What became of the request stays known for REMEMBER_SECONDS after its end: a
+    repeat hears so, and is not applied again. After that it is a new request. Memory is bounded all the same: beyond
+    32,768 of them (or `capacity`, where that is more), about 0.5 KB each, the oldest go even when they are younger.
+    `clock`: seconds since 1970, so that what a checkpoint stores ages while no service runs.
     """
 
-    def __init__(self, capacity: int, reply_bytes: int) -> None:
+    def __init__(self, capacity: int, reply_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
         self._capacity = capacity
         self._room = reply_bytes
+        self._clock = clock
         self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
+        self._older: Aging[_Entry[R]] = Aging(max(_MOST, capacity), clock)
+        self._declared: Aging[None] = Aging(max(_MOST, capacity), clock)
+        """Ids of which it was told that nothing was applied, before anything came with them."""
 
     def find(self, call: Call) -> R | EndedCommand | None:
         """The request that `call` repeats; None where it is a new one, or repeats one that may be tried again.
 
         Raises InvalidArgument REQUEST_ID_REUSED where the id was given to another request, and FailedPrecondition
-        REPLY_FORGOTTEN where the reply is no longer stored.
+        REPLY_FORGOTTEN where the reply is no longer stored, DECLARED_NOT_APPLIED where it comes too late: see `get`.
         """
-        entry = self._entries.get(call.request_id) if call.request_id is not None else None
+        entry = self._entry(call.request_id) if call.request_id is not None else None
         if entry is None:
+            if call.request_id is not None and call.request_id in self._declared:
+                raise FailedPrecondition(
+                    f"{call.request_id} was declared not applied when somebody asked before it arrived; send it again"
+                    " under another id",
+                    reason="DECLARED_NOT_APPLIED",
+                )
             return None
         if not fits(entry.body, call.body, call.method, call.raw):
             raise InvalidArgument(
@@ -77,6 +101,9 @@ class RequestLog(Generic[R]):
             )
         return None if _may_run_again(entry.request.error) else entry.request
 
+    def _entry(self, request_id: str) -> _Entry[R] | None:
+        return self._entries.get(request_id) or self._older.get(request_id)
+
     def add(self, call: Call, request: R | EndedCommand) -> None:
         """Remember the request, if it has an id."""
         if call.request_id is None:
@@ -88,14 +115,17 @@ class RequestLog(Generic[R]):
         self.forget(call)
         self._entries[call.request_id] = _Entry(call.body, request)
         if len(self._entries) > self._capacity:
-            self._forget_oldest()
+            self._leave_replies_of_oldest()
 
-    def _forget_oldest(self) -> None:
-        """Not one that waits or runs: its repeat would run beside it."""
+    def _leave_replies_of_oldest(self) -> None:
+        """Not of one that waits or runs, or of which nobody knows yet what became of it."""
         surplus = len(self._entries) - self._capacity
-        ended = (each for each, entry in self._entries.items() if entry.request is None or entry.request.ended)
-        for request_id in list(islice(ended, surplus)):
-            self._room += self._entries.pop(request_id).reply_bytes
+        known = (each for each, entry in self._entries.items() if _is_settled(entry.request))
+        for request_id in list(islice(known, surplus)):
+            entry = self._entries.pop(request_id)
+            self._room += entry.reply_bytes
+            ended_at = self._clock() if entry.ended_at is None else entry.ended_at
+            self._older.add(request_id, _without_reply(entry, ended_at), ended_at)
 
     def store(self, call: Call, ended: EndedCommand) -> None:
         """The storage knows from now on what became of the request of `call`."""
@@ -106,31 +136,47 @@ class RequestLog(Generic[R]):
     def settle(self, call: Call) -> None:
         """The request of `call` has ended: what is stored of it takes its place, if its reply is there."""
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
-        if entry is None or entry.request is None or entry.stored is None:
+        if entry is None:
+            return
+        entry.ended_at = self._clock()
+        if entry.request is None or entry.stored is None:
             return
         if entry.request.error is None and entry.stored.reply is not None:
             entry.request = entry.stored
 
-    def restore(self, request_id: str, body: bytes, ended: EndedCommand) -> None:
-        """Remember a request of an earlier process of the service, unless it is known."""
-        if request_id in self._entries:
+    def restore(self, request_id: str, body: bytes, ended: EndedCommand, ended_at: float | None = None) -> None:
+        """Remember a request of an earlier process of the service, unless it is known. ended_at: when it ended, in
+        seconds since 1970; None where nobody knows: now.
+
+        One that was applied after it had been refused was refused by a service that was taken over from: that was told
+        to nobody.
+        """
+        known = self._entry(request_id)
+        if known is not None and (known.stored is None or known.stored.error is None or ended.error is not None):
             return
         call = Call(request_id=request_id, body=body)
         self._remember(call, ended)
         self.store(call, ended)
+        self._entries[request_id].ended_at = self._clock() if ended_at is None else ended_at
         self.weigh(call, len(ended.reply or b""))
 
     def goes_back_to(self, number: int) -> None:
         """Commands behind this number are undone: what was stored of them is not so."""
-        for entry in self._entries.values():
+        for entry in (*self._older.values(), *self._entries.values()):
             if entry.stored is not None and entry.stored.number > number:
                 entry.stored = None
 
-    def stored(self) -> Iterator[tuple[str, bytes, EndedCommand]]:
-        """(request id, body, what is stored of it) of those requests that were applied, oldest first."""
-        for request_id, entry in self._entries.items():
-            if entry.stored is not None:
-                yield request_id, entry.body, entry.stored
+    def stored(self) -> Callable[[], tuple[StoredReply, ...]]:
+        """What a checkpoint holds of the requests that are known now and were applied, oldest first: by a function
+        that takes a while, which a thread may call before the next request runs.
+        """
+        names, now = [*self._older, *self._entries], self._clock()
+        entries = [*self._older.values(), *self._entries.values()]
+        return lambda: tuple(
+            stored_reply_of(request_id, entry.body, entry.stored, now if entry.ended_at is None else entry.ended_at)
+            for request_id, entry in zip(names, entries, strict=True)
+            if entry.stored is not None
+        )
 
     def weigh(self, call: Call, reply_bytes: int) -> None:
         """Count the bytes of the reply of `call`, and forget the oldest replies if they are too many together."""
@@ -152,37 +198,28 @@ class RequestLog(Generic[R]):
     def get(self, request_id: str) -> R | EndedCommand | None:
         """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
 
-        Raises ModelNotFound COMMAND_NOT_FOUND.
+        Raises ModelNotFound COMMAND_NOT_FOUND. Whoever asked goes on as if it had not been applied, and that stays so:
+        a first attempt that is still on its way is refused, for as long as requests are known.
         """
-        entry = self._entries.get(request_id)
+        entry = self._entry(request_id)
         if entry is None:
+            self._declared.add(request_id, None, self._clock())
             raise ModelNotFound(
                 f"no command with the request id {request_id} is known here", field="name", reason="COMMAND_NOT_FOUND"
             )
         return entry.request
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
+        return self._entry(request_id) is not None
 
     def forget(self, call: Call) -> None:
         """Drop the request of `call`."""
-        entry = self._entries.pop(call.request_id, None) if call.request_id is not None else None
+        if call.request_id is None:
+            return
+        self._older.pop(call.request_id)
+        entry = self._entries.pop(call.request_id, None)
         if entry is not None:
             self._room += entry.reply_bytes
-
-
-async def deletion_ended(deletion: asyncio.Task[None], log: RequestLog[Any], call: Call) -> None:
-    """Wait for a deletion, which goes on without its callers. Once it has succeeded, a repeat of `call` finds it done:
-    what was made under the same name since is another's.
-    """
-
-    def note(ended: asyncio.Task[None]) -> None:
-        if not ended.cancelled() and ended.exception() is None:
-            log.add(call, EndedCommand(0, call.method, b""))
-
-    # Not by whoever waits: a caller whose connection broke is not there to note it.
-    deletion.add_done_callback(note)
-    await asyncio.shield(deletion)
 
 
 async def command_info(name: str, request: Seen | None, *, wait: bool) -> CommandInfo:
@@ -200,6 +237,20 @@ async def command_info(name: str, request: Seen | None, *, wait: bool) -> Comman
     if error.outcome == "unknown":
         raise copy.copy(error)
     return CommandInfo(name=name, state="not_applied", error=str(error))
+
+
+def _is_settled(request: Seen | None) -> bool:
+    return request is None or (request.ended and (request.error is None or request.error.outcome != "unknown"))
+
+
+def _without_reply(entry: _Entry[R], ended_at: float) -> _Entry[R]:
+    """What is still known of a request without its reply: that it was applied, or its error."""
+    stored, failed = entry.stored, None
+    if stored is not None:
+        stored = EndedCommand(stored.number, stored.method, None, stored.error)
+    if entry.request is not None and entry.request.error is not None:
+        failed = EndedCommand(0, "", None, copy.copy(entry.request.error))
+    return _Entry(entry.body, failed, stored=stored, ended_at=ended_at)
 
 
 def _may_run_again(error: GradwireError | None) -> bool:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Protocol
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost, ResourceExhausted, Unavailable
-from gradwire_proto.names import automatic_checkpoint
-from gradwire_proto.values import ModelState, TensorData, leaves
+from gradwire_proto.errors import FailedPrecondition, RankLost, Unavailable
+from gradwire_proto.values import ModelState
+from gradwire_server.checkpoint_reading import read_newest
 from gradwire_server.current_spec import CurrentSpec
-from gradwire_server.failures import public_error
+from gradwire_server.failures import may_pass, public_error
 from gradwire_server.model_storage import ModelStorage
-from gradwire_server.replaying import Replayer, check_same
-from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
+from gradwire_server.replaying import Replayer, apply_again
+from gradwire_server.restored_model import Restored
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.storage.saved_model import SavedModel, StoredReply
-from gradwire_server.stored_replies import EndedCommand, decode_reply, kills_ranks
+from gradwire_server.storage.saved_model import SavedModel, state_files
 from gradwire_server.tensors.file_threads import in_thread
-from gradwire_server.tensors.held_files import remove_files, segment_paths
+from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.workers import Cluster, Workers
 
 logger = logging.getLogger(__name__)
@@ -43,53 +38,6 @@ takes 15 s at least.
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between two attempts to find ranks, or storage, that were not there."""
-
-ANSWERED = 8
-"""How many of the last commands may have been answered to nobody: their answers are made anew where not stored."""
-
-
-class Restored(Protocol):
-    """A model that is brought back."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def number(self) -> int:
-        """That of the last command that was applied."""
-        ...
-
-    @property
-    def spec(self) -> CurrentSpec:
-        """The model's spec as of the last command."""
-        ...
-
-    @property
-    def journal(self) -> Journal | None: ...
-
-    def goes_back_to(self, saved: SavedModel, spec: CurrentSpec) -> None:
-        """What follows is applied to this checkpoint."""
-        ...
-
-    def takes_journal(self, journal: Journal) -> None:
-        """Commands are recorded here."""
-        ...
-
-    def adopt(self, workers: Workers, trained: tuple[str, ...]) -> None:
-        """Commands run on these ranks. trained: the parameters that they train."""
-        ...
-
-    def waits_for(self, error: GradwireError) -> None:
-        """It cannot be brought back yet, because of this."""
-        ...
-
-    async def release_again(self, names: tuple[str, ...]) -> None:
-        """Let go of retained forwards, as was done before."""
-        ...
-
-    def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
-        """This command of the journal was applied once more."""
-        ...
 
 
 class Restorer:
@@ -156,7 +104,7 @@ class Restorer:
                     await self._from_storage(self._storage)
                 return
             except Exception as error:
-                waits = _passes(error)
+                waits = may_pass(error)
                 if isinstance(error, RankLost):
                     losses = losses + 1 if self._model.number == lost_at else 1
                     lost_at = self._model.number
@@ -180,7 +128,8 @@ class Restorer:
         self._model.adopt(workers, state.trained)
 
     async def _from_storage(self, storage: ModelStorage) -> None:
-        saved, spec = await in_thread(self._read_newest, storage, threads=storage.checkpoints.threads)
+        store = storage.checkpoints
+        saved, spec = await in_thread(read_newest, store, self._model.id, threads=store.threads)
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(storage, spec, saved.state.command)
@@ -189,7 +138,7 @@ class Restorer:
         finally:
             saved.remove_files()
         try:
-            await self._apply_again(journal, entries)
+            await apply_again(self._model, self._replayer, journal, entries)
         except BaseException:
             await asyncio.shield(self._vacate(workers))
             raise
@@ -203,20 +152,6 @@ class Restorer:
             # No command is to blame, so it is tried until it succeeds.
             raise Unavailable(lost.message, reason=lost.reason) from None
 
-    def _read_newest(self, storage: ModelStorage) -> tuple[SavedModel, CurrentSpec]:
-        """The newest checkpoint that is whole: the journal goes back to the one before."""
-        numbers = storage.checkpoints.automatic(self._model.id)
-        first: GradwireError | None = None
-        for number in numbers:
-            try:
-                return _decoded(storage.checkpoints.read(key_of(automatic_checkpoint(self._model.id, number))))
-            except FailedPrecondition as error:
-                if _passes(error):
-                    raise
-                logger.error("%s", error)
-                first = first or error
-        raise first or FailedPrecondition("it has no checkpoint", reason="CHECKPOINT_CORRUPT")
-
     async def _entries(self, storage: ModelStorage, spec: CurrentSpec, after: int) -> tuple[Journal, Iterator[Entry]]:
         journal = self._model.journal
         if journal is not None:
@@ -224,94 +159,3 @@ class Restorer:
         journal, entries = await in_thread(storage.open_journal, self._model.id, spec.value.durability, after)
         self._model.takes_journal(journal)
         return journal, entries
-
-    async def _apply_again(self, journal: Journal, entries: Iterator[Entry]) -> None:
-        newest: deque[Entry] = deque()
-        for entry in entries:
-            newest.append(entry)
-            if len(newest) > ANSWERED:
-                await self._apply_one(journal, newest.popleft(), answered=False)
-        for entry in newest:
-            await self._apply_one(journal, entry, answered=True)
-
-    async def _apply_one(self, journal: Journal, entry: Entry, *, answered: bool) -> None:
-        await self._model.release_again(entry.released)
-        answered = answered and entry.reply is None
-        ended = EndedCommand(entry.number, entry.method, entry.reply)
-        if entry.refused is not None:
-            ended.error = kills_ranks(entry.refused)
-        else:
-            try:
-                response = await self._replayer.apply(entry, journal, answered=answered)
-            except RankLost:
-                raise
-            except GradwireError as error:
-                if error.outcome != "applied":
-                    if _passes(error):
-                        raise
-                    raise FailedPrecondition(
-                        f"command {entry.number} of its journal, a {entry.method}, is refused now: {error}",
-                        reason="JOURNAL_CORRUPT",
-                    ) from None
-            else:
-                check_same(f"models/{self._model.id}", entry, response)
-                if answered:
-                    ended.answer = decode_reply(entry.method, response.SerializeToString())
-        self._model.applied_again(entry, ended)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a model may come back when it is tried again later: ranks, memory or storage are not there now."""
-    if isinstance(error, RankLost):
-        return False
-    read_only = isinstance(error, GradwireError) and error.reason == "STORAGE_READ_ONLY"
-    return read_only or isinstance(error, Unavailable | ResourceExhausted)
-
-
-def _decoded(saved: SavedModel) -> tuple[SavedModel, CurrentSpec]:
-    try:
-        return saved, CurrentSpec.decode(saved.spec)
-    except BaseException:
-        saved.remove_files()
-        raise
-
-
-def read_checkpoint(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
-    """A checkpoint for a new model of so many ranks; None: as many as it had. Its files are the caller's. Blocks."""
-    saved, spec = _decoded(store.read(key_of(name)))
-    value = spec.value
-    if workers is not None and workers != value.workers:
-        value = replace(value, workers=workers)
-        saved = replace(saved, state=_untried(saved.state) if saved.workers == 1 else saved.state)
-    return saved, CurrentSpec(value, time.time())
-
-
-def _untried(state: ModelState) -> ModelState:
-    """The state of a model of one rank for several: nobody has tried whether its rows are independent."""
-    reason = "the model was saved from one rank, which computes every batch whole"
-    splits = {name: replace(each, whole=reason) for name, each in state.splits.items()}
-    return replace(state, splits=splits)
-
-
-def ended_command(reply: StoredReply) -> EndedCommand:
-    """What a checkpoint says of a request."""
-    error = None if reply.refused is None else kills_ranks(reply.refused)
-    return EndedCommand(reply.number, reply.method, reply.reply, error)
-
-
-def stored_reply_of(request_id: str, body: bytes, ended: EndedCommand) -> StoredReply:
-    """The same for a checkpoint."""
-    return StoredReply(
-        number=ended.number,
-        request_id=request_id,
-        body=body,
-        method=ended.method,
-        reply=ended.reply,
-        refused=None if ended.error is None else ended.error.message,
-    )
-
-
-def state_files(state: ModelState) -> set[str]:
-    """The files that hold a state's tensors."""
-    values = (dict(state.tensors), state.optimizer, [dict(held or {}) for held in state.held])
-    return segment_paths(leaf for value in values for _, leaf in leaves(value) if isinstance(leaf, TensorData))

@@ -44,7 +44,8 @@ class Service:
         self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
-        checkpoints = CheckpointList(storage.checkpoints, self._models, config.stored_replies)
+        self._storage = storage
+        self._checkpoints = checkpoints = CheckpointList(storage, self._models, config.stored_replies)
         servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
@@ -54,7 +55,9 @@ class Service:
 
     async def start(self) -> int:
         """Serve; returns the port. Models of the storage come back meanwhile. Raises Unavailable ADDRESS_IN_USE."""
-        self._models.open()
+        deletions = self._storage.deletions.open()
+        self._checkpoints.open(deletions)
+        self._models.open(deletions)
         return await self._server.start(self._listen)
 
     async def drain(self) -> None:
@@ -68,5 +71,5 @@ class Service:
     async def close(self) -> None:
         """End everything: cut requests, free ranks, remove files. What is in the storage stays."""
         await self._server.stop(0)
-        await asyncio.gather(self._models.close(), self._functions.close())
+        await asyncio.gather(self._models.close(), self._checkpoints.close(), self._functions.close())
         self._tensors.close()

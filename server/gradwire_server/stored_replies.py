@@ -15,6 +15,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Handle, TensorData, leaves
 from gradwire_server.storage.records import REPLY_BYTES
+from gradwire_server.storage.saved_model import StoredReply
 
 SMALL_REPLY_BYTES = 64 << 10
 """More than a reply without tensors has."""
@@ -91,6 +92,25 @@ class EndedCommand:
 def kills_ranks(text: str) -> InvalidArgument:
     """The error of a command that has ended its ranks' processes twice."""
     return InvalidArgument(text, reason="COMMAND_KILLS_RANKS")
+
+
+def ended_command(reply: StoredReply) -> EndedCommand:
+    """What a checkpoint says of a request."""
+    error = None if reply.refused is None else kills_ranks(reply.refused)
+    return EndedCommand(reply.number, reply.method, reply.reply, error)
+
+
+def stored_reply_of(request_id: str, body: bytes, ended: EndedCommand, ended_at: float) -> StoredReply:
+    """The same for a checkpoint. ended_at: in seconds since 1970."""
+    return StoredReply(
+        number=ended.number,
+        request_id=request_id,
+        body=body,
+        method=ended.method,
+        reply=ended.reply,
+        refused=None if ended.error is None else ended.error.message,
+        ended_at=ended_at,
+    )
 
 
 def _tensors_of(result: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from gradwire_proto.errors import InvalidArgument, RankLost, ResourceExhausted
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, RankLost, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
@@ -74,16 +74,18 @@ async def test_stored_error_is_the_reply_of_a_repeat(frontend: Any, fakes: Any) 
     assert len(workers.calls) == 1
 
 
-async def test_stored_replies_are_bounded(start: Any, fakes: Any) -> None:
+async def test_repeat_of_a_step_is_not_applied_again_however_many_came_after_it(start: Any, fakes: Any) -> None:
     async with start(stored_replies=4, requests_per_model=4) as frontend:
         workers = await frontend.create()
         requests = [frontend.train(request_id=fakes.request_id()) for _ in range(6)]
         for request in requests:
             await frontend.stub.TrainStep(request)
         await frontend.stub.TrainStep(requests[-1])
+        error = await frontend.error(frontend.stub.TrainStep(requests[0]))
+        assert (error.reason, error.outcome) == ("REPLY_FORGOTTEN", "applied")
+        command = pb.GetCommandRequest(name=f"models/m/commands/{requests[0].request_id}")
+        assert (await frontend.stub.GetCommand(command)).state == model_pb2.COMMAND_STATE_APPLIED
         assert len(workers.calls) == 6
-        await frontend.stub.TrainStep(requests[0])
-        assert len(workers.calls) == 7
 
 
 async def test_malformed_request_id_is_refused(frontend: Any) -> None:
@@ -158,6 +160,19 @@ async def test_duplicate_keeps_a_queued_command_whose_first_caller_left(frontend
     workers.gate.set()
     assert (await second).result.step == 2
     await running
+
+
+async def test_request_that_was_declared_not_applied_is_not_when_it_arrives_late(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    request = frontend.train(b"late", request_id=fakes.request_id())
+    command = pb.GetCommandRequest(name=f"models/m/commands/{request.request_id.upper()}")
+    assert (await frontend.error(frontend.stub.GetCommand(command))).reason == "COMMAND_NOT_FOUND"
+    error = await frontend.error(frontend.stub.TrainStep(request))
+    assert (error.reason, error.outcome, error.retryable) == ("DECLARED_NOT_APPLIED", "not_applied", False)
+    assert isinstance(error, FailedPrecondition) and not values(workers)
+    request.request_id = fakes.request_id()
+    await frontend.stub.TrainStep(request)
+    assert values(workers) == [b"late"]
 
 
 async def test_unknown_commands_and_models_are_told_apart(frontend: Any, fakes: Any) -> None:

@@ -18,8 +18,11 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 from gradwire_proto.values import Batch, Handle, Retention, TensorData, Value
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.storage import journal as journal_module
 from gradwire_server.storage.blobs import Blobs
 from gradwire_server.storage.checkpoint_store import CheckpointStore
+from gradwire_server.storage.deletion_notes import DeletionNotes
+from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.segment_writer import SegmentWriter
 from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_server.tensors.uploads import resolve
@@ -119,6 +122,64 @@ async def test_requests_wait_for_a_model_that_is_brought_back_and_its_state_tell
         assert steps(await ready(frontend)) == [(b"a", 1), (b"b", 2)]
 
 
+async def test_who_does_not_wait_hears_at_once_that_a_command_is_not_known_yet(start: Any, fakes: Any) -> None:
+    async with start(checkpoint_commands=1) as frontend:
+        await frontend.create()
+        requests = [frontend.train(value, request_id=fakes.request_id()) for value in (b"a", b"b")]
+        await frontend.stub.TrainStep(requests[0])
+        async with asyncio.timeout(5):
+            while len((await frontend.stub.ListCheckpoints(pb.ListCheckpointsRequest())).checkpoints) < 2:
+                await asyncio.sleep(0.01)
+        # Nobody took one behind it.
+        frontend.cluster.groups["m"].retained.kept.append("a forward")
+        await frontend.stub.TrainStep(requests[1])
+    in_checkpoint, in_journal = (pb.GetCommandRequest(name=get_command(each.request_id).name) for each in requests)
+    async with start(held=True) as frontend:
+        await frontend.until(lambda: frontend.cluster.starting)
+        error = await frontend.error(frontend.stub.GetCommand(in_journal, timeout=2))
+        assert (error.reason, error.retryable) == ("MODEL_RECOVERING", True) and error.retry_after
+        found = await frontend.stub.GetCommand(in_checkpoint, timeout=2)
+        assert found.state == model_pb2.COMMAND_STATE_APPLIED
+        frontend.cluster.gate.set()
+        assert steps(await ready(frontend))[-1] == (b"b", 2)
+        assert (await frontend.stub.GetCommand(in_journal)).state == model_pb2.COMMAND_STATE_APPLIED
+        assert (await frontend.stub.TrainStep(requests[1])).result.step == 2
+
+
+async def test_newcomer_takes_no_ranks_before_the_models_of_the_storage_have_theirs(start: Any, fakes: Any) -> None:
+    async with start() as frontend:
+        await frontend.create("m")
+        await frontend.create("other")
+        created = frontend.creation("third", request_id=fakes.request_id())
+        await frontend.stub.CreateModel(created)
+        await save(frontend, "best")
+    async with start(held=True) as frontend:
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation("new")))
+        assert (error.reason, error.retryable, error.outcome) == ("MODEL_RECOVERING", True, "not_applied")
+        assert error.retry_after
+        restore = pb.RestoreModelRequest(checkpoint="checkpoints/best", model_id="again")
+        assert (await frontend.error(frontend.stub.RestoreModel(restore))).reason == "MODEL_RECOVERING"
+        # Who repeats a request takes nothing.
+        await frontend.stub.CreateModel(created)
+        await frontend.until(lambda: frontend.cluster.starting == 3)
+        frontend.cluster.error = InvalidArgument("the third time it has failed")
+        frontend.cluster.gate.set()
+        await frontend.until(lambda: frontend.cluster.tries == 9)
+        frontend.cluster.error = None
+        await frontend.create("new")
+
+
+async def test_model_that_finds_too_few_ranks_holds_up_no_newcomer(start: Any) -> None:
+    async with start() as frontend:
+        await frontend.create("m")
+    async with start(held=True) as frontend:
+        frontend.cluster.error = ResourceExhausted("no free ranks", reason="WORKERS_EXHAUSTED")
+        frontend.cluster.gate.set()
+        await frontend.until(lambda: frontend.cluster.tries > 1)
+        error = await frontend.error(frontend.stub.CreateModel(frontend.creation("new")))
+        assert error.reason == "WORKERS_EXHAUSTED"
+
+
 async def test_so_many_requests_wait_for_a_model_as_would_in_its_queue(start: Any) -> None:
     async with start() as frontend:
         await frontend.create()
@@ -153,7 +214,7 @@ async def test_creation_or_deletion_that_was_cut_off_leaves_nothing(start: Any, 
         assert not list((storage / "models").iterdir())
 
 
-async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: Any, storage: Path) -> None:
+async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: Any, fakes: Any, storage: Path) -> None:
     async with start() as frontend:
         await frontend.create()
         await frontend.create("other")
@@ -168,6 +229,9 @@ async def test_corrupt_model_is_listed_as_failed_and_others_are_served(start: An
         assert len(steps(await ready(frontend, "other"))) == 2
         error = await frontend.error(frontend.stub.TrainStep(frontend.train()))
         assert error.reason == "MODEL_FAILED" and str(journal) in error.message
+        # Whether the journal has the command is not known, so it is not declared not to have been applied.
+        error = await frontend.error(frontend.stub.GetCommand(get_command(fakes.request_id())))
+        assert error.reason == "MODEL_FAILED"
         assert (await frontend.error(save(frontend, "best"))).reason == "MODEL_FAILED"
         model = await frontend.model()
         assert model.state == model_pb2.MODEL_STATE_FAILED and str(journal) in model.last_error.message
@@ -528,7 +592,7 @@ async def test_large_command_is_written_without_holding_up_other_models(frontend
         return write(self, parts)
 
     monkeypatch.setattr(SegmentWriter, "write", slow)
-    monkeypatch.setattr("gradwire_server.tensors.file_threads.THREAD_BYTES", 0)
+    monkeypatch.setattr("gradwire_server.model_records.AHEAD_BYTES", 0)
     waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
     await frontend.until(lambda: steps(workers))
     assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
@@ -536,6 +600,58 @@ async def test_large_command_is_written_without_holding_up_other_models(frontend
     assert not waiting[0].done() and len(steps(workers)) == 1, "the next command of this one waits"
     may_write.set()
     assert [reply.result.step for reply in await asyncio.gather(*waiting)] == [1, 2]
+
+
+async def test_journal_that_is_mended_holds_up_no_other_model(frontend: Any, monkeypatch: Any) -> None:
+    may_restart, restarting = threading.Event(), threading.Event()
+    restart, write, failures = Journal.restart, SegmentWriter.write, [OSError(errno.EIO, "Input/output error")]
+
+    def slowly(self: Journal, after: int) -> None:
+        restarting.set()
+        assert may_restart.wait(5), "the event loop waits for it"
+        restart(self, after)
+
+    def fails_once(self: Any, parts: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return write(self, parts)
+
+    workers = await frontend.create("m")
+    await frontend.create("other", durability="none")
+    monkeypatch.setattr(Journal, "restart", slowly)
+    monkeypatch.setattr(SegmentWriter, "write", fails_once)
+    waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
+    await frontend.until(restarting.is_set)
+    assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
+    await asyncio.sleep(0.1)
+    assert not any(call.done() for call in waiting) and len(steps(workers)) == 1, "the next command of this one waits"
+    may_restart.set()
+    assert [reply.result.step for reply in await asyncio.gather(*waiting)] == [1, 2]
+
+
+async def test_journal_that_is_read_holds_up_no_other_model(start: Any, monkeypatch: Any) -> None:
+    may_read, reading, read = threading.Event(), threading.Event(), journal_module.read_segments
+
+    def slowly(segments: Any, after: int) -> Any:
+        for number, placed in enumerate(read(segments, after)):
+            if number == 20:
+                reading.set()
+                assert may_read.wait(5), "the event loop waits for it"
+            yield placed
+
+    async with start() as frontend:
+        await frontend.create("m")
+        for _ in range(30):
+            await frontend.stub.TrainStep(frontend.train(b"a"))
+    async with start() as frontend:
+        workers = await ready(frontend)
+        await frontend.create("other", durability="none")
+        monkeypatch.setattr(journal_module, "read_segments", slowly)
+        workers.on_lost(RankLost("rank 0 died"))
+        await frontend.until(reading.is_set)
+        assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
+        may_read.set()
+        assert steps(await ready(frontend)) == [(b"a", number) for number in range(1, 31)]
 
 
 async def test_store_that_does_not_answer_holds_up_nothing_else(frontend: Any, monkeypatch: Any) -> None:
@@ -622,9 +738,34 @@ async def test_at_disk_the_model_goes_on_while_answers_wait_for_their_fsync(star
         read = asyncio.ensure_future(frontend.stub.GetStateDict(pb.GetStateDictRequest(name="models/m")))
         await asyncio.sleep(0.1)
         assert not any(call.done() for call in calls) and not read.done()
+        assert (await frontend.model()).step == 0, "nobody sees what a loss of power may undo"
+        assert (await frontend.stub.ListModels(pb.ListModelsRequest())).models[0].step == 0
         may_sync.set()
+        assert (await calls[0]).result.step == 1 <= (await frontend.model()).step
         assert [reply.result.step for reply in await asyncio.gather(*calls)] == [1, 2, 3]
-        assert (await read).step == 3
+        assert (await frontend.model()).step == 3 == (await read).step
+
+
+async def test_step_whose_fsync_failed_is_shown_once_a_checkpoint_holds_it(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.05)
+    async with start(durability="disk") as frontend:
+        await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+        request = frontend.train(b"b", request_id=fakes.request_id())
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "sync", broken)
+            patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+            assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+            assert (await frontend.model()).step == 1
+        await asyncio.sleep(0.1)
+        # Who asks has it saved.
+        await frontend.stub.GetCommand(get_command(request.request_id))
+        assert (await frontend.model()).step == 2
 
 
 # --- ranks that are lost -------------------------------------------------------------------------------------------
@@ -680,8 +821,12 @@ async def test_command_that_loses_its_ranks_twice_is_refused_for_good_and_the_mo
         assert len(frontend.cluster.started) == started == 3
     async with start() as frontend:
         workers = await ready(frontend)
-        assert [batch for batch, _ in steps(workers)] == [b"a", b"b"]
+        assert steps(workers) == [(b"a", 1), (b"b", 2)], "random numbers are those of a run without it"
         assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
+        command = await frontend.stub.GetCommand(get_command(request.request_id))
+        assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+        assert (await frontend.stub.TrainStep(frontend.train(b"c"))).result.step == 3
+        assert steps(workers)[-1] == (b"c", 3)
 
 
 async def test_command_of_which_nobody_knows_what_it_left_behind_is_undone(frontend: Any, fakes: Any) -> None:
@@ -777,6 +922,70 @@ async def test_deletion_of_a_checkpoint_whose_caller_is_gone_is_remembered(
     assert await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best")) == saved
 
 
+async def test_repeated_deletions_leave_alone_what_was_made_since_also_after_a_restart(
+    start: Any, fakes: Any, storage: Path
+) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await save(frontend, "best")
+        checkpoint = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+        await frontend.stub.DeleteCheckpoint(checkpoint)
+        await save(frontend, "best")
+        model = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+        await frontend.stub.DeleteModel(model)
+        await frontend.create()
+        missing = pb.DeleteModelRequest(name="models/later", request_id=fakes.request_id())
+        assert (await frontend.error(frontend.stub.DeleteModel(missing))).reason == "MODEL_NOT_FOUND"
+    async with start() as frontend:
+        await frontend.stub.DeleteModel(model)
+        await frontend.stub.DeleteCheckpoint(checkpoint)
+        await ready(frontend)
+        await frontend.stub.GetCheckpoint(pb.GetCheckpointRequest(name="checkpoints/best"))
+        await frontend.create("later")
+        await frontend.stub.DeleteModel(missing)
+        assert (await frontend.error(frontend.model("later"))).reason == "MODEL_NOT_FOUND"
+        assert len(list((storage / "deletions").iterdir())) == 3
+
+
+async def test_deletion_is_noted_before_it_is_answered_and_its_repeat_waits_for_that(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    may_write, write = threading.Event(), DeletionNotes.write
+
+    def slowly(self: DeletionNotes, note: Any) -> None:
+        assert may_write.wait(5)
+        write(self, note)
+
+    monkeypatch.setattr(DeletionNotes, "write", slowly)
+    await frontend.create()
+    deletion = pb.DeleteModelRequest(name="models/m", request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.DeleteModel(deletion))
+    async with asyncio.timeout(5):
+        while (await frontend.stub.ListModels(pb.ListModelsRequest())).models:
+            await asyncio.sleep(0.01)
+    await frontend.create()
+    again = asyncio.ensure_future(frontend.stub.DeleteModel(deletion))
+    await asyncio.sleep(0.1)
+    assert not first.done() and not again.done()
+    may_write.set()
+    await asyncio.gather(first, again)
+    await ready(frontend)
+
+
+async def test_deletion_that_cannot_be_noted_is_answered_all_the_same(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    await frontend.create()
+    await save(frontend, "best")
+    monkeypatch.setattr("gradwire_server.storage.deletion_notes.replace_file", full)
+    deletion = pb.DeleteCheckpointRequest(name="checkpoints/best", request_id=fakes.request_id())
+    await frontend.stub.DeleteCheckpoint(deletion)
+    await frontend.stub.DeleteCheckpoint(deletion)
+
+
 async def test_checkpoint_that_a_model_is_brought_back_from_is_not_deleted(frontend: Any) -> None:
     await frontend.create()
     name = "models/m/checkpoints/0"
@@ -785,13 +994,11 @@ async def test_checkpoint_that_a_model_is_brought_back_from_is_not_deleted(front
     assert error.reason == "CHECKPOINT_NEEDED"
 
 
-async def test_model_of_one_rank_restored_to_several_computes_batches_whole(frontend: Any) -> None:
+async def test_model_is_restored_to_another_number_of_ranks(frontend: Any) -> None:
     await frontend.create()
     await save(frontend, "best")
     request = pb.RestoreModelRequest(checkpoint="checkpoints/best", model_id="wide", workers=2)
     assert (await frontend.stub.RestoreModel(request)).workers == 2
-    _, state = frontend.cluster.started[-1]
-    assert "one rank" in state.splits["train"].whole
 
 
 async def test_checkpoint_that_is_not_there_is_not_found(frontend: Any) -> None:

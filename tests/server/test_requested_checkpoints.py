@@ -28,23 +28,6 @@ async def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-async def test_taking_one_answers_when_it_is_there(bench):
-    checkpointer = bench.checkpointer(())
-    assert checkpointer.newest == -1
-    assert await checkpointer.take() == 0
-    assert bench.keys == ["auto/digits/0"]
-    assert await checkpointer.take() == 0 and len(bench.model.captures) == 1  # It holds everything already.
-    bench.model.number = 3
-    assert await checkpointer.take() == 3
-
-
-async def test_taking_one_tells_of_its_failure(bench):
-    checkpointer = bench.checkpointer(())
-    bench.store.error = ResourceExhausted("full", reason="STORAGE_FULL")
-    with pytest.raises(ResourceExhausted):
-        await checkpointer.take()
-
-
 async def test_named_one_answers_with_the_checkpoint_and_is_never_dropped(bench):
     checkpointer = bench.checkpointer(commands=1, keep=1)
     bench.model.number = 7
@@ -172,8 +155,10 @@ async def test_writers_that_wait_hold_nobody_elses_threads(bench):
         await checkpointer.save("best", None)
         for number in (1, 2):
             bench.model.number = number
-            await checkpointer.take()
-        assert len(names) == 4 and all(name.startswith("checkpoints") for name in names)
+            checkpointer.applied()
+            await until(lambda number=number: checkpointer.newest == number)
+        await until(lambda: len(names) == 4)
+        assert all(name.startswith("checkpoints") for name in names)
 
 
 async def test_refusal_of_the_capture_is_the_callers(bench):

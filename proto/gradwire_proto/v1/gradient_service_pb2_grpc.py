@@ -348,7 +348,8 @@ class GradientServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCommand(self, request, context):
-        """Tells what became of a command whose answer was lost.
+        """Tells what became of a command whose answer was lost. NOT_FOUND, COMMAND_NOT_FOUND: nothing was applied, and nothing
+        that arrives with that id later is (FAILED_PRECONDITION, DECLARED_NOT_APPLIED): send it again under another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

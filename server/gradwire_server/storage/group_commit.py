@@ -22,7 +22,7 @@ class _Batch:
 
 
 class GroupCommit:
-    """Starts its thread when it is first needed. Only one thread, that of the event loop, calls it."""
+    """Starts its thread when it is first needed. Only the thread of the event loop calls it, but for `finish`."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

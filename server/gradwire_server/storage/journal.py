@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -59,6 +60,9 @@ class Journal:
         self._begin_anew = False
         self._next = 1
         self._sizes = RecordSizes(self._next)
+        self._cutting = threading.Lock()
+        self._refused: set[int] = set()
+        """The numbers behind which there are records without a number."""
         self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
         """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
         self._unread: set[Path] = set()
@@ -101,7 +105,7 @@ class Journal:
         The iterator raises FailedPrecondition JOURNAL_CORRUPT. It may be read in a thread.
         """
         whole = bounded([*self._segments, SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
-        return (placed.entry for placed in read_segments(whole, after) if placed.entry.number > after)
+        return (placed.entry for placed in read_segments(whole, after) if placed.entry.is_behind(after))
 
     def reserve(self, nbytes: int, uploads: Sequence[StoredUpload] = ()) -> None:
         """Room for the record of one command, whose request and reply together have so many bytes at most.
@@ -146,7 +150,8 @@ class Journal:
         return ahead[1]
 
     def _write(self, entry: Entry) -> int:
-        assert entry.number == self._next, f"command {entry.number} follows {self._next - 1}"
+        expected = self._next - 1 if entry.unnumbered else self._next
+        assert entry.number == expected, f"command {entry.number} follows {self._next - 1}"
         segment = self._segment or self._begin_segment()
         return segment.write(encode(entry, segment.seed))
 
@@ -167,8 +172,11 @@ class Journal:
         except GradwireError as error:
             self.broken = error
             raise
-        self._next += 1
-        self._sizes.add(nbytes)
+        if entry.unnumbered:
+            self._refused.add(entry.number)
+        else:
+            self._next += 1
+            self._sizes.add(nbytes)
         if entry.uploads:
             self.blobs.note((upload.file for upload in entry.uploads), entry.number)
         if not self._durable:
@@ -185,20 +193,33 @@ class Journal:
         self.blobs.drop(file)
 
     def size_after(self, number: int) -> int:
-        """Bytes of the records behind command `number`, since the last `cut` at most."""
+        """Bytes of the records behind command `number`, since the last `cut` at most; those without a number do not
+        count.
+        """
         return self._sizes.after(number)
 
     def cut(self, number: int) -> None:
         """Forget what a checkpoint holds: whole segments, and blobs, that nothing behind command `number` needs.
 
         Whatever cuts this off, the rest is whole: segments go oldest first, their blobs afterwards. What cannot be
-        removed stays until another time. The next command begins another segment, which the next cut can end at.
+        removed stays until another time. The next command begins another segment, which the next cut can end at. What
+        was refused behind that command stays: the checkpoint may not know it. While the journal is started anew, which
+        cuts it, nothing is done.
         """
+        if self._cutting.acquire(blocking=False):
+            try:
+                self._cut(number)
+            finally:
+                self._cutting.release()
+
+    def _cut(self, number: int) -> None:
         self._sizes.forget(number)
+        self._refused = {each for each in self._refused if each >= number}
+        needed_from = number if number in self._refused else number + 1
         self._begin_anew = True
         gone = 0
         try:
-            while len(self._segments) > gone + 1 and self._segments[gone + 1].first <= number + 1:
+            while len(self._segments) > gone + 1 and self._segments[gone + 1].first <= needed_from:
                 self._segments[gone].path.unlink(missing_ok=True)
                 gone += 1
             if gone and self._durable:
@@ -215,8 +236,13 @@ class Journal:
 
         That checkpoint holds every command that was carried out, also those whose record failed. FailedPrecondition
         MODEL_FENCED for ever once another frontend has taken over; errors of `storage_error` leave things as they are.
+        Blocks until nothing of before is synced any more: a thread may call it, while nothing but `cut` is called here.
         """
         assert after >= self.last, f"the checkpoint at {after} lacks commands up to {self.last}"
+        with self._cutting:
+            self._restart(after)
+
+    def _restart(self, after: int) -> None:
         self._lock.check()
         self._lock.commits.finish(self)
         before, self._next = self._next, after + 1
@@ -227,8 +253,9 @@ class Journal:
             raise storage_error(error, "hold another command") from error
         self.broken = None
         self._sizes = RecordSizes(self._next)
+        self._refused.clear()
         with suppress(GradwireError):  # The next cut tries again.
-            self.cut(after)
+            self._cut(after)
 
     def close(self) -> None:
         """Wait until all is durable that is to be, and close the file. What is in the folder stays."""
@@ -292,7 +319,9 @@ class Journal:
             self.blobs.note((upload.file for upload in entry.uploads), entry.number)
             if placed.path == found[-1].path:
                 end = placed.end
-            if entry.number > after:
+            if entry.unnumbered:
+                self._refused.add(entry.number)
+            elif entry.number > after:
                 for upload in entry.uploads:
                     self._check_blob(entry.number, upload)
                 self._sizes.add(placed.end - placed.start)
@@ -330,8 +359,9 @@ class Journal:
                 os.truncate(last, min(end, last.stat().st_size))
         empty = [segment for segment in self._segments if segment.until is not None and segment.until <= segment.first]
         for segment in empty:
-            segment.path.unlink(missing_ok=True)
-            self._segments.remove(segment)
+            if segment.first - 1 not in self._refused:
+                segment.path.unlink(missing_ok=True)
+                self._segments.remove(segment)
         self._sweep(self._segments)
 
     def _sweep(self, segments: list[SegmentFile]) -> None:

@@ -7,7 +7,8 @@ A record is a header, a description in JSON, the request, the reply and a traile
     trailer   CRC-32 of all before it (4), "END\\n" (4)
 
 Flags are 1: there is a reply; 2: the fingerprint in the description checks the request, which the trailer's CRC leaves
-out: so the request is read once, at the speed of memory. Both CRCs go on from a seed that the segment gives, so that no
+out: so the request is read once, at the speed of memory; 4: the command was refused and has no number, so that this is
+the number of the command before. Both CRCs go on from a seed that the segment gives, so that no
 record of another one is taken for its own. The last byte of a record is never zero: zeros at the end of a journal are
 room that was never written to.
 """
@@ -31,6 +32,7 @@ _BEGIN = b"GWRC"
 _END = b"END\n"
 _HAS_REPLY = 1
 _BODY_CHECKS = 2
+_UNNUMBERED = 4
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 HEADER_BYTES = _HEADER.size + _CHECK.size
@@ -69,6 +71,8 @@ class Entry:
     body_checks: whether `body` is the fingerprint of just this request, so that it serves as its checksum.
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
+    unnumbered: whether such a command has no number of its own: `number` is that of the command before. Those that were
+    written first have one.
     released: names of retained forwards that were let go of since the command before.
     splits: how batches of the variants that it brought are spread, as was found out then, by variant.
     """
@@ -81,9 +85,14 @@ class Entry:
     body: bytes
     body_checks: bool = False
     refused: str | None = None
+    unnumbered: bool = False
     uploads: tuple[StoredUpload, ...] = ()
     released: tuple[str, ...] = ()
     splits: Mapping[str, SplitDecision] = field(default_factory=dict)
+
+    def is_behind(self, number: int) -> bool:
+        """Whether it came after command `number`."""
+        return self.number >= number if self.unnumbered else self.number > number
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,7 @@ class Header:
 
     has_reply: bool
     body_checks: bool
+    unnumbered: bool
     description: int
     request: int
     reply: int
@@ -109,9 +119,11 @@ class BadRecord(Exception):
 
 def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
     """The record's parts, in order; the request is one of them, not copied. None of them is empty."""
+    assert entry.refused is not None or not entry.unnumbered, "a command that was applied has a number"
     description = _to_json(_describe(entry)).encode()
     reply = entry.reply if entry.reply is not None and len(entry.reply) <= REPLY_BYTES else None
-    flags = (_HAS_REPLY if reply is not None else 0) | (_BODY_CHECKS if entry.body_checks else 0)
+    flags = _flag(_HAS_REPLY, reply is not None) | _flag(_BODY_CHECKS, entry.body_checks)
+    flags |= _flag(_UNNUMBERED, entry.unnumbered)
     lengths = (len(description), len(entry.request), len(reply or b""))
     start = _HEADER.pack(_BEGIN, flags, 0, *lengths, entry.number)
     start += _CHECK.pack(zlib.crc32(start, seed))
@@ -126,9 +138,17 @@ def decode_header(data: memoryview, seed: int) -> Header:
     (check,) = _CHECK.unpack_from(data, _HEADER.size)
     if begin != _BEGIN or zero or check != zlib.crc32(data[: _HEADER.size], seed):
         raise BadRecord("no record begins here, or its header is damaged")
-    if flags & ~(_HAS_REPLY | _BODY_CHECKS):
+    if flags & ~(_HAS_REPLY | _BODY_CHECKS | _UNNUMBERED):
         raise BadRecord(f"its flags {flags:#x} are not known here")
-    return Header(bool(flags & _HAS_REPLY), bool(flags & _BODY_CHECKS), description, request, reply, number)
+    return Header(
+        has_reply=bool(flags & _HAS_REPLY),
+        body_checks=bool(flags & _BODY_CHECKS),
+        unnumbered=bool(flags & _UNNUMBERED),
+        description=description,
+        request=request,
+        reply=reply,
+        number=number,
+    )
 
 
 def decode(header: Header, record: memoryview, seed: int) -> Entry:
@@ -149,7 +169,8 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             request_id=words.get("request_id"),
             body=bytes.fromhex(words["body"]),
             body_checks=header.body_checks,
-            refused=words.get("refused"),
+            refused=words["refused"] if header.unnumbered else words.get("refused"),
+            unnumbered=header.unnumbered,
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
             released=tuple(words.get("released", ())),
             splits={name: decode_split(each) for name, each in words.get("splits", {}).items()},
@@ -159,6 +180,10 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
     if entry.body_checks and entry.body != fingerprint(entry.method, entry.request):
         raise BadRecord(f"the record of command {header.number} is damaged: its request's fingerprint differs")
     return entry
+
+
+def _flag(flag: int, is_set: bool) -> int:
+    return flag if is_set else 0
 
 
 def _crc(parts: Sequence[bytes | memoryview], seed: int) -> int:

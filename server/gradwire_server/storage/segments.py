@@ -2,7 +2,8 @@
 
 A segment `<epoch>-<first number>.log` is a header and records without gaps. A frontend that starts, or a journal that
 goes on after a failure, writes to a new one; what an earlier segment holds from the first number of a later one on was
-never acknowledged, and is not read.
+never acknowledged, and is not read. Commands that were refused and have no number stand behind the one before them,
+whatever begins behind that.
 
 A power loss or a kill leaves the end of the last segment torn: the file ends inside a record, or from some sector on
 there is nothing but zeros. That is no error. Whatever else does not check is JOURNAL_CORRUPT.
@@ -10,6 +11,7 @@ there is nothing but zeros. That is no error. Whatever else does not check is JO
 
 from __future__ import annotations
 
+import logging
 import mmap
 import re
 import struct
@@ -21,6 +23,8 @@ from pathlib import Path
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_server.storage.records import HEADER_BYTES, BadRecord, Entry, Header, decode, decode_header
 from gradwire_server.storage.storage_errors import journal_corrupt, storage_error
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d+)-(\d+)\.log")
 _START = struct.Struct("<8sIQQ")
@@ -95,6 +99,9 @@ def read_segments(segments: Sequence[SegmentFile], after: int) -> Iterator[Place
 
     Raises FailedPrecondition JOURNAL_CORRUPT, also where entries are missing between two; STORAGE_VERSION.
     """
+    for segment in segments:
+        if _may_end_with_refused(segment, after):
+            yield from _refused_last(segment)
     wanted = [segment for segment in segments if needed(segment, after)]
     if wanted and wanted[0].first > after + 1:
         raise journal_corrupt(wanted[0].path, 0, f"the commands {after + 1} to {wanted[0].first - 1} are missing")
@@ -113,6 +120,25 @@ def needed(segment: SegmentFile, after: int) -> bool:
     return segment.until is None or (segment.until > after + 1 and segment.until > segment.first)
 
 
+def _may_end_with_refused(segment: SegmentFile, after: int) -> bool:
+    """Whether nothing else of the segment is behind `after`."""
+    until = segment.until
+    return until is not None and until > after and segment.first <= until and until in (after + 1, segment.first)
+
+
+def _refused_last(segment: SegmentFile) -> Iterator[Placed]:
+    """What was refused behind the last command of a segment: a checkpoint of that command may not know it.
+
+    No command is needed: where they are damaged, or gone, nothing is lost that a model is made from.
+    """
+    try:
+        for placed in read_segment(segment):
+            if placed.entry.unnumbered and placed.entry.number + 1 == segment.until:
+                yield placed
+    except FailedPrecondition as error:
+        logger.warning("%s", error)
+
+
 def read_segment(segment: SegmentFile) -> Iterator[Placed]:
     """The entries of one segment, which should be whole up to `until`; a torn end ends it."""
     data = _mapped(segment.path)
@@ -122,18 +148,21 @@ def read_segment(segment: SegmentFile) -> Iterator[Placed]:
         return
     _check_start(segment, data)
     seed, offset, number = seed_of(data[:START_BYTES]), START_BYTES, segment.first
-    while offset < written and number != segment.until:
+    while offset < written:
+        ends = number == segment.until
         try:
             header = _whole_record(data[offset:], there - offset, seed)
-            if header is None:
+            if header is None or (ends and not header.unnumbered):
                 return
-            if header.number != number:
+            if header.number != (number - 1 if header.unnumbered else number):
                 raise BadRecord(f"command {header.number} where {number} should be")
             entry = decode(header, data[offset : offset + header.nbytes], seed)
         except BadRecord as error:
+            if ends:
+                return  # It belongs to what was never acknowledged.
             raise journal_corrupt(segment.path, offset, str(error)) from error
         yield Placed(entry, segment.path, offset, offset + header.nbytes)
-        offset, number = offset + header.nbytes, number + 1
+        offset, number = offset + header.nbytes, header.number + 1
 
 
 def _whole_record(data: memoryview, there: int, seed: int) -> Header | None:

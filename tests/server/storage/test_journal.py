@@ -177,6 +177,98 @@ def test_size_counts_the_records_behind_a_number_since_the_cut(open_journal, ent
     assert open_journal(2)[0].size_after(0) == 2 * one
 
 
+def refuse(journal: Journal, entry, number: int, name: str):
+    """Record that a command was refused behind command `number`."""
+    one = entry(number, 0, reply=None, request_id=name, refused="it kills ranks", unnumbered=True)
+    journal.append(one)
+    return one
+
+
+def test_refused_commands_take_no_number_and_are_there_after_another_start(open_journal, entry, small_segments):
+    journal, _ = open_journal()
+    written = [refuse(journal, entry, 0, "first")]
+    for number in range(1, 7):
+        written += fill(journal, entry, [number])
+        written += [refuse(journal, entry, number, name) for name in "ab"]
+    assert journal.last == 6 and list(journal.entries(0)) == written
+    for after in range(7):
+        reopened, entries = open_journal(after)
+        assert reopened.last == 6
+        assert [each.number for each in entries if not each.unnumbered] == list(range(after + 1, 7))
+        refused = {(each.number, each.request_id) for each in entries if each.unnumbered}
+        assert refused >= {(number, name) for number in range(max(after, 1), 7) for name in "ab"}
+
+
+def test_commands_refused_at_starts_that_record_nothing_else_are_kept(storage, model, entry):
+    written = []
+    for epoch in range(1, 5):
+        lock = StorageLock.take(storage, 0.0)
+        journal, entries = Journal.open(model, lock, durability="process", after=0)
+        assert sorted(each.request_id for each in entries) == sorted(each.request_id for each in written)
+        if epoch == 1:
+            written += fill(journal, entry, [1])
+        elif epoch < 4:
+            written.append(refuse(journal, entry, 1, f"refused {epoch}"))
+        journal.close()
+        lock.release()
+    assert len(written) == 3
+
+
+def test_cut_leaves_what_was_refused_behind_the_checkpoint(open_journal, entry):
+    journal, _ = open_journal()
+    fill(journal, entry, [1, 2])
+    # While the checkpoint of 2 was being written.
+    refused = refuse(journal, entry, 2, "late")
+    journal.cut(2)
+    fill(journal, entry, [3])
+    journal.cut(2)
+    assert refused in list(journal.entries(2)) and refused in open_journal(2)[1]
+    journal.cut(3)
+    assert refused not in open_journal(3)[1]
+
+
+def test_journal_that_goes_on_after_a_failure_goes_on_behind_refused_commands(open_journal, entry, monkeypatch):
+    journal, _ = open_journal()
+    fill(journal, entry, [1])
+    refuse(journal, entry, 1, "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentWriter, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+        with pytest.raises(Unavailable):
+            journal.append(entry(2))
+    journal.restart(2)
+    written = [refuse(journal, entry, 2, "b"), *fill(journal, entry, [3])]
+    assert list(journal.entries(2)) == written == open_journal(2)[1]
+
+
+def test_cut_while_the_journal_is_started_anew_does_nothing(open_journal, entry, small_segments, model, monkeypatch):
+    journal, _ = open_journal()
+    fill(journal, entry, range(1, 7))
+    before = segments(model)
+
+    def finish(_: Journal) -> None:
+        journal.cut(6)
+        assert segments(model) == before
+
+    monkeypatch.setattr(journal._lock.commits, "finish", finish)
+    journal.restart(6)
+    monkeypatch.undo()
+    assert segments(model) == ["00000001-000000000007.log"]
+    fill(journal, entry, [7])
+    journal.cut(6)
+
+
+def test_what_a_frontend_that_was_taken_over_from_recorded_ends_nothing(open_journal, entry, storage, model):
+    old, _ = open_journal()
+    written = fill(old, entry, [1])
+    lock = StorageLock(storage, old._lock._lock, old._lock.epoch + 1, "")
+    new, _ = open_journal(lock=lock)
+    # It does not know yet.
+    written.append(refuse(old, entry, 1, "stale"))
+    fill(old, entry, [2])
+    written += fill(new, entry, [2, 3])
+    assert open_journal(lock=lock)[1] == written
+
+
 def test_missing_segment_is_reported(open_journal, entry, small_segments, model):
     journal, _ = open_journal()
     fill(journal, entry, range(1, 7))

@@ -55,6 +55,16 @@ entries = st.builds(
     uploads=st.lists(uploads, max_size=2).map(tuple),
     released=st.lists(st.text(max_size=8), max_size=3).map(tuple),
     splits=st.dictionaries(st.text(max_size=8), splits, max_size=2),
+) | st.builds(
+    Entry,
+    number=st.integers(0, (1 << 64) - 1),
+    method=st.text(max_size=12),
+    request=st.just(b""),
+    reply=st.none(),
+    request_id=st.none() | st.text(max_size=36),
+    body=st.binary(max_size=32),
+    refused=st.text(max_size=20),
+    unnumbered=st.just(True),
 )
 
 
@@ -92,6 +102,14 @@ def test_no_bit_of_a_record_can_be_flipped_unnoticed(entry, by_fingerprint):
 def test_record_of_another_segment_is_none_of_this_one(entry):
     with pytest.raises(BadRecord):
         read(joined(entry(7)), SEED + 1)
+
+
+def test_only_a_refused_command_may_have_no_number(entry, monkeypatch):
+    monkeypatch.setattr("gradwire_server.storage.records._HAS_REPLY", 4)
+    record = joined(entry(7))
+    monkeypatch.undo()
+    with pytest.raises(BadRecord, match="command 7"):
+        read(record)
 
 
 def test_empty_reply_is_not_a_missing_one(entry):

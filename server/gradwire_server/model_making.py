@@ -1,0 +1,70 @@
+"""How a new model gets its ranks: from what a client sent, or from a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire_proto.errors import Cancelled
+from gradwire_proto.values import Batch, ModelInfo, ModelSpec, NamedTensors
+from gradwire_server.calls import Call
+from gradwire_server.current_spec import CurrentSpec
+from gradwire_server.hosted_model import HostedModel
+from gradwire_server.hosting import Hosting
+from gradwire_server.model_creation import ModelCreation
+from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """`make` gives a new model of this spec ranks and has it served; `ended` is called with the creation at its end."""
+
+    spec: ModelSpec
+    make: Callable[[HostedModel], Awaitable[ModelInfo]]
+    ended: Callable[[ModelCreation], None]
+
+
+def made_of_spec(hosting: Hosting, spec: ModelSpec, values: NamedTensors, example: Batch | None, call: Call) -> Making:
+    """Of what a client sent. Claims the uploads that it names; raises ModelNotFound UPLOAD_NOT_FOUND."""
+    spec = hosting.keeping.of(spec)
+    batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
+    claim = hosting.tensors.uploads.claim({"tensors": values, "example": batch})
+
+    async def make(new: HostedModel) -> ModelInfo:
+        example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
+        workers = await hosting.cluster.start_group(spec, claim.value["tensors"], example, model_id=new.life.id)
+        return await _begun(new, workers, call)
+
+    def ended(creation: ModelCreation) -> None:
+        if isinstance(creation.error, Cancelled):
+            # Perhaps only the connection broke: then the caller comes back with the same handles.
+            claim.give_back()
+        else:
+            claim.spend()
+
+    return Making(spec=spec, make=make, ended=ended)
+
+
+def made_of_checkpoint(hosting: Hosting, saved: SavedModel, spec: CurrentSpec, call: Call) -> Making:
+    """Of a checkpoint, whose files are removed at the end."""
+
+    async def make(new: HostedModel) -> ModelInfo:
+        state = saved.state
+        new.description.goes_back_to(spec, state.step)
+        workers = await hosting.cluster.start_group(spec.value, state.tensors, None, model_id=new.life.id, state=state)
+        return await _begun(new, workers, call, number=state.command, trained=state.trained)
+
+    return Making(spec=spec.value, make=make, ended=lambda _: saved.remove_files())
+
+
+async def _begun(new: HostedModel, workers: Workers, call: Call, **begin: Any) -> ModelInfo:
+    """Serve a new model with these ranks, which are freed where that fails."""
+    try:
+        return await new.life.begin(workers, call, **begin)
+    except BaseException:
+        workers.on_lost = None
+        await asyncio.shield(workers.close())
+        raise
