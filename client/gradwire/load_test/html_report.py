@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 
 from gradwire.load_test.levels import Level
-from gradwire.load_test.results import LATENCIES, SPLIT, Results
+from gradwire.load_test.results import LATENCIES, Results
 from gradwire.load_test.svg_plots import lines, stacked_bars
-from gradwire.load_test.tables import number
+from gradwire.load_test.tables import number, shown_parts, title
 from gradwire.load_test.windows import Window
 
 _STYLE = """
@@ -60,14 +60,14 @@ def as_html(results: Results) -> str:
 
 
 def _table(levels: Sequence[Level]) -> str:
-    has_floor = any(level.floor for level in levels)
-    heads = ["load", "req/s", *LATENCIES, *(part.replace("_", "-") for part in SPLIT), "errors"]
+    has_floor, parts = any(level.floor for level in levels), shown_parts(levels)
+    heads = ["load", "req/s", *LATENCIES, *map(title, parts), "errors"]
     heads += ["floor req/s", "ratio"] if has_floor else []
     rows = []
     for level in levels:
         cells = [str(level.load), number(level.rate)]
         cells += [number(level.latencies_ms[name]) for name in LATENCIES]
-        cells += [number(level.split_ms.get(part)) for part in SPLIT]
+        cells += [number(level.split_ms.get(part)) for part in parts]
         cells.append(str(level.errors))
         if has_floor:
             cells += [number(level.floor.rate if level.floor else None), number(level.ratio)]
@@ -98,7 +98,11 @@ def _plots(levels: Sequence[Level]) -> list[str]:
         name: [(level.load.value, value) for level in levels if (value := level.latencies_ms[name]) is not None]
         for name in ("p50", "p90", "p95", "p99")
     }
-    split = {f"{level.load.value:g}": level.split_ms for level in levels}
+    parts = shown_parts(levels)
+    split = {
+        f"{level.load.value:g}": {title(part): level.split_ms[part] for part in parts if level.split_ms}
+        for level in levels
+    }
     return [
         lines("Throughput", rates, x=x, y="requests/s"),
         lines("Latency", latencies, x=x, y="ms"),

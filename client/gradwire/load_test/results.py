@@ -83,8 +83,7 @@ def as_json(results: Results) -> str:
             "started": results.time,
             "options": _plain_options(results.options),
             "levels": [_json_level(level) for level in results.levels],
-        },
-        indent=1,
+        }
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from gradwire.load_test.levels import Level
 from gradwire.load_test.results import LATENCIES, SPLIT
 
-_OPTIONAL = ("optimizer", "recovery")
+_OPTIONAL = ("optimizer", "recovery", "other")
 """Parts that are shown where there are any."""
 
 
@@ -30,13 +30,23 @@ def levels_table(levels: Sequence[Level]) -> Table:
     return table
 
 
+def shown_parts(levels: Sequence[Level]) -> list[str]:
+    """The parts of a request's time that any level has something to tell of."""
+    return [part for part in SPLIT if part not in _OPTIONAL or any(level.split_ms.get(part) for level in levels)]
+
+
 def split_table(levels: Sequence[Level]) -> Table:
     """Where the mean request's time went, in milliseconds: a line for each level."""
-    parts = [part for part in SPLIT if part not in _OPTIONAL or any(level.split_ms.get(part) for level in levels)]
-    table = _table("Where the mean request's time went, in ms", ["load", *(part.replace("_", "-") for part in parts)])
+    parts = shown_parts(levels)
+    table = _table("Where the mean request's time went, in ms", ["load", *map(title, parts)])
     for level in levels:
         table.add_row(str(level.load), *(number(level.split_ms.get(part)) for part in parts))
     return table
+
+
+def title(part: str) -> str:
+    """A part's name as it is shown."""
+    return part.replace("_", "-")
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
