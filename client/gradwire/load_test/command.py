@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -144,6 +146,7 @@ def _run(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     # Drawn when there is something new alone: a thread of its own would take the tester's time.
     with ExitStack() as stack:
+        stack.enter_context(_sigterm_as_interrupt())
         live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
 
         def progress(text: str) -> None:
@@ -166,6 +169,16 @@ def _run(
             client, options, token=token, tls=tls, found=found, progress=progress, warn=lambda text: console.print(text)
         )
     return results
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Who ends the test by SIGTERM finds no models left over either."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _client(options: Options, target: str | None, token: str | None, tls: TLS | None) -> Client:

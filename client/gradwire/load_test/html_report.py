@@ -8,7 +8,7 @@ from html import escape
 
 from gradwire.load_test.levels import Level
 from gradwire.load_test.results import LATENCIES, Results
-from gradwire.load_test.svg_plots import lines, stacked_bars
+from gradwire.load_test.svg_plots import COLOURS, lines, stacked_bars
 from gradwire.load_test.tables import number, shown_parts, title
 from gradwire.load_test.windows import Window
 
@@ -107,9 +107,17 @@ def _plots(levels: Sequence[Level]) -> list[str]:
         lines("Throughput", rates, x=x, y="requests/s"),
         lines("Latency", latencies, x=x, y="ms"),
         stacked_bars("Where the mean request's time goes", split, x=x, y="ms"),
-        _distribution(levels),
-        _over_time(levels),
+        _distribution(_few(levels)),
+        _over_time(_few(levels)),
     ]
+
+
+def _few(levels: Sequence[Level]) -> Sequence[Level]:
+    """As many as there are colours, spread evenly from the first to the last."""
+    most = len(COLOURS)
+    if len(levels) <= most:
+        return levels
+    return [levels[round(index * (len(levels) - 1) / (most - 1))] for index in range(most)]
 
 
 def _distribution(levels: Sequence[Level]) -> str:

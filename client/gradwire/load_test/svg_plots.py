@@ -30,7 +30,7 @@ def lines(
         return _across((point[0] - low) / ((high - low) or 1.0)), _up(point[1] / top)
 
     parts = [_axes(title, x, y, top)]
-    parts += [_tick(at((place, 0))[0], text) for place, text in ticks.items()]
+    parts += _apart([(at((place, 0))[0], text) for place, text in ticks.items()])
     for index, (name, points) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         path = " ".join(f"{across:.1f},{up:.1f}" for across, up in map(at, points))
@@ -96,6 +96,16 @@ def _round_step(top: float) -> float:
     """A step of 1, 2 or 5 times a power of ten, at most six of which fit."""
     power = 10.0 ** math.floor(math.log10(top / 5))
     return next(factor * power for factor in (1, 2, 5, 10) if top / (factor * power) <= 6)
+
+
+def _apart(ticks: Sequence[tuple[float, str]]) -> list[str]:
+    """Ticks from left to right, without those that would run into the one before."""
+    shown, free = [], 0.0
+    for across, text in ticks:
+        if across >= free:
+            shown.append(_tick(across, text))
+            free = across + 8 * len(text) + 8
+    return shown
 
 
 def _tick(across: float, text: str) -> str:

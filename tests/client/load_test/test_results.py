@@ -87,8 +87,10 @@ def test_page_needs_nothing_but_itself_and_shows_figures_and_plots(results: Resu
     assert page.elements.count("svg") == 5
     for word in ("QUEUE_FULL", "unstable", "bare echo", "p99", "concurrency 8", "all-reduce", "0.25"):
         assert word in page.words, word
-    # A dot for each level of service and floor, and of four percentiles, and three windows of each level.
-    assert page.elements.count("circle") == 2 * 2 + 4 * 2 + 3 * 2 + 2 * 0
+    # Service and floor; four percentiles; the distribution of each level, and its windows.
+    assert page.elements.count("polyline") == 2 + 4 + 2 + 2
+    # What a pointer over a dot shows.
+    assert {"service: 100", "service: 150", "bare echo: 400", "p50: 40"} <= set(page.words)
 
 
 def test_page_of_a_level_without_any_answer_can_be_read() -> None:
