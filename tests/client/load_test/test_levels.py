@@ -62,13 +62,15 @@ async def soon() -> None:
 
 def test_concurrency_is_how_many_requests_wait_at_once_and_clients_take_turns() -> None:
     service = Service(soon, clients=3)
-    level = measured(service, Load("concurrency", 6))
+    level = measured(service, Load("concurrency", 6), warm_up=0.6)
     assert service.most == 6
     assert max(service.by_client) - min(service.by_client) <= 1
     assert level.rate <= 6 / 0.01
     assert level.latencies_ms["p50"] == pytest.approx(10, abs=5)
     # Warm-up and the last answers are not measured.
-    assert level.measured.latencies.count == sum(window.latencies.count for window in level.windows) < service.requests
+    assert level.measured.latencies.count == sum(window.latencies.count for window in level.windows)
+    assert level.measured.latencies.count < 0.75 * service.requests
+    assert level.measured.seconds == pytest.approx(0.6, abs=0.3)
 
 
 def test_rate_sends_as_many_as_are_due_whether_or_not_answers_come() -> None:
