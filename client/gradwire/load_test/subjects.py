@@ -61,8 +61,10 @@ def subjects(client: Client, options: Options, warn: Callable[[str], None]) -> I
 def _created(client: Client, number: int, created: list[Model], options: Options) -> Subject:
     generator = torch.Generator().manual_seed(options.seed + number)
     features, *_, classes = options.layers
-    inputs = torch.randn(options.batch, features, generator=generator)
-    targets = torch.randint(0, classes, (options.batch,), generator=generator)
+    # An example of two rows at least: one does not tell which dimension is the batch.
+    rows = max(options.batch, 2)
+    inputs = torch.randn(rows, features, generator=generator)
+    targets = torch.randint(0, classes, (rows,), generator=generator)
     model = client.create_model(
         perceptron(options.layers),
         loss="cross_entropy",
@@ -73,7 +75,7 @@ def _created(client: Client, number: int, created: list[Model], options: Options
         labels=LABELS,
     )
     created.append(model)
-    return _subject(client, model, inputs, targets, options.method)
+    return _subject(client, model, inputs[: options.batch], targets[: options.batch], options.method)
 
 
 def perceptron(layers: Sequence[int]) -> nn.Module:
