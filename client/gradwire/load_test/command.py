@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,9 @@ def load_test(
     latency_limit: Annotated[
         float | None, typer.Option(metavar="MS", help="End the sweep after a level that is slower.")
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Halve the levels for the highest within --latency-limit.")
+    ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Of each request; it is not repeated.")] = 30.0,
     floor: Annotated[bool, typer.Option("--floor", help="Measure a bare gRPC echo of the same sizes too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a level is not stable.")] = False,
@@ -113,6 +117,7 @@ def load_test(
         stable=stable,
         percentile=percentile,
         latency_limit=latency_limit,
+        search=search,
         timeout=timeout,
         seed=seed,
         floor=floor,
@@ -197,15 +202,20 @@ def _show(results: Results, files: dict[str, Path | None]) -> None:
 
     from gradwire.load_test.html_report import as_html
     from gradwire.load_test.results import as_csv, as_json
+    from gradwire.load_test.sweep import is_beyond
     from gradwire.load_test.tables import errors_table, levels_table, split_table
 
     if not results.levels:
         return
+    results = replace(results, levels=sorted(results.levels, key=lambda level: level.load.value))
     # Wide enough for all columns: a figure that is cut off is none.
     console = Console(soft_wrap=True, highlight=False, width=max(_WIDTH, Console().width))
     for table in (levels_table(results.levels), split_table(results.levels), errors_table(results.levels)):
         if table is not None:
             console.print(table, "")
+    if results.options.search:
+        within = [str(level.load) for level in results.levels if not is_beyond(level, results.options)]
+        console.print(f"highest within the limit: {within[-1] if within else 'none'}")
     for name, write in (("--csv", as_csv), ("--json", as_json), ("--html", as_html)):
         path = files[name]
         if path is not None:

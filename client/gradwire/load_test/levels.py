@@ -30,8 +30,8 @@ _TOO_FEW = 0.95
 class Level:
     """What a load gave. measured: the last three windows as one; windows: all, in order. floor: the bare echo's.
 
-    Of an open loop, `measured` has also the latencies of requests that were still waiting when the last window closed;
-    its seconds and rate do not.
+    `measured` has also the latencies and errors of requests that were still waiting when the last window closed: those
+    that wait longest are not to be missed. Its seconds and the rate do without them.
     """
 
     load: Load
@@ -137,12 +137,10 @@ async def _wait(task: asyncio.Task[None], seconds: float) -> None:
 def _level(load: Load, windows: Sequence[Window], rest: Window, options: Options) -> Level:
     """rest: what ended after the last window, while nothing was sent any more."""
     measured = Window.merged(windows[-ALIKE:])
-    rate = measured.rate
-    late = Window.merged([measured, rest]) if load.is_rate else replace(measured, errors=measured.errors + rest.errors)
     return Level(
         load=load,
-        measured=replace(late, seconds=measured.seconds, cpu=measured.cpu),
+        measured=replace(Window.merged([measured, rest]), seconds=measured.seconds, cpu=measured.cpu),
         windows=tuple(windows),
-        rate=rate,
+        rate=measured.rate,
         stable=is_stable(windows, options.stable, options.percentile),
     )

@@ -25,7 +25,8 @@ class Options:
     where `model_ids` names none that exist. workers: the ranks of each. layers: their sizes, from features to classes.
     batch: rows of each request. clients: connections. warm_up, window, timeout: seconds. stable: by how much of their
     mean three windows may differ. percentile: which latency has to be stable and within `latency_limit` (milliseconds);
-    None for the mean. floor: measure a bare echo too.
+    None for the mean. search: halve the levels for the highest within that limit, instead of
+    one after another. floor: measure a bare echo too.
 
     Raises InvalidArgument, whose `field` is the option of the command line.
     """
@@ -45,6 +46,7 @@ class Options:
     stable: float = 0.10
     percentile: float | None = None
     latency_limit: float | None = None
+    search: bool = False
     timeout: float = 30.0
     seed: int = 0
     floor: bool = False
@@ -69,6 +71,10 @@ class Options:
             )
         if self.latency_limit is not None:
             _require(_is_above(self.latency_limit, 0), "--latency-limit", "expected a finite number above 0")
+        if self.search:
+            values = [load.value for load in self.loads]
+            _require(self.latency_limit is not None, "--search", "expected a --latency-limit to search for")
+            _require(values == sorted(values), "--search", "expected levels that rise")
         if self.model_ids and self.method == "train_step":
             _require(
                 False,

@@ -102,7 +102,15 @@ def _subject(client: Client, model: Model, inputs: Any, targets: Any, method: st
     request = Prepared.of(call)
     # Once through the SDK: what is wrong with a request is better said before it is sent a thousand times.
     single = type(call.request).FromString(request.message())
-    reply = client._rpc.call(call.method, single, command=_command(model, single) if call.command else None)
+    try:
+        reply = client._rpc.call(call.method, single, command=_command(model, single) if call.command else None)
+    except GradwireError as error:
+        if error.field != "max_inline_bytes":
+            raise
+        message = (
+            "the answer is too large for one message of the service, and larger ones are not measured: take smaller"
+        )
+        raise InvalidArgument(f"{message} layers", field="--layers", reason="ANSWER_TOO_LARGE") from None
     return Subject(model_id=model.id, request=request, reply=reply.SerializeToString())
 
 

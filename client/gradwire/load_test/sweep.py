@@ -63,18 +63,21 @@ async def _levels(
         bare = None
         if floor is not None:
             bare = await stack.enter_async_context(Connections(floor, count=options.clients, token=token))
-        for load in options.loads:
+        # Levels before `low` are within the limit, those from `high` on are beyond it.
+        low, high = 0, len(options.loads)
+        while low < high:
+            place = (low + high) // 2 if options.search else low
+            load = options.loads[place]
             level = await measure(load, service, requests, options, progress)
             if bare is not None:
                 # Right after it: the machine is as busy with other things as it was.
                 there = lambda text: progress(f"floor, {text}")  # noqa: E731
                 level = replace(level, floor=await measure(load, bare, requests[:1], options, there))
             found(level)
-            if _is_beyond(level, options):
-                return
+            low, high = (low, place) if is_beyond(level, options) else (place + 1, high)
 
 
-def _is_beyond(level: Level, options: Options) -> bool:
+def is_beyond(level: Level, options: Options) -> bool:
     """Whether the latency is above its limit, or nothing was answered at all."""
     latency = level.measured.latency(options.percentile)
     return options.latency_limit is not None and (latency is None or latency / 1000 > options.latency_limit)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from client.one_model import OneModel, empty
 from typer.testing import CliRunner, Result
 
 from gradwire.cli import app
-from gradwire.errors import FailedPrecondition, ResourceExhausted
+from gradwire.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
@@ -88,6 +91,28 @@ def test_sweep_ends_after_the_level_that_is_too_slow(served) -> None:
     assert ("concurrency 1" in outcome.stdout, "concurrency 2" in outcome.stdout) == (True, False)
 
 
+def test_search_halves_the_levels_for_the_highest_within_the_limit(served) -> None:
+    lock, waiting, crowd = threading.Lock(), 0, 0
+
+    def slow_in_a_crowd(request, context):
+        nonlocal waiting, crowd
+        with lock:
+            waiting += 1
+            crowd = max(crowd, waiting)
+        time.sleep(0.3 if crowd > 4 else 0.005)
+        with lock:
+            waiting -= 1
+            crowd = crowd if waiting else 0
+        return pb.ComputeGradientsResponse()
+
+    served.answers["ComputeGradients"] = slow_in_a_crowd
+    outcome = load_test("--target", served.target, "--concurrency=2:8:2", "--latency-limit=60", "--search")
+    assert outcome.exit_code == 0
+    assert "highest within the limit: concurrency 4" in outcome.stdout
+    measured = re.findall(r"^(concurrency \d):", outcome.stderr, re.MULTILINE)
+    assert measured == ["concurrency 6", "concurrency 4"]
+
+
 def test_floor_is_a_bare_echo_of_the_same_reply(served, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     outcome = load_test("--target", served.target, "--concurrency=2", "--floor", f"--json={path}")
@@ -150,3 +175,14 @@ def test_model_that_refuses_its_request_is_told_before_any_load(served) -> None:
     assert outcome.exit_code == 1
     assert "models/mine failed" in outcome.stderr
     assert len(served.requests("ComputeGradients")) == len(served.requests("DeleteModel")) == 1
+
+
+def test_model_whose_gradients_do_not_fit_one_message_is_wrong_use(served) -> None:
+    def refuse(request, context):
+        assert request.max_inline_bytes == 0
+        raise InvalidArgument("too large", field="max_inline_bytes", reason="REPLY_TOO_LARGE")
+
+    served.answers["ComputeGradients"] = refuse
+    outcome = load_test("--target", served.target)
+    assert (outcome.exit_code, len(served.requests("DeleteModel"))) == (2, 1)
+    assert "--layers" in outcome.stderr

@@ -67,8 +67,9 @@ def test_concurrency_is_how_many_requests_wait_at_once_and_clients_take_turns() 
     assert max(service.by_client) - min(service.by_client) <= 1
     assert level.rate <= 6 / 0.01
     assert level.latencies_ms["p50"] == pytest.approx(10, abs=5)
-    # Warm-up and the last answers are not measured.
-    assert level.measured.latencies.count == sum(window.latencies.count for window in level.windows)
+    # The warm-up is not measured; those that waited at the end are.
+    waited = level.measured.latencies.count - sum(window.latencies.count for window in level.windows)
+    assert 0 < waited <= 6
     assert level.measured.latencies.count < 0.75 * service.requests
     assert level.measured.seconds == pytest.approx(0.6, abs=0.3)
 
@@ -79,7 +80,7 @@ def test_rate_sends_as_many_as_are_due_whether_or_not_answers_come() -> None:
     # 0.65 s at 100/s; the first answer came after 0.5 s.
     assert service.requests == pytest.approx(65, abs=6)
     assert service.most >= 45
-    # Those that waited when the last window closed count as well.
+    # Those that waited when the last window closed count as well, but not for the rate.
     assert level.measured.latencies.count == pytest.approx(60, abs=6)
     assert level.rate < 40
     assert "below the rate" in level.notes

@@ -72,12 +72,14 @@ def test_levels_that_are_none_are_refused(kind: str, text: str) -> None:
         ({"layers": (4, 0, 2)}, "--layers"),
         ({"percentile": 101.0}, "--percentile"),
         ({"latency_limit": 0.0}, "--latency-limit"),
+        ({"search": True}, "--search"),
+        ({"search": True, "latency_limit": 5.0, "loads": (Load("rate", 2), Load("rate", 1))}, "--search"),
         ({"model_ids": ("mine",), "method": "train_step"}, "--method"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(wrong: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
-        Options(loads=ONE, **wrong)
+        Options(**{"loads": ONE, **wrong})
     assert refused.value.field == field
 
 
