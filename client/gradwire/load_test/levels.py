@@ -57,7 +57,10 @@ class Level:
 
     @property
     def split_ms(self) -> dict[str, float]:
-        """Where the mean request's time went. "other": the rest of the frontend's; "outside": network, gRPC, tester."""
+        """Where the mean request's time went. "other": the rest of the frontend's; "outside": network, gRPC, tester.
+
+        Together the mean, or a little more: the rank that is slowest in one part need not be in another.
+        """
         count, mean = self.measured.latencies.count, self.measured.latencies.mean
         if not count or mean is None:
             return {}
