@@ -118,6 +118,7 @@ async def measure(
                 f"{load}: window {len(windows)} of at most {options.max_windows}, {windows[-1].rate:.1f} requests/s"
             )
         over.set()
+        progress(f"{load}: waiting for the last answers")
         await task
     finally:
         task.cancel()
