@@ -56,7 +56,8 @@ class Histogram:
         """The latency that `percent` of all do not exceed, to three digits; None where there are none."""
         if not self.count:
             return None
-        rank, seen = max(1, math.ceil(percent / 100 * self.count)), 0
+        # Rounded: 99.9% of 1,000 is 999, though floats have a little more.
+        rank, seen = max(1, math.ceil(round(percent / 100 * self.count, 6))), 0
         for value, count in self:
             seen += count
             if seen >= rank:

@@ -25,8 +25,8 @@ class Options:
     where `model_ids` names none that exist. workers: the ranks of each. layers: their sizes, from features to classes.
     batch: rows of each request. clients: connections. warm_up, window, timeout: seconds. stable: by how much of their
     mean three windows may differ. percentile: which latency has to be stable and within `latency_limit` (milliseconds);
-    None for the mean. search: halve the levels for the highest within that limit, instead of
-    one after another. floor: measure a bare echo too.
+    None for the mean. search: halve the levels for the highest within that limit, instead of taking one after another.
+    floor: measure a bare echo too.
 
     Raises InvalidArgument, whose `field` is the option of the command line.
     """

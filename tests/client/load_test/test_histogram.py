@@ -34,6 +34,11 @@ def test_short_latencies_mean_and_extremes_are_exact() -> None:
     assert (histogram.mean, histogram.highest, histogram.lowest) == (long.mean(), long.max(), long.min())
 
 
+def test_percentile_of_a_whole_rank_is_that_rank() -> None:
+    histogram = Histogram(range(1, 1001))
+    assert [histogram.percentile(percent) for percent in (0.1, 7, 50, 99, 99.9)] == [1, 70, 500, 990, 999]
+
+
 def test_merged_histograms_are_one_of_all_latencies() -> None:
     parts = [latencies(seed, 300) for seed in range(4)]
     merged = Histogram.merged(Histogram(part.tolist()) for part in parts)
