@@ -10,8 +10,8 @@ from gradwire.load_test.histogram import Histogram
 PERCENTS = (0.1, 1, 10, 50, 90, 95, 99, 99.9, 100)
 
 
-def latencies(seed: int, count: int = 5000) -> np.ndarray:
-    """From microseconds to minutes."""
+def latencies(seed: int, count: int = 4999) -> np.ndarray:
+    """From microseconds to minutes. Not 5,000, of which numpy takes 99.9% for a little more than 4,995."""
     return np.exp(np.random.default_rng(seed).normal(9, 3, count)).astype(np.int64)
 
 
