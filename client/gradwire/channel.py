@@ -30,8 +30,6 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),
     # Each client has a connection of its own, as it has a timeout and a token of its own.
     ("grpc.use_local_subchannel_pool", 1),
-    # The thread that waits for an answer reads it: faster than a hop between threads, and Ctrl-C can cancel the call.
-    (ChannelOptions.SingleThreadedUnaryStream, 1),
 ]
 
 _NEVER_CONNECTED = ("failed to connect", "DNS resolution failed")
@@ -43,14 +41,29 @@ _CUT = ("Stream removed", "RST_STREAM")
 
 def open_channel(target: str, tls: TLS | None) -> grpc.Channel:
     """A channel to `target`, "host:port". It connects when the first call is made."""
-    options = list(_OPTIONS)
-    if target.startswith(("127.", "localhost", "[::1]")):
-        options.append(("grpc.enable_http_proxy", 0))
+    # The thread that waits for an answer reads it: faster than a hop between threads, and Ctrl-C can cancel the call.
+    options = [*_options(target), (ChannelOptions.SingleThreadedUnaryStream, 1)]
     if tls is None:
         return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, _credentials(tls), options=options)
+
+
+def open_async_channel(target: str, tls: TLS | None) -> grpc.aio.Channel:
+    """The same for the running event loop, without attempts that grpc makes by itself."""
+    options = [*_options(target), ("grpc.enable_retries", 0)]
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, _credentials(tls), options=options)
+
+
+def _options(target: str) -> list[tuple[str, Any]]:
+    is_here = target.startswith(("127.", "localhost", "[::1]"))
+    return [*_OPTIONS, *([("grpc.enable_http_proxy", 0)] if is_here else [])]
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
     certificate, key = read_pem(tls.certificate, "tls.certificate"), read_pem(tls.key, "tls.key")
-    credentials = grpc.ssl_channel_credentials(read_pem(tls.ca, "tls.ca"), key, certificate)
-    return grpc.secure_channel(target, credentials, options=options)
+    return grpc.ssl_channel_credentials(read_pem(tls.ca, "tls.ca"), key, certificate)
 
 
 def bind(channel: grpc.Channel, name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The command line: `gradwire serve`, `gradwire models`, `gradwire checkpoints`, `gradwire demo`.
+"""The command line: `gradwire serve`, `gradwire models`, `gradwire checkpoints`, `gradwire load-test`, `gradwire demo`.
 
 Exit codes: 0 done; 1 failed; 2 wrong use; 3 the service cannot be reached; 4 no such thing. What a command prints on
 stdout is its result; everything else goes to stderr. Commands import what they need when they run, so that `--help`
@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -26,6 +27,7 @@ from gradwire.errors import (
     ModelNotFound,
 )
 from gradwire.errors import Unavailable as ServiceUnavailable
+from gradwire.load_test.command import load_test
 
 if TYPE_CHECKING:
     from gradwire.client import Client
@@ -174,6 +176,13 @@ def demo(
         accuracy = run_demo(output=output, workers=workers, epochs=epochs)
     if accuracy < _DEMO_ACCURACY:
         raise typer.Exit(FAILED)
+
+
+@app.command("load-test")
+@wraps(load_test)
+def _load_test(**options: Any) -> None:
+    with _exit_codes():
+        load_test(**options)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ["checkpoints", "list"],
         ["checkpoints", "show"],
         ["checkpoints", "delete"],
+        ["load-test"],
     ],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:

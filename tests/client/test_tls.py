@@ -8,9 +8,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+from client.one_model import OneModel, empty
+from typer.testing import CliRunner
 
 import gradwire
 from gradwire import errors
+from gradwire.cli import app
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with openssl")
 
@@ -97,3 +100,14 @@ def test_path_that_no_file_can_have_is_named():
 
 def test_repr_keeps_the_key_to_itself():
     assert "secret" not in repr(gradwire.TLS(certificate=b"c", key=b"secret"))
+
+
+def test_load_test_is_encrypted_too(service, certificates, mutual):
+    OneModel(service)
+    service.answers["DeleteModel"] = lambda request, context: empty()
+    own = ["--tls-certificate", str(certificates / "client.pem"), "--tls-key", str(certificates / "client.key")]
+    flags = ["--tls-ca", str(certificates / "ca.pem"), *(own if mutual else [])]
+    quick = ["--concurrency=1", "--method=train_step", "--layers=3,2", "--warm-up=0", "--window=0.1", "--max-windows=1"]
+    outcome = CliRunner().invoke(app, ["load-test", "--target", service.target, *flags, *quick])
+    assert outcome.exit_code == 0, outcome.output
+    assert len(service.requests("TrainStep")) > 1
