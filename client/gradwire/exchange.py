@@ -16,6 +16,7 @@ from gradwire.attempts import Attempts, Lost, is_passing
 from gradwire.errors import (
     Cancelled,
     CheckpointNotFound,
+    DatasetNotFound,
     DeadlineExceeded,
     GradwireError,
     Interrupted,
@@ -121,7 +122,7 @@ class _Running:
             kept = outcome.reserve(self._budget) if self._may_have_arrived else 0.0
             self._attempts.deadline = self._deadline - kept
             raise
-        except (ModelNotFound, CheckpointNotFound):
+        except (ModelNotFound, CheckpointNotFound, DatasetNotFound):
             self._may_have_arrived = had_arrived
             if not (exchange.deletes and had_arrived):
                 raise

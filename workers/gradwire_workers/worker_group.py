@@ -35,6 +35,7 @@ from gradwire_proto.values import (
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
+from gradwire_workers.fit_group import FitGroup
 from gradwire_workers.group_state import model_state
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.pool.lease import Lease
@@ -105,6 +106,8 @@ class WorkerGroup:
         self._releasing: asyncio.Future[None] | None = None
         self.retained = RetainedGroup(ranks, writer, self._choose_forward, self._tried, shard_fields)
         """Its forwards that are retained, and the gradients that its ranks hold."""
+        self.fitting = FitGroup(ranks, self._choose_for_fit, self._tried, self.compute_gradients)
+        """Its steps on datasets."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -448,6 +451,11 @@ class WorkerGroup:
     async def _choose_forward(self, batch: Batch, training: bool) -> tuple[Variant, list[Shard]]:
         variant, shards, _ = await self._choose(batch, training=training, targets=False, loss_apart=True)
         return variant, shards
+
+    async def _choose_for_fit(self, batch: Batch) -> tuple[Variant, int, bool]:
+        variant, rows = await self._fitting(batch, training=True, targets=True, reads=False)
+        rows = rows if varies(variant) else examples_in(batch)
+        return variant, rows, self._decisions.get(variant.name, _SPLIT).whole is not None
 
     async def _call_shards(
         self, kind: str, shards: Sequence[Shard], extra: Mapping[str, Any], *, changes: bool = True
