@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
-from gradwire_proto.values import SplitDecision
+from gradwire_proto.values import SplitDecision, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
@@ -16,6 +16,7 @@ from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.replies import with_times, without_tensors
 from gradwire_server.request_log import RequestLog
+from gradwire_server.storage.dataset_files import StoredDataset
 from gradwire_server.storage.records import Entry, StoredUpload
 from gradwire_server.stored_replies import EndedCommand, kills_ranks, room_for_reply, stored_reply
 from gradwire_server.tensors.uploads import resolve
@@ -62,8 +63,13 @@ class Commands:
         tensors: Any,
         work: Callable[[Any, int], Awaitable[T]],
         deliver: Deliver[T] | None = None,
+        *,
+        dataset: StoredDataset | None = None,
     ) -> T:
-        """Run `work(tensors, number)` once for the request id of `call`. A repeat waits for it, or gets its reply."""
+        """Run `work(tensors, number)` once for the request id of `call`. A repeat waits for it, or gets its reply.
+
+        dataset: what `work` goes through, whose bytes its record needs.
+        """
         if call.replay is not None:
             return await self._run_again(call, tensors, work, deliver)
         request = self.log.find(call)
@@ -71,7 +77,7 @@ class Commands:
             await self._records.try_to_mend()
             request = self.log.find(call)
         if request is None:
-            request = self._begin(call, tensors, work, deliver)
+            request = self._begin(call, tensors, work, deliver, dataset)
         return await request.result(call.deadline)
 
     async def seen(self, request_id: str) -> Job[Any] | EndedCommand | None:
@@ -124,12 +130,17 @@ class Commands:
         return self._queue.submit(call, tensors, run, failed, limited=limited)
 
     def _begin(
-        self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any, int], Awaitable[T]],
+        deliver: Deliver[T] | None,
+        dataset: StoredDataset | None,
     ) -> Job[T]:
         submitted = time.monotonic()
 
         async def apply(values: Any) -> T | Unsettled[T]:
-            return await self._apply(call, job, values, work, deliver, time.monotonic() - submitted)
+            return await self._apply(call, job, values, work, deliver, dataset, time.monotonic() - submitted)
 
         job = self.take_turn(call, tensors, apply, self._description.met)
         self.log.add(call, job)
@@ -143,11 +154,12 @@ class Commands:
         values: Any,
         work: Callable[[Any, int], Awaitable[T]],
         deliver: Deliver[T] | None,
+        dataset: StoredDataset | None,
         queue: float,
     ) -> T | Unsettled[T]:
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
-        uploads = await self._records.keep(job.uploads)
+        uploads = await self._records.keep(job.uploads, dataset)
 
         def try_once() -> Awaitable[T]:
             self._splits = self._ranks.workers.splits
@@ -165,6 +177,7 @@ class Commands:
             self._records.drop(uploads)
             raise
         self._description.applied(result)
+        commands = result.commands if isinstance(result, StepsResult) else 1
         try:
             result = result if deliver is None else await deliver(result)
             result = with_times(result, call, queue, recovery)
@@ -172,16 +185,16 @@ class Commands:
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            return await self._end_with(refusal, call, job, uploads)
-        settled = await self._record(call, job, uploads, reply)
+            return await self._end_with(refusal, call, job, uploads, commands)
+        settled = await self._record(call, job, uploads, reply, commands=commands)
         return result if settled is None else Unsettled(result, settled)
 
     async def _end_with(
-        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload]
+        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload], commands: int = 1
     ) -> Unsettled[T]:
         """Record a command that ends with `error`: it was applied and has no reply, or must never be tried again."""
         refused = error.message if error.reason == "COMMAND_KILLS_RANKS" else None
-        settled = await self._record(call, job, uploads, None, refused)
+        settled = await self._record(call, job, uploads, None, refused, commands=commands)
         if settled is None:
             raise error
         self._description.met(error)
@@ -194,10 +207,12 @@ class Commands:
         uploads: Sequence[StoredUpload],
         reply: bytes | None,
         refused: str | None = None,
+        *,
+        commands: int = 1,
     ) -> asyncio.Future[None] | None:
         """Number the command that was applied and put it into the journal. None: it outlives what it should."""
         # Only these have numbers: what was refused leaves no trace, in random numbers neither.
-        self.number += 1
+        self.number += commands
         error = None if refused is None else kills_ranks(refused)
         self.log.store(call, EndedCommand(self.number, call.method, reply, error))
         if reply is not None:
@@ -210,7 +225,8 @@ class Commands:
             reply=reply,
             request_id=call.request_id,
             body=call.body,
-            body_checks=True,
+            body_checks=call.body_checks,
+            commands=commands,
             refused=refused,
             uploads=tuple(uploads),
             released=self._released(),

@@ -10,6 +10,8 @@ from pathlib import Path
 from gradwire_server.admission import Admission
 from gradwire_server.checkpoint_list import CheckpointList
 from gradwire_server.config import ServerConfig
+from gradwire_server.datasets import Datasets
+from gradwire_server.fits import Fits
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.grpc_server import GrpcServer
 from gradwire_server.hosting import Hosting
@@ -45,15 +47,24 @@ class Service:
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
         checkpoints = CheckpointList(storage.checkpoints, self._models, config.stored_replies)
-        servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
+        self._datasets = Datasets(
+            storage.datasets,
+            self._tensors,
+            durable=config.keeping.durability == "disk",
+            stored_replies=config.stored_replies,
+        )
+        self._fits = Fits(self._datasets)
+        parts = (self._models, checkpoints, self._functions, self._datasets, self._fits, self._tensors, facts)
+        servicer = Servicer(*parts, limits)
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
-        hosting.replayer.servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, taken)
+        hosting.replayer.servicer = Servicer(*parts, taken)
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:
         """Serve; returns the port. Models of the storage come back meanwhile. Raises Unavailable ADDRESS_IN_USE."""
+        self._datasets.open()
         self._models.open()
         return await self._server.start(self._listen)
 
@@ -61,6 +72,7 @@ class Service:
         """Take no new requests, and return when all that came before have ended."""
         await self._server.announce_stop()
         self._admission.drain()
+        self._fits.drain()
         await self._admission.idle()
         # Work goes on without callers: a command that was begun ends.
         await asyncio.gather(self._models.idle(), self._functions.idle())

@@ -28,7 +28,7 @@ from gradwire_workers.sharding import has_rows, rows_of, split
 
 
 class FitGroup:
-    """See the module. `choose` gives, for a batch to train on, its variant, its rows, and whether one rank has it whole.
+    """See the module. `choose` gives of a batch to train on its variant, its rows, and whether one rank has it whole.
 
     tried: inside it, the ranks carry out a command of the variants that were chosen. compute: a model's own gradients.
     """

@@ -47,8 +47,7 @@ class FitSteps:
     rows: the rows of their batches, 4 bytes each; empty: as they are stored.
     """
 
-    dataset: str
-    fit: bytes
+    dataset: DatasetInfo
     first_step: int
     steps: int
     batch_size: int
@@ -60,15 +59,13 @@ class FitSteps:
 class StepsResult:
     """What some steps of a fit gave. losses: of those applied. error: why the step behind them was refused.
 
-    fit, first_step, validation_loss: as in FitSteps.
+    validation_loss: as in FitSteps.
     """
 
     losses: tuple[float, ...]
     step: int
     timing: Timing = _NO_TIME
     error: GradwireError | None = None
-    fit: bytes = b""
-    first_step: int = 0
     validation_loss: float | None = None
 
     @property

@@ -127,13 +127,13 @@ def read_segment(segment: SegmentFile) -> Iterator[Placed]:
             header = _whole_record(data[offset:], there - offset, seed)
             if header is None:
                 return
-            if header.number != number:
-                raise BadRecord(f"command {header.number} where {number} should be")
+            if header.first != number:
+                raise BadRecord(f"command {header.first} where {number} should be")
             entry = decode(header, data[offset : offset + header.nbytes], seed)
         except BadRecord as error:
             raise journal_corrupt(segment.path, offset, str(error)) from error
         yield Placed(entry, segment.path, offset, offset + header.nbytes)
-        offset, number = offset + header.nbytes, number + 1
+        offset, number = offset + header.nbytes, header.number + 1
 
 
 def _whole_record(data: memoryview, there: int, seed: int) -> Header | None:
