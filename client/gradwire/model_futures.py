@@ -49,7 +49,7 @@ class ModelFutures:
         seed: int = 0,
         validation: Any = None,
         callbacks: Sequence[Callback] = (),
-        progress: bool = False,
+        progress: bool = True,
     ) -> Future[FitResult]:
         """As `Model.fit`, whose tensors must not change before the end. Callbacks are called in another thread."""
         try:

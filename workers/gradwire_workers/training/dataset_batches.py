@@ -14,6 +14,9 @@ from gradwire_workers.shard import Shard
 _ALIGNMENT = 64
 """Bytes: what torch's allocator aligns to. Elsewhere, libraries may compute other bits."""
 
+_VIEWS = 4096
+"""Shards that are kept for the next epoch at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchKind:
@@ -56,53 +59,53 @@ class DatasetBatches:
         for _ in range(self._steps):
             rows = min(self._batch_size, self._examples - row)
             of_kind = self._rows[rows]
-            yield of_kind.stored(row) if order is None else of_kind.ordered(order[taken : taken + rows])
+            yield of_kind.stored(row) if order is None else of_kind.ordered(order.narrow(0, taken, rows))
             taken += rows
             row = 0 if row + rows >= self._examples else row + rows
 
 
 class _RowsOfKind:
+    """The rank's part of batches of one kind."""
+
     def __init__(self, kind: BatchKind) -> None:
         shard = kind.shard
-        start, stop = shard.start, shard.stop
         # A rank without a row has a dummy.
-        self._own = (start, stop) if stop > start else (0, 1)
-        self._whole = (0, shard.rows)
+        own = (shard.start, shard.stop) if shard.stop > shard.start else (0, 1)
+        is_split = (*kind.split_inputs, *kind.split_targets)
         self._shard = shard
-        self._leaves = [
-            (leaf, self._own if is_split else self._whole)
-            for leaf, is_split in (
-                *zip(shard.inputs, kind.split_inputs, strict=True),
-                *zip(shard.targets, kind.split_targets, strict=True),
-            )
-        ]
+        self._leaves = (*shard.inputs, *shard.targets)
         self._inputs = len(shard.inputs)
+        self._ranges = [own if each else (0, shard.rows) for each in is_split]
         self._buffers: list[Tensor | None] = [None] * len(self._leaves)
-        self._last: tuple[int, Shard] | None = None
+        self._views: dict[int, Shard] = {}
+        """Shards by their first row, of which nothing had to be copied."""
 
     def stored(self, row: int) -> Shard:
         """The shard of the batch that begins at this row."""
-        if self._last is not None and self._last[0] == row:
-            return self._last[1]
-        found = self._made(
-            [
-                self._aligned(index, leaf[row + first : row + last]) if isinstance(leaf, Tensor) else leaf
-                for index, (leaf, (first, last)) in enumerate(self._leaves)
-            ]
-        )
-        self._last = row, found
-        return found
+        known = self._views.get(row)
+        if known is not None:
+            return known
+        parts, copied = [], False
+        for index, (leaf, (first, last)) in enumerate(zip(self._leaves, self._ranges, strict=True)):
+            if isinstance(leaf, Tensor):
+                leaf = leaf.narrow(0, row + first, last - first)
+                if leaf.data_ptr() % _ALIGNMENT:
+                    leaf, copied = self._buffer(index, leaf, last - first).copy_(leaf), True
+            parts.append(leaf)
+        shard = self._made(parts)
+        if not copied and len(self._views) < _VIEWS:
+            self._views[row] = shard
+        return shard
 
     def ordered(self, rows: Tensor) -> Shard:
         """The shard of the batch of these rows."""
-        return self._made(
-            [
-                torch.index_select(leaf, 0, rows[first:last], out=self._buffer(index, leaf, last - first))
-                if isinstance(leaf, Tensor)
-                else leaf
-                for index, (leaf, (first, last)) in enumerate(self._leaves)
-            ]
-        )
+        parts = []
+        for index, (leaf, (first, last)) in enumerate(zip(self._leaves, self._ranges, strict=True)):
+            if isinstance(leaf, Tensor):
+                chosen = rows if last - first == len(rows) else rows.narrow(0, first, last - first)
+                leaf = torch.index_select(leaf, 0, chosen, out=self._buffer(index, leaf, last - first))
+            parts.append(leaf)
+        return self._made(parts)
 
     def _made(self, leaves: list[Any]) -> Shard:
         shard = self._shard
@@ -116,11 +119,6 @@ class _RowsOfKind:
             inputs=tuple(leaves[: self._inputs]),
             targets=tuple(leaves[self._inputs :]),
         )
-
-    def _aligned(self, index: int, rows: Tensor) -> Tensor:
-        if rows.data_ptr() % _ALIGNMENT == 0:
-            return rows
-        return self._buffer(index, rows, len(rows)).copy_(rows)
 
     def _buffer(self, index: int, leaf: Tensor, rows: int) -> Tensor:
         buffer = self._buffers[index]
