@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gradwire import errors, optim
 from gradwire.architecture import Architecture
 from gradwire.embedded_service import launch
+from gradwire.fit_results import FitResult, FitStatus
 from gradwire.tls import TLS
 from gradwire_proto.values import (
     Checkpoint,
@@ -35,6 +36,7 @@ from gradwire_proto.values import (
 
 if TYPE_CHECKING:
     from gradwire.client import Client, connect
+    from gradwire.datasets import Dataset
     from gradwire.futures import Future
     from gradwire.model import Model
 
@@ -43,6 +45,9 @@ __all__ = [
     "Architecture",
     "Checkpoint",
     "Client",
+    "Dataset",
+    "FitResult",
+    "FitStatus",
     "Future",
     "GradientResult",
     "Limits",
@@ -64,6 +69,7 @@ __version__: str
 
 _HOMES = {
     "Client": "gradwire.client",
+    "Dataset": "gradwire.datasets",
     "Future": "gradwire.futures",
     "Model": "gradwire.model",
     "connect": "gradwire.client",

@@ -15,6 +15,8 @@ from gradwire.arguments import as_bool, as_mapping
 from gradwire.checkpoints import creation_request
 from gradwire.deadline import Deadline
 from gradwire.errors import InvalidArgument
+from gradwire.fit import FitArguments
+from gradwire.fit_results import FitResult
 from gradwire.forward_requests import forward_request
 from gradwire.gradient_queries import check_keeps_imaginary_parts, gradient_query
 from gradwire.optim.checks import check_not_negative
@@ -113,6 +115,16 @@ class ModelCalls:
         uploads = Uploads(self._rpc)
         self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
         return self._command("TrainStep", request, _step_result, uploads)
+
+    def fit(self, arguments: FitArguments) -> FitResult:
+        """Train on a dataset, to the end. Not in two halves: it is many requests."""
+        self._rpc.check_usable()
+        self.changed()
+        try:
+            return arguments.run(self._rpc, self._id, self._variants)
+        finally:
+            # What was read meanwhile may be of any step.
+            self.changed()
 
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)

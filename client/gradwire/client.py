@@ -13,6 +13,7 @@ from gradwire.arguments import as_function
 from gradwire.checkpoints import delete_checkpoint, get_checkpoint, list_checkpoints, restore_model
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
+from gradwire.datasets import Dataset, get_dataset, list_datasets, upload_dataset
 from gradwire.deadline import Deadline
 from gradwire.function_transforms import FunctionTransforms
 from gradwire.model import Model
@@ -234,6 +235,25 @@ class Client(FunctionTransforms):
         Raises CheckpointNotFound; FailedPrecondition for one that a model would be brought back from after a failure.
         """
         delete_checkpoint(self._rpc, name)
+
+    def upload_dataset(self, inputs: Any, targets: Any = None, *, dataset_id: str | None = None) -> Dataset:
+        """Bring examples to the service, where they stay until they are deleted, to train on with `Model.fit`.
+
+        inputs, targets: nested as a batch's are; dimension 0 of every tensor is the examples. dataset_id: 1 to 63 of
+        [a-z0-9-], first a letter; chosen where left out.
+
+        Raises InvalidArgument (DATASET_ROWS) where the tensors have different numbers of rows, or none; AlreadyExists;
+        ResourceExhausted where the service has no room: HELD_BYTES_EXHAUSTED, STORAGE_FULL.
+        """
+        return upload_dataset(self._rpc, inputs, targets, dataset_id)
+
+    def get_dataset(self, dataset_id: str) -> Dataset:
+        """The dataset of that id, made by whichever client. Raises DatasetNotFound."""
+        return get_dataset(self._rpc, dataset_id)
+
+    def list_datasets(self) -> list[Dataset]:
+        """Every dataset of the service, ordered by id."""
+        return list(list_datasets(self._rpc))
 
     def server_info(self) -> ServerInfo:
         """Versions, limits and capacity of the service."""

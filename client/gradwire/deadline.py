@@ -20,6 +20,13 @@ class Deadline:
         self._left = seconds
         self._end: float | None = None
 
+    @classmethod
+    def begun(cls, seconds: float) -> Deadline:
+        """One whose clock runs from now on."""
+        deadline = cls(seconds)
+        deadline._end = time.monotonic() + seconds
+        return deadline
+
     @property
     def left(self) -> float:
         """Seconds until then; not above 0 where it has passed."""

@@ -16,6 +16,7 @@ from gradwire.deadline import Deadline
 from gradwire.errors import (
     Cancelled,
     CheckpointNotFound,
+    DatasetNotFound,
     DeadlineExceeded,
     GradwireError,
     Interrupted,
@@ -121,7 +122,7 @@ class _Running:
             # Nobody will be asked about what cannot have arrived: all of the time is there to wait for a connection.
             self._attempts.kept = exchange.kept + (self._kept_for_asking if self._may_have_arrived else 0.0)
             raise
-        except (ModelNotFound, CheckpointNotFound):
+        except (ModelNotFound, CheckpointNotFound, DatasetNotFound):
             self._may_have_arrived = had_arrived
             if not (exchange.deletes and had_arrived):
                 raise

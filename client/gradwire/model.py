@@ -11,6 +11,8 @@ from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.deadline import Deadline
 from gradwire.errors import GradwireError
+from gradwire.fit import Callback, FitArguments
+from gradwire.fit_results import FitResult
 from gradwire.futures import CallQueue
 from gradwire.gradient_queries import names_of
 from gradwire.model_futures import ModelFutures
@@ -93,6 +95,51 @@ class Model:
         does not touch the schedule, which takes its step all the same.
         """
         return self._run(self._calls.train_step(inputs, targets, lr))
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        validation: Any = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> FitResult:
+        """Train on a dataset: the loop of `train_step` over its batches, run where the ranks are.
+
+        Every step has the bits that `train_step` gives on the same batch, and outlives what that outlives; one that was
+        applied is not applied again, whatever dies on the way. Other calls of the model get their turn in between.
+
+        data: a Dataset, or (inputs, targets), which are uploaded, and gone from the service when this returns.
+        epochs: how often to go through all examples. batch_size: rows of a batch, all where left out; the last batch
+            of an epoch has those that are left, as a DataLoader's with drop_last=False.
+        shuffle: take epoch e's rows in the order of `torch.randperm(n, generator=g)`, with
+            `g = torch.Generator().manual_seed(seed + e)`, for any number of workers.
+        validation: a Dataset or (inputs, targets), whose mean loss in evaluation mode is computed after each epoch,
+            over batches of batch_size rows. Changes nothing.
+        callbacks: called with a FitStatus after some steps, at most so many as take a tenth of a second, and after each
+            validation. One that returns False ends the fit; what one raises does too, and is raised here.
+        progress: show how far it is, where stderr is a terminal.
+
+        Ctrl-C ends it, and raises Interrupted, which says how many steps were applied. A step that is refused
+        (on_nan="refuse", a class that is not there) ends it with its error, which names epoch and batch; the steps
+        before it stay applied.
+        """
+        arguments = FitArguments.checked(
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            validation=validation,
+            callbacks=callbacks,
+            progress=progress,
+        )
+        self._queue.wait()
+        return self._calls.fit(arguments)
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
         """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""

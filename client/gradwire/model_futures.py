@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
+from gradwire.fit import Callback, FitArguments
+from gradwire.fit_results import FitResult
 from gradwire.futures import CallQueue, Future
 from gradwire.gradient_queries import names_of
 from gradwire.optim import Optimizer
@@ -36,6 +38,36 @@ class ModelFutures:
 
     def train_step(self, inputs: Any, targets: Any = None, *, lr: float | None = None) -> Future[StepResult]:
         return self._submit(lambda: self._calls.train_step(inputs, targets, lr))
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        validation: Any = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> Future[FitResult]:
+        """As `Model.fit`, whose tensors must not change before the end. Callbacks are called in another thread."""
+        try:
+            arguments = FitArguments.checked(
+                data,
+                epochs=epochs,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                seed=seed,
+                validation=validation,
+                callbacks=callbacks,
+                progress=progress,
+            )
+            return self._queue.submit(lambda: self._calls.fit(arguments))
+        except Exception as error:
+            failed: Future[FitResult] = Future()
+            failed.set_exception(error)
+            return failed
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> Future[StepResult]:
         return self._submit(lambda: self._calls.forward_backward(inputs, targets))

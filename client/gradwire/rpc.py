@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -95,7 +95,11 @@ class Rpc:
 
     def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
         """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
-        call = self._method("DownloadTensors")(request.SerializeToString(), metadata=self._metadata)
+        return self.stream("DownloadTensors", request)
+
+    def stream(self, method: str, request: Any) -> Generator[Any, None, None]:
+        """Yield the messages that answer one request. The timeout bounds the wait for each. Closed early, it ends."""
+        call = self._method(method)(request.SerializeToString(), metadata=self._metadata)
         with StallWatch(self.timeout, call.cancel) as watch:
             try:
                 yield from watch.over(call)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gradwire.deadline import Deadline
 from gradwire.errors import ExportError, FailedPrecondition, GradwireError
 from gradwire_proto.batch_check import check_batch, select_variant
+from gradwire_proto.tensors import from_nested
 from gradwire_proto.values import Batch, Variant
 
 if TYPE_CHECKING:
@@ -76,6 +77,22 @@ class Variants:
             if misfit.reason not in _MISFITS:
                 raise
             return self._grow(misfit, batch, given, deadline, training=training, targets=targets)
+
+    def ensure(self, described: Batch, example: Callable[[], Batch], deadline: Deadline, *, training: bool) -> None:
+        """See that there is a variant for batches with targets like `described`, whose tensors have no elements.
+
+        example: gives such a batch, of the user's own tensors, to make one with. Raises what `choose` does.
+        """
+        if self._made_there:
+            return
+        try:
+            select_variant(self._known, described, training=training, targets=True)
+        except GradwireError as misfit:
+            if misfit.reason not in _MISFITS:
+                raise
+            given = example()
+            batch = Batch(from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets"))
+            self._grow(misfit, batch, given, deadline, training=training, targets=True)
 
     def rebuild(self, variant: Variant | None, outputs: Any) -> Any:
         """Outputs of `variant` as the module returns them; tuples, lists and dicts where the module is not at hand."""

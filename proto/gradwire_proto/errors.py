@@ -5,7 +5,8 @@ GradwireError
 │   └── ExportError            a module, loss or function cannot become a program (raised in the SDK)
 ├── ModelNotFound              no such model (or command, upload, download)
 ├── CheckpointNotFound         no such checkpoint
-├── AlreadyExists              that model id, or name of a checkpoint, is taken
+├── DatasetNotFound            no such dataset
+├── AlreadyExists              that id of a model or dataset, or name of a checkpoint, is taken
 ├── FailedPrecondition         right request, wrong moment: no optimizer, no held gradients, a failed model ...
 ├── ResourceExhausted          a limit of the service was reached; the message names the setting
 ├── DeadlineExceeded           the timeout ran out
@@ -104,6 +105,12 @@ class CheckpointNotFound(GradwireError, LookupError):
     """No such checkpoint."""
 
     default_reason = "CHECKPOINT_NOT_FOUND"
+
+
+class DatasetNotFound(GradwireError, LookupError):
+    """No such dataset."""
+
+    default_reason = "DATASET_NOT_FOUND"
 
 
 class AlreadyExists(GradwireError):

@@ -1,11 +1,11 @@
-"""Resource names: `models/{model}`, `models/{model}/commands/{request_id}`, checkpoints, uploads and downloads."""
+"""Resource names: `models/{model}`, their commands, checkpoints, datasets, uploads and downloads."""
 
 from __future__ import annotations
 
 import re
 from uuid import UUID
 
-from gradwire_proto.errors import CheckpointNotFound, InvalidArgument, ModelNotFound
+from gradwire_proto.errors import CheckpointNotFound, DatasetNotFound, InvalidArgument, ModelNotFound
 
 _MODEL_ID = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _CHECKPOINT_ID = re.compile(r"[a-z0-9-]{1,63}")
@@ -102,6 +102,32 @@ def parse_checkpoint_name(name: str, field: str = "name") -> str:
         case _:
             raise _wrong_form(name, field, form)
     raise CheckpointNotFound(f"there is no checkpoint {name[:100]!r}", field=field, resource=name[:100])
+
+
+def check_dataset_id(dataset_id: str, field: str = "dataset_id") -> str:
+    """`dataset_id`, which must be 1 to 63 of [a-z0-9-], first a letter. What is no text is refused alike."""
+    if not isinstance(dataset_id, str) or not _MODEL_ID.fullmatch(dataset_id):
+        raise InvalidArgument(
+            f"expected 1 to 63 of [a-z0-9-], first a letter; got {dataset_id!r:.80}",
+            field=field,
+            reason="DATASET_ID_INVALID",
+        )
+    return dataset_id
+
+
+def dataset_name(dataset_id: str) -> str:
+    """`datasets/{dataset_id}`."""
+    return f"datasets/{dataset_id}"
+
+
+def parse_dataset_name(name: str, field: str = "name") -> str:
+    """The id in `datasets/{dataset_id}`. A name of another form is refused; one that cannot exist is not found."""
+    collection, separator, dataset_id = name.partition("/")
+    if collection != "datasets" or not separator or not dataset_id or "/" in dataset_id:
+        raise _wrong_form(name, field, "datasets/{dataset}")
+    if not _MODEL_ID.fullmatch(dataset_id):
+        raise DatasetNotFound(f"there is no dataset {dataset_id[:80]!r}", field=field, resource=name[:100])
+    return dataset_id
 
 
 def handle_name(held: str, index: int) -> str:

@@ -22,6 +22,7 @@ STATUS_OF: dict[type[GradwireError], grpc.StatusCode] = {
     errors.ExportError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.CheckpointNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.DatasetNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -74,6 +75,12 @@ def to_status(error: GradwireError) -> status_pb2.Status:
     return status
 
 
+def from_status(status: status_pb2.Status) -> GradwireError:
+    """The error that `to_status` made a status of, but for what was cut."""
+    code = _CODES[status.code]
+    return _from_status(status, code) or _from_plain(code, status.message, command=False)
+
+
 def _details(error: GradwireError) -> Iterable[Message]:
     metadata = {"error": type(error).__name__, "outcome": error.outcome, "retryable": str(error.retryable).lower()}
     if error.request_id:
@@ -103,6 +110,8 @@ def _details(error: GradwireError) -> Iterable[Message]:
 def _resource_type(name: str) -> str:
     if "checkpoints/" in name:
         return "gradwire.dev/Checkpoint"
+    if name.startswith("datasets/"):
+        return "gradwire.dev/Dataset"
     return "gradwire.dev/Command" if "/commands/" in name else "gradwire.dev/Model"
 
 

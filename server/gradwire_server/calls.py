@@ -28,8 +28,8 @@ class Call:
     """One request. `arrived` and `deadline` are seconds of time.monotonic(); `deadline` None: there is none.
 
     `method` is the RPC's name, `raw` the message as it arrived. `request_id` is the caller's, None where it gave none;
-    `body` is the fingerprint of method and message: the same request id with another body is another request. `replay`:
-    None for what a client sends.
+    `body` is the fingerprint of method and message: the same request id with another body is another request; without
+    `body_checks` it is one of less than the message. `replay`: None for what a client sends.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -38,4 +38,5 @@ class Call:
     raw: bytes = b""
     request_id: str | None = None
     body: bytes = b""
+    body_checks: bool = True
     replay: Replay | None = None

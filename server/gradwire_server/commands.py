@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
-from gradwire_proto.values import SplitDecision
+from gradwire_proto.values import SplitDecision, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
@@ -16,6 +16,7 @@ from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.replies import with_times, without_tensors
 from gradwire_server.request_log import RequestLog
+from gradwire_server.storage.dataset_files import StoredDataset
 from gradwire_server.storage.records import Entry, StoredUpload
 from gradwire_server.stored_replies import EndedCommand, kills_ranks, room_for_reply, stored_reply
 from gradwire_server.tensors.uploads import resolve
@@ -62,8 +63,13 @@ class Commands:
         tensors: Any,
         work: Callable[[Any, int], Awaitable[T]],
         deliver: Deliver[T] | None = None,
+        *,
+        dataset: StoredDataset | None = None,
     ) -> T:
-        """Run `work(tensors, number)` once for the request id of `call`. A repeat waits for it, or gets its reply."""
+        """Run `work(tensors, number)` once for the request id of `call`. A repeat waits for it, or gets its reply.
+
+        dataset: what `work` goes through, whose bytes its record needs.
+        """
         if call.replay is not None:
             return await self._run_again(call, tensors, work, deliver)
         request = self.log.find(call)
@@ -71,7 +77,7 @@ class Commands:
             await self._records.try_to_mend()
             request = self.log.find(call)
         if request is None:
-            request = self._begin(call, tensors, work, deliver)
+            request = self._begin(call, tensors, work, deliver, dataset)
         return await request.result(call.deadline)
 
     def is_settled(self, request_id: str) -> bool:
@@ -131,12 +137,17 @@ class Commands:
         return self._queue.submit(call, tensors, run, failed, limited=limited)
 
     def _begin(
-        self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any, int], Awaitable[T]],
+        deliver: Deliver[T] | None,
+        dataset: StoredDataset | None,
     ) -> Job[T]:
         submitted = time.monotonic()
 
         async def apply(values: Any) -> T | Unsettled[T]:
-            return await self._apply(call, job, values, work, deliver, time.monotonic() - submitted)
+            return await self._apply(call, job, values, work, deliver, dataset, time.monotonic() - submitted)
 
         job = self.take_turn(call, tensors, apply, self._description.met)
         self.log.add(call, job)
@@ -150,11 +161,12 @@ class Commands:
         values: Any,
         work: Callable[[Any, int], Awaitable[T]],
         deliver: Deliver[T] | None,
+        dataset: StoredDataset | None,
         queue: float,
     ) -> T | Unsettled[T]:
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
-        uploads = await self._records.keep(job.uploads)
+        uploads = await self._records.keep(job.uploads, dataset)
 
         def try_once() -> Awaitable[T]:
             self._splits = self._ranks.workers.splits
@@ -175,6 +187,7 @@ class Commands:
             raise
         before = self._description.info.step
         self._description.applied(result)
+        commands = result.commands if isinstance(result, StepsResult) else 1
         try:
             result = result if deliver is None else await deliver(result)
             result = with_times(result, call, queue, recovery)
@@ -182,16 +195,22 @@ class Commands:
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"
-            return await self._end_with(refusal, call, job, uploads, before)
-        settled = await self._record(call, job, uploads, reply)
+            return await self._end_with(refusal, call, job, uploads, before, commands)
+        settled = await self._record(call, job, uploads, reply, commands=commands)
         self._description.settles(settled, before)
         return result if settled is None else Unsettled(result, settled)
 
     async def _end_with(
-        self, error: GradwireError, call: Call, job: Job[T], uploads: Sequence[StoredUpload], before: int
+        self,
+        error: GradwireError,
+        call: Call,
+        job: Job[T],
+        uploads: Sequence[StoredUpload],
+        before: int,
+        commands: int = 1,
     ) -> Unsettled[T]:
         """Record a command that was applied, and has an error in place of a reply."""
-        settled = await self._record(call, job, uploads, None)
+        settled = await self._record(call, job, uploads, None, commands=commands)
         self._description.settles(settled, before)
         return self._ended(error, settled)
 
@@ -223,10 +242,12 @@ class Commands:
         job: Job[Any],
         uploads: Sequence[StoredUpload],
         reply: bytes | None,
+        *,
+        commands: int = 1,
     ) -> asyncio.Future[None] | None:
         """Number the command that was applied and put it into the journal. None: it outlives what it should."""
         # Only these have numbers: what was refused leaves no trace, in random numbers neither.
-        self.number += 1
+        self.number += commands
         self.log.store(call, EndedCommand(self.number, call.method, reply))
         if reply is not None:
             self.log.weigh(call, len(reply))
@@ -238,7 +259,8 @@ class Commands:
             reply=reply,
             request_id=call.request_id,
             body=call.body,
-            body_checks=True,
+            body_checks=call.body_checks,
+            commands=commands,
             uploads=tuple(uploads),
             released=self._released(),
             splits={name: each for name, each in self._ranks.workers.splits.items() if self._splits.get(name) != each},

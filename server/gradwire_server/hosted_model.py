@@ -23,6 +23,7 @@ from gradwire_proto.values import (
     Variant,
 )
 from gradwire_server.calls import Call
+from gradwire_server.fit_commands import FitCommands
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_life import ModelLife
@@ -44,7 +45,9 @@ class HostedModel:
         self.life = ModelLife(description, hosting)
         self.autograd = self.life.autograd
         """The commands of clients whose own autograd goes through the model."""
-        self._commands = self.life.commands
+        self.commands = self._commands = self.life.commands
+        self.fitting = FitCommands(self._commands, lambda: self._workers)
+        """What fits ask of it."""
         self._tensors = hosting.tensors
         self._limits = hosting.limits
 

@@ -13,6 +13,7 @@ from typing import Any
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import Segment, TensorData
 from gradwire_server.fingerprints import file_fingerprint
+from gradwire_server.storage.dataset_files import StoredDataset
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry, StoredTensor, StoredUpload
 from gradwire_server.storage.storage_errors import storage_error
@@ -57,14 +58,18 @@ class ModelRecords:
             error.outcome = "not_applied"
             raise
 
-    async def keep(self, uploads: Mapping[str, Sequence[TensorData]]) -> tuple[StoredUpload, ...]:
-        """Keep the uploads that a command names for as long as its record."""
+    async def keep(
+        self, uploads: Mapping[str, Sequence[TensorData]], dataset: StoredDataset | None = None
+    ) -> tuple[StoredUpload, ...]:
+        """Keep the uploads that a command names for as long as its record, and the dataset that it goes through."""
         if self.journal is None:
             return ()
         kept: list[StoredUpload] = []
         try:
             for name, tensors in uploads.items():
                 kept.append(await self._keep(self.journal, name, tensors))
+            if dataset is not None:
+                kept.append(await self._keep_dataset(self.journal, dataset))
         except BaseException:
             self.drop(kept)
             raise
@@ -78,6 +83,13 @@ class ModelRecords:
             keep = _kept, journal, Path(path), name
             file, check = await (in_thread(*keep) if journal.waits_for_disk else move_bytes(nbytes, *keep))
         return StoredUpload(name=name, file=file, tensors=tuple(map(_stored, tensors)), fingerprint=check)
+
+    async def _keep_dataset(self, journal: Journal, dataset: StoredDataset) -> StoredUpload:
+        keep = journal.keep_upload, dataset.path, dataset.upload
+        # Linked: that takes no time, but for an fsync, or where it has to be copied.
+        file = await in_thread(*keep) if journal.waits_for_disk else await move_bytes(dataset.info.nbytes, *keep)
+        tensors = tuple(map(_stored, dataset.tensors))
+        return StoredUpload(name=dataset.upload, file=file, tensors=tensors, fingerprint=dataset.fingerprint)
 
     def drop(self, uploads: Sequence[StoredUpload]) -> None:
         """The command that they were kept for leaves no record."""

@@ -37,6 +37,8 @@ class ModelStorage:
     def __init__(self, lock: StorageLock, checkpoints: CheckpointStore) -> None:
         self._lock = lock
         self._models = lock.storage / "models"
+        self.datasets = lock.storage / "datasets"
+        """A folder for those that have their own."""
         self.checkpoints = checkpoints
         self.deletions = DeletionNotes(lock)
         self._swept: asyncio.Future[None] | None = None

@@ -13,8 +13,10 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
+from gradwire_proto.v1.dataset_pb2 import FitStepsRequest, FitStepsResponse
 from gradwire_server.calls import Call, Replay
 from gradwire_server.failures import may_pass
+from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.model_records import stored_tensors
 from gradwire_server.restored_model import Restored
 from gradwire_server.rpc_handlers import SERVICE
@@ -42,7 +44,7 @@ class Replayer:
 
         Raises what the command raises.
         """
-        kind = GetMessageClass(SERVICE.methods_by_name[entry.method].input_type)
+        kind = FitStepsRequest if entry.method == FIT_STEPS else _request_of(entry.method)
         uploads = {upload.name: stored_tensors(upload, journal) for upload in entry.uploads}
         call = Call(
             method=entry.method,
@@ -92,8 +94,14 @@ async def _apply_one(model: Restored, replayer: Replayer, journal: Journal, entr
     model.applied_again(entry, ended)
 
 
+def _request_of(method: str) -> type[Message]:
+    return GetMessageClass(SERVICE.methods_by_name[method].input_type)
+
+
 def _check_same(model: str, entry: Entry, response: Message) -> None:
     """Say so in the log where a command that was applied once more did something else than the first time."""
+    if isinstance(response, FitStepsResponse):
+        return _check_same_steps(model, entry, response)
     if entry.reply is None or not hasattr(response, "result"):
         return
     first = type(response).FromString(entry.reply).result  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,6 +115,19 @@ def _check_same(model: str, entry: Entry, response: Message) -> None:
             first.step,
             again.loss,
             again.step,
+        )
+
+
+def _check_same_steps(model: str, entry: Entry, again: FitStepsResponse) -> None:
+    if entry.reply is None:
+        return
+    first = FitStepsResponse.FromString(entry.reply)
+    if (list(map(_bits, first.losses)), first.step) != (list(map(_bits, again.losses)), again.step):
+        logger.error(
+            "%s: the %d steps of a fit up to command %d gave other losses when they were applied once more",
+            model,
+            entry.commands,
+            entry.number,
         )
 
 

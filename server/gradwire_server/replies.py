@@ -13,6 +13,7 @@ from gradwire_proto.values import (
     ForwardResult,
     GradientResult,
     StepResult,
+    StepsResult,
     TensorData,
     leaves,
 )
@@ -21,6 +22,9 @@ from gradwire_server.tensors.downloads import Downloads
 from gradwire_server.tensors.held_files import remove_files, segment_paths
 
 T = TypeVar("T")
+
+
+_TIMED = (StepResult, StepsResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)
 
 
 def timed(call: Call, work: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
@@ -36,7 +40,9 @@ def timed(call: Call, work: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Aw
 
 def with_times(result: T, call: Call, queue: float, recovery: float = 0.0) -> T:
     """`result` with the seconds that it waited, had to wait for lost ranks, and took in all, if it tells times."""
-    if not isinstance(result, (StepResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)):
+    if not isinstance(
+        result, (StepResult, StepsResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)
+    ):
         return result
     timing = replace(result.timing, queue=queue, recovery=recovery, total=time.monotonic() - call.arrived)
     return replace(result, timing=timing)

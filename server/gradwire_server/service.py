@@ -10,6 +10,8 @@ from pathlib import Path
 from gradwire_server.admission import Admission
 from gradwire_server.checkpoint_list import CheckpointList
 from gradwire_server.config import ServerConfig
+from gradwire_server.datasets import Datasets
+from gradwire_server.fits import Fits
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.grpc_server import GrpcServer
 from gradwire_server.hosting import Hosting
@@ -46,16 +48,25 @@ class Service:
         facts = ServerFacts(cluster, limits)
         self._storage = storage
         self._checkpoints = checkpoints = CheckpointList(storage, self._models, config.stored_replies)
-        servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
+        self._datasets = Datasets(
+            storage,
+            self._tensors,
+            durable=config.keeping.durability == "disk",
+            stored_replies=config.stored_replies,
+        )
+        self._fits = Fits(self._datasets)
+        parts = (self._models, checkpoints, self._functions, self._datasets, self._fits, self._tensors, facts)
+        servicer = Servicer(*parts, limits)
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
-        hosting.replayer.servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, taken)
+        hosting.replayer.servicer = Servicer(*parts, taken)
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:
         """Serve; returns the port. Models of the storage come back meanwhile. Raises Unavailable ADDRESS_IN_USE."""
         deletions = self._storage.deletions.open()
+        self._datasets.open(deletions)
         self._checkpoints.open(deletions)
         self._models.open(deletions)
         return await self._server.start(self._listen)
@@ -64,6 +75,7 @@ class Service:
         """Take no new requests, and return when all that came before have ended."""
         await self._server.announce_stop()
         self._admission.drain()
+        self._fits.drain()
         await self._admission.idle()
         # Work goes on without callers: a command that was begun ends.
         await asyncio.gather(self._models.idle(), self._functions.idle())
@@ -71,5 +83,7 @@ class Service:
     async def close(self) -> None:
         """End everything: cut requests, free ranks, remove files. What is in the storage stays."""
         await self._server.stop(0)
-        await asyncio.gather(self._models.close(), self._checkpoints.close(), self._functions.close())
+        await asyncio.gather(
+            self._models.close(), self._checkpoints.close(), self._datasets.close(), self._functions.close()
+        )
         self._tensors.close()

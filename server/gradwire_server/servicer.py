@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from google.protobuf.empty_pb2 import Empty
 
 from gradwire_proto import codec
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.names import check_request_id, parse_checkpoint_name, parse_command_name, parse_model_name
-from gradwire_proto.v1 import checkpoint_pb2, model_pb2
+from gradwire_proto.names import (
+    check_request_id,
+    parse_checkpoint_name,
+    parse_command_name,
+    parse_dataset_name,
+    parse_model_name,
+)
+from gradwire_proto.v1 import checkpoint_pb2, dataset_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, Limits
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_list import CheckpointList
+from gradwire_server.datasets import Datasets
+from gradwire_server.fit_records import encode_steps_result
+from gradwire_server.fits import Fits
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.model_registry import ModelRegistry
@@ -31,6 +41,8 @@ class Servicer:
         models: ModelRegistry,
         checkpoints: CheckpointList,
         functions: FunctionHost,
+        datasets: Datasets,
+        fits: Fits,
         tensors: TensorStore,
         facts: ServerFacts,
         limits: Limits,
@@ -38,6 +50,8 @@ class Servicer:
         self._models = models
         self._checkpoints = checkpoints
         self._functions = functions
+        self._datasets = datasets
+        self._fits = fits
         self._tensors = tensors
         self._facts = facts
         self._limits = limits
@@ -233,6 +247,38 @@ class Servicer:
     async def RestoreModel(self, request: pb.RestoreModelRequest, call: Call) -> model_pb2.Model:
         name, model_id, workers = codec.decode_restoration(request)
         return codec.encode_model_info(await self._models.restore(name, model_id, workers, call))
+
+    # --- datasets ---------------------------------------------------------------------------------------------------
+
+    async def CreateDataset(self, request: dataset_pb2.CreateDatasetRequest, call: Call) -> dataset_pb2.Dataset:
+        batch = codec.decode_batch(request.batch, "batch", self._limits)
+        return codec.encode_dataset(await self._datasets.create(request.dataset_id, batch, call))
+
+    async def GetDataset(self, request: dataset_pb2.GetDatasetRequest, call: Call) -> dataset_pb2.Dataset:
+        return codec.encode_dataset(self._datasets.get(parse_dataset_name(request.name)).info)
+
+    async def ListDatasets(
+        self, request: dataset_pb2.ListDatasetsRequest, call: Call
+    ) -> dataset_pb2.ListDatasetsResponse:
+        page, next_page_token = self._datasets.page(request.page_size, request.page_token)
+        datasets = map(codec.encode_dataset, page)
+        return dataset_pb2.ListDatasetsResponse(datasets=datasets, next_page_token=next_page_token)
+
+    async def DeleteDataset(self, request: dataset_pb2.DeleteDatasetRequest, call: Call) -> Empty:
+        await self._datasets.delete(parse_dataset_name(request.name), call)
+        return Empty()
+
+    async def Fit(self, request: dataset_pb2.FitRequest, call: Call) -> AsyncGenerator[dataset_pb2.FitResponse, None]:
+        plan = codec.decode_fit_plan(request)
+        model = await self._model(request.name, call)
+        async with aclosing(self._fits.run(model, plan, call.request_id or "")) as steps:
+            async for progress in steps:
+                yield codec.encode_fit_progress(progress)
+
+    async def FitSteps(self, request: dataset_pb2.FitStepsRequest, call: Call) -> dataset_pb2.FitStepsResponse:
+        """No RPC: what a journal records of a fit is applied once more."""
+        model = await self._model(request.name, call)
+        return encode_steps_result(await model.fitting.apply(call, None))
 
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 

@@ -12,6 +12,7 @@ from gradwire_proto.values import (
     Batch,
     DerivativeQuery,
     DerivativeResult,
+    FitSteps,
     ForwardResult,
     FunctionSpec,
     GradientQuery,
@@ -25,6 +26,7 @@ from gradwire_proto.values import (
     SplitDecision,
     StateTensor,
     StepResult,
+    StepsResult,
     TensorData,
     Value,
     Variant,
@@ -45,6 +47,24 @@ class RetainedWorkers(Protocol):
     async def held_gradients(self, wrt: Sequence[str] | None) -> tuple[NamedTensors, int]: ...
 
     async def set_gradients(self, gradients: NamedTensors, dropped: Sequence[str]) -> int: ...
+
+
+class FitWorkers(Protocol):
+    """The same ranks, asked for steps on a dataset, whose tensors are in files. Calls are the model's calls."""
+
+    async def run(self, dataset: Batch, steps: FitSteps, *, most: int | None = None, command: int) -> StepsResult:
+        """Apply the steps, `most` of them at most, numbered from `command` on, until one is refused; that is the
+        result's error, or, of the first, raised.
+        """
+        ...
+
+    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
+        """torch.randperm's order of so many rows for each seed, 4 bytes for each."""
+        ...
+
+    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
+        """The mean over rows of the losses of its batches, in evaluation mode. Changes nothing."""
+        ...
 
 
 class Workers(Protocol):
@@ -76,6 +96,9 @@ class Workers(Protocol):
 
     @property
     def retained(self) -> RetainedWorkers: ...
+
+    @property
+    def fitting(self) -> FitWorkers: ...
 
     @property
     def on_lost(self) -> Callable[[RankLost], None] | None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import grpc
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.errors import GradwireError, InvalidArgument, RankLost
 from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
@@ -42,9 +43,11 @@ from gradwire_proto.values import (
     SplitDecision,
     StateTensor,
     StepResult,
+    StepsResult,
     Symbol,
     TensorData,
     TensorSpec,
+    Timing,
     Variant,
 )
 from gradwire_server.config import ServerConfig, load_config
@@ -141,6 +144,51 @@ class FakeRetained:
         return self._workers.step
 
 
+class FakeFitting:
+    """The same ranks, asked for fits: each step takes 20 ms by their clock, and its loss is its number in the fit.
+
+    applied: (number, step of the fit, rows) of each step. refused_at: the step that is refused.
+    """
+
+    def __init__(self, workers: FakeWorkers) -> None:
+        self._workers = workers
+        self.applied: list[tuple[int, int, tuple[int, ...]]] = []
+        self.examples: list[bytes] = []
+        self.refused_at: int | None = None
+
+    async def run(self, dataset: Batch, steps: Any, *, most: int | None = None, command: int) -> StepsResult:
+        count = steps.steps if most is None else min(most, steps.steps)
+        examples = dataset.inputs.shape[0]
+        per_epoch = -(-examples // steps.batch_size)
+        self.examples.append(read(dataset.inputs))
+        await self._workers._call("fit", steps.first_step, count)
+        rows = struct.unpack(f"<{len(steps.rows) // 4}I", steps.rows)
+        error, losses = None, []
+        for index in range(count):
+            step = steps.first_step + index
+            if step == self.refused_at:
+                error = InvalidArgument("the loss is nan", field="batch", reason="LOSS_NOT_FINITE")
+                break
+            size = min(steps.batch_size, examples - step % per_epoch * steps.batch_size)
+            taken, rows = rows[:size], rows[size:]
+            self.applied.append((command + index, step, taken))
+            losses.append(float(step))
+        if error is not None and not losses:
+            raise error
+        self._workers.step += len(losses)
+        self._workers.applied += 1
+        timing = Timing(compute=0.02 * len(losses))
+        return StepsResult(losses=tuple(losses), step=self._workers.step, timing=timing, error=error)
+
+    async def orders(self, rows: int, seeds: Any) -> list[bytes]:
+        await self._workers._call("orders", tuple(seeds))
+        return [struct.pack(f"<{rows}I", *[(row + seed) % rows for row in range(rows)]) for seed in seeds]
+
+    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
+        await self._workers._call("evaluate", batch_size)
+        return 100.0 + self._workers.step
+
+
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
@@ -170,6 +218,7 @@ class FakeWorkers:
         self.closed: list[bool] = []
         self.vacated = False
         self.retained = FakeRetained(self)
+        self.fitting = FakeFitting(self)
         if state is not None:
             self.weights, self.step = next(iter(state.tensors.values())), state.step
             self.weights = TensorData("float32", (1, 2), read(self.weights))

@@ -36,7 +36,7 @@ def step_result(answers: Answers, rows: int) -> StepResult:
         num_examples=rows,
         grad_norm=first["grad_norm"],
         lr=first["lr"],
-        timing=_timing(answers),
+        timing=timing_of(answers),
         rank_rows=_rank_rows(answers),
         skipped=first["skipped"],
         loss_scale=first["loss_scale"],
@@ -76,7 +76,7 @@ async def gradient_result(
             gradients=gradients,
             input_gradients=None if inputs is None else unflatten(variant.input_structure, inputs),
             outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
-            timing=_timing(answers),
+            timing=timing_of(answers),
             rank_rows=_rank_rows(answers),
         )
 
@@ -87,7 +87,7 @@ def derivative_result(answers: Answers, variant: Variant) -> DerivativeResult:
     return DerivativeResult(
         outputs=unflatten(variant.output_structure, fields["outputs"]),
         derivatives=tuple(fields["derivatives"]),
-        timing=_timing(answers),
+        timing=timing_of(answers),
     )
 
 
@@ -101,7 +101,7 @@ async def forward_result(
         return ForwardResult(
             outputs=None if outputs is None else unflatten(variant.output_structure, outputs),
             step=answers.fields[0]["step"],
-            timing=_timing(answers),
+            timing=timing_of(answers),
             rank_rows=_rank_rows(answers),
         )
 
@@ -116,7 +116,7 @@ async def backward_result(
         return BackwardResult(
             input_gradients=inputs,
             step=answers.fields[0]["step"],
-            timing=_timing(answers),
+            timing=timing_of(answers),
             rank_rows=_rank_rows(answers),
         )
 
@@ -141,7 +141,8 @@ def _rank_rows(answers: Answers) -> tuple[int, ...]:
     return tuple(fields["rows"] for fields in answers.fields)
 
 
-def _timing(answers: Answers) -> Timing:
+def timing_of(answers: Answers) -> Timing:
+    """Where the time of a command went: on the slowest rank, and between ranks and frontend."""
     parts = [fields["seconds"] for fields in answers.fields]
     return Timing(
         transfer=answers.transfer,

@@ -176,6 +176,12 @@ class GroupVariants:
         )
         return variant, split(variant, rows, batch, ranks=len(self._ranks), whole=whole), rows
 
+    async def choose_rows(self, batch: Batch) -> tuple[Variant, int, bool]:
+        """(the variant that a batch to train on fits, its rows, whether one rank computes it whole)."""
+        variant, rows = await self._fitting(batch, training=True, targets=True, reads=False)
+        rows = rows if varies(variant) else examples_in(batch)
+        return variant, rows, self._decisions.get(variant.name, _SPLIT).whole is not None
+
     @contextmanager
     def carried_out(self) -> Iterator[None]:
         """Inside, the ranks carry out a command of the last variant that was chosen."""

@@ -48,6 +48,7 @@ class NamedLoss:
             )
         self.name = spec.name
         self._known = known
+        self._function: Callable[..., Tensor] = getattr(F, spec.name)
         if spec.options.get("reduction") == "none":
             raise InvalidArgument(
                 "'none' gives no single number to differentiate; expected 'mean' or 'sum'",
@@ -79,7 +80,7 @@ class NamedLoss:
         return RowSum(total=total, weight=None if self._options.get("reduction") == "sum" else weight)
 
     def _call(self, output: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
-        return getattr(F, self.name)(output, target, **options)
+        return self._function(output, target, **options)
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Refuse classes that the output has not; of the output, its dimensions behind the rows are looked at."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradwire_proto.codec import decode_model_spec, decode_optimizer, decode_variant, encode_variant
-from gradwire_proto.errors import FailedPrecondition, InternalError, InvalidArgument
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InternalError, InvalidArgument
 from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import BackwardQuery, Limits, Retention, StateTensor
@@ -22,6 +22,8 @@ from gradwire_workers.pool.rank_footprint import RankFootprint
 from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_answers import gradients_of
+from gradwire_workers.rank_channel import encode_error
+from gradwire_workers.rank_fitting import RankFitting, orders_of, report_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_standing import RankStanding
 from gradwire_workers.rank_states import saved_state_in
@@ -48,6 +50,7 @@ _COLLECTIVE = frozenset(
         "retained_forward",
         "backward",
         "held_gradients",
+        "fit",
     }
 )
 
@@ -66,6 +69,7 @@ class RankCommands:
         self._trainer: Trainer | None = None
         self._standing_of = RankStanding()
         self._functions = RankFunctions(self._segments)
+        self._fitting = RankFitting()
         self._commands: dict[str, Callable[[Fields], Fields]] = {
             "hello": lambda _: {},
             "load": self._load,
@@ -95,6 +99,8 @@ class RankCommands:
             "update": self._update,
             "add_variant": self._add_variant,
             "compute_function": self._functions.compute_gradients,
+            "fit": self._fit,
+            "row_orders": orders_of,
             "differentiate_function": self._functions.differentiate,
         }
 
@@ -186,6 +192,7 @@ class RankCommands:
             self._trainer.close()
         self._loaded = self._trainer = None
         self._functions.clear()
+        self._fitting.forget()
         compute_as_torch_does()
         return {"reusable": not torch.cuda.is_initialized() and RankFootprint.measure().is_close_to(self._clean)}
 
@@ -215,6 +222,22 @@ class RankCommands:
     def _train_step(self, fields: Fields) -> Fields:
         report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])
         return asdict(report)
+
+    def _fit(self, fields: Fields) -> Fields:
+        """Steps as far as they go: what refuses one of them is an error only where none was applied."""
+        run, refusal = self._fitting.run(self._model, fields), None
+        try:
+            with out_of_memory_told(), self._together("fit"):
+                run.go()
+        except GradwireError as error:
+            if not run.losses or error.outcome != "not_applied":
+                raise
+            refusal = encode_error(error)
+        except Exception as error:
+            if run.losses:
+                raise InternalError(f"{type(error).__name__}: {error}", outcome="unknown") from error
+            raise
+        return report_of(run, self._model.step, refusal, needs_rejoin=self.needs_rejoin)
 
     def _forward_backward(self, fields: Fields) -> Fields:
         return asdict(self._model.forward_backward(shard_in(fields), command=fields["command"]))

@@ -129,12 +129,18 @@ class Ranks:
         else:
             self.applied += changes and cause.outcome == "applied"
             if any(answer.needs_rejoin for answer in failed):
-                await self._rejoin()
+                await self.rejoin()
         if self.lost is not None:
             return self.lost
         return cause or InternalError(f"a {kind} failed")
 
-    async def _rejoin(self) -> None:
+    def give_up(self, lost: RankLost) -> RankLost:
+        """The ranks are no longer equal: they are lost. Returns the error of that."""
+        self._lose(lost)
+        return self.lost or lost
+
+    async def rejoin(self) -> None:
+        """Have the ranks join each other again, or give them up."""
         generation = self.next_generation()
         answers, missing = await self._answers("rejoin", [{"generation": generation}] * len(self))
         error = missing or next((answer.error for answer in answers if answer.error is not None), None)

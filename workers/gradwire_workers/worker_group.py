@@ -31,6 +31,7 @@ from gradwire_proto.values import (
 )
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
+from gradwire_workers.fit_group import FitGroup
 from gradwire_workers.group_state import model_state
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.pool.lease import Lease
@@ -74,6 +75,8 @@ class WorkerGroup:
         self._releasing: asyncio.Future[None] | None = None
         self.retained = RetainedGroup(ranks, writer, variants)
         """Its forwards that are retained, and the gradients that its ranks hold."""
+        self.fitting = FitGroup(ranks, variants, self.compute_gradients)
+        """Its steps on datasets."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:

@@ -3,6 +3,7 @@ from google.api import field_info_pb2 as _field_info_pb2
 from google.api import resource_pb2 as _resource_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from gradwire_proto.v1 import checkpoint_pb2 as _checkpoint_pb2
+from gradwire_proto.v1 import dataset_pb2 as _dataset_pb2
 from gradwire_proto.v1 import model_pb2 as _model_pb2
 from gradwire_proto.v1 import program_pb2 as _program_pb2
 from gradwire_proto.v1 import tensor_pb2 as _tensor_pb2

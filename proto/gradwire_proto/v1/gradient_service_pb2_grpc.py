@@ -5,6 +5,7 @@ import warnings
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from gradwire_proto.v1 import checkpoint_pb2 as gradwire__proto_dot_v1_dot_checkpoint__pb2
+from gradwire_proto.v1 import dataset_pb2 as gradwire__proto_dot_v1_dot_dataset__pb2
 from gradwire_proto.v1 import gradient_service_pb2 as gradwire__proto_dot_v1_dot_gradient__service__pb2
 from gradwire_proto.v1 import model_pb2 as gradwire__proto_dot_v1_dot_model__pb2
 
@@ -190,6 +191,31 @@ class GradientServiceStub(object):
                 '/gradwire.v1.GradientService/GetServerInfo',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
+        self.CreateDataset = channel.unary_unary(
+                '/gradwire.v1.GradientService/CreateDataset',
+                request_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.CreateDatasetRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.GetDataset = channel.unary_unary(
+                '/gradwire.v1.GradientService/GetDataset',
+                request_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.GetDatasetRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.ListDatasets = channel.unary_unary(
+                '/gradwire.v1.GradientService/ListDatasets',
+                request_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsResponse.FromString,
+                _registered_method=True)
+        self.DeleteDataset = channel.unary_unary(
+                '/gradwire.v1.GradientService/DeleteDataset',
+                request_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.DeleteDatasetRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.Fit = channel.unary_stream(
+                '/gradwire.v1.GradientService/Fit',
+                request_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.FitRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.FitResponse.FromString,
                 _registered_method=True)
 
 
@@ -411,6 +437,41 @@ class GradientServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateDataset(self, request, context):
+        """Keeps examples on the service, to train on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDataset(self, request, context):
+        """Returns what is known of a dataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDatasets(self, request, context):
+        """Lists datasets, ordered by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDataset(self, request, context):
+        """Deletes a dataset. Steps that it was used for stay applied, and outlive what they should.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fit(self, request, context):
+        """Trains a model on a dataset: TrainStep on one batch after another, as long as somebody reads the answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GradientServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -563,6 +624,31 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'CreateDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateDataset,
+                    request_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.CreateDatasetRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.SerializeToString,
+            ),
+            'GetDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDataset,
+                    request_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.GetDatasetRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.SerializeToString,
+            ),
+            'ListDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDatasets,
+                    request_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'DeleteDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDataset,
+                    request_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.DeleteDatasetRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'Fit': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fit,
+                    request_deserializer=gradwire__proto_dot_v1_dot_dataset__pb2.FitRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_dataset__pb2.FitResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1379,6 +1465,141 @@ class GradientService(object):
             '/gradwire.v1.GradientService/GetServerInfo',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/CreateDataset',
+            gradwire__proto_dot_v1_dot_dataset__pb2.CreateDatasetRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/GetDataset',
+            gradwire__proto_dot_v1_dot_dataset__pb2.GetDatasetRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_dataset__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/ListDatasets',
+            gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_dataset__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire.v1.GradientService/DeleteDataset',
+            gradwire__proto_dot_v1_dot_dataset__pb2.DeleteDatasetRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradwire.v1.GradientService/Fit',
+            gradwire__proto_dot_v1_dot_dataset__pb2.FitRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_dataset__pb2.FitResponse.FromString,
             options,
             channel_credentials,
             insecure,

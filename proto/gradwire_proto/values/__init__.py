@@ -4,6 +4,7 @@
 the edges speaks these.
 """
 
+from gradwire_proto.values.datasets import DatasetInfo, FitPlan, FitProgress, FitSteps, StepsResult
 from gradwire_proto.values.models import (
     FunctionSpec,
     GraphLossSpec,
@@ -89,8 +90,12 @@ __all__ = [
     "ConstantSpec",
     "CustomFunction",
     "DTypeRef",
+    "DatasetInfo",
     "DerivativeQuery",
     "DerivativeResult",
+    "FitPlan",
+    "FitProgress",
+    "FitSteps",
     "ForwardResult",
     "FunctionRef",
     "FunctionSpec",
@@ -127,6 +132,7 @@ __all__ = [
     "SplitDecision",
     "StateTensor",
     "StepResult",
+    "StepsResult",
     "Structure",
     "SubgraphRef",
     "Symbol",

@@ -150,8 +150,9 @@ class Journal:
         return ahead[1]
 
     def _write(self, entry: Entry) -> int:
-        expected = self._next - 1 if entry.unnumbered else self._next
-        assert entry.number == expected, f"command {entry.number} follows {self._next - 1}"
+        first = entry.number - entry.commands + 1
+        expected, found = (self._next - 1, entry.number) if entry.unnumbered else (self._next, first)
+        assert found == expected, f"command {found} follows {self._next - 1}"
         segment = self._segment or self._begin_segment()
         return segment.write(encode(entry, segment.seed))
 
@@ -175,8 +176,8 @@ class Journal:
         if entry.unnumbered:
             self._refused.add(entry.number)
         else:
-            self._next += 1
-            self._sizes.add(nbytes)
+            self._next = entry.number + 1
+            self._sizes.add(nbytes, entry.commands)
         if entry.uploads:
             self.blobs.note((upload.file for upload in entry.uploads), entry.number)
         if not self._durable:
@@ -314,6 +315,7 @@ class Journal:
         self._unread = {segment.path for segment in found if not needed(segment, after)}
         self._unswept = True
         self._sizes = RecordSizes(self._next)
+        whole: set[StoredUpload] = set()
         for placed in read_segments(found, after):
             entry = placed.entry
             self.blobs.note((upload.file for upload in entry.uploads), entry.number)
@@ -323,8 +325,11 @@ class Journal:
                 self._refused.add(entry.number)
             elif entry.number > after:
                 for upload in entry.uploads:
-                    self._check_blob(entry.number, upload)
-                self._sizes.add(placed.end - placed.start)
+                    # Once: a fit names its dataset with each of its records.
+                    if upload not in whole:
+                        self._check_blob(entry.number, upload)
+                        whole.add(upload)
+                self._sizes.add(placed.end - placed.start, entry.commands)
                 self._next = entry.number + 1
         return end
 

@@ -13,9 +13,9 @@ class RecordSizes:
         self._before = 0
         self._totals = array("Q")  # Up to each command, that one included.
 
-    def add(self, nbytes: int) -> None:
-        """The next command's record has so many bytes."""
-        self._totals.append(self._all + nbytes)
+    def add(self, nbytes: int, commands: int = 1) -> None:
+        """The record of the next command has so many bytes, or that of so many commands that are one."""
+        self._totals.extend([self._all + nbytes] * commands)
 
     def after(self, number: int) -> int:
         """Bytes of the records behind command `number`, as far as they are not forgotten."""

@@ -2,8 +2,8 @@
 
 A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
 
-    header    "GWRC", flags (2 bytes), zero (2), length of the description (4), of the request (8), of the reply (8),
-              number (8), CRC-32 of the header so far (4)
+    header    "GWRC", flags (2 bytes), commands - 1 (2), length of the description (4), of the request (8), of the reply
+              (8), number (8), CRC-32 of the header so far (4)
     trailer   CRC-32 of all before it (4), "END\\n" (4)
 
 Flags are 1: there is a reply; 2: the fingerprint in the description checks the request, which the trailer's CRC leaves
@@ -68,6 +68,7 @@ class StoredUpload:
 class Entry:
     """One command. `request` and `reply` are messages as they travelled, `body` the digest in Call.body.
 
+    number: the command's; of several steps that were applied as one, which count as `commands`, the last one's.
     body_checks: whether `body` is the fingerprint of just this request, so that it serves as its checksum.
     reply: None where it is larger than REPLY_BYTES, or the command was refused.
     refused: why a command that killed its ranks twice was not carried out; None for every other.
@@ -84,6 +85,7 @@ class Entry:
     request_id: str | None
     body: bytes
     body_checks: bool = False
+    commands: int = 1
     refused: str | None = None
     unnumbered: bool = False
     uploads: tuple[StoredUpload, ...] = ()
@@ -106,6 +108,12 @@ class Header:
     request: int
     reply: int
     number: int
+    commands: int = 1
+
+    @property
+    def first(self) -> int:
+        """The number of the first of its commands."""
+        return self.number - self.commands + 1
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +133,7 @@ def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
     flags = _flag(_HAS_REPLY, reply is not None) | _flag(_BODY_CHECKS, entry.body_checks)
     flags |= _flag(_UNNUMBERED, entry.unnumbered)
     lengths = (len(description), len(entry.request), len(reply or b""))
-    start = _HEADER.pack(_BEGIN, flags, 0, *lengths, entry.number)
+    start = _HEADER.pack(_BEGIN, flags, entry.commands - 1, *lengths, entry.number)
     start += _CHECK.pack(zlib.crc32(start, seed))
     checked = (start, description, b"" if entry.body_checks else entry.request, reply or b"")
     parts = (start, description, entry.request, reply or b"", _TRAILER.pack(_crc(checked, seed), _END))
@@ -134,9 +142,9 @@ def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
 
 def decode_header(data: memoryview, seed: int) -> Header:
     """The header at the start of `data`, which holds HEADER_BYTES at least. Raises BadRecord."""
-    begin, flags, zero, description, request, reply, number = _HEADER.unpack_from(data)
+    begin, flags, more, description, request, reply, number = _HEADER.unpack_from(data)
     (check,) = _CHECK.unpack_from(data, _HEADER.size)
-    if begin != _BEGIN or zero or check != zlib.crc32(data[: _HEADER.size], seed):
+    if begin != _BEGIN or check != zlib.crc32(data[: _HEADER.size], seed):
         raise BadRecord("no record begins here, or its header is damaged")
     if flags & ~(_HAS_REPLY | _BODY_CHECKS | _UNNUMBERED):
         raise BadRecord(f"its flags {flags:#x} are not known here")
@@ -148,6 +156,7 @@ def decode_header(data: memoryview, seed: int) -> Header:
         request=request,
         reply=reply,
         number=number,
+        commands=more + 1,
     )
 
 
@@ -169,6 +178,7 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             request_id=words.get("request_id"),
             body=bytes.fromhex(words["body"]),
             body_checks=header.body_checks,
+            commands=header.commands,
             refused=words["refused"] if header.unnumbered else words.get("refused"),
             unnumbered=header.unnumbered,
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),

@@ -154,8 +154,9 @@ def read_segment(segment: SegmentFile) -> Iterator[Placed]:
             header = _whole_record(data[offset:], there - offset, seed)
             if header is None or (ends and not header.unnumbered):
                 return
-            if header.number != (number - 1 if header.unnumbered else number):
-                raise BadRecord(f"command {header.number} where {number} should be")
+            first = header.number if header.unnumbered else header.first
+            if first != (number - 1 if header.unnumbered else number):
+                raise BadRecord(f"command {first} where {number} should be")
             entry = decode(header, data[offset : offset + header.nbytes], seed)
         except BadRecord as error:
             if ends:

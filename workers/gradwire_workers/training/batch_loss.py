@@ -207,7 +207,7 @@ def _scalar(loss: Any) -> Tensor:
         raise InvalidArgument(
             f"the loss must be one real number, got {found}", field="model.loss", reason="LOSS_NOT_SCALAR"
         )
-    return loss.reshape(())
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
 class _Kind(Protocol):

@@ -106,10 +106,28 @@ class Passes:
         groups = self.groups
         if groups is not None and not shard.whole:
             return self._overlapped(shard, command, groups)
-        done = self.local(shard, self._trainable, command, to_learn=True)
         if groups is None:
-            return done
+            return self._alone(shard, command)
+        done = self.local(shard, self._trainable, command, to_learn=True)
         return Pass(value=done.value, gradients=add_up(done.gradients, self._trainable, groups))
+
+    def _alone(self, shard: Shard, command: int) -> Pass:
+        """The same on the only rank: backward() leaves gradients in memory of their own, sooner than `local`."""
+        replica = self._replica
+        replica.seed(shard, command)
+        try:
+            _, loss = replica.outputs_and_loss(shard)
+            _check_learns(loss.differentiable)
+            _backward(loss.differentiable)
+            gradients = [each.grad for each in self._trainable]
+            _unscale(gradients, replica.scale)
+        finally:
+            for each in self._trainable:
+                each.grad = None
+        if replica.program.has_functions(shard.variant):
+            # A custom function may hand out what it has saved, a parameter or the batch itself.
+            gradients = apart(gradients, self._trainable, copy=True)
+        return Pass(value=loss.value, gradients=gradients)
 
     def _overlapped(self, shard: Shard, command: int, groups: ProcessGroups) -> Pass:
         if self._summing is None:
@@ -165,6 +183,8 @@ def own_rows(tensor: Tensor, shard: Shard) -> Tensor:
 
 def take(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Give tensors their new values."""
+    if not changes:
+        return
     with torch.no_grad():
         for tensor, value in changes:
             tensor.copy_(value)
@@ -176,6 +196,15 @@ def _check_learns(loss: Tensor) -> None:
         raise FailedPrecondition(
             "the loss depends on no parameter that requires a gradient", reason="LOSS_WITHOUT_GRADIENT"
         )
+
+
+def _backward(loss: Tensor) -> None:
+    """loss.backward(), less what that looks at first, which takes as long as a small layer."""
+    ones = (torch.ones_like(loss),)
+    _ENGINE.run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+_ENGINE: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unscale(gradients: Sequence[Tensor | None], scale: float) -> None:

@@ -134,7 +134,9 @@ class RankModel:
 
     def _localised(self, shard: Shard) -> Shard:
         """The shard on this rank's device, for a backward that starts with the loss scale of now."""
-        self._replica.scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        if self._replica.scale != scale:  # Setting an attribute of a module takes its time.
+            self._replica.scale = scale
         return self._replica.localise(shard)
 
     def _judged(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -37,13 +37,12 @@ class Replica(nn.Module):
         weights_folder: str | None = None,
     ) -> None:
         super().__init__()
-        self.program: BuiltProgram | ArchitectureProgram
         if isinstance(spec.program, ArchitectureSpec):
-            self.program = build_architecture(
+            program: BuiltProgram | ArchitectureProgram = build_architecture(
                 spec.program, spec.seed, device, limits=limits, weights_folder=weights_folder, values=state
             )
         else:
-            self.program = build_program(
+            program = build_program(
                 spec.program,
                 state,
                 device,
@@ -51,6 +50,9 @@ class Replica(nn.Module):
                 field="model.program.graphs",
                 casts=spec.precision != "fp32",
             )
+        self.program = program
+        # A module looks for its modules last of all: several times a step, that takes its time.
+        self.__dict__["program"] = program
         self.spec, self.rank, self.device, self.limits = spec, rank, device, limits
         self.precision = spec.precision
         self.scale = 1.0
@@ -105,6 +107,8 @@ class Replica(nn.Module):
 
     def outputs(self, shard: Shard) -> list[Any]:
         """The flat outputs of the shard's variant for its rows. In a split batch, every rank at the same time."""
+        if self.precision == "fp32" and self._groups_of(shard) is None:
+            return self.program.forward(shard.variant, *shard.inputs)
         with self._precise(), self._over_ranks(shard):
             return self.program(shard.variant, *shard.inputs)
 
@@ -119,6 +123,9 @@ class Replica(nn.Module):
 
     def outputs_and_loss(self, shard: Shard) -> tuple[list[Any], LocalLoss]:
         """The outputs, and the rank's part of the loss. In a split batch, every rank at the same time."""
+        if self.precision == "fp32":
+            outputs = self.outputs(shard)
+            return outputs, self.loss(shard, outputs, self.scale)
         # One region, as in a training loop: what autocast has cast of a weight serves forward and loss alike.
         with self._precise():
             outputs = self.outputs(shard)
@@ -128,6 +135,8 @@ class Replica(nn.Module):
         """The rank's part of the loss, `scale` times what is differentiated. In a split batch, all ranks together."""
         assert self._loss is not None, "checked before"
         groups = self._groups_of(shard)
+        if groups is None and self.precision == "fp32":
+            return self._loss.of_whole(shard.variant, outputs, shard.targets, scale)
         with self._precise():
             if groups is None:
                 return self._loss.of_whole(shard.variant, outputs, shard.targets, scale)

@@ -170,9 +170,13 @@ class Updater:
             gradients = [None if each is None else each.clone() for each in gradients]
         try:
             norm = self._hand_over(gradients)
-            with learning_rate(self._optimizer, lr) as used:
-                if not overflowed:
-                    self._optimizer.step()
+            if lr is None and not overflowed:
+                used = self.lr
+                self._optimizer.step()
+            else:
+                with learning_rate(self._optimizer, lr) as used:
+                    if not overflowed:
+                        self._optimizer.step()
         except Exception as error:
             # The other ranks have updated, and this one in part.
             raise InternalError(

@@ -1,0 +1,246 @@
+"""Training on a dataset of the service: the loop runs there, and what comes back is progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from gradwire.arguments import as_bool, as_count, as_function, as_int, wrong_type
+from gradwire.attempts import Attempts, is_passing
+from gradwire.datasets import Dataset, Lent
+from gradwire.deadline import Deadline
+from gradwire.errors import GradwireError, Interrupted
+from gradwire.fit_progress import ProgressLine
+from gradwire.fit_results import FitResult, FitStatus
+from gradwire.rpc import Rpc, new_request_id
+from gradwire.variants import Variants
+from gradwire_proto import codec
+from gradwire_proto.values import FitPlan, FitProgress, Timing
+
+Callback = Callable[[FitStatus], object]
+
+_INTERRUPT_PATIENCE = 5.0
+"""Seconds that Ctrl-C waits to learn how many steps were applied. A second Ctrl-C ends the wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitArguments:
+    """The arguments of `Model.fit`, checked."""
+
+    data: Any
+    epochs: int
+    batch_size: int | None
+    shuffle: bool
+    seed: int
+    validation: Any
+    callbacks: Sequence[Callback]
+    progress: bool
+
+    @classmethod
+    def checked(
+        cls,
+        data: Any,
+        *,
+        epochs: int,
+        batch_size: int | None,
+        shuffle: bool,
+        seed: int,
+        validation: Any,
+        callbacks: Sequence[Callback],
+        progress: bool,
+    ) -> FitArguments:
+        """The same, or InvalidArgument for what cannot be one of them."""
+        count = as_count(epochs, "epochs")
+        if count is None:
+            raise wrong_type(epochs, "epochs", "an int")
+        return cls(
+            data=data,
+            epochs=count,
+            batch_size=as_count(batch_size, "batch_size"),
+            shuffle=as_bool(shuffle, "shuffle"),
+            seed=as_int(seed, "seed"),
+            validation=validation,
+            callbacks=[as_function(each, f"callbacks[{index}]") for index, each in enumerate(callbacks)],
+            progress=as_bool(progress, "progress"),
+        )
+
+    def run(self, rpc: Rpc, model_id: str, variants: Variants) -> FitResult:
+        """Bring the data where it is needed, and train."""
+        with ExitStack() as lent:
+            dataset = lent.enter_context(Lent(rpc, self.data, "data"))
+            validation = None
+            if self.validation is not None:
+                validation = lent.enter_context(Lent(rpc, self.validation, "validation"))
+            size = min(self.batch_size or len(dataset), len(dataset))
+            deadline = Deadline(rpc.timeout)
+            _bring_variants(variants, dataset, size, deadline, training=True)
+            if validation is not None:
+                _bring_variants(variants, validation, size, deadline, training=False)
+            plan = FitPlan(
+                dataset=dataset.id,
+                epochs=self.epochs,
+                batch_size=size,
+                shuffle=self.shuffle,
+                seed=self.seed,
+                validation=None if validation is None else validation.id,
+            )
+            fit = _Fit(rpc, model_id, plan, per_epoch=-(-len(dataset) // size))
+            callbacks = list(self.callbacks)
+            if self.progress and sys.stderr.isatty():
+                callbacks.append(lent.enter_context(ProgressLine(fit.total)))
+            return fit.run(callbacks)
+
+
+def _bring_variants(
+    variants: Variants, dataset: Dataset, batch_size: int, deadline: Deadline, *, training: bool
+) -> None:
+    """See that the service has a graph for every size of batch that comes."""
+    rest = len(dataset) % batch_size
+    for rows in dict.fromkeys(each for each in (min(batch_size, len(dataset)), rest) if each):
+        variants.ensure(dataset.described(rows), lambda rows=rows: dataset.example(rows), deadline, training=training)
+
+
+class _Stopped(Exception):
+    """A callback has said that it is enough."""
+
+
+class _Fit:
+    """A fit under way: what is known of it, however often its connection breaks."""
+
+    def __init__(self, rpc: Rpc, model_id: str, plan: FitPlan, *, per_epoch: int) -> None:
+        self.total = plan.epochs * per_epoch
+        self._rpc = rpc
+        self._model_id = model_id
+        self._plan = plan
+        self._per_epoch = per_epoch
+        self._request_id = new_request_id()
+        self._began = time.monotonic()
+        self._losses: list[float] = []
+        self._validation_losses: list[float] = []
+        self._step = 0
+        self._timing = Timing()
+
+    def run(self, callbacks: Sequence[Callback]) -> FitResult:
+        """Train to the end, or until a callback returns False or raises."""
+        try:
+            self._until_done(callbacks)
+        except _Stopped:
+            self._settle(self._rpc.timeout)
+            return self._result(stopped=True)
+        except KeyboardInterrupt:
+            self._interrupted()
+        except GradwireError:
+            raise
+        except BaseException:
+            # What a callback raises ends the fit: the steps that were under way are applied when this returns.
+            with suppress(GradwireError):
+                self._settle(self._rpc.timeout)
+            raise
+        return self._result()
+
+    def _until_done(self, callbacks: Sequence[Callback]) -> None:
+        attempts = Attempts(Deadline.begun(self._rpc.timeout), self._rpc.closed)
+        while True:
+            before = len(self._losses)
+            try:
+                if self._attempt(callbacks):
+                    return
+            except GradwireError as error:
+                if len(self._losses) > before:
+                    attempts = Attempts(Deadline.begun(self._rpc.timeout), self._rpc.closed)
+                if not is_passing(error) or not attempts.wait(error, self._rpc.until_connected):
+                    raise self._explained(error) from None
+
+    def _attempt(self, callbacks: Sequence[Callback], *, stop: bool = False) -> bool:
+        """Read the stream to its end; whether the fit is done."""
+        plan = replace(self._plan, completed_steps=len(self._losses), stop=stop)
+        request = codec.encode_fit_plan(plan, self._model_id, self._request_id)
+        with closing(self._rpc.stream("Fit", request)) as messages:
+            for message in messages:
+                news = codec.decode_fit_progress(message)
+                self._hear(news, callbacks)
+                if news.done:
+                    return True
+        return False
+
+    def _hear(self, news: FitProgress, callbacks: Sequence[Callback]) -> None:
+        self._losses += news.losses
+        if news.losses:
+            self._step = news.step
+            self._timing = _sum(self._timing, news.timing)
+        validated = news.validation_loss
+        if validated is not None and news.epoch == len(self._validation_losses):
+            self._validation_losses.append(validated)
+        elif not news.losses:
+            # A repeat has told once more what is known.
+            return
+        status = FitStatus(
+            steps=len(self._losses),
+            total_steps=self.total,
+            epoch=news.epoch,
+            epochs=self._plan.epochs,
+            losses=news.losses,
+            validation_loss=validated,
+            seconds=time.monotonic() - self._began,
+        )
+        answers = [callback(status) for callback in callbacks]
+        if any(answer is False for answer in answers):
+            raise _Stopped
+
+    def _settle(self, seconds: float) -> None:
+        """Have no more steps begun, and hear of those that were."""
+        attempts = Attempts(Deadline.begun(seconds), self._rpc.closed)
+        while True:
+            try:
+                self._attempt((), stop=True)
+                return
+            except GradwireError as error:
+                if not is_passing(error) or not attempts.wait(error, self._rpc.until_connected):
+                    raise self._explained(error) from None
+
+    def _interrupted(self) -> None:
+        known = False
+        with suppress(GradwireError):
+            self._settle(_INTERRUPT_PATIENCE)
+            known = True
+        count = len(self._losses)
+        outcome = "unknown" if not known else "applied" if count else "not_applied"
+        words = f"{count} of {self.total} steps were applied" if known else f"at least {count} steps were applied"
+        message = f"interrupted: {words} (request {self._request_id})"
+        raise Interrupted(message, outcome=outcome, request_id=self._request_id) from None
+
+    def _explained(self, error: GradwireError) -> GradwireError:
+        count = len(self._losses)
+        attributes: dict[str, Any] = error.attributes() | {"request_id": self._request_id}
+        if error.reason in _LOST:
+            attributes["outcome"] = "unknown"
+            return type(error)(f"{error.message}; at least {count} steps of the fit were applied", **attributes)
+        if count:
+            attributes["outcome"] = "applied"
+        if not count or "were applied" in error.message:
+            return type(error)(error.message, **attributes)
+        return type(error)(f"{error.message}; {count} steps of the fit were applied", **attributes)
+
+    def _result(self, *, stopped: bool = False) -> FitResult:
+        return FitResult(
+            losses=tuple(self._losses),
+            steps=len(self._losses),
+            step=self._step,
+            epochs=len(self._losses) // self._per_epoch,
+            validation_losses=tuple(self._validation_losses),
+            seconds=time.monotonic() - self._began,
+            timing=self._timing,
+            stopped=stopped,
+        )
+
+
+_LOST = {"CONNECTION_LOST", "NO_ANSWER"}
+"""Reasons of errors after which nobody knows what else was applied."""
+
+
+def _sum(one: Timing, other: Timing) -> Timing:
+    return Timing(**{each.name: getattr(one, each.name) + getattr(other, each.name) for each in fields(Timing)})

@@ -1,0 +1,245 @@
+"""The datasets of the service, by id: kept in the storage, from where ranks map them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from gradwire_proto.errors import AlreadyExists, DatasetNotFound, GradwireError, InvalidArgument
+from gradwire_proto.names import check_dataset_id, dataset_name
+from gradwire_proto.values import Batch, DatasetInfo, TensorData, Value, leaves, map_leaves
+from gradwire_server.calls import Call
+from gradwire_server.deletions import Deletion, Deletions
+from gradwire_server.fingerprints import fits
+from gradwire_server.model_storage import ModelStorage
+from gradwire_server.pages import page_of
+from gradwire_server.request_log import RequestLog
+from gradwire_server.storage.dataset_files import StoredDataset, is_unfinished, read_dataset, write_dataset
+from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.saved_model import StoredReply
+from gradwire_server.storage.storage_errors import storage_error
+from gradwire_server.tensors.file_threads import in_thread
+from gradwire_server.tensors.tensor_store import TensorStore
+
+logger = logging.getLogger(__name__)
+
+MOST_EXAMPLES = 2**31 - 1
+"""Rows are numbered with 32 bits."""
+
+
+class Datasets:
+    """See the module. Their bytes count as held: the setting held_bytes bounds them too.
+
+    durable: whether a dataset, once it is made, outlives the machine.
+    """
+
+    def __init__(self, storage: ModelStorage, tensors: TensorStore, *, durable: bool, stored_replies: int) -> None:
+        self._folder = storage.datasets
+        self._tensors = tensors
+        self._durable = durable
+        self._stored: dict[str, StoredDataset] = {}
+        self._making: dict[str, asyncio.Task[StoredDataset]] = {}
+        self._made_by: dict[str, StoredDataset] = {}
+        self._used: Counter[Path] = Counter()
+        self._gone: set[Path] = set()
+        seen: RequestLog[Deletion] = RequestLog(stored_replies, 0)
+        self._deletions = Deletions("DeleteDataset", seen, storage.deletions)
+
+    def open(self, deletions: Iterable[StoredReply]) -> None:
+        """Find those of the storage, and remove what was cut off half-way.
+
+        deletions: requests that an earlier process of the service has answered, these among others.
+        """
+        self._deletions.restore(deletions)
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            for path in sorted(self._folder.iterdir()):
+                if is_unfinished(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                    continue
+                try:
+                    self._take_in(read_dataset(path))
+                except GradwireError as error:
+                    logger.error("%s", error)
+        except OSError as error:
+            raise storage_error(error, f"be opened ({self._folder})") from error
+
+    def _take_in(self, stored: StoredDataset) -> None:
+        self._stored[stored.info.id] = stored
+        self._tensors.held.count += stored.info.nbytes
+        if stored.made_by is not None:
+            self._made_by[stored.made_by] = stored
+
+    async def create(self, dataset_id: str, batch: Batch, call: Call) -> DatasetInfo:
+        """Keep the examples of `batch`; `dataset_id` "" lets the service choose. A repeat of the request joins it.
+
+        Raises InvalidArgument for tensors that have no rows, or others than the first; AlreadyExists;
+        ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage.
+        """
+        made = self._made_by.get(call.request_id) if call.request_id is not None else None
+        if made is not None:
+            if not fits(made.body, call.body, call.method, call.raw):
+                raise InvalidArgument(
+                    f"{call.request_id} was the id of another request; each needs its own",
+                    field="request_id",
+                    reason="REQUEST_ID_REUSED",
+                )
+            return made.info
+        dataset_id = dataset_id or f"dataset-{secrets.token_hex(6)}"
+        making = self._making.get(check_dataset_id(dataset_id))
+        if making is not None and (call.request_id is None or making.get_name() != call.request_id):
+            raise _exists(dataset_id)
+        if making is None:
+            if dataset_id in self._stored:
+                raise _exists(dataset_id)
+            info = _described(dataset_id, batch)
+            making = asyncio.create_task(self._make(info, batch, call), name=call.request_id)
+            self._making[dataset_id] = making
+            making.add_done_callback(lambda _: self._making.pop(dataset_id))
+        return (await asyncio.shield(making)).info
+
+    async def _make(self, info: DatasetInfo, batch: Batch, call: Call) -> StoredDataset:
+        """To its end, whoever waits: a repeat of the request finds it."""
+        claim = self._tensors.uploads.claim({"inputs": batch.inputs, "targets": batch.targets}, "batch")
+        key = secrets.token_hex(16)
+        draft = self._folder / f".new-{key}"
+        stored = StoredDataset(
+            info=info,
+            folder=self._folder / key,
+            upload=f"uploads/dataset-{key}",
+            fingerprint=b"",
+            made_by=call.request_id,
+            body=call.body,
+        )
+        # What was uploaded is counted there, until it is here.
+        counted = 0 if claim.taken else info.nbytes
+        try:
+            self._tensors.held.reserve(counted)
+        except BaseException:
+            claim.give_back()
+            raise
+        try:
+            stored = await in_thread(self._write, draft, stored, Batch(**claim.value))
+        except BaseException as error:
+            claim.give_back()
+            self._tensors.held.release(counted)
+            shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise storage_error(error, f"hold datasets/{info.id}") from error
+            raise
+        claim.spend()
+        self._tensors.held.release(counted)
+        self._take_in(stored)
+        return stored
+
+    def _write(self, draft: Path, stored: StoredDataset, batch: Batch) -> StoredDataset:
+        draft.mkdir(mode=0o700)
+        stored = write_dataset(draft, stored, batch, durable=self._durable)
+        os.rename(draft, stored.folder)
+        if self._durable:
+            sync_folder(self._folder)
+        return stored
+
+    def get(self, dataset_id: str, field: str = "name") -> StoredDataset:
+        """The dataset. Raises DatasetNotFound."""
+        stored = self._stored.get(dataset_id)
+        if stored is None:
+            name = dataset_name(dataset_id)
+            raise DatasetNotFound(f"there is no dataset {dataset_id!r}", field=field, resource=name)
+        return stored
+
+    def page(self, size: int, token: str) -> tuple[list[DatasetInfo], str]:
+        """(datasets ordered by id, the next page's token or ""). `size` 0: as many as is good."""
+        page, next_page_token = page_of(self._stored, size, token)
+        return [each.info for each in page], next_page_token
+
+    @contextmanager
+    def used(self, stored: StoredDataset) -> Iterator[None]:
+        """Inside, the dataset's files stay, even when it is deleted."""
+        self._used[stored.path] += 1
+        try:
+            yield
+        finally:
+            self._used[stored.path] -= 1
+            if not self._used[stored.path]:
+                del self._used[stored.path]
+                if stored.path in self._gone:
+                    self._gone.discard(stored.path)
+                    stored.remove()
+
+    async def delete(self, dataset_id: str, call: Call) -> None:
+        """Delete a dataset: nobody finds it any more. Fits that use it go on, and journals keep what they need of it.
+
+        A repeat of a request id leaves alone what was made since. Raises DatasetNotFound.
+        """
+        if await self._deletions.is_repeated(call):
+            return
+        stored = self.get(dataset_id)
+        await self._deletions.run(dataset_id, lambda: self._delete(stored), call)
+
+    async def close(self) -> None:
+        """Wait for what is being deleted."""
+        await self._deletions.close()
+
+    async def _delete(self, stored: StoredDataset) -> None:
+        try:
+            await in_thread(stored.forget, self._durable)
+        except OSError as error:
+            raise storage_error(error, f"let go of {dataset_name(stored.info.id)}") from error
+        del self._stored[stored.info.id]
+        if stored.made_by is not None:
+            self._made_by.pop(stored.made_by, None)
+        self._tensors.held.release(stored.info.nbytes)
+        if stored.path in self._used:
+            self._gone.add(stored.path)
+        else:
+            await in_thread(stored.remove)
+
+
+def _exists(dataset_id: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"there is a dataset {dataset_id!r} already",
+        field="dataset_id",
+        reason="DATASET_EXISTS",
+        resource=dataset_name(dataset_id),
+    )
+
+
+def _described(dataset_id: str, batch: Batch) -> DatasetInfo:
+    """What is known of a dataset of these examples. InvalidArgument where they are none."""
+    examples, nbytes = None, 0
+    for path, leaf in (*leaves(batch.inputs, "batch.inputs"), *leaves(batch.targets, "batch.targets")):
+        if not isinstance(leaf, TensorData):
+            continue
+        if not leaf.shape:
+            raise InvalidArgument("expected a tensor with a row for each example", field=path, reason="DATASET_ROWS")
+        if examples is None:
+            examples = leaf.shape[0]
+        if leaf.shape[0] != examples or not 0 < examples <= MOST_EXAMPLES:
+            expected = f"{examples} rows, as the first tensor has" if examples else "at least one row"
+            expected = expected if examples <= MOST_EXAMPLES else f"at most {MOST_EXAMPLES} rows"
+            raise InvalidArgument(f"expected {expected}, got {leaf.shape[0]}", field=path, reason="DATASET_ROWS")
+        nbytes += leaf.nbytes
+    if examples is None:
+        raise InvalidArgument("expected at least one tensor", field="batch.inputs", reason="DATASET_ROWS")
+    return DatasetInfo(
+        id=dataset_id,
+        inputs=_without_bytes(batch.inputs),
+        targets=_without_bytes(batch.targets),
+        num_examples=examples,
+        nbytes=nbytes,
+        created_at=time.time(),
+    )
+
+
+def _without_bytes(value: Value) -> Value:
+    return map_leaves(lambda leaf: replace(leaf, data=b"") if isinstance(leaf, TensorData) else leaf, value)

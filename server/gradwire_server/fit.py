@@ -1,0 +1,160 @@
+"""One fit: its steps as commands of the model, some at a time, and what is told of them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from gradwire_proto import codec
+from gradwire_proto.errors import GradwireError, InvalidArgument, Unavailable
+from gradwire_proto.values import FitPlan, FitProgress, FitSteps, StepsResult
+from gradwire_server.calls import Call
+from gradwire_server.commands import Commands
+from gradwire_server.fingerprints import fingerprint
+from gradwire_server.fit_commands import FitCommands
+from gradwire_server.fit_pace import Pace
+from gradwire_server.fit_records import FIT_STEPS
+from gradwire_server.row_orders import RowOrders
+from gradwire_server.storage.dataset_files import StoredDataset
+
+
+class Fit:
+    """See the module. What was applied of it by an earlier call with its request id is told, and not applied again.
+
+    validation: whose loss is told after each epoch.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        commands: Commands,
+        fitting: FitCommands,
+        plan: FitPlan,
+        dataset: StoredDataset,
+        validation: StoredDataset | None,
+        request_id: str,
+    ) -> None:
+        self.request_id = request_id
+        self.stopped = plan.stop
+        """Whether no more steps begin."""
+        self.draining = False
+        self._model_id = model_id
+        self._commands = commands
+        self._fitting = fitting
+        self._plan = plan
+        self._dataset = dataset
+        self._validation = validation
+        examples = dataset.info.num_examples
+        self._batch_size = min(plan.batch_size or examples, examples)
+        self._per_epoch = -(-examples // self._batch_size)
+        self._total = plan.epochs * self._per_epoch
+        if plan.completed_steps > self._total:
+            raise InvalidArgument(
+                f"the fit has {self._total} steps, got {plan.completed_steps}",
+                field="completed_steps",
+                reason="INTEGER_OUT_OF_RANGE",
+            )
+        self._orders = RowOrders(fitting.orders, examples, plan.seed) if plan.shuffle else None
+        self._pace = Pace()
+        # Whatever was asked of it, but for where a repeat goes on: the same id with another is another fit.
+        asked = replace(plan, completed_steps=0, stop=False)
+        self._identity = repr((asked, dataset.upload, None if validation is None else validation.upload)).encode()
+
+    async def progress(self) -> AsyncGenerator[FitProgress, None]:
+        """What happens, as it happens; ends when all is done, or it was stopped. Raises what refuses a step."""
+        done = self._plan.completed_steps
+        while done < self._total:
+            call = self._call(done)
+            loss = None
+            if self._commands.log.find(call) is None:
+                if self.stopped:
+                    return
+                if self.draining:
+                    raise Unavailable("the service is stopping", reason="DRAINING", retry_after=1.0)
+                if (loss := await self._validated(done)) is not None:
+                    yield self._told(done, loss)
+                call = await self._next_steps(call, done, loss)
+            result = await self._run(call, done)
+            if loss is None and result.validation_loss is not None:
+                yield self._told(done, result.validation_loss)
+            yield self._applied(done, result)
+            done += len(result.losses)
+            if result.error is not None:
+                raise self._refusal(result.error, done)
+        loss = await self._validated(done) if not self.stopped else None
+        last = FitProgress(first_step=done, epoch=self._plan.epochs - 1, validation_loss=loss, done=True)
+        yield last
+
+    def _call(self, first: int) -> Call:
+        """The command that begins with step `first`; how many steps it has may differ between repeats."""
+        return Call(
+            method=FIT_STEPS,
+            request_id=str(uuid.uuid5(uuid.UUID(self.request_id), str(first))),
+            body=fingerprint(FIT_STEPS, self._identity + b"%d" % first),
+            body_checks=False,
+        )
+
+    async def _next_steps(self, call: Call, first: int, loss: float | None) -> Call:
+        steps = min(self._pace.steps, self._total - first)
+        if self._validation is not None:
+            # Not beyond the epoch: the loss after it comes first.
+            steps = min(steps, self._per_epoch - first % self._per_epoch)
+        rows = b""
+        if self._orders is not None:
+            rows = await self._orders.between(self._row_of(first), self._row_of(first + steps))
+        asked = FitSteps(
+            dataset=self._dataset.info,
+            first_step=first,
+            steps=steps,
+            batch_size=self._batch_size,
+            rows=rows,
+            validation_loss=loss,
+        )
+        request = codec.encode_fit_steps(asked, self._model_id, call.request_id or "")
+        return replace(call, raw=request.SerializeToString(), arrived=time.monotonic())
+
+    def _row_of(self, step: int) -> int:
+        """Rows that came before a step, in all epochs."""
+        epoch, position = divmod(step, self._per_epoch)
+        return epoch * self._dataset.info.num_examples + position * self._batch_size
+
+    async def _run(self, call: Call, first: int) -> StepsResult:
+        try:
+            result = await self._fitting.apply(call, self._dataset)
+        except GradwireError as error:
+            raise self._refusal(error, first) from None
+        timing = result.timing
+        self._pace.took(len(result.losses), timing.compute + timing.all_reduce + timing.optimizer)
+        return result
+
+    async def _validated(self, done: int) -> float | None:
+        """The loss after the epoch that has just ended, if one has."""
+        if self._validation is None or not done or done % self._per_epoch:
+            return None
+        return await self._fitting.evaluate(self._validation, self._batch_size)
+
+    def _told(self, done: int, loss: float) -> FitProgress:
+        return FitProgress(first_step=done, epoch=done // self._per_epoch - 1, validation_loss=loss)
+
+    def _applied(self, first: int, result: StepsResult) -> FitProgress:
+        return FitProgress(
+            first_step=first,
+            losses=result.losses,
+            step=result.step,
+            epoch=(first + len(result.losses) - 1) // self._per_epoch,
+            timing=result.timing,
+        )
+
+    def _refusal(self, error: GradwireError, step: int) -> GradwireError:
+        """The error of a step, as one of the fit; those that are not about its batch are as they are."""
+        field = error.field or ""
+        if not field.startswith("batch"):
+            return error
+        epoch, position = divmod(step, self._per_epoch)
+        attributes: dict[str, Any] = error.attributes() | {"field": f"dataset{field.removeprefix('batch')}"}
+        attributes["outcome"] = "applied" if step else error.outcome
+        where = f"epoch {epoch}, batch {position} (step {step} of the fit)"
+        return type(error)(f"{where}: {error.message}; the {step} steps before it were applied", **attributes)

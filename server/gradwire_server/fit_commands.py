@@ -1,0 +1,60 @@
+"""What fits ask of one model: some steps as a command, and what is read between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gradwire_proto import codec
+from gradwire_proto.errors import InternalError
+from gradwire_proto.v1.dataset_pb2 import FitStepsRequest
+from gradwire_proto.values import Batch, StepsResult
+from gradwire_server.calls import Call
+from gradwire_server.commands import Commands
+from gradwire_server.storage.dataset_files import StoredDataset, batch_of
+from gradwire_server.workers import Workers
+
+
+class FitCommands:
+    """See the module. `workers` gives the model's ranks, as they are now."""
+
+    def __init__(self, commands: Commands, workers: Callable[[], Workers]) -> None:
+        self._commands = commands
+        self._workers = workers
+
+    async def apply(self, call: Call, dataset: StoredDataset | None) -> StepsResult:
+        """Apply the steps of the record in `call`, once for its request id, as far as they go.
+
+        Without a dataset they are applied once more, of a record that has kept the tensors.
+        """
+
+        async def work(_: Any, __: int) -> StepsResult:
+            steps = codec.decode_fit_steps(FitStepsRequest.FromString(call.raw))
+            examples, most = self._examples(call, dataset), None
+            before = self._commands.number
+            if call.replay is not None:
+                most = call.replay.number - before
+            result = await self._workers().fitting.run(examples, steps, most=most, command=before + 1)
+            if most is not None and len(result.losses) < most:
+                raise result.error or InternalError("fewer steps were applied than the first time", outcome="unknown")
+            return replace(result, validation_loss=steps.validation_loss)
+
+        return await self._commands.run(call, None, work, dataset=dataset)
+
+    def _examples(self, call: Call, dataset: StoredDataset | None) -> Batch:
+        if dataset is not None:
+            return dataset.batch
+        assert call.replay is not None, "what a client asks for names a dataset"
+        (tensors,) = call.replay.uploads.values()
+        info = codec.decode_dataset(FitStepsRequest.FromString(call.raw).dataset)
+        return batch_of(info, tensors)
+
+    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
+        """See FitWorkers.orders."""
+        return await self._commands.read(Call(), None, lambda _: self._workers().fitting.orders(rows, seeds))
+
+    async def evaluate(self, dataset: StoredDataset, batch_size: int) -> float:
+        """See FitWorkers.evaluate."""
+        batch = dataset.batch
+        return await self._commands.read(Call(), None, lambda _: self._workers().fitting.evaluate(batch, batch_size))

@@ -1,0 +1,31 @@
+"""The rows of a fit in the order in which it takes them, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+ROW_BYTES = 4
+
+
+class RowOrders:
+    """See the module. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch."""
+
+    def __init__(self, orders: Callable[[int, Sequence[int]], Awaitable[list[bytes]]], rows: int, seed: int) -> None:
+        self._ask = orders
+        self._rows = rows
+        self._seed = seed
+        self._known: dict[int, bytes] = {}
+
+    async def between(self, start: int, stop: int) -> bytes:
+        """Those from the `start`-th to before the `stop`-th, counted through all epochs. Earlier ones are forgotten."""
+        epochs = range(start // self._rows, (stop - 1) // self._rows + 1)
+        missing = [epoch for epoch in epochs if epoch not in self._known]
+        found = await self._ask(self._rows, [self._seed + epoch for epoch in missing]) if missing else []
+        self._known = {epoch: self._known[epoch] for epoch in epochs if epoch in self._known}
+        self._known.update(zip(missing, found, strict=True))
+        parts = []
+        for epoch in epochs:
+            first = epoch * self._rows
+            low, high = max(start - first, 0), min(stop - first, self._rows)
+            parts.append(self._known[epoch][low * ROW_BYTES : high * ROW_BYTES])
+        return b"".join(parts)

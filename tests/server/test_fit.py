@@ -1,0 +1,312 @@
+"""Datasets, and fits on them, as any client would ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from gradwire_proto import codec
+from gradwire_proto.errors import DatasetNotFound, GradwireError, RankLost
+from gradwire_proto.status import from_rpc_error
+from gradwire_proto.v1 import dataset_pb2 as pb
+from gradwire_proto.v1 import gradient_service_pb2, model_pb2
+from gradwire_proto.values import Batch, Handle, TensorData
+
+EXAMPLES = bytes(range(80))
+"""Ten rows of two floats."""
+
+
+def creation(data: Any = EXAMPLES, *, dataset_id: str = "d", request_id: str = "", rows: int = 10) -> Any:
+    request = pb.CreateDatasetRequest(dataset_id=dataset_id, request_id=request_id)
+    codec.encode_batch(Batch(TensorData("float32", (rows, 2), data)), request.batch)
+    return request
+
+
+def fit(request_id: str, **how: Any) -> pb.FitRequest:
+    """Three epochs of batches of 4, 4 and 2 rows, where not said otherwise."""
+    return pb.FitRequest(
+        **{"name": "models/m", "dataset": "datasets/d", "epochs": 3, "batch_size": 4, "request_id": request_id} | how
+    )
+
+
+async def told(frontend: Any, request: pb.FitRequest) -> tuple[list[pb.FitResponse], GradwireError | None]:
+    """Every message of a fit, and how it ended."""
+    found = []
+    try:
+        async for message in frontend.stub.Fit(request):
+            found.append(message)
+    except grpc.aio.AioRpcError as error:
+        return found, from_rpc_error(error, command=True)
+    return found, None
+
+
+def losses(messages: list[pb.FitResponse]) -> list[float]:
+    return [loss for message in messages for loss in message.losses]
+
+
+async def ready(frontend: Any) -> Any:
+    async with asyncio.timeout(5):
+        while (await frontend.model()).state != model_pb2.MODEL_STATE_READY:
+            await asyncio.sleep(0.01)
+    return frontend.cluster.groups["m"]
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+async def test_dataset_is_described_listed_and_gone_once_deleted(frontend: Any) -> None:
+    made = await frontend.stub.CreateDataset(creation())
+    assert (made.num_examples, made.size_bytes, list(made.inputs.tensor.shape)) == (10, 80, [10, 2])
+    assert await frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")) == made
+    assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
+    await frontend.stub.DeleteDataset(pb.DeleteDatasetRequest(name="datasets/d"))
+    error = await frontend.error(frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")))
+    assert isinstance(error, DatasetNotFound) and error.resource == "datasets/d"
+
+
+async def test_dataset_is_refused_where_rows_differ_or_its_name_is_taken(frontend: Any) -> None:
+    request = pb.CreateDatasetRequest()
+    codec.encode_batch(
+        Batch(TensorData("float32", (2, 1), bytes(8)), TensorData("float32", (1,), bytes(4))), request.batch
+    )
+    error = await frontend.error(frontend.stub.CreateDataset(request))
+    assert (error.reason, error.field) == ("DATASET_ROWS", "batch.targets")
+    await frontend.stub.CreateDataset(creation())
+    assert (await frontend.error(frontend.stub.CreateDataset(creation()))).reason == "DATASET_EXISTS"
+
+
+async def test_datasets_count_as_held_until_they_are_deleted(start: Any) -> None:
+    async with start(held_bytes=100) as frontend:
+        upload = await frontend.upload(TensorData("float32", (10, 2), EXAMPLES))
+        await frontend.stub.CreateDataset(creation(Handle(f"{upload}/tensors/0")))
+        error = await frontend.error(frontend.stub.CreateDataset(creation(dataset_id="e")))
+        assert error.reason == "HELD_BYTES_EXHAUSTED"
+        await frontend.stub.DeleteDataset(pb.DeleteDatasetRequest(name="datasets/d"))
+        await frontend.stub.CreateDataset(creation(dataset_id="e"))
+    async with start(held_bytes=100) as frontend:
+        error = await frontend.error(frontend.stub.CreateDataset(creation()))
+        assert error.reason == "HELD_BYTES_EXHAUSTED"
+
+
+async def test_repeat_of_a_creation_finds_the_dataset_also_after_a_restart(start: Any, fakes: Any) -> None:
+    request = creation(dataset_id="", request_id=fakes.request_id())
+    async with start() as frontend:
+        first = await frontend.stub.CreateDataset(request)
+        assert await frontend.stub.CreateDataset(request) == first
+    async with start() as frontend:
+        assert await frontend.stub.CreateDataset(request) == first
+        other = creation(bytes(80), dataset_id="", request_id=request.request_id)
+        assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    await frontend.stub.CreateDataset(creation())
+    messages, error = await told(frontend, fit(fakes.request_id()))
+    assert error is None
+    assert losses(messages) == [float(step) for step in range(9)]
+    assert [message.first_step for message in messages] == [0, 1, 5, 9]
+    assert messages[-1].done and not messages[-2].done
+    assert [(number, step) for number, step, _ in workers.fitting.applied] == [(2 + step, step) for step in range(9)]
+    await frontend.stub.TrainStep(frontend.train(b"b"))
+    assert workers.calls[-1][2] == 11
+    assert (await frontend.model()).step == 11
+
+
+async def test_shuffled_fit_takes_each_epochs_rows_in_the_order_of_its_seed(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    await told(frontend, fit(fakes.request_id(), shuffle=True, seed=7))
+    rows = [row for _, _, taken in workers.fitting.applied for row in taken]
+    assert rows == [(row + 7 + epoch) % 10 for epoch in range(3) for row in range(10)]
+    assert [len(taken) for _, _, taken in workers.fitting.applied] == [4, 4, 2] * 3
+
+
+async def test_validation_comes_after_each_epoch_and_before_the_next(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    messages, _ = await told(frontend, fit(fakes.request_id(), validation_dataset="datasets/d"))
+    found = [
+        (each.first_step, each.epoch, each.validation_loss) for each in messages if each.HasField("validation_loss")
+    ]
+    assert found == [(3, 0, 103.0), (6, 1, 106.0), (9, 2, 109.0)]
+
+
+async def test_other_requests_get_their_turn_between_the_steps_of_a_fit(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    stream = frontend.stub.Fit(fit(fakes.request_id(), epochs=100_000))
+    await stream.read()
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    assert "train_step" in [call[0] for call in workers.calls]
+    stream.cancel()
+    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    count = len(workers.fitting.applied)
+    await asyncio.sleep(0.05)
+    assert len(workers.fitting.applied) == count < 300_000
+
+
+async def test_fit_that_was_cut_off_goes_on_where_it_was_with_its_request_id(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    request = fit(fakes.request_id(), epochs=20)
+    stream = frontend.stub.Fit(request)
+    first = [await stream.read(), await stream.read()]
+    workers.gate.clear()
+    await frontend.until(lambda: workers.busy)
+    stream.cancel()
+    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    workers.gate.set()
+    request.completed_steps = len(losses(first))
+    rest, error = await told(frontend, request)
+    assert error is None
+    assert losses([*first, *rest]) == [float(step) for step in range(60)]
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(60))
+
+
+async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    request = fit(fakes.request_id(), epochs=20)
+    stream = frontend.stub.Fit(request)
+    heard = losses([await stream.read()])
+    workers.gate.clear()
+    await frontend.until(lambda: workers.busy)
+    request.completed_steps, request.stop = len(heard), True
+    stopping = asyncio.ensure_future(told(frontend, request))
+    await asyncio.sleep(0.02)
+    workers.gate.set()
+    messages, error = await stopping
+    assert error is None and not messages[-1].done
+    assert [*heard, *losses(messages)] == [float(step) for _, step, _ in workers.fitting.applied]
+    assert len(workers.fitting.applied) < 60
+
+
+async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_stay(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    workers.fitting.refused_at = 4
+    request = fit(fakes.request_id())
+    messages, error = await told(frontend, request)
+    assert losses(messages) == [0.0, 1.0, 2.0, 3.0]
+    assert error is not None
+    assert (error.reason, error.field, error.outcome) == ("LOSS_NOT_FINITE", "dataset", "applied")
+    assert error.message.startswith("epoch 1, batch 1 (step 4 of the fit): the loss is nan")
+    assert (await frontend.model()).step == 4
+    # The same for a repeat, which applies nothing.
+    again, error = await told(frontend, request)
+    assert (losses(again), error.reason) == ([0.0, 1.0, 2.0, 3.0], "LOSS_NOT_FINITE")
+    assert len(workers.fitting.applied) == 4
+
+
+async def test_request_id_of_a_fit_is_good_for_that_fit_alone(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    request = fit(fakes.request_id())
+    await told(frontend, request)
+    request.batch_size = 5
+    _, error = await told(frontend, request)
+    assert error is not None and error.reason == "REQUEST_ID_REUSED"
+    _, error = await told(frontend, fit(""))
+    assert error is not None and (error.reason, error.field) == ("FIELD_MISSING", "request_id")
+
+
+@pytest.mark.parametrize(
+    ("how", "field"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"shuffle": True, "seed": 2**63 - 1}, "seed"),
+        ({"completed_steps": 10}, "completed_steps"),
+        ({"dataset": "datasets/none"}, "dataset"),
+        ({"validation_dataset": "datasets/none"}, "validation_dataset"),
+    ],
+)
+async def test_fit_is_refused_by_the_field_that_is_wrong(frontend: Any, fakes: Any, how: Any, field: str) -> None:
+    await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    _, error = await told(frontend, fit(fakes.request_id(), **how))
+    assert error is not None and error.field == field
+
+
+# --- what outlives what ----------------------------------------------------------------------------------------------
+
+
+async def test_fit_goes_on_after_a_restart_and_its_dataset_may_be_deleted(start: Any, fakes: Any) -> None:
+    request = fit(fakes.request_id(), shuffle=True, validation_dataset="datasets/d")
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        messages, _ = await told(frontend, request)
+        before = frontend.cluster.groups["m"].fitting.applied
+        await frontend.stub.TrainStep(frontend.train(b"b"))
+        await frontend.stub.DeleteDataset(pb.DeleteDatasetRequest(name="datasets/d"))
+    async with start() as frontend:
+        workers = await ready(frontend)
+        assert workers.fitting.applied == before
+        assert set(workers.fitting.examples) == {EXAMPLES}
+        assert workers.calls[-1][2] == 10
+    # What the client had not heard yet is told, and applied no more: the dataset is another of that name by now.
+    async with start() as frontend:
+        await ready(frontend)
+        await frontend.stub.CreateDataset(creation(bytes(80)))
+        _, error = await told(frontend, request)
+        assert error is not None and error.reason == "REQUEST_ID_REUSED"
+    assert losses(messages) == [float(step) for step in range(9)]
+
+
+async def test_repeat_after_a_restart_hears_the_losses_that_it_missed(start: Any, fakes: Any) -> None:
+    request = fit(fakes.request_id(), validation_dataset="datasets/d")
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        messages, _ = await told(frontend, request)
+    async with start() as frontend:
+        workers = await ready(frontend)
+        count = len(workers.fitting.applied)
+        request.completed_steps = 1
+        again, error = await told(frontend, request)
+        assert error is None
+        assert losses(again) == losses(messages)[1:]
+        assert [each.validation_loss for each in again if each.HasField("validation_loss")] == [103.0, 106.0, 109.0]
+        assert len(workers.fitting.applied) == count
+
+
+async def test_lost_ranks_are_replaced_in_the_middle_of_a_fit(frontend: Any, fakes: Any) -> None:
+    await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    stream = frontend.stub.Fit(fit(fakes.request_id(), epochs=20))
+    messages = aiter(stream)
+    first = await anext(messages)
+    workers = frontend.cluster.groups["m"]
+    workers.error = RankLost("rank 0 died", outcome="unknown")
+    rest = [message async for message in messages]
+    assert losses([first, *rest]) == [float(step) for step in range(60)]
+    assert [step for _, step, _ in frontend.cluster.groups["m"].fitting.applied] == list(range(60))
+
+
+async def test_fits_end_when_the_service_drains(start: Any, fakes: Any) -> None:
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        stream = frontend.stub.Fit(fit(fakes.request_id(), epochs=1_000_000))
+        messages = aiter(stream)
+        await anext(messages)
+        async with asyncio.timeout(5):
+            await frontend.service.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            _ = [message async for message in messages]
+        error = from_rpc_error(caught.value, command=True)
+        assert (error.reason, error.retryable) == ("DRAINING", True)
+
+
+async def test_no_client_sends_what_the_journal_records_of_a_fit() -> None:
+    service = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
+    assert "FitSteps" not in service.methods_by_name

@@ -1,0 +1,146 @@
+"""Fits on the ranks of one model: steps on batches of a dataset, each split as a batch of its own is."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from gradwire_proto.batch_check import flatten
+from gradwire_proto.errors import RankLost
+from gradwire_proto.values import (
+    Batch,
+    FitSteps,
+    GradientQuery,
+    GradientResult,
+    StepsResult,
+    TensorData,
+    Value,
+    leaves,
+    map_leaves,
+)
+from gradwire_workers.combining import timing_of
+from gradwire_workers.group_variants import GroupVariants
+from gradwire_workers.rank_channel import decode_error
+from gradwire_workers.ranks import Answers, Ranks
+from gradwire_workers.shard import Shard
+from gradwire_workers.sharding import has_rows, rows_of, split
+
+
+class FitGroup:
+    """See the module. compute: a model's own gradients."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        variants: GroupVariants,
+        compute: Callable[[Batch, GradientQuery], Awaitable[GradientResult]],
+    ) -> None:
+        self._ranks = ranks
+        self._variants = variants
+        self._compute = compute
+
+    async def run(self, dataset: Batch, steps: FitSteps, *, most: int | None = None, command: int) -> StepsResult:
+        """Apply these steps, numbered from `command` on, as far as they go: `error` of the result says what ended them.
+
+        most: how many of them; None: all. What refuses the first of them is raised, and nothing was applied.
+        """
+        examples = examples_of(dataset)
+        count = steps.steps if most is None else min(most, steps.steps)
+        per_epoch = -(-examples // steps.batch_size)
+        first = steps.first_step % per_epoch
+        kinds = [
+            await self._kind(dataset, rows) for rows in _sizes(first, count, per_epoch, steps.batch_size, examples)
+        ]
+        fields = [
+            {
+                "kinds": [of_rank[rank] for of_rank in kinds],
+                "examples": examples,
+                "batch_size": steps.batch_size,
+                "first": first,
+                "steps": count,
+                "order": steps.rows or None,
+                "command": command,
+            }
+            for rank in range(len(self._ranks))
+        ]
+        with self._variants.carried_out():
+            answers = await self._ranks.call("fit", fields)
+            return await self._result(answers)
+
+    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
+        """For each seed, torch.randperm's order of so many rows, 4 bytes each."""
+        answers = await self._ranks.call("row_orders", [{"rows": rows, "seeds": list(seeds)}], changes=False)
+        return [bytes(order) for order in answers.fields[0]["orders"]]
+
+    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
+        """The mean over rows of the losses of its batches of so many rows, in evaluation mode. Changes nothing."""
+        examples, total = examples_of(dataset), 0.0
+        for start in range(0, examples, batch_size):
+            stop = min(start + batch_size, examples)
+            result = await self._compute(between(dataset, start, stop), GradientQuery(wrt=(), training=False))
+            total += result.loss * (stop - start)
+        return total / examples
+
+    async def _kind(self, dataset: Batch, rows: int) -> list[dict[str, Any]]:
+        """How batches of so many rows are computed, on each rank."""
+        batch = between(dataset, 0, rows)
+        variant, size, whole = await self._variants.choose_rows(batch)
+        shards = split(variant, size, batch, ranks=len(self._ranks), whole=whole)
+        inputs = tuple(flatten(variant.input_structure, dataset.inputs, "dataset.inputs"))
+        targets = ()
+        if dataset.targets is not None:
+            targets = tuple(flatten(variant.target_structure, dataset.targets, "dataset.targets"))
+        return [
+            {
+                "shard": _fields(shard, *(((), ()) if shard.idle else (inputs, targets))),
+                "split_inputs": [has_rows(each) for each in variant.input_leaves if not shard.idle],
+                "split_targets": [has_rows(each) for each in variant.target_leaves if targets and not shard.idle],
+            }
+            for shard in shards
+        ]
+
+    async def _result(self, answers: Answers) -> StepsResult:
+        first = answers.fields[0]
+        errors = [decode_error(each["error"]) for each in answers.fields if each["error"] is not None]
+        cause = next((error for error in errors if error.reason != "PEER_FAILED"), None)
+        if len({len(each["losses"]) for each in answers.fields}) > 1 or (errors and cause is None):
+            raise self._ranks.give_up(RankLost("the ranks lost each other during a fit", outcome="unknown"))
+        if any(each["needs_rejoin"] for each in answers.fields):
+            await self._ranks.rejoin()
+        return StepsResult(losses=tuple(first["losses"]), step=first["step"], timing=timing_of(answers), error=cause)
+
+
+def examples_of(dataset: Batch) -> int:
+    """Rows of every tensor."""
+    tensors = (leaf for part in (dataset.inputs, dataset.targets) for _, leaf in leaves(part))
+    return next(leaf.shape[0] for leaf in tensors if isinstance(leaf, TensorData))
+
+
+def between(dataset: Batch, start: int, stop: int) -> Batch:
+    """A batch of the examples [start, stop), not copied."""
+
+    def cut(value: Value) -> Value:
+        return map_leaves(lambda leaf: rows_of(leaf, start, stop) if isinstance(leaf, TensorData) else leaf, value)
+
+    return Batch(cut(dataset.inputs), cut(dataset.targets))
+
+
+def _sizes(first: int, count: int, per_epoch: int, batch_size: int, examples: int) -> list[int]:
+    """The sizes of the batches of so many steps, the first of which is `first` in its epoch."""
+    last = examples - (per_epoch - 1) * batch_size
+    has_last = first + count >= per_epoch
+    has_others = (count > 1 and per_epoch > 1) or first + 1 < per_epoch
+    return list(dict.fromkeys([*([batch_size] if has_others else []), *([last] if has_last else [])]))
+
+
+def _fields(shard: Shard, inputs: tuple[Any, ...], targets: tuple[Any, ...]) -> dict[str, Any]:
+    return {
+        "variant": shard.variant,
+        "rows": shard.rows,
+        "start": shard.start,
+        "stop": shard.stop,
+        "whole": shard.whole,
+        "idle": shard.idle,
+        "inputs": inputs,
+        "targets": targets,
+    }

@@ -1,0 +1,89 @@
+"""A rank's part of a fit: steps on a dataset that it maps once, and the orders of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradwire_proto.tensors import to_torch
+from gradwire_proto.values import TensorData
+from gradwire_workers.shard import Shard
+from gradwire_workers.trainer import Trainer
+from gradwire_workers.training.dataset_batches import BatchKind, DatasetBatches
+from gradwire_workers.training.step_run import StepRun
+
+Fields = Mapping[str, Any]
+
+
+class RankFitting:
+    """See the module. What was mapped for one command stays mapped for the next."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[TensorData, torch.Tensor] = {}
+
+    def run(self, trainer: Trainer, fields: Fields) -> StepRun:
+        """The steps that a command asks for, yet to go."""
+        before, self._mapped = self._mapped, {}
+        kinds = [
+            BatchKind(
+                shard=Shard(
+                    **{
+                        **kind["shard"],
+                        "inputs": self._leaves(kind["shard"]["inputs"], before),
+                        "targets": self._leaves(kind["shard"]["targets"], before),
+                    }
+                ),
+                split_inputs=kind["split_inputs"],
+                split_targets=kind["split_targets"],
+            )
+            for kind in fields["kinds"]
+        ]
+        order = fields["order"]
+        batches = DatasetBatches(
+            kinds,
+            examples=fields["examples"],
+            batch_size=fields["batch_size"],
+            first=fields["first"],
+            steps=fields["steps"],
+            order=None if order is None else torch.from_numpy(np.frombuffer(order, "<i4").astype(np.int64)),
+        )
+        return StepRun(trainer, batches, fields["command"])
+
+    def forget(self) -> None:
+        """Let go of what is mapped."""
+        self._mapped = {}
+
+    def _leaves(self, values: Sequence[Any], before: Mapping[TensorData, torch.Tensor]) -> tuple[Any, ...]:
+        return tuple(self._map(value, before) if isinstance(value, TensorData) else value for value in values)
+
+    def _map(self, value: TensorData, before: Mapping[TensorData, torch.Tensor]) -> torch.Tensor:
+        tensor = self._mapped.get(value)
+        if tensor is None:
+            tensor = before.get(value)
+            self._mapped[value] = tensor = to_torch(value) if tensor is None else tensor
+        return tensor
+
+
+def report_of(run: StepRun, step: int, error: Fields | None, *, needs_rejoin: bool) -> Fields:
+    """What a rank answers. error: what refused the step behind those that were applied."""
+    return {
+        "losses": run.losses,
+        "step": step,
+        "rows": run.rows,
+        "seconds": asdict(run.seconds),
+        "error": error,
+        "needs_rejoin": needs_rejoin,
+    }
+
+
+def orders_of(fields: Fields) -> Fields:
+    """Permutations of so many rows, one for each seed: torch.randperm's, as 32-bit integers."""
+    orders = []
+    for seed in fields["seeds"]:
+        generator = torch.Generator().manual_seed(seed)
+        orders.append(torch.randperm(fields["rows"], generator=generator).to(torch.int32).numpy().tobytes())
+    return {"orders": orders}
