@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_proto import codec
-from gradwire_proto.errors import InternalError
+from gradwire_proto.errors import Cancelled, InternalError
 from gradwire_proto.v1.dataset_pb2 import FitStepsRequest
 from gradwire_proto.values import Batch, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
 from gradwire_server.storage.dataset_files import StoredDataset, batch_of
 from gradwire_server.workers import Workers
+
+
+@dataclass(slots=True)
+class Reached:
+    """How many steps of a fit were applied when its last command ended."""
+
+    step: int
 
 
 class FitCommands:
@@ -23,14 +30,19 @@ class FitCommands:
         self._commands = commands
         self._workers = workers
 
-    async def apply(self, call: Call, dataset: StoredDataset | None) -> StepsResult:
+    async def apply(
+        self, call: Call, dataset: StoredDataset | None = None, reached: Reached | None = None
+    ) -> StepsResult:
         """Apply the steps of the record in `call`, once for its request id, as far as they go.
 
-        Without a dataset they are applied once more, of a record that has kept the tensors.
+        Without a dataset they are applied once more, of a record that has kept the tensors. reached: they are refused,
+        with Cancelled, unless those before them were all applied.
         """
 
         async def work(_: Any, __: int) -> StepsResult:
             steps = codec.decode_fit_steps(FitStepsRequest.FromString(call.raw))
+            if reached is not None and reached.step != steps.first_step:
+                raise Cancelled("a step before these was refused; nothing was applied")
             examples, most = self._examples(call, dataset), None
             before = self._commands.number
             if call.replay is not None:
@@ -38,6 +50,8 @@ class FitCommands:
             result = await self._workers().fitting.run(examples, steps, most=most, command=before + 1)
             if most is not None and len(result.losses) < most:
                 raise result.error or InternalError("fewer steps were applied than the first time", outcome="unknown")
+            if reached is not None:
+                reached.step += len(result.losses)
             return replace(result, validation_loss=steps.validation_loss)
 
         return await self._commands.run(call, None, work, dataset=dataset)

@@ -112,7 +112,7 @@ async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(f
     messages, error = await told(frontend, fit(fakes.request_id()))
     assert error is None
     assert losses(messages) == [float(step) for step in range(9)]
-    assert [message.first_step for message in messages] == [0, 1, 5, 9]
+    assert [message.first_step for message in messages] == [0, 1, 6, 9]
     assert messages[-1].done and not messages[-2].done
     assert [(number, step) for number, step, _ in workers.fitting.applied] == [(2 + step, step) for step in range(9)]
     await frontend.stub.TrainStep(frontend.train(b"b"))
@@ -204,6 +204,18 @@ async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_s
     again, error = await told(frontend, request)
     assert (losses(again), error.reason) == ([0.0, 1.0, 2.0, 3.0], "LOSS_NOT_FINITE")
     assert len(workers.fitting.applied) == 4
+
+
+async def test_what_was_begun_ahead_of_a_refused_step_is_not_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    workers.fitting.refused_at = 40
+    messages, error = await told(frontend, fit(fakes.request_id(), epochs=20))
+    assert error is not None and error.message.startswith("epoch 13, batch 1 (step 40")
+    assert losses(messages) == [float(step) for step in range(40)]
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(40))
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    assert workers.calls[-1][2] == 41
 
 
 async def test_request_id_of_a_fit_is_good_for_that_fit_alone(frontend: Any, fakes: Any) -> None:
