@@ -171,6 +171,20 @@ async def test_fit_that_was_cut_off_goes_on_where_it_was_with_its_request_id(fro
     assert [step for _, step, _ in workers.fitting.applied] == list(range(60))
 
 
+async def test_dataset_that_is_deleted_meanwhile_is_there_for_the_fit_that_uses_it(
+    frontend: Any, fakes: Any, storage: Any
+) -> None:
+    workers = await frontend.create(durability="none")
+    await frontend.stub.CreateDataset(creation())
+    stream = frontend.stub.Fit(fit(fakes.request_id(), epochs=20))
+    messages = aiter(stream)
+    await anext(messages)
+    await frontend.stub.DeleteDataset(pb.DeleteDatasetRequest(name="datasets/d"))
+    rest = [message async for message in messages]
+    assert rest[-1].done and set(workers.fitting.examples) == {EXAMPLES}
+    await frontend.until(lambda: not list((storage / "datasets").iterdir()))
+
+
 async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     await frontend.stub.CreateDataset(creation())
