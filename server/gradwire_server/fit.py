@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError, InvalidArgument, Unavailable
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 from gradwire_proto.values import FitPlan, FitProgress, FitSteps, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
@@ -20,12 +21,17 @@ from gradwire_server.fit_pace import Pace
 from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.row_orders import RowOrders
 from gradwire_server.storage.dataset_files import StoredDataset
+from gradwire_server.stored_replies import decode_reply
+
+_KEPT = 256
+"""Commands of a fit whose replies are kept for a client that comes back: half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
     """Steps to before `end`; None: they are those of an earlier call. loss: told before them."""
 
+    call: Call
     end: int | None
     loss: float | None
     result: asyncio.Future[StepsResult]
@@ -72,6 +78,9 @@ class Fit:
         )
         self._pace = Pace()
         self._reached = Reached(-1)
+        self._heard: deque[Call] = deque()
+        self._applied_before: int | None = None
+        """Steps that calls before this one have applied, as far as it is known."""
         # Whatever was asked of it, but for where a repeat goes on: the same id with another is another fit.
         asked = replace(plan, completed_steps=0, stop=False)
         self._identity = repr((asked, dataset.upload, None if validation is None else validation.upload)).encode()
@@ -92,6 +101,7 @@ class Fit:
                 if current.loss is None and result.validation_loss is not None:
                     yield self._told(done, result.validation_loss)
                 yield self._applied(done, result)
+                self._forget_old(current.call)
                 done += len(result.losses)
                 if result.error is not None:
                     raise self._refusal(result.error, done)
@@ -110,6 +120,7 @@ class Fit:
         call = self._call(first)
         loss, end = None, None
         if self._commands.log.find(call) is None:
+            self._check_not_applied(first)
             if self.stopped:
                 return None
             if self.draining:
@@ -119,7 +130,28 @@ class Fit:
                 self._reached.step = first
             end = first + self._count(first)
             call = await self._with_steps(call, first, end, loss)
-        return _Command(end, loss, asyncio.ensure_future(self._run(call, first)))
+        return _Command(call, end, loss, asyncio.ensure_future(self._run(call, first)))
+
+    def _check_not_applied(self, first: int) -> None:
+        """Refuse to apply a step once more whose loss is not stored any more: later ones are."""
+        if self._applied_before is None:
+            self._applied_before = self._known_end()
+        if first < self._applied_before:
+            lost = (
+                f"the losses of steps {first} to {self._applied_before - 1}, which were applied, are no longer stored"
+            )
+            raise FailedPrecondition(lost, reason="REPLY_FORGOTTEN", outcome="applied")
+
+    def _known_end(self) -> int:
+        ended = (each for _, _, each in self._commands.log.stored() if each.method == FIT_STEPS)
+        results = (decode_reply(each.method, each.reply) for each in ended if each.reply is not None)
+        return max((each.end for each in results if each.fit == self.request_id), default=0)
+
+    def _forget_old(self, call: Call) -> None:
+        """A client that comes back has heard of what was long ago."""
+        self._heard.append(call)
+        if len(self._heard) > _KEPT:
+            self._commands.log.forget(self._heard.popleft())
 
     def _may_look_ahead(self, end: int) -> bool:
         """Whether the ranks need not wait for what is told of a command that ends there before they have the next."""
@@ -148,6 +180,7 @@ class Fit:
         if self._orders is not None:
             rows = await self._orders.between(self._row_of(first), self._row_of(end))
         asked = FitSteps(
+            fit=self.request_id,
             dataset=self._dataset.info,
             first_step=first,
             steps=end - first,

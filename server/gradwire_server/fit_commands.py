@@ -52,7 +52,7 @@ class FitCommands:
                 raise result.error or InternalError("fewer steps were applied than the first time", outcome="unknown")
             if reached is not None:
                 reached.step += len(result.losses)
-            return replace(result, validation_loss=steps.validation_loss)
+            return replace(result, fit=steps.fit, first_step=steps.first_step, validation_loss=steps.validation_loss)
 
         return await self._commands.run(call, None, work, dataset=dataset)
 

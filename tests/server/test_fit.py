@@ -14,6 +14,7 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
+from gradwire_server import fit as fit_module
 
 EXAMPLES = bytes(range(80))
 """Ten rows of two floats."""
@@ -169,6 +170,30 @@ async def test_fit_that_was_cut_off_goes_on_where_it_was_with_its_request_id(fro
     assert error is None
     assert losses([*first, *rest]) == [float(step) for step in range(60)]
     assert [step for _, step, _ in workers.fitting.applied] == list(range(60))
+
+
+async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_KEPT", 2)
+    async with start() as frontend:
+        workers = await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        request = fit(fakes.request_id(), epochs=20)
+        messages, _ = await told(frontend, request)
+        request.completed_steps = 6
+        again, error = await told(frontend, request)
+        assert error is not None and (again, error.reason, error.outcome) == ([], "REPLY_FORGOTTEN", "applied")
+        assert len(workers.fitting.applied) == 60
+        request.completed_steps = messages[-3].first_step
+        assert losses((await told(frontend, request))[0]) == [
+            float(step) for step in range(request.completed_steps, 60)
+        ]
+    async with start() as frontend:
+        workers = await ready(frontend)
+        request.completed_steps = 2
+        assert (await told(frontend, request))[1].reason == "REPLY_FORGOTTEN"
+        assert len(workers.fitting.applied) == 60
 
 
 async def test_dataset_that_is_deleted_meanwhile_is_there_for_the_fit_that_uses_it(

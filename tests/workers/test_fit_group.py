@@ -165,7 +165,7 @@ async def test_fit_gives_the_bits_of_train_steps_on_the_same_batches(make_group,
     dataset, losses = stored(tmp_path, x, y), []
     for first, count in ((0, 4), (4, 1), (5, 7)):
         packed = torch.cat(rows[first : first + count]).to(torch.int32).numpy().tobytes() if shuffled else b""
-        asked = FitSteps(dataset=INFO, first_step=first, steps=count, batch_size=size, rows=packed)
+        asked = FitSteps(fit="f", dataset=INFO, first_step=first, steps=count, batch_size=size, rows=packed)
         result = await fitted.fitting.run(dataset, asked, command=first + 1)
         assert result.error is None and len(result.losses) == count
         losses += result.losses
@@ -175,7 +175,7 @@ async def test_fit_gives_the_bits_of_train_steps_on_the_same_batches(make_group,
 
 
 def asked(first: int, steps: int, size: int = 5) -> FitSteps:
-    return FitSteps(dataset=INFO, first_step=first, steps=steps, batch_size=size)
+    return FitSteps(fit="f", dataset=INFO, first_step=first, steps=steps, batch_size=size)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
