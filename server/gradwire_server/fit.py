@@ -21,7 +21,6 @@ from gradwire_server.fit_pace import Pace
 from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.row_orders import RowOrders
 from gradwire_server.storage.dataset_files import StoredDataset
-from gradwire_server.stored_replies import decode_reply
 
 _KEPT = 256
 """Commands of a fit whose replies are kept for a client that comes back: half a minute."""
@@ -79,25 +78,28 @@ class Fit:
         self._pace = Pace()
         self._reached = Reached(-1)
         self._heard: deque[Call] = deque()
-        self._applied_before: int | None = None
-        """Steps that calls before this one have applied, as far as it is known."""
         # Whatever was asked of it, but for where a repeat goes on: the same id with another is another fit.
         asked = replace(plan, completed_steps=0, stop=False)
         self._identity = repr((asked, dataset.upload, None if validation is None else validation.upload)).encode()
 
     async def progress(self) -> AsyncGenerator[FitProgress, None]:
         """What happens, as it happens; ends when all is done, or it was stopped. Raises what refuses a step."""
-        done, ahead = self._plan.completed_steps, None
+        done = self._plan.completed_steps
+        under_way: deque[_Command] = deque()
         try:
             while done < self._total:
-                current, ahead = ahead or await self._begin(done), None
-                if current is None:
+                if not under_way and (found := await self._begin(done)) is not None:
+                    under_way.append(found)
+                if not under_way:
                     return
+                current = under_way[0]
                 if current.loss is not None:
                     yield self._told(done, current.loss)
                 if current.end is not None and self._may_look_ahead(current.end):
                     ahead = await self._begin(current.end, ahead=True)
+                    under_way.extend([] if ahead is None else [ahead])
                 result = await current.result
+                under_way.popleft()
                 if current.loss is None and result.validation_loss is not None:
                     yield self._told(done, result.validation_loss)
                 yield self._applied(done, result)
@@ -106,9 +108,10 @@ class Fit:
                 if result.error is not None:
                     raise self._refusal(result.error, done)
         finally:
-            if ahead is not None:
-                ahead.result.cancel()
-                await asyncio.gather(ahead.result, return_exceptions=True)
+            # What has not begun yet is given up, where nobody else waits for it.
+            for each in under_way:
+                each.result.cancel()
+            await asyncio.gather(*(each.result for each in under_way), return_exceptions=True)
         loss = None if self.stopped else await self._validated(done)
         yield FitProgress(first_step=done, epoch=self._plan.epochs - 1, validation_loss=loss, done=True)
 
@@ -120,7 +123,8 @@ class Fit:
         call = self._call(first)
         loss, end = None, None
         if self._commands.log.find(call) is None:
-            self._check_not_applied(first)
+            if not ahead:
+                self._check_goes_on(first)
             if self.stopped:
                 return None
             if self.draining:
@@ -132,20 +136,16 @@ class Fit:
             call = await self._with_steps(call, first, end, loss)
         return _Command(call, end, loss, asyncio.ensure_future(self._run(call, first)))
 
-    def _check_not_applied(self, first: int) -> None:
-        """Refuse to apply a step once more whose loss is not stored any more: later ones are."""
-        if self._applied_before is None:
-            self._applied_before = self._known_end()
-        if first < self._applied_before:
-            lost = (
-                f"the losses of steps {first} to {self._applied_before - 1}, which were applied, are no longer stored"
-            )
-            raise FailedPrecondition(lost, reason="REPLY_FORGOTTEN", outcome="applied")
-
-    def _known_end(self) -> int:
-        ended = (each for _, _, each in self._commands.log.stored() if each.method == FIT_STEPS)
-        results = (decode_reply(each.method, each.reply) for each in ended if each.reply is not None)
-        return max((each.end for each in results if each.fit == self.request_id), default=0)
+    def _check_goes_on(self, first: int) -> None:
+        """Refuse to apply steps once more whose losses are not stored any more, and to leave some out."""
+        known = self._fitting.end_of(self.request_id)
+        if known is None or first == known:
+            return
+        if first > known:
+            message = f"{known} steps of the fit were applied, got {first}"
+            raise InvalidArgument(message, field="completed_steps", reason="INTEGER_OUT_OF_RANGE")
+        message = f"steps {first} to {known - 1} of the fit were applied, and their losses are no longer stored"
+        raise FailedPrecondition(message, reason="REPLY_FORGOTTEN", outcome="applied")
 
     def _forget_old(self, call: Call) -> None:
         """A client that comes back has heard of what was long ago."""

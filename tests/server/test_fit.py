@@ -224,8 +224,13 @@ async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, f
     workers.gate.set()
     messages, error = await stopping
     assert error is None and not messages[-1].done
-    assert [*heard, *losses(messages)] == [float(step) for _, step, _ in workers.fitting.applied]
-    assert len(workers.fitting.applied) < 60
+    count = len(workers.fitting.applied)
+    assert [*heard, *losses(messages)] == [float(step) for step in range(count)]
+    assert count < 60
+    # Nor may a repeat leave some out.
+    request.completed_steps, request.stop = count + 1, False
+    _, error = await told(frontend, request)
+    assert error is not None and error.field == "completed_steps"
 
 
 async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_stay(frontend: Any, fakes: Any) -> None:
