@@ -42,7 +42,7 @@ class FitCommands:
         if (end := self._ends.get(fit)) is not None:
             return end
         # Of one that came back with a checkpoint, the replies alone tell.
-        ended = (each for _, _, each in self._commands.log.stored() if each.method == FIT_STEPS)
+        ended = (each for each in self._commands.log.stored()() if each.method == FIT_STEPS)
         stored = (decode_reply(each.method, each.reply) for each in ended if each.reply is not None)
         return max((each.end for each in stored if each.fit == fit), default=None)
 
