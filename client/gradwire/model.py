@@ -318,7 +318,8 @@ class Model:
 
         name: 1 to 63 of [a-z0-9-]; chosen where left out. Raises AlreadyExists (CHECKPOINT_EXISTS);
         ResourceExhausted (STORAGE_FULL), FailedPrecondition (STORAGE_READ_ONLY) or Unavailable (STORAGE_UNREACHABLE)
-        where the service cannot keep it.
+        where the service cannot keep it; DeadlineExceeded where it takes longer than the client's timeout: at outcome
+        "unknown" the service is still at it.
         """
         return self._run(self._calls.save(name))
 
