@@ -18,7 +18,7 @@ from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, Invali
 from gradwire_proto.names import checkpoint_name
 from gradwire_proto.values import Checkpoint
 from gradwire_server.storage.checkpoint_files import check_file, read_files, write_files
-from gradwire_server.storage.checkpoint_folders import Folders, storage_errors, taken
+from gradwire_server.storage.checkpoint_folders import Folders, checked, storage_errors, taken
 from gradwire_server.storage.local_folders import LocalFolders
 from gradwire_server.storage.manifest import (
     Manifest,
@@ -84,7 +84,7 @@ class CheckpointStore:
             if not saved.automatic and (first := self.answered(key, saved.model_id, saved.request_id)):
                 return first
             with self._folders.draft(key, replace=saved.automatic) as draft:
-                manifest = Manifest.of(saved, write_files(draft, saved))
+                manifest = Manifest.of(saved, write_files(draft, saved), draft.place)
                 draft.commit(encode_manifest(manifest))
         return manifest.checkpoint()
 
@@ -114,7 +114,7 @@ class CheckpointStore:
         CheckpointNotFound; FailedPrecondition CHECKPOINT_VERSION, and CHECKPOINT_CORRUPT where a single bit is wrong.
         """
         manifest = self._manifest(key)
-        folder = self._folders.fetch(key, list(manifest.files))
+        folder = self._folders.fetch(key, manifest.names)
         try:
             with storage_errors(str(folder)):
                 for name, expected in manifest.files.items():
@@ -152,7 +152,7 @@ class CheckpointStore:
 
     def delete(self, key: str) -> None:
         """Remove a checkpoint. CheckpointNotFound."""
-        if self._folders.manifest(_checked(key)) is None:
+        if self._folders.manifest(checked(key)) is None:
             raise _not_found(key)
         self._folders.delete(key)
 
@@ -166,7 +166,7 @@ class CheckpointStore:
         self._folders.sweep()
 
     def _manifest(self, key: str) -> Manifest:
-        content = self._folders.manifest(_checked(key))
+        content = self._folders.manifest(checked(key))
         if content is None:
             raise _not_found(key)
         return decode_manifest(content, _name(key))
@@ -175,7 +175,7 @@ class CheckpointStore:
     def _claimed(self, key: str) -> Iterator[None]:
         """Inside, nobody else writes there."""
         with self._lock:
-            if _checked(key) in self._claims:
+            if checked(key) in self._claims:
                 raise taken(key)
             self._claims.add(key)
         try:
@@ -183,15 +183,6 @@ class CheckpointStore:
         finally:
             with self._lock:
                 self._claims.remove(key)
-
-
-def _checked(key: str) -> str:
-    """`key`, which becomes a path: nothing but what `key_of` gives for a checkpoint's name."""
-    kind, _, name = key.partition("/")
-    if kind not in ("auto", "named") or ("/" in name) != (kind == "auto"):
-        raise ValueError(f"no key of a checkpoint: {key!r:.100}")
-    checkpoint_name(name)
-    return key
 
 
 def _name(key: str) -> str:
