@@ -120,7 +120,7 @@ class ModelCheckpoints:
             store = self._hosting.storage.checkpoints
             await in_thread(store.write, key_of(saved.name), saved, threads=store.threads)
         finally:
-            saved.remove_files()
+            await in_thread(saved.remove_files)
 
     async def begin_anew(self) -> None:
         """Take a checkpoint in the turn that it is, and start the journal anew behind it.

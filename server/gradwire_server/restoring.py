@@ -128,15 +128,14 @@ class Restorer:
         self._model.adopt(workers, state.trained)
 
     async def _from_storage(self, storage: ModelStorage) -> None:
-        store = storage.checkpoints
-        saved, spec = await in_thread(read_newest, store, self._model.id, threads=store.threads)
+        saved, spec = await read_newest(storage.checkpoints, self._model.id)
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(storage, spec, saved.state.command)
             workers = await self._start(spec, saved)
             self._model.adopt(workers, saved.state.trained)
         finally:
-            saved.remove_files()
+            await in_thread(saved.remove_files)
         try:
             await apply_again(self._model, self._replayer, journal, entries)
         except BaseException:
