@@ -245,6 +245,10 @@ class ModelRecovery:
         """Let go of retained forwards on ranks to which commands are applied once more."""
         await self._autograd.release_again(names)
 
+    def wants_answer(self, entry: Entry) -> bool:
+        """Whether somebody may still ask what this command answered, and it is not known here."""
+        return entry.request_id is not None and not self._over.is_set() and entry.request_id not in self._commands.log
+
     def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
         """This command of the journal was applied once more."""
         if not entry.unnumbered:
