@@ -87,6 +87,7 @@ class ModelRecovery:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
+                self._ranks.caught_up()
                 self._knows_all = True
                 self._checkpoints.watch(await self._kept_checkpoints())
                 self._description.ready()
@@ -170,6 +171,7 @@ class ModelRecovery:
             if not self._is_durable:
                 raise copy.copy(lost) from None
             self._description.check_usable()
+        self._ranks.caught_up()
         self._commands.log.goes_back_to(self.number)
         self._records.goes_back_to(self.number)
         self._description.ready()
