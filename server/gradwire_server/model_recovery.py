@@ -173,7 +173,7 @@ class ModelRecovery:
             self._description.check_usable()
         self._ranks.caught_up()
         self._commands.log.goes_back_to(self.number)
-        self._records.goes_back_to(self.number)
+        await self._records.goes_back_to(self.number)
         self._description.ready()
         with suppress(RankLost):
             await self._autograd.release_again()
