@@ -162,6 +162,7 @@ class Journal:
         "unknown" and breaks the journal: the command must not be acknowledged.
         """
         if self.broken is not None:
+            self._ahead = None
             raise copy.copy(self.broken)
         try:
             nbytes = self._written(entry)
@@ -172,6 +173,8 @@ class Journal:
         except GradwireError as error:
             self.broken = error
             raise
+        assert self._segment is not None
+        self._segment.kept = self._segment.end
         if entry.unnumbered:
             self._refused.add(entry.number)
         else:
@@ -230,6 +233,22 @@ class Journal:
             raise storage_error(error, "remove what a checkpoint holds") from error
         finally:
             del self._segments[:gone]
+
+    def cut_end(self) -> None:
+        """See to it that no restart finds a command behind the last one recorded: `append` failed, but not the write.
+
+        FailedPrecondition MODEL_FENCED, and errors of `storage_error`: a restart, or another frontend, may find it.
+        Blocks: a thread may call it, while nothing but `cut` is called here.
+        """
+        self._lock.check()
+        if self._segment is None:
+            return
+        try:
+            self._segment.cut(durable=self._durable)
+        except OSError as error:
+            raise storage_error(error, "be rid of a command") from error
+        # Again: another frontend may have read the record before it was cut off.
+        self._lock.check()
 
     def restart(self, after: int) -> None:
         """Go on after a failure, in a new segment, behind a checkpoint that holds all up to command `after`.
