@@ -177,7 +177,7 @@ class Checkpointer:
         with self._noting_failure():
             if self._model.journal is not None:
                 # Behind the last but one: should the newest prove unreadable, nothing is lost.
-                self._model.journal.cut(kept[-2:][0])
+                await self._in_thread(self._model.journal.cut(kept[-2:][0]))
         with self._noting_failure():
             for number in old:
                 await self._in_thread(self._delete, number)

@@ -18,7 +18,7 @@ _STEP_BYTES = 1 << 20
 
 class SegmentWriter:
     """A new segment, which replaces one of that name without records. `end`: bytes written; `kept`: how many of them
-    count, which is for its user to say; `seed`: see records.py.
+    count, and `last`: the last command among these, which are for its user to say; `seed`: see records.py.
 
     Its methods raise OSError. The file is closed when nothing refers to it any more: also a rolled segment is fsynced.
     """
@@ -27,6 +27,7 @@ class SegmentWriter:
         start = encode_start(epoch, first)
         self.path = path
         self.first = first
+        self.last = first - 1
         self.seed = seed_of(start)
         self.end = 0
         self._room = 0
