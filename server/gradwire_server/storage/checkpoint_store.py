@@ -161,6 +161,12 @@ class CheckpointStore:
         for number in self.automatic(model_id):
             self._folders.delete(f"auto/{model_id}/{number}")
 
+    def remove_own(self) -> None:
+        """Remove every automatic checkpoint of the owner, and what was left half-written, for a storage that goes."""
+        for key in self._folders.keys("auto/"):
+            self._folders.delete(key)
+        self._folders.sweep()
+
     def sweep(self) -> None:
         """Remove what earlier services left half-written. For a service that has just taken the storage over."""
         self._folders.sweep()

@@ -106,10 +106,11 @@ class LocalFolders:
             for key in self._folders():
                 if not (self._path(key) / MANIFEST).is_file():
                     shutil.rmtree(self._path(key))
-            for model_id in _names(self._path("auto/")):
+            models = [self._path(f"auto/{model_id}") for model_id in _names(self._path("auto/"))]
+            for folder in (*models, self._path("auto/")):
                 with contextlib.suppress(OSError):
-                    # Of a model that has none any more.
-                    os.rmdir(self._path(f"auto/{model_id}"))
+                    # Of a model, or an owner, that has none any more.
+                    os.rmdir(folder)
 
     def show(self, path: Path, key: str, *, replace: bool) -> None:
         """Rename the folder `path` to what `key` names, durably."""
