@@ -115,8 +115,12 @@ def objects() -> Iterator[type[Objects]]:
     fsspec.register_implementation("objects", Objects, clobber=True)
     Objects.held.clear()
     Objects.mend()
+    before = set(threading.enumerate())
     yield Objects
     Objects.mend()
+    # What was given up, and goes on now, belongs to this test.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
 
 
 @pytest.fixture
