@@ -54,11 +54,16 @@ class ModelRecords:
         self._next_try = 0.0
 
     async def usable(self) -> None:
-        """Return when commands can be recorded. Raises why they cannot; nothing was applied."""
-        if self.journal is None or self.journal.broken is None:
+        """Return when commands can be recorded, and what is read is nobody else's to change. Raises why not: nothing
+        was applied.
+        """
+        if self.journal is None:
             return
         try:
-            await self._mend()
+            if self.journal.broken is None:
+                self.journal.check_lock()
+            else:
+                await self._mend()
         except GradwireError as error:
             error.outcome = "not_applied"
             raise

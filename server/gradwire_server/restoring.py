@@ -134,7 +134,8 @@ class Restorer:
         finally:
             await in_thread(saved.remove_files)
         try:
-            await apply_again(self._model, self._replayer, journal, entries)
+            with workers.without_limits():
+                await apply_again(self._model, self._replayer, journal, entries)
         except BaseException:
             await asyncio.shield(self._vacate(workers))
             raise
@@ -142,7 +143,13 @@ class Restorer:
     async def _start(self, spec: CurrentSpec, state: ModelState) -> Workers:
         try:
             return await self._cluster.start_group(
-                spec.value, state.tensors, None, model_id=self._model.id, state=state, place=self._place
+                spec.value,
+                state.tensors,
+                None,
+                model_id=self._model.id,
+                state=state,
+                place=self._place,
+                again=True,
             )
         except RankLost as lost:
             # No command is to blame, so it is tried until it succeeds.

@@ -78,3 +78,22 @@ async def test_answers_are_not_made_anew_where_they_are_known(start: Callable[..
         assert [call[0] for call in frontend.cluster.groups["m"].calls] == ["forward"]
         assert frontend.files == files
         assert await frontend.stub.Forward(request) == first
+
+
+async def test_ranks_apply_a_journal_whatever_the_limits_are_now_and_heed_them_afterwards(
+    start: Callable[..., Any], fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, limited = fakes.FakeWorkers.train_step, []
+
+    async def noted(self: Any, *arguments: Any, **named: Any) -> Any:
+        limited.append(self.limited)
+        return await train_step(self, *arguments, **named)
+
+    monkeypatch.setattr(fakes.FakeWorkers, "train_step", noted)
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.TrainStep(frontend.train(b"a"))
+    async with start() as frontend:
+        assert await comes_back(frontend)
+        await frontend.stub.TrainStep(frontend.train(b"b"))
+    assert limited == [True, False, True]

@@ -129,15 +129,21 @@ class CheckpointStore:
 
     def list(self, prefix: str = "") -> list[Checkpoint]:
         """The checkpoints whose key starts with `prefix`, by key. Those that cannot be read are logged and left out."""
-        found = []
+        return [manifest.checkpoint() for manifest in self._manifests(prefix)]
+
+    def requests(self, model_id: str) -> frozenset[str]:
+        """The ids of the requests that made the named checkpoints of a model."""
+        found = (each.request_id for each in self._manifests("named/") if each.model_id == model_id)
+        return frozenset(each for each in found if each is not None)
+
+    def _manifests(self, prefix: str) -> Iterator[Manifest]:
         for key in self._folders.keys(prefix):
             try:
-                found.append(self.get(key))
+                yield self._manifest(key)
             except CheckpointNotFound:
                 pass
             except FailedPrecondition as error:
                 logger.warning("%s", error)
-        return found
 
     def automatic(self, model_id: str) -> list[int]:
         """The numbers of a model's automatic checkpoints, newest first."""

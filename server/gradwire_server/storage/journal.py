@@ -190,6 +190,10 @@ class Journal:
         assert self._sync is not None
         return self._lock.commits.add(self, self._sync)
 
+    def check_lock(self) -> None:
+        """Raises FailedPrecondition MODEL_FENCED once another frontend has taken over. See StorageLock.check."""
+        self._lock.check()
+
     def keep_upload(self, path: Path, name: str) -> str:
         """Keep an upload for the command that names it, before it is carried out; see Blobs.keep."""
         return self.blobs.keep(path, name)
