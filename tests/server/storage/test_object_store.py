@@ -209,7 +209,14 @@ def test_replaced_one_is_old_or_new_and_always_there(store, segments, objects):
         read.remove_files()
 
 
-def test_two_services_that_save_one_name_at_once_end_with_one_of_them_whole(store, segments, objects, tmp_path):
+@pytest.mark.parametrize("creates", [True, False])
+def test_two_services_that_save_one_name_at_once_end_with_one_of_them_whole(
+    store, segments, objects, tmp_path, monkeypatch, creates
+):
+    if not creates:
+        # A store that cannot put what must not be there yet: it is asked a last time before.
+        monkeypatch.setattr(objects, "pipe_file", lambda self, path, value: objects.held.update({path: value}))
+        store = CheckpointStore("objects://bucket/gradwire", tmp_path / "cache", owner=OWNER, patience=0.3)
     other = CheckpointStore("objects://bucket/gradwire", tmp_path / "other", owner="f" * 16, patience=0.3)
     one, two = saved_model(segments), saved_model(segments, module=net(1))
 
