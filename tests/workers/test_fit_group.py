@@ -211,6 +211,10 @@ async def test_most_bounds_what_is_applied_once_more(make_group, tmp_path):
     group = await make_group(network(), nn.CrossEntropyLoss(), x, y, 2)
     result = await group.fitting.run(stored(tmp_path, x, y), asked(0, 5), most=2, command=1)
     assert (len(result.losses), result.step, group.applied) == (2, 2, 1)
+    # What was let go of is mapped again.
+    await group.fitting.forget()
+    rest = await group.fitting.run(stored(tmp_path, x, y), asked(2, 3), command=3)
+    assert (len(rest.losses), rest.step, group.applied) == (3, 5, 2)
 
 
 async def test_validation_is_the_mean_over_rows_and_changes_nothing(make_group, tmp_path):
