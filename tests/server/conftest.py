@@ -184,6 +184,9 @@ class FakeFitting:
         await self._workers._call("orders", tuple(seeds))
         return [struct.pack(f"<{rows}I", *[(row + seed) % rows for row in range(rows)]) for seed in seeds]
 
+    async def forget(self) -> None:
+        await self._workers._call("forget")
+
     async def evaluate(self, dataset: Batch, batch_size: int) -> float:
         await self._workers._call("evaluate", batch_size)
         return 100.0 + self._workers.step
