@@ -11,7 +11,7 @@ import torch
 from gradwire.calls import Call
 from gradwire.gradient_queries import fresh_seed
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
@@ -55,7 +55,7 @@ class AutogradCalls:
     ) -> Call[RetainedOutputs]:
         """A forward that is retained. wrt: the parameters that `backward` may add gradients of; None for all."""
         self._rpc.check_usable()
-        request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=INLINE_BYTES)
+        request = pb.ForwardRequest(name=self._name, training=training, max_inline_bytes=inline_bytes(self._rpc))
         if not training:
             # Not by the number of the command: a read in eval mode draws anew too.
             request.seed = fresh_seed()
@@ -88,7 +88,7 @@ class AutogradCalls:
         self, query: BackwardQuery, cotangents: Sequence[torch.Tensor | None]
     ) -> Call[list[torch.Tensor | None] | None]:
         """Adds the gradients of a retained forward to those that the service holds; returns those of its inputs."""
-        request = pb.BackwardRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.BackwardRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
         codec.encode_backward_query(query, request)
         values = [None if each is None else from_any(each) for each in cotangents]
         uploads = Uploads(self._rpc)
@@ -111,7 +111,7 @@ class AutogradCalls:
 
     def held_gradients(self, wrt: tuple[str, ...] | None) -> Call[dict[str, torch.Tensor]]:
         """The gradients that the service holds. wrt: names or globs of parameters; None for all."""
-        request = pb.GetGradientsRequest(name=self._name, wrt=wrt or (), max_inline_bytes=INLINE_BYTES)
+        request = pb.GetGradientsRequest(name=self._name, wrt=wrt or (), max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetGradientsResponse) -> dict[str, torch.Tensor]:
             return receive(self._rpc, (codec.decode_named_tensors(reply.gradients),))[0]

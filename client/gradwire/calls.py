@@ -17,7 +17,7 @@ from gradwire.errors import InvalidArgument
 from gradwire.gradient_queries import check_keeps_imaginary_parts, fresh_seed, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire.updates import model_update
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
@@ -190,7 +190,7 @@ class ModelCalls:
     def _gradient_request(
         self, query: GradientQuery, uploads: Uploads, inputs: Any, targets: Any
     ) -> tuple[pb.ComputeGradientsRequest, Variant | None]:
-        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
         codec.encode_gradient_query(query, request)
         given, batch = self._read(inputs, targets)
         check_keeps_imaginary_parts(query, self.tensors, batch.inputs)
@@ -202,7 +202,7 @@ class ModelCalls:
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
         self._rpc.check_usable()
         request = pb.ForwardRequest(
-            name=self._name, training=as_bool(training, "training"), max_inline_bytes=INLINE_BYTES
+            name=self._name, training=as_bool(training, "training"), max_inline_bytes=inline_bytes(self._rpc)
         )
         if not training:
             # A command draws anew by its number, which a read does not have.
@@ -221,7 +221,7 @@ class ModelCalls:
         return Call("Forward", request, finish, uploads=uploads)
 
     def state_dict(self) -> Call[dict[str, torch.Tensor]]:
-        request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetStateDictResponse) -> dict[str, torch.Tensor]:
             tensors = receive(self._rpc, (codec.decode_named_tensors(reply.tensors),))[0]
@@ -238,7 +238,7 @@ class ModelCalls:
         return self._command("LoadStateDict", request, _nothing, uploads)
 
     def optimizer_state_dict(self) -> Call[dict[str, Any]]:
-        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetOptimizerStateResponse) -> dict[str, Any]:
             return receive(self._rpc, (codec.decode_optimizer_state(reply),))[0]

@@ -22,9 +22,13 @@ from gradwire.attempts import Attempts, Lost, is_passing
 from gradwire.channel import bind, open_channel, translate
 from gradwire.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire.exchange import Exchange
+from gradwire.local_transport import LocalTransport
 from gradwire.stall_watch import StallWatch
 from gradwire.tls import TLS
 from gradwire_proto.v1 import gradient_service_pb2 as pb
+
+_LOOK_SECONDS = 1.0
+"""How long the service may take to say where its memory is shared; until then, or without, calls go on by gRPC."""
 
 _ABANDONED: list[grpc.Channel] = []
 """Channels in which a call was interrupted by Ctrl-C: see `Rpc._break_off`. Each keeps its socket and thread until the
@@ -40,11 +44,20 @@ class Rpc:
     """One channel to one service. Threads may share it; a forked child must make its own.
 
     target: "host:port". token: sent with every call. tls: None is plain text. timeout: a call's seconds at most; of
-    uploads and downloads, the seconds that they may stand still.
+    uploads and downloads, the seconds that they may stand still. shared_memory: whether `local` may be used.
     """
 
-    def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: TLS | None = None,
+        timeout: float = 60.0,
+        shared_memory: bool = True,
+    ) -> None:
         self.target = target
+        self.local = LocalTransport(self._local_socket, enabled=shared_memory)
         self.timeout = timeout
         self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -128,6 +141,7 @@ class Rpc:
         if self.is_owner and not self.closed.is_set():
             self.closed.set()
             self._channel.close()
+            self.local.close()
 
     @property
     def is_owner(self) -> bool:
@@ -141,6 +155,9 @@ class Rpc:
         if not self.is_owner:
             message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
             raise FailedPrecondition(message, reason="CLIENT_FORKED")
+
+    def _local_socket(self) -> str:
+        return self.ask("GetServerInfo", pb.GetServerInfoRequest(), _LOOK_SECONDS).local_socket
 
     def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], timeout: float | None) -> None:
         method = self._method("UploadTensors")

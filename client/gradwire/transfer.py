@@ -1,7 +1,7 @@
 """Moves tensors that are too many for one message: streamed ahead of the request, or fetched after the reply.
 
-Nothing is copied as a whole: uploads are cut from the tensors' own memory, downloads written straight into the
-results'.
+By shared memory where the service is on this machine. By gRPC nothing is copied as a whole: uploads are cut from the
+tensors' own memory, downloads written straight into the results'.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gradwire.errors import InternalError
+from gradwire.local_transport import SHARED_BYTES
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.encoding.enum_words import DTYPES
 from gradwire_proto.names import handle_name, upload_name
@@ -22,7 +23,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Handle, Segment, TensorData, map_leaves
 
 INLINE_BYTES = 4 << 20
-"""Tensors that have more bytes than this together travel apart from their request or reply."""
+"""Tensors that have more bytes than this together travel apart from their request or reply, by gRPC."""
 
 CHUNK_BYTES = 1 << 20
 """Bytes of one message of a stream."""
@@ -40,15 +41,15 @@ class Uploads:
     def send_apart(self, values: Sequence[Any]) -> Sequence[Any]:
         """`values` (nested, with TensorData leaves) as they should stand in the request.
 
-        Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles.
+        Above `inline_bytes` in sum the tensors are uploaded first and replaced by their handles.
         """
         found: list[TensorData] = []
         for value in values:
             _collect(value, found)
-        if sum(tensor.nbytes for tensor in found) <= INLINE_BYTES:
+        if sum(tensor.nbytes for tensor in found) <= inline_bytes(self._rpc):
             return values
         upload_id = new_request_id()
-        self._rpc.upload(lambda: _upload_messages(upload_id, found))
+        self._bring(upload_id, found)
         self._sent.append((upload_id, found))
         handles = iter(
             TensorData(item.dtype, item.shape, Handle(handle_name(upload_name(upload_id), index)))
@@ -59,11 +60,20 @@ class Uploads:
     def send_again(self, deadline: float) -> None:
         """Upload all once more, under the same names, until `deadline` (monotonic seconds). What is there stays."""
         for upload_id, tensors in self._sent:
+            self._bring(upload_id, tensors, deadline)
+
+    def _bring(self, upload_id: str, tensors: list[TensorData], deadline: float | None = None) -> None:
+        if not self._rpc.local.upload(upload_id, tensors):
             self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline=deadline)
 
     def own_tensors(self) -> None:
         """Keep copies from here on: the memory that was given may change."""
         self._sent = [(upload_id, list(map(_copied, tensors))) for upload_id, tensors in self._sent]
+
+
+def inline_bytes(rpc: Rpc) -> int:
+    """Tensors that have more bytes than this together travel apart from their request or reply."""
+    return SHARED_BYTES if rpc.local.is_connected else INLINE_BYTES
 
 
 def receive(rpc: Rpc, values: Sequence[Any]) -> list[Any]:
@@ -130,15 +140,21 @@ def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
         assert isinstance(tensor.data, Handle)
         download, _, index = tensor.data.name.rpartition("/tensors/")
         downloads.setdefault(download, []).append((int(index), tensor.data.name, tensor))
-    fetched = {}
+    fetched: dict[str, torch.Tensor] = {}
     for download, members in downloads.items():
-        targets = []
-        for _, name, tensor in sorted(members, key=lambda member: member[0]):
-            fetched[name] = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-            targets.append(_memory(fetched[name]))
-        messages = rpc.download(pb.DownloadTensorsRequest(name=download))
-        _fill(targets, (message.chunk for message in messages), download)
+        members.sort(key=lambda member: member[0])
+        kinds = [kind for _, _, kind in members]
+        received = rpc.local.download(download, kinds) or _stream(rpc, download, kinds)
+        fetched |= {name: tensor for (_, name, _), tensor in zip(members, received, strict=True)}
     return fetched
+
+
+def _stream(rpc: Rpc, download: str, kinds: Sequence[TensorData]) -> list[torch.Tensor]:
+    """The tensors of a download, by gRPC."""
+    tensors = [torch.empty(kind.shape, dtype=torch_dtype(kind.dtype)) for kind in kinds]
+    messages = rpc.download(pb.DownloadTensorsRequest(name=download))
+    _fill(list(map(_memory, tensors)), (message.chunk for message in messages), download)
+    return tensors
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradwire_proto.errors import ModelNotFound, ResourceExhausted
+from gradwire_proto.local_wire import close_files
 from gradwire_proto.values import Handle, Limits, Segment, TensorData, leaves, map_leaves
 from gradwire_server.tensors.file_threads import move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import remove_files, segment_paths, write_tensors
+from gradwire_server.tensors.lent_files import LentFiles
 
 CHUNK_BYTES = 1 << 20
 """Bytes of one message of a download: the fastest size that was measured."""
@@ -30,6 +32,23 @@ class _Download:
     readers: int = 0
 
 
+class LentPlace(NamedTuple):
+    """Where a tensor lies: in which file, from where on, and how many bytes."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Descriptors of a download's files, which are the caller's to close. taken: to be called when they were sent."""
+
+    files: list[int]
+    places: list[LentPlace]
+    taken: Callable[[], None]
+
+
 class Downloads:
     """Downloads by name, in files of `folder`. Each waits `limits.held_seconds` to be fetched."""
 
@@ -37,6 +56,7 @@ class Downloads:
         self._folder = folder
         self._limits = limits
         self._held = held
+        self._lent = LentFiles(limits.held_bytes // 2)
         self._waiting: dict[str, _Download] = {}
 
     async def deliver(self, value: Any, max_inline_bytes: int | None) -> Any:
@@ -93,8 +113,30 @@ class Downloads:
         written = iter(write_tensors(self._folder, [t for t in tensors if not isinstance(t.data, Segment)]))
         return [t.data if isinstance(t.data, Segment) else next(written) for t in tensors]
 
-    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
-        """The bytes of all tensors of a download, in chunks. Fetched to the end, it is gone."""
+    def lend(self, name: str) -> Lent:
+        """The files of a download, for a client that maps them. It is gone when `taken` is called.
+
+        Raises ModelNotFound DOWNLOAD_NOT_FOUND, and ResourceExhausted where clients keep too much already.
+        """
+        download = self._find(name)
+        paths = sorted({segment.path for segment in download.segments})
+        self._lent.check_room(download.nbytes, len(paths))
+        files = []
+        try:
+            for path in paths:
+                files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except BaseException:
+            close_files(files)
+            raise
+        places = [LentPlace(paths.index(each.path), each.offset, each.nbytes) for each in download.segments]
+
+        def taken() -> None:
+            if not download.readers and self._waiting.get(name) is download:
+                self._drop(name, is_lent=True)
+
+        return Lent(files, places, taken)
+
+    def _find(self, name: str) -> _Download:
         download = self._waiting.get(name)
         if download is None:
             raise ModelNotFound(
@@ -103,6 +145,11 @@ class Downloads:
                 field="name",
                 reason="DOWNLOAD_NOT_FOUND",
             )
+        return download
+
+    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
+        """The bytes of all tensors of a download, in chunks. Fetched to the end, it is gone."""
+        download = self._find(name)
         download.readers += 1
         complete = False
         try:
@@ -121,11 +168,14 @@ class Downloads:
         else:
             self._drop(name)
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, name: str, *, is_lent: bool = False) -> None:
         download = self._waiting.pop(name)
         download.timer.cancel()
         self._held.release(download.nbytes)
-        remove_files({segment.path for segment in download.segments})
+        for path in {segment.path for segment in download.segments}:
+            # Nobody waits to write again to what was written here.
+            if (not is_lent and Path(path).parent == self._folder) or not self._lent.lend(path):
+                remove_files((path,))
 
     def _timer(self, name: str) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.held_seconds, self._expire, name)
@@ -134,6 +184,7 @@ class Downloads:
         """Remove every download."""
         for name in list(self._waiting):
             self._drop(name)
+        self._lent.close()
 
 
 def _load(tensors: Sequence[TensorData]) -> list[TensorData]:

@@ -20,11 +20,16 @@ async def read_manifest(
     request = await anext(requests, None)
     if request is None or request.WhichOneof("kind") != "manifest":
         raise InvalidArgument("the first message must be the manifest", field="manifest", reason="MANIFEST_MISSING")
+    return decode_manifest(request.manifest, limits)
+
+
+def decode_manifest(manifest: pb.UploadManifest, limits: Limits) -> tuple[list[TensorType], str | None]:
+    """The tensors of an upload, and its name where the client has chosen one."""
     types = [
         TensorType(*decode_tensor_type(header.dtype, header.shape, f"manifest.tensors[{index}]", limits))
-        for index, header in enumerate(request.manifest.tensors)
+        for index, header in enumerate(manifest.tensors)
     ]
-    upload_id = check_upload_id(request.manifest.upload_id)
+    upload_id = check_upload_id(manifest.upload_id)
     return types, None if upload_id is None else upload_name(upload_id)
 
 

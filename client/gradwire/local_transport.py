@@ -1,0 +1,173 @@
+"""Memory shared with a service on this machine: found by itself, used for tensors that are big enough, else gRPC is.
+
+Nothing here raises: what cannot be done answers False or None, and the caller does it by gRPC at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradwire.memory_files import MappedFile, sealed_file
+from gradwire_proto.encoding.enum_words import DTYPES
+from gradwire_proto.errors import GradwireError
+from gradwire_proto.local_wire import close_files, new_socket, peer_user, receive_packet, send_packet, service_of
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import local_pb2
+from gradwire_proto.values import TensorData
+
+SHARED_BYTES = 128 << 10
+"""Tensors that have more bytes than this together are cheaper in shared memory than in their message."""
+
+_PATIENCE = 5.0
+"""Seconds until a service that does not answer is asked by gRPC instead."""
+
+_PAUSE = 1.0
+"""Seconds after a failure until the service is looked for again."""
+
+
+class LocalTransport:
+    """The connection to one service. Threads may share it.
+
+    find: asks the service for the path of its socket, "" where it has none; raises GradwireError. enabled: whether
+    memory may be shared at all.
+    """
+
+    def __init__(self, find: Callable[[], str], *, enabled: bool = True) -> None:
+        self._find = find
+        self._enabled = enabled
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._is_offered = False
+        self._again_at = 0.0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether memory is shared. Connects anew where that was so, and some time has passed since it broke."""
+        if self._socket is None and self._is_offered and time.monotonic() >= self._again_at:
+            self._again_at = time.monotonic() + _PAUSE
+            try:
+                self.offer(self._find())
+            except GradwireError:
+                return False
+        return self._socket is not None
+
+    def offer(self, path: str) -> None:
+        """Connect to the socket at `path` where it is on this machine, this user's, and of the service that says so."""
+        if not self._enabled or not path:
+            return
+        connection = _connect(path)
+        if connection is None:
+            return
+        with self._lock:
+            self._is_offered = True
+            self._socket, former = connection, self._socket
+        if former is not None:
+            former.close()
+
+    def upload(self, upload_id: str, tensors: Sequence[TensorData]) -> bool:
+        """Bring tensors to the service under that id. False: they are not there."""
+        if not self.is_connected:
+            return False
+        manifest = pb.UploadManifest(upload_id=upload_id)
+        for tensor in tensors:
+            manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
+        try:
+            file = sealed_file(tensors)
+        except OSError:
+            return False
+        try:
+            reply, files = self._ask(local_pb2.LocalRequest(upload=local_pb2.LocalUpload(manifest=manifest)), [file])
+        finally:
+            os.close(file)
+        close_files(files)
+        return reply is not None and reply.WhichOneof("kind") == "uploaded"
+
+    def download(self, name: str, tensors: Sequence[TensorData]) -> list[torch.Tensor] | None:
+        """The tensors "downloads/{download}", of which `tensors` says the types. None: they are still to be fetched."""
+        if not self.is_connected:
+            return None
+        request = local_pb2.LocalRequest(download=local_pb2.LocalDownload(name=name))
+        reply, files = self._ask(request, [])
+        try:
+            if reply is None or reply.WhichOneof("kind") != "downloaded":
+                return None
+            return _mapped(tensors, reply.downloaded.places, files)
+        finally:
+            close_files(files)
+
+    def close(self) -> None:
+        """Hang up, for good."""
+        with self._lock:
+            self._enabled = self._is_offered = False
+            self._drop()
+
+    def _ask(self, request: Any, files: list[int]) -> tuple[local_pb2.LocalReply | None, list[int]]:
+        """The reply and the files that came with it. None where none came: then there is no connection any more."""
+        with self._lock:
+            if self._socket is None:
+                return None, []
+            try:
+                send_packet(self._socket, request, files)
+                return receive_packet(self._socket, local_pb2.LocalReply)
+            except (OSError, EOFError):
+                self._drop()
+                return None, []
+            except BaseException:
+                # Of Ctrl-C, say: the answer would be taken for that of the next request.
+                self._drop()
+                raise
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            self._again_at = time.monotonic() + _PAUSE
+
+
+def _connect(path: str) -> socket.socket | None:
+    try:
+        found = os.stat(path)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+            return None
+    except OSError:
+        return None
+    connection = new_socket()
+    try:
+        connection.settimeout(_PATIENCE)
+        connection.connect(path)
+        if peer_user(connection) == os.geteuid():
+            send_packet(connection, local_pb2.LocalRequest(hello=local_pb2.LocalHello()))
+            reply, files = receive_packet(connection, local_pb2.LocalReply)
+            close_files(files)
+            if reply.welcome.service == service_of(path):
+                return connection
+    except (OSError, EOFError):
+        pass
+    connection.close()
+    return None
+
+
+def _mapped(tensors: Sequence[TensorData], places: Sequence[Any], files: Sequence[int]) -> list[torch.Tensor] | None:
+    """The tensors where they lie; None where what came is not what was asked for."""
+    if [tensor.nbytes for tensor in tensors] != [place.nbytes for place in places]:
+        return None
+    ends = [0] * len(files)
+    for place in places:
+        if not (place.file < len(files) and place.offset >= 0):
+            return None
+        ends[place.file] = max(ends[place.file], place.offset + place.nbytes)
+    try:
+        if any(os.fstat(file).st_size < end for file, end in zip(files, ends, strict=True)):
+            return None
+        mapped = [MappedFile(file, end) for file, end in zip(files, ends, strict=True)]
+    except (OSError, RuntimeError):  # torch's way of saying that it could not be opened or mapped.
+        return None
+    return [mapped[place.file].tensor(kind, place.offset) for kind, place in zip(tensors, places, strict=True)]
