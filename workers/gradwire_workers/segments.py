@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class SegmentWriter:
         ResourceExhausted (MEMORY_FOLDER_FULL) when there is no room; then no file is left behind.
         """
         tensors = list(tensors)
-        file, path = self._open(sum(_room(tensor.nbytes) for tensor in tensors))
+        file, path = self._open(_size(tensors))
         try:
             return list(_write_all(file, path, tensors))
         except BaseException as error:
@@ -101,6 +101,11 @@ def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[
                 piece = piece[written:]
         yield TensorData(tensor.dtype, tensor.shape, Segment(path, offset, tensor.nbytes))
         offset += _room(tensor.nbytes)
+
+
+def _size(tensors: Sequence[TensorData]) -> int:
+    """Bytes of the file that they make. No room follows the last one."""
+    return sum(_room(tensor.nbytes) for tensor in tensors[:-1]) + (tensors[-1].nbytes if tensors else 0)
 
 
 def _room(nbytes: int) -> int:

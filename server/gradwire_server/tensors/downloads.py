@@ -110,7 +110,8 @@ class Downloads:
         ]
 
     def _as_segments(self, tensors: list[TensorData]) -> list[Segment]:
-        written = iter(write_tensors(self._folder, [t for t in tensors if not isinstance(t.data, Segment)]))
+        in_memory = [t for t in tensors if not isinstance(t.data, Segment)]
+        written = iter(write_tensors(self._folder, in_memory) if in_memory else ())
         return [t.data if isinstance(t.data, Segment) else next(written) for t in tensors]
 
     def lend(self, name: str) -> Lent:
