@@ -23,7 +23,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import TensorData
 
-SHARED_BYTES = 128 << 10
+SHARED_BYTES = 1 << 20
 """Tensors that have more bytes than this together are cheaper in shared memory than in their message."""
 
 _PATIENCE = 5.0
@@ -76,9 +76,7 @@ class LocalTransport:
         """Bring tensors to the service under that id. False: they are not there."""
         if not self.is_connected:
             return False
-        manifest = pb.UploadManifest(upload_id=upload_id)
-        for tensor in tensors:
-            manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
+        manifest = upload_manifest(upload_id, tensors)
         try:
             file = sealed_file(tensors)
         except OSError:
@@ -130,6 +128,14 @@ class LocalTransport:
             self._socket.close()
             self._socket = None
             self._again_at = time.monotonic() + _PAUSE
+
+
+def upload_manifest(upload_id: str, tensors: Sequence[TensorData]) -> pb.UploadManifest:
+    """What an upload of these tensors begins with."""
+    manifest = pb.UploadManifest(upload_id=upload_id)
+    for tensor in tensors:
+        manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
+    return manifest
 
 
 def _connect(path: str) -> socket.socket | None:

@@ -78,10 +78,8 @@ class Rpc:
         exchange = Exchange(method=method, body=request.SerializeToString(), **how)
         return exchange.run(self, self.timeout if timeout is None else timeout)
 
-    def upload(
-        self, messages: Callable[[], Iterable[pb.UploadTensorsRequest]], *, deadline: float | None = None
-    ) -> None:
-        """Stream the messages of UploadTensors. The timeout bounds the wait for each, not for all.
+    def upload(self, messages: Callable[[], Iterable[bytes]], *, deadline: float | None = None) -> None:
+        """Stream the messages of UploadTensors, serialized. The timeout bounds the wait for each, not for all.
 
         A stream that breaks is begun anew until the timeout has passed. deadline: when all must be over, in monotonic
         seconds; None where it may go on as long as it moves.
@@ -94,8 +92,8 @@ class Rpc:
                 if not is_passing(error) or not attempts.wait(error, self.until_connected):
                     raise
 
-    def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
-        """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
+    def download(self, request: pb.DownloadTensorsRequest) -> Iterator[bytes]:
+        """Yield the messages of DownloadTensors, serialized. The timeout bounds the wait for each, not for all."""
         call = self._method("DownloadTensors")(request.SerializeToString(), metadata=self._metadata)
         with StallWatch(self.timeout, call.cancel) as watch:
             try:
@@ -159,12 +157,11 @@ class Rpc:
     def _local_socket(self) -> str:
         return self.ask("GetServerInfo", pb.GetServerInfoRequest(), _LOOK_SECONDS).local_socket
 
-    def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], timeout: float | None) -> None:
+    def _upload_once(self, messages: Iterable[bytes], timeout: float | None) -> None:
         method = self._method("UploadTensors")
         call: Any = None
         with StallWatch(self.timeout, lambda: call.cancel()) as watch:
-            bodies = (message.SerializeToString() for message in watch.over(messages))
-            call = method.future(bodies, timeout=timeout, metadata=self._metadata)
+            call = method.future(watch.over(messages), timeout=timeout, metadata=self._metadata)
             try:
                 call.result()
             except grpc.RpcError as error:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gradwire.errors import InternalError
-from gradwire.local_transport import SHARED_BYTES
+from gradwire.local_transport import SHARED_BYTES, upload_manifest
 from gradwire.rpc import Rpc, new_request_id
-from gradwire_proto.encoding.enum_words import DTYPES
+from gradwire_proto.chunks import ChunkFormat
 from gradwire_proto.names import handle_name, upload_name
 from gradwire_proto.tensors import to_torch, torch_dtype
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -27,6 +27,9 @@ INLINE_BYTES = 4 << 20
 
 CHUNK_BYTES = 1 << 20
 """Bytes of one message of a stream."""
+
+_UPLOAD = ChunkFormat(pb.UploadTensorsRequest)
+_DOWNLOAD = ChunkFormat(pb.DownloadTensorsResponse)
 
 
 class Uploads:
@@ -107,17 +110,14 @@ def _copied(tensor: TensorData) -> TensorData:
     return replace(tensor, data=bytes(tensor.data))
 
 
-def _upload_messages(upload_id: str, tensors: Sequence[TensorData]) -> Iterator[pb.UploadTensorsRequest]:
-    manifest = pb.UploadManifest(upload_id=upload_id)
-    for tensor in tensors:
-        manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
-    yield pb.UploadTensorsRequest(manifest=manifest)
-    for chunk in _chunks(tensor.data for tensor in tensors):
-        yield pb.UploadTensorsRequest(chunk=chunk)
+def _upload_messages(upload_id: str, tensors: Sequence[TensorData]) -> Iterator[bytes]:
+    yield pb.UploadTensorsRequest(manifest=upload_manifest(upload_id, tensors)).SerializeToString()
+    for pieces in _chunks(tensor.data for tensor in tensors):
+        yield _UPLOAD.message(pieces, sum(map(len, pieces)))
 
 
-def _chunks(buffers: Iterable[Any]) -> Iterator[bytes]:
-    """The bytes of all buffers, in pieces of CHUNK_BYTES; small buffers share a piece."""
+def _chunks(buffers: Iterable[Any]) -> Iterator[list[memoryview]]:
+    """The bytes of all buffers, in pieces that have CHUNK_BYTES together; small buffers share them."""
     pieces: list[memoryview] = []
     room = CHUNK_BYTES
     for buffer in buffers:
@@ -127,10 +127,10 @@ def _chunks(buffers: Iterable[Any]) -> Iterator[bytes]:
             pieces.append(piece)
             room -= len(piece)
             if not room:
-                yield b"".join(pieces)
+                yield pieces
                 pieces, room = [], CHUNK_BYTES
     if pieces:
-        yield b"".join(pieces)
+        yield pieces
 
 
 def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
@@ -152,16 +152,21 @@ def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
 def _stream(rpc: Rpc, download: str, kinds: Sequence[TensorData]) -> list[torch.Tensor]:
     """The tensors of a download, by gRPC."""
     tensors = [torch.empty(kind.shape, dtype=torch_dtype(kind.dtype)) for kind in kinds]
-    messages = rpc.download(pb.DownloadTensorsRequest(name=download))
-    _fill(list(map(_memory, tensors)), (message.chunk for message in messages), download)
+    chunks = map(_chunk, rpc.download(pb.DownloadTensorsRequest(name=download)))
+    _fill(list(map(_memory, tensors)), chunks, download)
     return tensors
+
+
+def _chunk(message: bytes) -> bytes | memoryview:
+    chunk = _DOWNLOAD.chunk(message)
+    return pb.DownloadTensorsResponse.FromString(message).chunk if chunk is None else chunk
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _fill(targets: Sequence[memoryview], chunks: Iterable[bytes], download: str) -> None:
+def _fill(targets: Sequence[memoryview], chunks: Iterable[bytes | memoryview], download: str) -> None:
     """Write the chunks into the targets, one after another. They must fit exactly."""
     remaining = iter([target for target in targets if len(target)])
     target = next(remaining, None)

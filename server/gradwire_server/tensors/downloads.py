@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -10,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradwire_proto.errors import ModelNotFound, ResourceExhausted
+from gradwire_proto.errors import FailedPrecondition, ModelNotFound, ResourceExhausted
 from gradwire_proto.local_wire import close_files
 from gradwire_proto.values import Handle, Limits, Segment, TensorData, leaves, map_leaves
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import remove_files, segment_paths, write_tensors
 from gradwire_server.tensors.lent_files import LentFiles
-
-CHUNK_BYTES = 1 << 20
-"""Bytes of one message of a download: the fastest size that was measured."""
 
 
 @dataclass(slots=True)
@@ -120,6 +118,8 @@ class Downloads:
         Raises ModelNotFound DOWNLOAD_NOT_FOUND, and ResourceExhausted where clients keep too much already.
         """
         download = self._find(name)
+        if download.readers:
+            raise FailedPrecondition("it is being fetched by DownloadTensors", reason="DOWNLOAD_IN_USE")
         paths = sorted({segment.path for segment in download.segments})
         self._lent.check_room(download.nbytes, len(paths))
         files = []
@@ -132,8 +132,7 @@ class Downloads:
         places = [LentPlace(paths.index(each.path), each.offset, each.nbytes) for each in download.segments]
 
         def taken() -> None:
-            if not download.readers and self._waiting.get(name) is download:
-                self._drop(name, is_lent=True)
+            self._drop(name, is_lent=True)
 
         return Lent(files, places, taken)
 
@@ -148,14 +147,14 @@ class Downloads:
             )
         return download
 
-    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
-        """The bytes of all tensors of a download, in chunks. Fetched to the end, it is gone."""
+    async def chunks(self, name: str) -> AsyncGenerator[list[memoryview], None]:
+        """The bytes of all tensors of a download, in chunks of some pieces each. Fetched to the end, it is gone."""
         download = self._find(name)
         download.readers += 1
         complete = False
         try:
-            async for chunk in _read_chunks(download.segments):
-                yield chunk
+            async for pieces in _read_chunks(download.segments):
+                yield pieces
             complete = True
         finally:
             download.readers -= 1
@@ -204,28 +203,31 @@ def _load(tensors: Sequence[TensorData]) -> list[TensorData]:
             os.close(descriptor)
 
 
-async def _read_chunks(segments: Sequence[Segment]) -> AsyncGenerator[bytes, None]:
-    """The bytes of segments, CHUNK_BYTES at a time; small neighbours share a chunk."""
-    gathered: list[bytes] = []
+async def _read_chunks(segments: Sequence[Segment]) -> AsyncGenerator[list[memoryview], None]:
+    """The bytes of segments, CHUNK_BYTES at a time, as views of their files; small neighbours share a chunk."""
+    gathered: list[memoryview] = []
     room = CHUNK_BYTES
-    files: dict[str, int] = {}
-    try:
-        for segment in segments:
-            if segment.path not in files:
-                files[segment.path] = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
-            offset, end = segment.offset, segment.offset + segment.nbytes
-            while offset < end:
-                piece = os.pread(files[segment.path], min(room, end - offset), offset)
-                if not piece:
-                    raise OSError("a held file is shorter than its tensors")
-                gathered.append(piece)
-                offset += len(piece)
-                room -= len(piece)
-                if not room:
-                    yield gathered[0] if len(gathered) == 1 else b"".join(gathered)
-                    gathered, room = [], CHUNK_BYTES
-        if gathered:
-            yield b"".join(gathered)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
+    files: dict[str, memoryview] = {}
+    for segment in segments:
+        if not segment.nbytes:
+            continue
+        if segment.path not in files:
+            files[segment.path] = _mapped(segment.path)
+        rest = files[segment.path][segment.offset : segment.offset + segment.nbytes]
+        if len(rest) != segment.nbytes:
+            raise OSError("a held file is shorter than its tensors")
+        while rest:
+            piece, rest = rest[:room], rest[room:]
+            gathered.append(piece)
+            room -= len(piece)
+            if not room:
+                yield gathered
+                gathered, room = [], CHUNK_BYTES
+    if gathered:
+        yield gathered
+
+
+def _mapped(path: str) -> memoryview:
+    # Nobody else has the file: it is not lent while it is read, and was lent to nobody who still has it.
+    with open(path, "rb", buffering=0) as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -89,7 +89,7 @@ class UploadFile:
         """Bytes that are to come in all."""
         return self._ends[-1] if self._ends else 0
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes. InvalidArgument if they are more than announced, or a bool is neither 0 nor 1."""
         if self._received + len(chunk) > self.nbytes:
             raise InvalidArgument(

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from gradwire_proto.errors import InvalidArgument, ModelNotFound
 from gradwire_proto.values import Handle, Limits, TensorData, leaves, map_leaves
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import TensorType, UploadFile
 from gradwire_server.tensors.sealed_files import SealedFile
@@ -64,7 +64,9 @@ class Uploads:
         self._held = held
         self._complete: dict[str, _Upload] = {}
 
-    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes], name: str | None = None) -> str:
+    async def take(
+        self, types: Sequence[TensorType], chunks: AsyncIterator[memoryview], name: str | None = None
+    ) -> str:
         """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays.
 
         name: what it is to be called; one of that name that is complete is answered as it is, without reading `chunks`.
@@ -77,7 +79,8 @@ class Uploads:
         try:
             file = UploadFile(self._folder, types)
             async for chunk in chunks:
-                await move_bytes(len(chunk), file.write, chunk)
+                # Where it comes in pieces of the usual size, a hop to a thread costs more than the write.
+                await move_bytes(len(chunk) if len(chunk) > CHUNK_BYTES else 0, file.write, chunk)
             tensors = file.finish()
         except BaseException:
             if file is not None:
