@@ -27,7 +27,7 @@ SHARED_BYTES = 1 << 20
 """Tensors that have more bytes than this together are cheaper in shared memory than in their message."""
 
 _PATIENCE = 5.0
-"""Seconds until a service that does not answer is asked by gRPC instead."""
+"""Seconds until a service that does not answer is asked by gRPC instead, at most."""
 
 _PAUSE = 1.0
 """Seconds after a failure until the service is looked for again."""
@@ -37,10 +37,11 @@ class LocalTransport:
     """The connection to one service. Threads may share it.
 
     find: asks the service for the path of its socket, "" where it has none; raises GradwireError. enabled: whether
-    memory may be shared at all.
+    memory may be shared at all. patience: seconds until a service that does not answer is asked by gRPC instead.
     """
 
-    def __init__(self, find: Callable[[], str], *, enabled: bool = True) -> None:
+    def __init__(self, find: Callable[[], str], *, enabled: bool = True, patience: float = _PATIENCE) -> None:
+        self._patience = min(patience, _PATIENCE)
         self._find = find
         self._enabled = enabled
         self._lock = threading.Lock()
@@ -63,7 +64,7 @@ class LocalTransport:
         """Connect to the socket at `path` where it is on this machine, this user's, and of the service that says so."""
         if not self._enabled or not path:
             return
-        connection = _connect(path)
+        connection = _connect(path, self._patience)
         if connection is None:
             return
         with self._lock:
@@ -138,7 +139,7 @@ def upload_manifest(upload_id: str, tensors: Sequence[TensorData]) -> pb.UploadM
     return manifest
 
 
-def _connect(path: str) -> socket.socket | None:
+def _connect(path: str, patience: float) -> socket.socket | None:
     try:
         found = os.stat(path)
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
@@ -147,7 +148,7 @@ def _connect(path: str) -> socket.socket | None:
         return None
     connection = new_socket()
     try:
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(patience)
         connection.connect(path)
         if peer_user(connection) == os.geteuid():
             send_packet(connection, local_pb2.LocalRequest(hello=local_pb2.LocalHello()))

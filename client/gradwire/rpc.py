@@ -57,7 +57,7 @@ class Rpc:
         shared_memory: bool = True,
     ) -> None:
         self.target = target
-        self.local = LocalTransport(self._local_socket, enabled=shared_memory)
+        self.local = LocalTransport(self._local_socket, enabled=shared_memory, patience=timeout)
         self.timeout = timeout
         self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()

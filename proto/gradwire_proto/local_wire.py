@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from fcntl import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE
 from typing import TypeVar
@@ -29,6 +30,8 @@ MOST_FILES = 16
 
 MOST_PATH_BYTES = 107
 """Bytes of a socket's path at most: the kernel's bound."""
+
+_FILES = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
 
 M = TypeVar("M", bound=Message)
 
@@ -67,7 +70,10 @@ def send_packet(to: socket.socket, message: Message, files: Sequence[int] = ()) 
 
 def receive_packet(of: socket.socket, kind: type[M]) -> tuple[M, list[int]]:
     """(message, descriptors, which are the caller's to close). EOFError when the peer has left; PacketError."""
-    packet, files, flags, _ = socket.recv_fds(of, PACKET_BYTES + 1, MOST_FILES, socket.MSG_CMSG_CLOEXEC)
+    # Not socket.recv_fds, which forgets the flags that it is given.
+    room = socket.CMSG_LEN(MOST_FILES * array("i").itemsize)
+    packet, beside, flags, _ = of.recvmsg(PACKET_BYTES + 1, room, socket.MSG_CMSG_CLOEXEC)
+    files = [file for level, sort, data in beside if (level, sort) == _FILES for file in _descriptors(data)]
     try:
         if not packet:
             raise EOFError("the peer has left")
@@ -79,6 +85,12 @@ def receive_packet(of: socket.socket, kind: type[M]) -> tuple[M, list[int]]:
         if isinstance(error, (EOFError, OSError)):
             raise
         raise PacketError(f"a packet is no {kind.DESCRIPTOR.full_name}") from None
+
+
+def _descriptors(data: bytes) -> list[int]:
+    found = array("i")
+    found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return found.tolist()
 
 
 def close_files(files: Iterable[int]) -> None:

@@ -13,7 +13,7 @@ from gradwire_proto.lent_files import is_unused, lend
 MOST_FILES = 256
 """Files that are lent at once. A client that keeps more results than that gets further ones by gRPC."""
 
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 2.0
 """How long a file that nobody has any more waits for whoever made it to write to it again."""
 
 

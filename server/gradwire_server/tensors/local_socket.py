@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gradwire_proto.codec import refuse_unknown_fields
 from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted
 from gradwire_proto.local_wire import (
     MOST_PATH_BYTES,
@@ -161,6 +162,7 @@ class _Connection:
             self._loop.add_reader(self._peer, self._read)
 
     async def _do(self, request: pb.LocalRequest, files: list[int]) -> None:
+        refuse_unknown_fields(request)
         match request.WhichOneof("kind"):
             case "hello":
                 self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
