@@ -146,7 +146,7 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
         )
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, variant = self._gradient_request(query, uploads, inputs, targets)
 
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
@@ -170,7 +170,7 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=False, outputs=False, dtype=dtype, training=training, seed=seed, per_example=True
         )
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, _ = self._gradient_request(query, uploads, inputs, targets)
         return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
 
@@ -182,7 +182,7 @@ class ModelCalls:
             message = "expected a vector for at least one parameter"
             raise InvalidArgument(message, field="vectors", reason="VECTORS_MISMATCH")
         query = gradient_query(wrt=None, input_gradients=False, outputs=False, dtype=None, training=training, seed=seed)
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, _ = self._gradient_request(query, uploads, inputs, targets)
         codec.encode_named_tensors(uploads.send_apart((values,))[0], request.vectors)
         return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
@@ -210,7 +210,7 @@ class ModelCalls:
         given = Batch(normalize(inputs, "inputs"))
         batch = Batch(from_nested(given.inputs, "inputs"))
         variant = self._variants.choose(batch, given, training=training, targets=False)
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=not training)
         codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
 
         def finish(reply: pb.ForwardResponse) -> Any:

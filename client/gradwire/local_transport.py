@@ -10,7 +10,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +24,16 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import TensorData
 
-SHARED_BYTES = 1 << 20
-"""Tensors that have more bytes than this together are cheaper in shared memory than in their message."""
+SHARED_BYTES = 256 << 10
+"""A request's tensors that have more bytes than this together are cheaper in shared memory than in their message."""
+
+FETCHED_BYTES = 1 << 20
+"""A reply's are so from here on: it takes another question to the service to get them."""
+
+_UNANSWERED_BYTES = 4 << 20
+"""Of an upload of more bytes the answer is waited for: bringing it again by gRPC would take long."""
+
+_MOST_UNREAD = 8
 
 _PATIENCE = 5.0
 """Seconds until a service that does not answer is asked by gRPC instead, at most."""
@@ -46,6 +55,8 @@ class LocalTransport:
         self._enabled = enabled
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._unread = 0
+        """Requests whose answers were not read yet."""
         self._is_offered = False
         self._again_at = 0.0
 
@@ -69,21 +80,27 @@ class LocalTransport:
             return
         with self._lock:
             self._is_offered = True
-            self._socket, former = connection, self._socket
+            self._socket, former, self._unread = connection, self._socket, 0
         if former is not None:
             former.close()
 
     def upload(self, upload_id: str, tensors: Sequence[TensorData]) -> bool:
-        """Bring tensors to the service under that id. False: they are not there."""
+        """Bring tensors to the service under that id. False: they are not there.
+
+        True of few bytes says only that they are on their way: the service may refuse them yet, and then it refuses the
+        request that names them. To wait for its answer would cost more than to bring them.
+        """
         if not self.is_connected:
             return False
-        manifest = upload_manifest(upload_id, tensors)
         try:
             file = sealed_file(tensors)
         except OSError:
             return False
+        request = local_pb2.LocalRequest(upload=local_pb2.LocalUpload(manifest=upload_manifest(upload_id, tensors)))
         try:
-            reply, files = self._ask(local_pb2.LocalRequest(upload=local_pb2.LocalUpload(manifest=manifest)), [file])
+            if sum(tensor.nbytes for tensor in tensors) <= _UNANSWERED_BYTES:
+                return self._tell(request, [file])
+            reply, files = self._ask(request, [file])
         finally:
             os.close(file)
         close_files(files)
@@ -110,24 +127,47 @@ class LocalTransport:
 
     def _ask(self, request: Any, files: list[int]) -> tuple[local_pb2.LocalReply | None, list[int]]:
         """The reply and the files that came with it. None where none came: then there is no connection any more."""
-        with self._lock:
-            if self._socket is None:
-                return None, []
-            try:
+        with self._lock, self._dropped_on_error():
+            if self._socket is not None:
                 send_packet(self._socket, request, files)
+                self._read_answers()
                 return receive_packet(self._socket, local_pb2.LocalReply)
-            except (OSError, EOFError):
-                self._drop()
-                return None, []
-            except BaseException:
-                # Of Ctrl-C, say: the answer would be taken for that of the next request.
-                self._drop()
-                raise
+        return None, []
+
+    def _tell(self, request: Any, files: list[int]) -> bool:
+        """Send a request whose answer is not waited for. False: it cannot be sent."""
+        with self._lock, self._dropped_on_error():
+            if self._socket is not None:
+                if self._unread >= _MOST_UNREAD:
+                    self._read_answers()
+                send_packet(self._socket, request, files)
+                self._unread += 1
+                return True
+        return False
+
+    def _read_answers(self) -> None:
+        """Read those that were not waited for."""
+        assert self._socket is not None
+        while self._unread:
+            close_files(receive_packet(self._socket, local_pb2.LocalReply)[1])
+            self._unread -= 1
+
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        """Whatever goes wrong inside, the next answer would be taken for that of another request."""
+        try:
+            yield
+        except (OSError, EOFError):
+            self._drop()
+        except BaseException:  # Ctrl-C, say.
+            self._drop()
+            raise
 
     def _drop(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+            self._unread = 0
             self._again_at = time.monotonic() + _PAUSE
 
 

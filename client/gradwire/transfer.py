@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gradwire.errors import InternalError
-from gradwire.local_transport import SHARED_BYTES, upload_manifest
+from gradwire.local_transport import FETCHED_BYTES, SHARED_BYTES, upload_manifest
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto.chunks import ChunkFormat
 from gradwire_proto.names import handle_name, upload_name
@@ -35,21 +35,25 @@ _DOWNLOAD = ChunkFormat(pb.DownloadTensorsResponse)
 class Uploads:
     """What one request brings to the service ahead of it. The names are the client's choice, so that the tensors can
     be sent again for the same request where the service has lost them: they are kept as long as this is.
+
+    for_read: whether the request changes nothing. What comes ahead of a command is kept in a file beside the journal,
+    which costs more than shared memory saves where it is little.
     """
 
-    def __init__(self, rpc: Rpc) -> None:
+    def __init__(self, rpc: Rpc, *, for_read: bool = False) -> None:
         self._rpc = rpc
+        self._for_read = for_read
         self._sent: list[tuple[str, list[TensorData]]] = []
 
     def send_apart(self, values: Sequence[Any]) -> Sequence[Any]:
         """`values` (nested, with TensorData leaves) as they should stand in the request.
 
-        Above `inline_bytes` in sum the tensors are uploaded first and replaced by their handles.
+        Where they have too many bytes in sum, the tensors are uploaded first and replaced by their handles.
         """
         found: list[TensorData] = []
         for value in values:
             _collect(value, found)
-        if sum(tensor.nbytes for tensor in found) <= inline_bytes(self._rpc):
+        if sum(tensor.nbytes for tensor in found) <= self._inline_bytes:
             return values
         upload_id = new_request_id()
         self._bring(upload_id, found)
@@ -60,13 +64,20 @@ class Uploads:
         )
         return [map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, it) for it in values]
 
-    def send_again(self, deadline: float) -> None:
-        """Upload all once more, under the same names, until `deadline` (monotonic seconds). What is there stays."""
-        for upload_id, tensors in self._sent:
-            self._bring(upload_id, tensors, deadline)
+    @property
+    def _inline_bytes(self) -> int:
+        return SHARED_BYTES if self._for_read and self._rpc.local.is_connected else INLINE_BYTES
 
-    def _bring(self, upload_id: str, tensors: list[TensorData], deadline: float | None = None) -> None:
+    def _bring(self, upload_id: str, tensors: list[TensorData]) -> None:
         if not self._rpc.local.upload(upload_id, tensors):
+            self._rpc.upload(partial(_upload_messages, upload_id, tensors))
+
+    def send_again(self, deadline: float) -> None:
+        """Upload all once more, under the same names, until `deadline` (monotonic seconds). What is there stays.
+
+        By gRPC, which says what is wrong: through shared memory it may have been refused.
+        """
+        for upload_id, tensors in self._sent:
             self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline=deadline)
 
     def own_tensors(self) -> None:
@@ -75,8 +86,8 @@ class Uploads:
 
 
 def inline_bytes(rpc: Rpc) -> int:
-    """Tensors that have more bytes than this together travel apart from their request or reply."""
-    return SHARED_BYTES if rpc.local.is_connected else INLINE_BYTES
+    """Tensors that have more bytes than this together travel apart from their reply."""
+    return FETCHED_BYTES if rpc.local.is_connected else INLINE_BYTES
 
 
 def receive(rpc: Rpc, values: Sequence[Any]) -> list[Any]:

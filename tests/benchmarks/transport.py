@@ -1,8 +1,8 @@
 """How tensors travel: shared memory and gRPC beside local torch, and beside a bare gRPC stream, in turn, in one run.
 
 Bars: all gradients of the medium network (784-1024-1024-10, 256 rows; 7.1 MiB) returned by each call, at most 1.10
-times the local step through shared memory and 1.40 times through gRPC; 64 MiB of weights down and up at 2 GiB/s at least
-through shared memory, and at 0.85 times the throughput of a bare stream through gRPC; 1 GiB of weights pulled while the
+times the local step through shared memory and 1.40 times through gRPC; 64 MiB of weights down and up, at least 2 GiB/s
+through shared memory and 0.85 times the throughput of a bare stream through gRPC; 1 GiB of weights pulled while the
 frontend's private memory rises by 64 MiB at most and this process's by 1.1 GiB.
 """
 

@@ -309,7 +309,7 @@ async def test_clients_that_keep_too_much_get_no_more(start, tmp_path, open_file
 
 
 async def test_download_that_is_being_streamed_is_not_lent(local, peer):
-    name = await downloadable(local, bytes(3 << 20))
+    name = await downloadable(local, bytes(64 << 20))
     stream = local.stub.DownloadTensors(pb.DownloadTensorsRequest(name=name))
     assert (await stream.read()).chunk
     assert (await peer.download(name))[0].refusal.reason == "DOWNLOAD_IN_USE"

@@ -95,7 +95,8 @@ class Downloads:
             remove_files(paths)
             raise
         try:
-            segments = await move_bytes(total, self._as_segments, tensors)
+            in_memory = sum(0 if isinstance(tensor.data, Segment) else tensor.nbytes for tensor in tensors)
+            segments = await move_bytes(in_memory, self._as_segments, tensors)
         except BaseException:
             self._held.release(total)
             remove_files(paths)

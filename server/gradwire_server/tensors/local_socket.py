@@ -11,8 +11,9 @@ import ctypes
 import logging
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from gradwire_proto.local_wire import (
 )
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import Limits
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import THREAD_BYTES, in_thread
+from gradwire_server.tensors.held_files import TensorType
 from gradwire_server.tensors.sealed_files import SealedFile
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.tensors.tensor_streams import decode_manifest
@@ -108,6 +110,13 @@ class LocalSocket:
         self._connections.discard(connection)
 
 
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    file: SealedFile
+    types: Sequence[TensorType]
+    name: str
+
+
 class _Connection:
     """One client. Its requests are answered one after another."""
 
@@ -126,7 +135,7 @@ class _Connection:
         self._ended = ended
         self._held = 0
         self._loop = asyncio.get_running_loop()
-        self._answering: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         self._loop.add_reader(peer, self._read)
 
     def close(self) -> None:
@@ -144,53 +153,73 @@ class _Connection:
         except (OSError, EOFError):
             self.close()
             return
-        # The next one is read when this one is answered: nothing piles up here.
-        self._loop.remove_reader(self._peer)
-        self._answering = asyncio.ensure_future(self._answer(request, files))
-
-    async def _answer(self, request: pb.LocalRequest, files: list[int]) -> None:
         try:
-            await self._do(request, files)
+            with self._refusals():
+                self._do(request, files)
+        finally:
+            close_files(files)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Inside, errors become answers."""
+        try:
+            yield
         except GradwireError as error:
             self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=error.message)))
         except Exception:
             logger.exception("a request for shared memory failed")
             self.close()
-        finally:
-            close_files(files)
-        if self._peer.fileno() >= 0:
-            self._loop.add_reader(self._peer, self._read)
 
-    async def _do(self, request: pb.LocalRequest, files: list[int]) -> None:
+    def _do(self, request: pb.LocalRequest, files: list[int]) -> None:
         refuse_unknown_fields(request)
         match request.WhichOneof("kind"):
             case "hello":
                 self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
             case "upload":
-                name = await self._upload(request.upload, files)
-                self._say(pb.LocalReply(uploaded=pb.LocalUploaded(name=name)))
+                self._upload(request.upload, files)
             case "download":
                 self._download(request.download.name)
             case _:
                 raise InvalidArgument("expected a request", field="kind", reason="FIELD_MISSING")
 
-    async def _upload(self, request: pb.LocalUpload, files: list[int]) -> str:
+    def _upload(self, request: pb.LocalUpload, files: list[int]) -> None:
         """Takes the one file over, out of `files`."""
         types, name = decode_manifest(request.manifest, self._limits)
         if name is None or len(files) != 1:
             raise InvalidArgument("expected an upload_id and one file", field="manifest", reason="FIELD_MISSING")
         if self._held >= MOST_UPLOADS:
             raise ResourceExhausted(f"{self._held} uploads wait to be used", reason="TOO_MANY_UPLOADS", retryable=True)
-        file = SealedFile(files.pop(), types)
+        upload = _Upload(SealedFile(files.pop(), types), types, name)
         self._held += 1
+        if upload.file.bool_bytes < THREAD_BYTES:
+            with self._discarded_on_error(upload):
+                upload.file.check_bools()
+            self._adopt(upload)
+        else:
+            # The next request is read when this one is answered: nothing piles up here.
+            self._loop.remove_reader(self._peer)
+            self._checking = asyncio.ensure_future(self._check(upload))
+
+    async def _check(self, upload: _Upload) -> None:
+        with self._refusals():
+            with self._discarded_on_error(upload):
+                await in_thread(upload.file.check_bools)
+            self._adopt(upload)
+        if self._peer.fileno() >= 0:
+            self._loop.add_reader(self._peer, self._read)
+
+    @contextmanager
+    def _discarded_on_error(self, upload: _Upload) -> Iterator[None]:
         try:
-            await move_bytes(file.bool_bytes, file.check_bools)
+            yield
         except BaseException:
-            file.close()
+            upload.file.close()
             self._discarded()
             raise
-        self._tensors.uploads.adopt(types, file, name, self._discarded)
-        return name
+
+    def _adopt(self, upload: _Upload) -> None:
+        self._tensors.uploads.adopt(upload.types, upload.file, upload.name, self._discarded)
+        self._say(pb.LocalReply(uploaded=pb.LocalUploaded(name=upload.name)))
 
     def _discarded(self) -> None:
         self._held -= 1
