@@ -15,9 +15,11 @@ import torch
 
 from gradwire.local_transport import LocalTransport
 from gradwire.memory_files import MappedFile, sealed_file
+from gradwire.transfer import Uploads
 from gradwire_proto.errors import Unavailable
 from gradwire_proto.local_wire import SEALS, close_files, new_socket, receive_packet, send_packet
 from gradwire_proto.tensors import from_torch
+from gradwire_proto.v1 import gradient_service_pb2 as service_pb
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import TensorData
 
@@ -92,6 +94,11 @@ def two() -> list[TensorData]:
     return [from_torch(torch.randn(3, 5)), from_torch(torch.arange(100_000))]
 
 
+def many() -> list[TensorData]:
+    """So many bytes that the service's answer is waited for."""
+    return [*two(), from_torch(torch.zeros(600_000, dtype=torch.int64))]
+
+
 def test_upload_comes_sealed_and_whole(service, transport):
     seen: dict[str, Any] = {}
 
@@ -100,18 +107,57 @@ def test_upload_comes_sealed_and_whole(service, transport):
 
         seen["seals"] = fcntl.fcntl(files[0], fcntl.F_GET_SEALS)
         seen["bytes"] = os.pread(files[0], 1 << 20, 0)
+        seen["size"] = os.fstat(files[0]).st_size
         return UPLOADED, []
 
     service.answer = answer
-    tensors = two()
+    tensors = many()
     assert transport.upload("a", tensors)
     assert seen["seals"] == SEALS
     assert seen["bytes"][:60] == tensors[0].data and seen["bytes"][64:800_064] == tensors[1].data
+    assert seen["size"] == 800_064 + 4_800_000
     assert service.requests[0].upload.manifest.upload_id == "a"
 
 
+def test_few_bytes_are_not_waited_for_and_answers_keep_their_order(service, transport):
+    released = threading.Event()
+    tensors = two()[1:]
+    file = sealed_file(tensors)
+
+    def answer(request: pb.LocalRequest, files: list[int]) -> tuple[pb.LocalReply, list[int]]:
+        if request.WhichOneof("kind") == "download":
+            return downloaded(file, (0, 0, 800_000))
+        released.wait(5)
+        return UPLOADED, []
+
+    service.answer = answer
+    assert all(transport.upload(f"{number}", two()) for number in range(3))
+    released.set()
+    received = transport.download("downloads/a", tensors)
+    assert received is not None and torch.equal(received[0], torch.arange(100_000))
+    assert all(transport.upload(f"{number}", two()) for number in range(20))
+    assert transport.upload("last", many()) and len(service.requests) == 25
+    os.close(file)
+
+
+def test_what_the_service_would_not_take_is_brought_by_grpc_when_it_is_missed(service, scripted, rpc):
+    def take(messages: Any, context: Any) -> Any:
+        name = f"uploads/{next(messages).manifest.upload_id}"
+        assert sum(len(message.chunk) for message in messages) == 800_060
+        return service_pb.UploadTensorsResponse(name=name)
+
+    scripted.answers["UploadTensors"] = take
+    rpc.local.offer(service.path)
+    uploads = Uploads(rpc, for_read=True)
+    (sent,) = uploads.send_apart((two(),))
+    assert not scripted.requests("UploadTensors")
+    uploads.send_again(time.monotonic() + 5)
+    names = [service.requests[0].upload.manifest.upload_id, sent[0].data.name.split("/")[1]]
+    assert len(scripted.requests("UploadTensors")) == 1 and len(set(names)) == 1
+
+
 def test_what_the_service_refuses_is_left_to_grpc(service, transport):
-    assert not transport.upload("a", two())
+    assert not transport.upload("a", many())
     assert transport.download("downloads/a", two()) is None
     assert transport.is_connected
 
@@ -130,7 +176,7 @@ def test_service_that_does_not_answer_is_left_at_once(service, transport, way):
     }
     service.answer = answers[way]
     start = time.monotonic()
-    assert not transport.upload("a", two())
+    assert not transport.upload("a", many())
     assert transport.download("downloads/a", two()) is None
     assert time.monotonic() - start < 3
     released.set()
@@ -153,11 +199,11 @@ def test_service_that_comes_back_is_found_again(service, tmp_path, monkeypatch):
     transport.offer(service.path)
     service.answer = lambda request, files: None
     other.answer = lambda request, files: (UPLOADED, [])
-    assert not transport.upload("a", two())
+    assert not transport.upload("a", many())
     time.sleep(0.06)
-    assert not transport.upload("a", two())
+    assert not transport.upload("a", many())
     time.sleep(0.06)
-    assert transport.upload("a", two())
+    assert transport.upload("a", many())
     transport.close()
     assert not transport.is_connected and not found
     other.close()
@@ -182,7 +228,7 @@ def test_path_that_is_no_socket_of_a_service_is_not_used(service, tmp_path, kind
         lonely.close()
     transport = LocalTransport(lambda: str(path), enabled=kind != "switched off")
     transport.offer(service.path if kind == "switched off" else str(path))
-    assert not transport.is_connected and not transport.upload("a", two())
+    assert not transport.is_connected and not transport.upload("a", many())
 
 
 def downloaded(file: int, *places: tuple[int, int, int]) -> tuple[pb.LocalReply, list[int]]:
