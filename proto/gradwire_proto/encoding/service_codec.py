@@ -170,6 +170,7 @@ def encode_server_info(value: ServerInfo, into: pb.GetServerInfoResponse | None 
     message.free_workers = value.free_workers
     message.gpus = value.gpus
     encode_limits(value.limits, message.limits)
+    message.local_socket = value.local_socket
     return message
 
 
@@ -184,4 +185,5 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         free_workers=message.free_workers,
         gpus=message.gpus,
         limits=decode_limits(message.limits),
+        local_socket=message.local_socket,
     )

@@ -599,20 +599,22 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "workers", "free_workers", "gpus", "limits")
+    __slots__ = ("version", "torch_version", "workers", "free_workers", "gpus", "limits", "local_socket")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     FREE_WORKERS_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     workers: int
     free_workers: int
     gpus: float
     limits: Limits
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    local_socket: str
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., local_socket: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("message_bytes", "tensor_bytes", "graph_nodes", "model_bytes", "models", "requests_in_flight", "requests_per_model", "held_bytes", "variants", "held_seconds", "retained_bytes", "retained_forwards", "retained_seconds")

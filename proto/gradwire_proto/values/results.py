@@ -175,7 +175,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """Versions, capacity and limits of a service."""
+    """Versions, capacity and limits of a service. local_socket: where clients on its machine share memory with it."""
 
     version: str
     torch_version: str
@@ -183,3 +183,4 @@ class ServerInfo:
     free_workers: int
     gpus: float
     limits: Limits
+    local_socket: str = ""
