@@ -41,13 +41,16 @@ class SegmentWriter:
         self._numbers = itertools.count(1)
         self._former: deque[str] = deque(maxlen=_FORMER)
 
-    def write(self, tensors: Iterable[TensorData]) -> list[TensorData]:
-        """The same tensors with their bytes in one new file.
+    def write(self, tensors: Iterable[TensorData], sizes: Sequence[int] | None = None) -> list[TensorData]:
+        """The same tensors with their bytes in one file of their own.
 
+        sizes: the bytes of each, where `tensors` makes them one by one so that not all take memory at once.
         ResourceExhausted (MEMORY_FOLDER_FULL) when there is no room; then no file is left behind.
         """
-        tensors = list(tensors)
-        file, path = self._open(_size(tensors))
+        if sizes is None:
+            tensors = list(tensors)
+            sizes = [tensor.nbytes for tensor in tensors]
+        file, path = self._open(_size(sizes))
         try:
             return list(_write_all(file, path, tensors))
         except BaseException as error:
@@ -103,9 +106,9 @@ def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[
         offset += _room(tensor.nbytes)
 
 
-def _size(tensors: Sequence[TensorData]) -> int:
-    """Bytes of the file that they make. No room follows the last one."""
-    return sum(_room(tensor.nbytes) for tensor in tensors[:-1]) + (tensors[-1].nbytes if tensors else 0)
+def _size(sizes: Sequence[int]) -> int:
+    """Bytes of the file that tensors of these make. No room follows the last one."""
+    return sum(map(_room, sizes[:-1])) + sum(sizes[-1:])
 
 
 def _room(nbytes: int) -> int:
