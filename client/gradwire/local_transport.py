@@ -53,6 +53,7 @@ class LocalTransport:
         self._patience = min(patience, _PATIENCE)
         self._find = find
         self._enabled = enabled
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._unread = 0
@@ -62,7 +63,12 @@ class LocalTransport:
 
     @property
     def is_connected(self) -> bool:
-        """Whether memory is shared. Connects anew where that was so, and some time has passed since it broke."""
+        """Whether memory is shared. Connects anew where that was so, and some time has passed since it broke.
+
+        Never in a forked child: the connection is its parent's.
+        """
+        if os.getpid() != self._process:
+            return False
         if self._socket is None and self._is_offered and time.monotonic() >= self._again_at:
             self._again_at = time.monotonic() + _PAUSE
             try:
