@@ -18,7 +18,7 @@ from gradwire.errors import InvalidArgument
 from gradwire.fit import FitArguments
 from gradwire.fit_results import FitResult
 from gradwire.forward_requests import forward_request
-from gradwire.gradient_queries import check_keeps_imaginary_parts, gradient_query
+from gradwire.gradient_queries import check_keeps_imaginary_parts, dense_or_sparse, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import Uploads, inline_bytes, receive
@@ -160,11 +160,18 @@ class ModelCalls:
         input_gradients: bool,
         outputs: bool,
         dtype: torch.dtype | str | None,
+        top_k: float | None,
         training: bool,
         seed: int | None,
     ) -> Call[GradientResult]:
         query = gradient_query(
-            wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
+            wrt=wrt,
+            input_gradients=input_gradients,
+            outputs=outputs,
+            dtype=dtype,
+            top_k=top_k,
+            training=training,
+            seed=seed,
         )
         uploads = Uploads(self._rpc, for_read=True)
         request, variant = self._gradient_request(query, uploads, inputs, targets)
@@ -172,8 +179,9 @@ class ModelCalls:
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
             result = codec.decode_gradient_result(reply)
             parts = receive(self._rpc, (result.gradients, result.input_gradients, result.outputs))
+            gradients = {name: dense_or_sparse(each) for name, each in parts[0].items()}
             rebuilt = self._variants.rebuild(variant, parts[2]) if outputs else None
-            return replace(result, gradients=parts[0], input_gradients=parts[1], outputs=rebuilt)
+            return replace(result, gradients=gradients, input_gradients=parts[1], outputs=rebuilt)
 
         return Call("ComputeGradients", request, finish, uploads=uploads)
 

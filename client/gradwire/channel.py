@@ -28,7 +28,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     # The service's limit on messages is the one that counts.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Measured: how far a stream may run ahead of its reader, and large frames. Not without grpc's probes of the bandwidth
+    # Measured: how far a stream may run ahead of its reader, and large frames. Not without grpc's probes of bandwidth
     # (grpc.http2.bdp_probe), which the service does without: a stream that is reset may then not notice it.
     ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.http2.max_frame_size", 1 << 20),

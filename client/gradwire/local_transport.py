@@ -60,6 +60,7 @@ class LocalTransport:
         self._patience = min(timeout / 2, _PATIENCE)
         self._find = find
         self._enabled = enabled
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._unread = 0
@@ -69,7 +70,9 @@ class LocalTransport:
 
     @property
     def is_connected(self) -> bool:
-        """Whether memory is shared."""
+        """Whether memory is shared. Never in a forked child: the connection is its parent's."""
+        if os.getpid() != self._process:
+            return False
         return self._socket is not None
 
     def look_again(self, deadline: Deadline) -> None:
@@ -100,7 +103,7 @@ class LocalTransport:
             connection.close()
 
     def upload(self, upload_id: str, tensors: Sequence[TensorData], deadline: Deadline) -> bool:
-        """Bring tensors to the service under that id. False: they are not there, and half of the time is left.
+        """Bring tensors to the service under that id. False: they are not there; half of the time is left at least.
 
         True of few bytes says only that they are on their way: the service may refuse them yet, and then it refuses the
         request that names them. To wait for its answer would cost more than to bring them.

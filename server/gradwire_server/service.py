@@ -22,7 +22,7 @@ from gradwire_server.replaying import Replayer
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
-from gradwire_server.tensors.local_socket import LocalSocket
+from gradwire_server.tensors.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
@@ -54,7 +54,7 @@ class Service:
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         self._local: LocalSocket | None = None
         if sockets is not None and config.shares_memory:
-            self._local = LocalSocket(sockets / f"clients-{secrets.token_hex(8)}.sock", self._tensors, limits)
+            self._local = LocalSocket(sockets / f"{SOCKET_PREFIX}{secrets.token_hex(8)}.sock", self._tensors, limits)
         facts = ServerFacts(cluster, limits, lambda: self._local.path if self._local else "")
         self._storage = storage
         self._checkpoints = checkpoints = CheckpointList(storage, self._models, config.stored_replies)

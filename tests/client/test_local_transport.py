@@ -213,6 +213,16 @@ def test_service_that_comes_back_is_found_again(service, tmp_path, monkeypatch):
     other.close()
 
 
+def test_forked_child_leaves_its_parents_connection_alone(service, transport):
+    child = os.fork()
+    if not child:
+        os._exit(
+            transport.is_connected or transport.upload("child", two()) or transport.download("a", two()) is not None
+        )
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert transport.is_connected and not service.requests
+
+
 def test_socket_of_another_service_is_not_used(tmp_path):
     service = LocalService(tmp_path, says="another")
     transport = LocalTransport(lambda seconds: service.path)

@@ -59,7 +59,7 @@ PARAMETERS = {
     "Model.forward_backward": "inputs targets",
     "Model.optimizer_step": "gradients *lr",
     "Model.zero_grad": "",
-    "Model.compute_gradients": "inputs targets *wrt *input_gradients *outputs *dtype *training *seed",
+    "Model.compute_gradients": "inputs targets *wrt *input_gradients *outputs *dtype *top_k *training *seed",
     "Model.forward": "inputs training",
     "Model.__call__": "inputs",
     "Model.state_dict": "",

@@ -18,7 +18,8 @@ from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, r
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import GradientResult, Handle, TensorData
-from gradwire_server.tensors.local_socket import MOST_CONNECTIONS, MOST_UPLOADS
+from gradwire_server.tensors.local_connection import MOST_UPLOADS
+from gradwire_server.tensors.local_socket import MOST_CONNECTIONS
 
 W = b"\0\0\0\0\0\0\x40\x40"
 TENSOR = TensorData("float32", (1, 2), W)
@@ -199,6 +200,25 @@ async def test_connection_holds_only_so_many_files(local, peer, fakes, open_file
     # One that was used makes room.
     await local.stub.LoadStateDict(load(last))
     assert (await peer.upload(fakes.request_id(), memory_file(TENSOR), TENSOR)).uploaded.name
+
+
+async def test_all_connections_together_hold_only_so_many_files(local, fakes, monkeypatch):
+    monkeypatch.setattr("gradwire_server.tensors.local_connection.MOST_OPEN_FILES", 2)
+    reasons = []
+    for _ in range(3):
+        # Each leaves what it has brought behind.
+        peer = Peer(await socket_of(local))
+        reasons.append((await peer.upload(fakes.request_id(), memory_file(TENSOR), TENSOR)).refusal.reason)
+        peer.socket.close()
+    assert reasons == ["", "", "TOO_MANY_UPLOADS"]
+
+
+async def test_socket_of_a_service_that_was_killed_is_removed(start, tmp_path):
+    dead = new_socket()
+    dead.bind(str(tmp_path / "clients-dead.sock"))
+    dead.close()
+    async with start(sockets=tmp_path) as frontend:
+        assert [str(path) for path in tmp_path.glob("*.sock")] == [await socket_of(frontend)]
 
 
 async def test_only_so_many_clients_are_connected(local):
