@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import BackwardQuery, Limits, Retention, StateTensor
 from gradwire_workers.after_applied import errors_after_applied
+from gradwire_workers.lifted_limits import AGAIN, limits_lifted
 from gradwire_workers.pool.rank_footprint import RankFootprint
 from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
@@ -101,6 +102,7 @@ class RankCommands:
             "compute_function": self._functions.compute_gradients,
             "fit": self._fit,
             "row_orders": orders_of,
+            "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,
         }
 
@@ -117,7 +119,8 @@ class RankCommands:
             return outgoing(answer, self._segments)
 
     def _carry_out(self, kind: str, command: Callable[[Fields], Fields], fields: Fields) -> Fields:
-        with out_of_memory_told(), self._together(kind):
+        lifted = limits_lifted() if fields.get(AGAIN) else nullcontext()
+        with out_of_memory_told(), self._together(kind), lifted:
             return command(fields)
 
     @contextmanager
@@ -238,6 +241,10 @@ class RankCommands:
                 raise InternalError(f"{type(error).__name__}: {error}", outcome="unknown") from error
             raise
         return report_of(run, self._model.step, refusal, needs_rejoin=self.needs_rejoin)
+
+    def _forget_dataset(self, _: Fields) -> Fields:
+        self._fitting.forget()
+        return {}
 
     def _forward_backward(self, fields: Fields) -> Fields:
         return asdict(self._model.forward_backward(shard_in(fields), command=fields["command"]))
