@@ -99,11 +99,17 @@ class ModelCalls:
         self.watchers: WeakSet[Any] = WeakSet()
         """Their `take_settings()` is called when `tensors` has changed."""
 
-    def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
+    def train_step(
+        self, inputs: Any, targets: Any, lr: float | None, before_variant: Callable[[], None] = lambda: None
+    ) -> Call[StepResult]:
+        """before_variant: called before another variant is brought to the service for the batch."""
         request = pb.TrainStepRequest(name=self._name)
         _set_learning_rate(request, lr)
         uploads = Uploads(self._rpc)
-        self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
+        given, batch = self._read(inputs, targets)
+        if not self._variants.have(batch, training=True, targets=True):
+            before_variant()
+        self._set_batch(request, uploads, given, batch, training=True)
         return self._command("TrainStep", request, _step_result, uploads)
 
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
+from gradwire.arguments import as_count, wrong_type
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.errors import GradwireError
@@ -17,6 +18,7 @@ from gradwire.optim import Optimizer
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
+from gradwire.train_steps import train_steps
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, Checkpoint, GradientResult, ModelInfo, StepResult
 
@@ -92,6 +94,24 @@ class Model:
         does not touch the schedule, which takes its step all the same.
         """
         return self._run(self._calls.train_step(inputs, targets, lr))
+
+    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Iterator[StepResult]:
+        """`train_step` of each batch, and the next are on their way before the results of those before are there.
+
+        Gives the same bits as the steps one by one, in order, many more of them in a second where they are small.
+        `batches` yields (inputs, targets), or (inputs,) where the model takes no targets: a DataLoader, for example. It
+        is advanced when fewer than `in_flight` steps are unanswered, and never while a result is waited for.
+
+        What a step raises ends the iterator, as does an exception of `batches` itself; the results of all steps before
+        come first. Steps behind one that was refused are not applied. Closing the iterator early leaves those that were
+        sent applied, and waits for them. Another call of the model, from the loop's body, runs after those that were
+        sent. The client's timeout bounds the wait for each result.
+        """
+        count = as_count(in_flight, "in_flight")
+        if count is None:
+            raise wrong_type(in_flight, "in_flight", "an int")
+        self._rpc.check_usable()
+        return train_steps(self._rpc, self._calls, self._queue.wait, iter(batches), count)
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
         """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""

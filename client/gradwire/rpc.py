@@ -96,6 +96,20 @@ class Rpc:
                 call.cancel()
                 raise
 
+    def converse(self, method: str, bodies: Iterator[bytes]) -> Any:
+        """A stream both ways, open until `bodies` end and what they ask for is answered: iterate over the replies.
+
+        `bodies` are sent as they come, from a thread. `cancel()` ends it. What iterating raises, `lost` explains.
+        """
+        return self._method(method)(bodies, metadata=self._metadata)
+
+    def lost(self, error: Exception) -> GradwireError | None:
+        """What the error that such a stream ended with stands for; None where it is none of grpc's."""
+        if not isinstance(error, grpc.RpcError):
+            return None
+        translated = translate(error, self.target, None, closed=self.closed.is_set())
+        return translated.error if isinstance(translated, Lost) else translated
+
     def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
         call: Any = None

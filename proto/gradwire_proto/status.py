@@ -112,6 +112,12 @@ def abort_arguments(error: GradwireError) -> tuple[grpc.StatusCode, str, tuple[t
     return _CODES[status.code], status.message, ((_DETAILS_KEY, status.SerializeToString()),)
 
 
+def from_status(status: status_pb2.Status) -> GradwireError:
+    """The error whose status `to_status` has made."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _from_status(status, code) or _KINDS.get(code, errors.InternalError)(status.message)
+
+
 def from_rpc_error(error: grpc.RpcError, *, command: bool, request_id: str | None = None) -> GradwireError:
     """The error that the service raised, or the one that a broken, refused or late call stands for.
 

@@ -44,6 +44,8 @@ class HostedModel:
         self.life = ModelLife(description, hosting)
         self.autograd = self.life.autograd
         """The commands of clients whose own autograd goes through the model."""
+        self.steps = self.life.steps
+        """Its training steps that come in streams."""
         self._commands = self.life.commands
         self._tensors = hosting.tensors
         self._limits = hosting.limits

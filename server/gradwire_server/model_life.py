@@ -24,6 +24,7 @@ from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.request_log import RequestLog
 from gradwire_server.restoring import Restorer, ended_command, stored_reply_of
+from gradwire_server.step_runs import StepRuns
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
 from gradwire_server.storage.saved_model import SavedModel
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelLife:
-    """See the module. `commands` runs its requests, `checkpoints` saves it.
+    """See the module. `commands` runs its requests, `steps` those of streams, `checkpoints` saves it.
 
     `autograd` has the commands of clients whose own autograd goes through it.
     """
@@ -60,6 +61,15 @@ class ModelLife:
             self._records,
             released=lambda: self.autograd.take_released(),
             applied=lambda: self.checkpoints.applied(),
+        )
+        self.steps = StepRuns(
+            description,
+            self._queue,
+            self.commands,
+            self.ranks,
+            self._records,
+            hosting.tensors.uploads,
+            hosting.limits.requests_per_model,
         )
         self.checkpoints = ModelCheckpoints(
             description, hosting, self.commands, self.ranks, self._records, release=lambda: self.autograd.release_all()

@@ -50,6 +50,7 @@ class Job(Generic[T]):
         self._claim = claim
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
         self._failed = failed
+        self._begun: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = None
         self._result: T | None = None
         self._settled_error: GradwireError | None = None
         self._waiters = 0
@@ -82,7 +83,7 @@ class Job(Generic[T]):
             await self.wait()
         except asyncio.CancelledError:
             if self._waiters == 1:
-                self.refuse(Cancelled("the caller gave up while the request was in the queue; nothing was applied"))
+                self.refuse(_given_up())
             raise
         finally:
             self._waiters -= 1
@@ -138,6 +139,52 @@ class Job(Generic[T]):
             self._failed(self.error)
         self._ended.set_result(None)
 
+    # What several jobs that run at once are told in place of `run`.
+
+    def begin(self) -> None:
+        """It has begun: `take`, `fail`, `cut` or `put_back` must follow. Its tensors are in its request."""
+        self._begun, self._work = self._work, None
+
+    def put_back(self) -> None:
+        """It was not carried out after all, and waits again."""
+        self._work, self._begun = self._begun, None
+
+    def take(self, outcome: T | Unsettled[T]) -> None:
+        """It is done."""
+        self._begun = None
+        self._take(outcome)
+
+    def fail(self, error: Exception) -> None:
+        """It ends with this error."""
+        self._begun = None
+        self._fail(error)
+
+    def cut(self) -> None:
+        """Nobody will know what became of it: the service stops."""
+        self.error = Cancelled("the service stopped", outcome="unknown")
+        self._ended.set_result(None)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended, or will once it is settled, with an error."""
+        return self.error is not None or self._settled_error is not None
+
+    @property
+    def value(self) -> T:
+        """What it gave, once it has ended without an error."""
+        return cast(T, self._result)
+
+    def join(self) -> None:
+        """Want the work done, however long it takes, until `leave`."""
+        self._waiters += 1
+        self._awaited, self._deadline = True, None
+
+    def leave(self) -> None:
+        """Want it no more: if nobody does and it was not begun, it never will be."""
+        self._waiters -= 1
+        if not self._waiters:
+            self.refuse(_given_up())
+
     def confirm(self) -> None:
         """What could not be settled when the work had ended is so now: the result counts."""
         self.error = self._settled_error
@@ -150,6 +197,10 @@ class Job(Generic[T]):
         self._claim.give_back()
         self.error = error
         self._ended.set_result(None)
+
+
+def _given_up() -> Cancelled:
+    return Cancelled("the caller gave up while the request was in the queue; nothing was applied")
 
 
 def queue_full(limit: int) -> ResourceExhausted:
@@ -202,6 +253,10 @@ class WorkQueue:
         if self._runner is None:
             self._runner = asyncio.get_running_loop().create_task(self._run())
         return job
+
+    def is_last(self, job: Job[Any]) -> bool:
+        """Whether it waits, and nothing behind it."""
+        return bool(self._jobs) and self._jobs[-1] is job
 
     def _forget(self, job: Job[Any]) -> None:
         self._count -= 1

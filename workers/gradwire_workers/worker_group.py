@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gradwire_proto.batch_check import check_batch, select_variant
+from gradwire_proto.batch_form import BatchForm, FormedStep
 from gradwire_proto.codec import encode_optimizer, encode_variant
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.values import (
@@ -37,6 +38,7 @@ from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.group_state import model_state
 from gradwire_workers.open_variants import OpenVariants
+from gradwire_workers.packed_steps import Layout, Layouts, pack_steps
 from gradwire_workers.pool.lease import Lease
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
@@ -45,6 +47,8 @@ from gradwire_workers.salvage import salvage
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import least_rows, split
+from gradwire_workers.step_dispatch import StepDispatch
+from gradwire_workers.step_rows import step_result as packed_result
 from gradwire_workers.variant_splits import (
     ExampleLeaves,
     FoundBefore,
@@ -100,6 +104,7 @@ class WorkerGroup:
         self._writer = writer
         self._require_sharding = require_sharding
         self._splits = VariantSplits(ranks, loss_is_given=loss_is_given)
+        self._layouts = Layouts(self._layout)
         self._release = release
         self._closed = False
         self._releasing: asyncio.Future[None] | None = None
@@ -259,6 +264,40 @@ class WorkerGroup:
         shards, rows = await self._split(batch, training=True)
         answers = await self._call_shards("train_step", shards, {"command": command, "lr": lr})
         return step_result(answers, rows)
+
+    def together(self, steps: Sequence[FormedStep]) -> int:
+        """How many of these steps, from the first, can go to the ranks together; 0: the first must go alone."""
+        return len(self._layouts.of_first(steps, len(self._variants)))
+
+    async def train_steps(
+        self, steps: Sequence[FormedStep], *, command: int, took: Callable[[list[StepResult]], None]
+    ) -> None:
+        """`train_step` of steps that can go together, from this command on.
+
+        `took` is called with the results of steps that are applied, in order, as they come. Raises the error of the
+        first that is not; those behind it were not begun.
+        """
+        layouts, number = self._layouts.of_first(steps, len(self._variants)), self._ranks.applied + 1
+        fields = [pack_steps(steps, layouts, rank=rank, command=command, number=number) for rank in range(self.workers)]
+        rows = iter([layout.rows for layout in layouts])
+        dispatch = StepDispatch(
+            self._ranks,
+            lambda applied, idle: took([packed_result(each, next(rows), transfer=idle) for each in applied]),
+        )
+        await dispatch.run(fields)
+
+    def _layout(self, form: BatchForm) -> Layout | None:
+        """How batches of this form are spread; None where only trying tells."""
+        if self._untried is not None:
+            return None
+        batch = form.numbered
+        try:
+            variant, rows = select_variant(self._variants, batch, training=True, targets=True)
+        except GradwireError:
+            return None
+        rows = rows if varies(variant) else examples_in(batch)
+        whole = self._decisions.get(variant.name, _SPLIT).whole is not None
+        return Layout(form, split(variant, rows, batch, ranks=self.workers, whole=whole), rows)
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         """Adds the batch's gradients to those that the ranks hold."""

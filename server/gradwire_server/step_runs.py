@@ -1,0 +1,298 @@
+"""Training steps of streams: those that wait one behind the other in a model's queue run in one turn, together.
+
+Each is a command as if it had come alone: once for its request id, numbered, and in the journal before it is answered.
+Ranks are handed as many at once as can go together; what was not applied when one failed runs again, alone where ranks
+were lost, so that a step that kills its ranks is found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+from gradwire_proto.batch_form import BatchForm, FormedStep, form_of
+from gradwire_proto.errors import Cancelled, FailedPrecondition, GradwireError
+from gradwire_proto.values import Batch, StepResult
+from gradwire_server.calls import Call
+from gradwire_server.commands import Commands
+from gradwire_server.failures import public_error
+from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.model_description import ModelDescription
+from gradwire_server.model_records import ModelRecords
+from gradwire_server.replies import with_times
+from gradwire_server.stored_replies import EndedCommand, room_for_reply
+from gradwire_server.tensors.uploads import Uploads
+from gradwire_server.work_queue import Job, Unsettled, WorkQueue, queue_full
+
+MOST_STEPS, MOST_BYTES = 64, 1 << 20
+"""How many steps, and bytes of requests, go to the ranks together at most. One that is larger goes alone."""
+
+_MOST_FORMS = 64
+
+
+class Chain:
+    """The steps of one stream: once one was refused, those behind it are refused too.
+
+    joined: requests of others that are steps of this stream, too, since it repeats them.
+    """
+
+    def __init__(self) -> None:
+        self.joined: list[Job[Any]] = []
+        self._broken = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a step was refused."""
+        return self._broken or any(job.has_failed for job in self.joined)
+
+    def breaks(self) -> None:
+        """A step was refused."""
+        self._broken = True
+
+
+def behind_refused() -> GradwireError:
+    """The error of a step behind one that was refused."""
+    return FailedPrecondition(
+        "a step before this one in its stream was refused, so this one was not tried",
+        reason="STEP_BEFORE_REFUSED",
+        retryable=True,
+    )
+
+
+class StepJob(Job[StepResult]):
+    """A step that waits, runs or has ended. `formed`: None where it must go to the ranks alone."""
+
+    formed: FormedStep | None
+    chain: Chain
+    call: Call
+    submitted: float
+
+
+class _Run:
+    """The steps of one turn. `turn` is the turn's place in the queue."""
+
+    def __init__(self) -> None:
+        self.jobs: list[StepJob] = []
+        self.turn: Job[None] | None = None
+
+    def over(self, turn: Job[None]) -> None:
+        """The turn has ended, or will never begin: so will the steps that were not begun."""
+        error = turn.error or Cancelled("the service stopped")
+        for job in self.jobs:
+            job.refuse(error)
+
+
+class StepRuns:
+    """See the module."""
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        queue: WorkQueue,
+        commands: Commands,
+        ranks: LiveRanks,
+        records: ModelRecords,
+        uploads: Uploads,
+        limit: int,
+    ) -> None:
+        self._description = description
+        self._queue = queue
+        self._commands = commands
+        self._ranks = ranks
+        self._records = records
+        self._uploads = uploads
+        self._limit = limit
+        self._last: _Run | None = None
+        self._forms: dict[Any, BatchForm] = {}
+
+    async def submit(self, call: Call, batch: Batch, lr: float | None, chain: Chain) -> Job[Any] | EndedCommand:
+        """Let a step run behind all that came before; of one that was seen before, what became of it.
+
+        Raises what `Commands.run` raises before the step is in the queue.
+        """
+        found = self._commands.log.find(call)
+        if found is not None and found.error is not None and found.error.outcome == "unknown":
+            await self._records.try_to_mend()
+            found = self._commands.log.find(call)
+        return self._begin(call, batch, lr, chain) if found is None else found
+
+    def _begin(self, call: Call, batch: Batch, lr: float | None, chain: Chain) -> StepJob:
+        self._description.check_usable()
+        run = self._last
+        if run is None or run.turn is None or not self._queue.is_last(run.turn):
+            run = self._begin_run()
+        elif len(run.jobs) >= self._limit:
+            raise queue_full(self._limit)
+        submitted = time.monotonic()
+
+        async def alone(values: Any) -> StepResult | Unsettled[StepResult]:
+            self._description.check_usable()
+
+            def work(values: Any, number: int) -> Awaitable[StepResult]:
+                return self._ranks.workers.train_step(Batch(**values), command=number, lr=lr)
+
+            return await self._commands.apply(call, job, values, work, None, time.monotonic() - submitted)
+
+        claim = self._uploads.claim({"inputs": batch.inputs, "targets": batch.targets}, "batch")
+        job = StepJob(call, claim, alone, self._description.met)
+        job.call, job.chain, job.submitted = call, chain, submitted
+        job.formed = None if claim.taken or len(call.raw) > MOST_BYTES else self._formed(batch, lr)
+        run.jobs.append(job)
+        self._commands.log.add(call, job)
+        job.on_end(lambda _: self._commands.log.settle(call))
+        return job
+
+    def _begin_run(self) -> _Run:
+        run = _Run()
+
+        async def turn(_: Any) -> None | Unsettled[None]:
+            return await self._carry_out(run)
+
+        run.turn = self._commands.take_turn(Call(), None, turn)
+        run.turn.on_end(run.over)
+        self._last = run
+        return run
+
+    def _formed(self, batch: Batch, lr: float | None) -> FormedStep | None:
+        found = form_of(batch)
+        if found is None:
+            return None
+        key, data = found
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) >= _MOST_FORMS:
+                self._forms.clear()
+            form = self._forms[key] = BatchForm(batch)
+        return FormedStep(form, data, lr)
+
+    # --- the turn -------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, run: _Run) -> None | Unsettled[None]:
+        self._last = None if self._last is run else self._last
+        waiting, alone = deque(run.jobs), 0
+        while waiting:
+            job = waiting[0]
+            if job.chain.is_broken:
+                job.refuse(behind_refused())
+            if job.ended:
+                waiting.popleft()
+                continue
+            self._description.check_usable()
+            together = [] if alone else self._together(waiting)
+            if together:
+                alone = await self._run_together(together)
+                continue
+            waiting.popleft()
+            alone -= alone > 0
+            await job.run()
+            if job.has_failed:
+                job.chain.breaks()
+        unsettled = self._records.unsettled
+        return None if unsettled is None else Unsettled(None, unsettled)
+
+    def _together(self, waiting: Sequence[StepJob]) -> list[StepJob]:
+        """The first of those that wait which the ranks can be handed at once; none: the first must go alone."""
+        chosen: list[StepJob] = []
+        nbytes = 0
+        for job in waiting:
+            if job.ended or job.chain.is_broken:
+                continue
+            nbytes += len(job.call.raw)
+            if job.formed is None or len(chosen) == MOST_STEPS or (chosen and nbytes > MOST_BYTES):
+                break
+            chosen.append(job)
+        steps = [job.formed for job in chosen if job.formed is not None]
+        return chosen[: self._ranks.workers.together(steps)] if steps else []
+
+    async def _run_together(self, jobs: Sequence[StepJob]) -> int:
+        """Apply these; how many are to run again, each alone: ranks were lost, and are back."""
+        try:
+            await self._records.usable()
+            # All that can be refused for want of room is refused here, before the model changes.
+            room = sum(len(job.call.raw) for job in jobs) + len(jobs) * room_for_reply("TrainStep")
+            self._records.reserve(room, ())
+        except GradwireError:
+            # There may be room for some of them.
+            return len(jobs)
+        # Some may have been given up meanwhile.
+        jobs = [job for job in jobs if not job.ended]
+        return await _Together(self._commands, self._ranks, self._records, self._description, jobs).run()
+
+
+class _Together:
+    """Steps that are with the ranks at once. `jobs`: all of them; `_done`: how many were applied."""
+
+    def __init__(
+        self,
+        commands: Commands,
+        ranks: LiveRanks,
+        records: ModelRecords,
+        description: ModelDescription,
+        jobs: Sequence[StepJob],
+    ) -> None:
+        self._commands = commands
+        self._ranks = ranks
+        self._records = records
+        self._description = description
+        self._jobs = jobs
+        self._steps = [job.formed for job in jobs if job.formed is not None]
+        self._alone = False
+        self._done = 0
+        self._began = time.monotonic()
+        self._recovery = 0.0
+
+    async def run(self) -> int:
+        """Apply them; how many must run again, each alone."""
+        for job in self._jobs:
+            job.begin()
+        try:
+            self._alone = await self._ranks.run_together(self._work)
+        except Exception as error:
+            await self._fail(error)
+        except BaseException:
+            for job in self._jobs[self._done :]:
+                job.cut()
+            raise
+        rest = self._jobs[self._done :]
+        for job in rest:
+            job.put_back()
+        return len(rest) if self._alone else 0
+
+    async def _work(self, recovery: float) -> None:
+        self._recovery = recovery
+        workers = self._ranks.workers
+        # Other ranks than those that were asked before, where some were lost since.
+        steps = self._steps[: workers.together(self._steps)]
+        if steps:
+            await workers.train_steps(steps, command=self._commands.number + 1, took=self._took)
+
+    def _took(self, results: Sequence[StepResult]) -> None:
+        """The next steps were applied by all ranks: record and answer them."""
+        jobs = self._jobs[self._done : self._done + len(results)]
+        self._ranks.note_applied()
+        told = [
+            with_times(result, job.call, max(0.0, self._began - job.submitted), self._recovery)
+            for job, result in zip(jobs, results, strict=True)
+        ]
+        self._done += len(jobs)
+        self._recovery = 0.0
+        self._description.applied(results[-1])
+        settled = self._commands.record_steps(jobs, told)
+        for job, result, its in zip(jobs, told, settled, strict=True):
+            job.take(result if its is None else Unsettled(result, its))
+
+    async def _fail(self, error: Exception) -> None:
+        """The next step ends with this error; those behind it were not begun."""
+        job = self._jobs[self._done]
+        self._done += 1
+        job.chain.breaks()
+        refusal = public_error(error, job.call.request_id, outcome="unknown")
+        if refusal.outcome != "applied":
+            job.fail(refusal)
+            return
+        try:
+            job.take(await self._commands.end_with(refusal, job.call, job, ()))
+        except GradwireError as told:
+            job.fail(told)
