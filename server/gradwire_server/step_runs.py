@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
+from math import inf
 from typing import Any
 
 from gradwire_proto.batch_form import BatchForm, FormedStep, form_of
@@ -33,23 +34,24 @@ _MOST_FORMS = 64
 
 
 class Chain:
-    """The steps of one stream: once one was refused, those behind it are refused too.
-
-    joined: requests of others that are steps of this stream, too, since it repeats them.
-    """
+    """The steps of one stream, which have places in it: once one was refused, those behind it are refused too."""
 
     def __init__(self) -> None:
-        self.joined: list[Job[Any]] = []
-        self._broken = False
+        self._refused: float = inf
+        self._joined: list[tuple[int, Job[Any]]] = []
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether a step was refused."""
-        return self._broken or any(job.has_failed for job in self.joined)
+    def refuses(self, place: float) -> bool:
+        """Whether a step before this place was refused."""
+        return self._refused < place or any(before < place and job.has_failed for before, job in self._joined)
 
-    def breaks(self) -> None:
-        """A step was refused."""
-        self._broken = True
+    def refused(self, place: int) -> None:
+        """The step at this place was refused."""
+        self._refused = min(self._refused, place)
+
+    def joined(self, place: int, job: Job[Any]) -> None:
+        """The step at this place is a request of somebody else, which it repeats."""
+        self._joined = [each for each in self._joined if each[1].has_failed or not each[1].ended]
+        self._joined.append((place, job))
 
 
 def behind_refused() -> GradwireError:
@@ -62,10 +64,14 @@ def behind_refused() -> GradwireError:
 
 
 class StepJob(Job[StepResult]):
-    """A step that waits, runs or has ended. `formed`: None where it must go to the ranks alone."""
+    """A step that waits, runs or has ended.
+
+    `formed`: None where it must go to the ranks alone. `place`: in the chain. `submitted`: in monotonic seconds.
+    """
 
     formed: FormedStep | None
     chain: Chain
+    place: int
     call: Call
     submitted: float
 
@@ -107,7 +113,9 @@ class StepRuns:
         self._last: _Run | None = None
         self._forms: dict[Any, BatchForm] = {}
 
-    async def submit(self, call: Call, batch: Batch, lr: float | None, chain: Chain) -> Job[Any] | EndedCommand:
+    async def submit(
+        self, call: Call, batch: Batch, lr: float | None, chain: Chain, place: int
+    ) -> Job[Any] | EndedCommand:
         """Let a step run behind all that came before; of one that was seen before, what became of it.
 
         Raises what `Commands.run` raises before the step is in the queue.
@@ -116,9 +124,13 @@ class StepRuns:
         if found is not None and found.error is not None and found.error.outcome == "unknown":
             await self._records.try_to_mend()
             found = self._commands.log.find(call)
-        return self._begin(call, batch, lr, chain) if found is None else found
+        if found is None:
+            return self._begin(call, batch, lr, chain, place)
+        if isinstance(found, Job):
+            chain.joined(place, found)
+        return found
 
-    def _begin(self, call: Call, batch: Batch, lr: float | None, chain: Chain) -> StepJob:
+    def _begin(self, call: Call, batch: Batch, lr: float | None, chain: Chain, place: int) -> StepJob:
         self._description.check_usable()
         run = self._last
         if run is None or run.turn is None or not self._queue.is_last(run.turn):
@@ -137,7 +149,7 @@ class StepRuns:
 
         claim = self._uploads.claim({"inputs": batch.inputs, "targets": batch.targets}, "batch")
         job = StepJob(call, claim, alone, self._description.met)
-        job.call, job.chain, job.submitted = call, chain, submitted
+        job.call, job.chain, job.place, job.submitted = call, chain, place, submitted
         job.formed = None if claim.taken or len(call.raw) > MOST_BYTES else self._formed(batch, lr)
         run.jobs.append(job)
         self._commands.log.add(call, job)
@@ -174,9 +186,9 @@ class StepRuns:
         waiting, alone = deque(run.jobs), 0
         while waiting:
             job = waiting[0]
-            if job.chain.is_broken:
+            if job.chain.refuses(job.place):
                 job.refuse(behind_refused())
-            if job.ended:
+            if not job.waits:
                 waiting.popleft()
                 continue
             self._description.check_usable()
@@ -188,7 +200,7 @@ class StepRuns:
             alone -= alone > 0
             await job.run()
             if job.has_failed:
-                job.chain.breaks()
+                job.chain.refused(job.place)
         unsettled = self._records.unsettled
         return None if unsettled is None else Unsettled(None, unsettled)
 
@@ -197,7 +209,7 @@ class StepRuns:
         chosen: list[StepJob] = []
         nbytes = 0
         for job in waiting:
-            if job.ended or job.chain.is_broken:
+            if not job.waits or job.chain.refuses(job.place):
                 continue
             nbytes += len(job.call.raw)
             if job.formed is None or len(chosen) == MOST_STEPS or (chosen and nbytes > MOST_BYTES):
@@ -217,7 +229,7 @@ class StepRuns:
             # There may be room for some of them.
             return len(jobs)
         # Some may have been given up meanwhile.
-        jobs = [job for job in jobs if not job.ended]
+        jobs = [job for job in jobs if job.waits]
         return await _Together(self._commands, self._ranks, self._records, self._description, jobs).run()
 
 
@@ -287,7 +299,7 @@ class _Together:
         """The next step ends with this error; those behind it were not begun."""
         job = self._jobs[self._done]
         self._done += 1
-        job.chain.breaks()
+        job.chain.refused(job.place)
         refusal = public_error(error, job.call.request_id, outcome="unknown")
         if refusal.outcome != "applied":
             job.fail(refusal)

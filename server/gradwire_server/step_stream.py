@@ -22,7 +22,7 @@ from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.request_parsing import parse
-from gradwire_server.step_runs import Chain, StepJob, behind_refused
+from gradwire_server.step_runs import Chain, behind_refused
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.work_queue import Job
 
@@ -49,6 +49,8 @@ class StepStream:
         self._most = max(1, limits.requests_per_model // 4)
         self._model: tuple[str, HostedModel] | None = None
         self._chain = Chain()
+        self._place = 0
+        """Of the next step that comes."""
         self._items: deque[tuple[Item, int]] = deque()
         """Steps that are not answered yet, in order, and the bytes of their requests."""
         self._bytes = 0
@@ -119,15 +121,16 @@ class StepStream:
                     item.join()
                     item.on_end(lambda _: self._news.set())
                 elif isinstance(item, GradwireError) or item.error is not None:
-                    self._chain.breaks()
+                    self._chain.refused(self._place)
                 self._items.append((item, len(raw)))
+                self._place += 1
                 self._bytes += len(raw)
                 if not isinstance(item, Job) or item.ended:
                     self._news.set()
 
     async def _take(self, raw: bytes, call: Call) -> Item:
         """The step as it waits in the model's queue, or what became of it already."""
-        if self._chain.is_broken:
+        if self._chain.refuses(self._place):
             return behind_refused()
         request_id = None
         try:
@@ -136,10 +139,7 @@ class StepStream:
             lr = codec.decode_learning_rate(request)
             model = await self._model_of(request.name, call)
             batch = codec.decode_batch(request.batch, "batch", self._limits)
-            item = await model.steps.submit(call, batch, lr, self._chain)
-            if isinstance(item, Job) and not (isinstance(item, StepJob) and item.chain is self._chain):
-                self._chain.joined.append(item)
-            return item
+            return await model.steps.submit(call, batch, lr, self._chain, self._place)
         except Exception as error:
             refusal = public_error(error, request_id)
             refusal.request_id = refusal.request_id or request_id
@@ -164,7 +164,7 @@ class StepStream:
             outcomes.append(_outcome(item))
             if isinstance(item, Job):
                 if item.error is not None:
-                    self._chain.breaks()
+                    self._chain.refused(self._place - len(self._items) - 1)
                 item.leave()
         if not outcomes:
             return None

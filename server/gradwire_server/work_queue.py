@@ -139,6 +139,11 @@ class Job(Generic[T]):
             self._failed(self.error)
         self._ended.set_result(None)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it was neither begun nor refused."""
+        return self._work is not None
+
     # What several jobs that run at once are told in place of `run`.
 
     def begin(self) -> None:

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError, RankLost
+from gradwire_proto.errors import GradwireError, InvalidArgument, RankLost
 from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
@@ -144,7 +144,7 @@ class FakeRetained:
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
-    `kept` is what `salvage` gives.
+    `kept` is what `salvage` gives. Batches that begin with `refused` are refused.
     """
 
     def __init__(self, state: ModelState | None = None, cluster: FakeCluster | None = None) -> None:
@@ -162,6 +162,9 @@ class FakeWorkers:
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls: list[tuple[Any, ...]] = []
+        self.most_together = 1000
+        self.dispatches: list[int] = []
+        self.refused: bytes | None = None
         self.weights = two_floats()
         self.error: Exception | None = None
         self.result: Any = None
@@ -220,10 +223,20 @@ class FakeWorkers:
         value = read(batch.inputs)
         if self.cluster is not None and self.cluster.deadly and value.startswith(self.cluster.deadly):
             raise RankLost("rank 0 died", outcome="unknown")
+        if self.refused is not None and value.startswith(self.refused):
+            raise InvalidArgument("too large", field="batch.inputs", reason="SHAPE_MISMATCH")
         await self._call("train_step", value, command, lr)
         self.step += 1
         self.applied += 1
         return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
+
+    def together(self, steps: Any) -> int:
+        return min(len(steps), self.most_together)
+
+    async def train_steps(self, steps: Any, *, command: int, took: Any) -> None:
+        self.dispatches.append(len(steps))
+        for number, step in enumerate(steps, start=command):
+            took([await self.train_step(step.form.batch(step.data), command=number, lr=step.lr)])
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         await self._call("forward_backward", command)
