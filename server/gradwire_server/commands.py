@@ -147,8 +147,11 @@ class Commands:
         work: Callable[[Any, int], Awaitable[T]],
         deliver: Deliver[T] | None,
         queue: float,
+        recovery_before: float = 0.0,
     ) -> T | Unsettled[T]:
-        """Carry out a command in its turn. `queue`: the seconds that it waited for that."""
+        """Carry out a command in its turn. `queue`: the seconds that it waited for that, and `recovery_before` for lost
+        ranks.
+        """
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads)
@@ -171,7 +174,7 @@ class Commands:
         self._description.applied(result)
         try:
             result = result if deliver is None else await deliver(result)
-            result = with_times(result, call, queue, recovery)
+            result = with_times(result, call, queue, recovery_before + recovery)
             reply = stored_reply(call.method, result)
         except Exception as error:
             refusal = public_error(error, call.request_id)

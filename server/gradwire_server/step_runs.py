@@ -67,6 +67,7 @@ class StepJob(Job[StepResult]):
     """A step that waits, runs or has ended.
 
     `formed`: None where it must go to the ranks alone. `place`: in the chain. `submitted`: in monotonic seconds.
+    `recovery`: the seconds that it waited already for ranks that were lost.
     """
 
     formed: FormedStep | None
@@ -74,6 +75,7 @@ class StepJob(Job[StepResult]):
     place: int
     call: Call
     submitted: float
+    recovery: float = 0.0
 
 
 class _Run:
@@ -145,7 +147,8 @@ class StepRuns:
             def work(values: Any, number: int) -> Awaitable[StepResult]:
                 return self._ranks.workers.train_step(Batch(**values), command=number, lr=lr)
 
-            return await self._commands.apply(call, job, values, work, None, time.monotonic() - submitted)
+            queue = time.monotonic() - submitted
+            return await self._commands.apply(call, job, values, work, None, queue, job.recovery)
 
         claim = self._uploads.claim({"inputs": batch.inputs, "targets": batch.targets}, "batch")
         job = StepJob(call, claim, alone, self._description.met)
@@ -250,7 +253,7 @@ class _Together:
         self._description = description
         self._jobs = jobs
         self._steps = [job.formed for job in jobs if job.formed is not None]
-        self._alone = False
+        self._lost = 0.0
         self._done = 0
         self._began = time.monotonic()
         self._recovery = 0.0
@@ -260,7 +263,7 @@ class _Together:
         for job in self._jobs:
             job.begin()
         try:
-            self._alone = await self._ranks.run_together(self._work)
+            self._lost = await self._ranks.run_together(self._work)
         except Exception as error:
             await self._fail(error)
         except BaseException:
@@ -270,7 +273,11 @@ class _Together:
         rest = self._jobs[self._done :]
         for job in rest:
             job.put_back()
-        return len(rest) if self._alone else 0
+        if not self._lost:
+            return 0
+        if rest:
+            rest[0].recovery = self._lost
+        return len(rest)
 
     async def _work(self, recovery: float) -> None:
         self._recovery = recovery
