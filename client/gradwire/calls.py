@@ -23,6 +23,7 @@ from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
+from gradwire_proto.step_template import StepTemplate
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import (
@@ -111,6 +112,14 @@ class ModelCalls:
             before_variant()
         self._set_batch(request, uploads, given, batch, training=True)
         return self._command("TrainStep", request, _step_result, uploads)
+
+    def train_step_like(self, template: StepTemplate, data: Sequence[Any]) -> tuple[Call[StepResult], bytes]:
+        """A step like the one that the template was made of, with these tensors' bytes: the call, and its request."""
+        self._rpc.check_usable()
+        self.changed()
+        request_id = new_request_id()
+        command = command_name(self._id, request_id)
+        return Call("TrainStep", None, _step_result, command), template.fill(data, request_id)
 
     def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gradwire.arguments import wrong_type
-from gradwire.calls import Call, ModelCalls
+from gradwire.calls import ModelCalls
 from gradwire.exchange import Exchange
 from gradwire.rpc import Rpc
 from gradwire.step_pipeline import StepPipeline
+from gradwire.step_requests import StepRequests
 from gradwire_proto.values import StepResult
 
 
@@ -22,6 +23,11 @@ def train_steps(
     ready: deque[StepResult] = deque()
     failure: BaseException | None = None
     is_over = False
+    requests = StepRequests(calls)
+
+    def drain() -> None:
+        ready.extend(pipeline.drain())
+
     try:
         after()
         while True:
@@ -31,7 +37,7 @@ def train_steps(
                     if batch is None:
                         is_over = True
                     else:
-                        step = _step(calls, batch, lambda: ready.extend(pipeline.drain()))
+                        step = _step(requests, batch, drain)
                         pipeline.add(step)
             except Exception as error:
                 failure, is_over = error, True
@@ -50,20 +56,7 @@ def train_steps(
         raise failure
 
 
-def _step(calls: ModelCalls, batch: Any, before_variant: Callable[[], None]) -> Exchange:
+def _step(requests: StepRequests, batch: Any, before_variant: Callable[[], None]) -> Exchange:
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         raise wrong_type(batch, "batches", "pairs of inputs and targets")
-    targets = batch[1] if len(batch) == 2 else None
-    return exchange_of(calls.train_step(batch[0], targets, None, before_variant))
-
-
-def exchange_of(call: Call[StepResult]) -> Exchange:
-    """The step as it is sent, whose tensors are its own from here on."""
-    call.own_tensors()
-    return Exchange(
-        method=call.method,
-        body=call.request.SerializeToString(),
-        command=call.command,
-        finish=call.finish,
-        send_again=call.uploads.send_again if call.uploads else None,
-    )
+    return requests.make(batch[0], batch[1] if len(batch) == 2 else None, before_variant=before_variant)

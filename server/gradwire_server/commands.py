@@ -231,6 +231,7 @@ class Commands:
         entries: list[Entry] = []
         for job, result in zip(jobs, results, strict=True):
             call, reply = job.call, stored_reply("TrainStep", result)
+            job.reply = reply
             self.number += 1
             self.log.store(call, EndedCommand(self.number, call.method, reply))
             if reply is not None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from gradwire_proto.batch_form import BatchForm, FormedStep, form_of
+from gradwire_proto.batch_form import FormedStep
 from gradwire_proto.errors import Cancelled, FailedPrecondition, GradwireError
 from gradwire_proto.values import Batch, StepResult
 from gradwire_server.calls import Call
@@ -24,13 +25,19 @@ from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.replies import with_times
 from gradwire_server.stored_replies import EndedCommand, room_for_reply
-from gradwire_server.tensors.uploads import Uploads
+from gradwire_server.tensors.uploads import Claim, Uploads
 from gradwire_server.work_queue import Job, Unsettled, WorkQueue, queue_full
 
 MOST_STEPS, MOST_BYTES = 64, 1 << 20
 """How many steps, and bytes of requests, go to the ranks together at most. One that is larger goes alone."""
 
-_MOST_FORMS = 64
+
+@dataclass(frozen=True, slots=True)
+class LoneStep:
+    """A step some of whose tensors travel apart."""
+
+    batch: Batch
+    lr: float | None
 
 
 class Chain:
@@ -64,18 +71,45 @@ def behind_refused() -> GradwireError:
 
 
 class StepJob(Job[StepResult]):
-    """A step that waits, runs or has ended.
+    """A step that waits, runs or has ended: at `place` in `chain`.
 
-    `formed`: None where it must go to the ranks alone. `place`: in the chain. `submitted`: in monotonic seconds.
-    `recovery`: the seconds that it waited already for ranks that were lost.
+    `formed`: None where it must go to the ranks alone. `reply`: the bytes of its response, where they are at hand.
+    `recovery`: the seconds that it waited already for ranks that were lost. `ended_first` is called at its end, before
+    all others.
     """
 
-    formed: FormedStep | None
-    chain: Chain
-    place: int
-    call: Call
-    submitted: float
-    recovery: float = 0.0
+    def __init__(
+        self,
+        call: Call,
+        claim: Claim[Any],
+        work: Callable[[Any], Awaitable[StepResult | Unsettled[StepResult]]],
+        failed: Callable[[GradwireError], None],
+        ended_first: Callable[[Call], None],
+        *,
+        formed: FormedStep | None,
+        chain: Chain,
+        place: int,
+    ) -> None:
+        super().__init__(call, claim, work, failed)
+        self.call = call
+        self.formed = formed
+        self.chain = chain
+        self.place = place
+        self.submitted = time.monotonic()
+        self.reply: bytes | None = None
+        self.recovery = 0.0
+        self._ended_first = ended_first
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called at the end, at once: sooner than by `on_end`, which takes a turn of the loop."""
+        self._watchers.append(callback)
+
+    def _end(self) -> None:
+        super()._end()
+        self._ended_first(self.call)
+        for callback in self._watchers:
+            callback()
 
 
 class _Run:
@@ -113,10 +147,9 @@ class StepRuns:
         self._uploads = uploads
         self._limit = limit
         self._last: _Run | None = None
-        self._forms: dict[Any, BatchForm] = {}
 
     async def submit(
-        self, call: Call, batch: Batch, lr: float | None, chain: Chain, place: int
+        self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int
     ) -> Job[Any] | EndedCommand:
         """Let a step run behind all that came before; of one that was seen before, what became of it.
 
@@ -127,36 +160,44 @@ class StepRuns:
             await self._records.try_to_mend()
             found = self._commands.log.find(call)
         if found is None:
-            return self._begin(call, batch, lr, chain, place)
+            return self._begin(call, step, chain, place)
         if isinstance(found, Job):
             chain.joined(place, found)
         return found
 
-    def _begin(self, call: Call, batch: Batch, lr: float | None, chain: Chain, place: int) -> StepJob:
+    def _begin(self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int) -> StepJob:
         self._description.check_usable()
         run = self._last
         if run is None or run.turn is None or not self._queue.is_last(run.turn):
             run = self._begin_run()
         elif len(run.jobs) >= self._limit:
             raise queue_full(self._limit)
-        submitted = time.monotonic()
 
         async def alone(values: Any) -> StepResult | Unsettled[StepResult]:
             self._description.check_usable()
+            batch = step.form.batch(step.data) if isinstance(step, FormedStep) else Batch(**values)
 
-            def work(values: Any, number: int) -> Awaitable[StepResult]:
-                return self._ranks.workers.train_step(Batch(**values), command=number, lr=lr)
+            def work(_: Any, number: int) -> Awaitable[StepResult]:
+                return self._ranks.workers.train_step(batch, command=number, lr=step.lr)
 
-            queue = time.monotonic() - submitted
+            queue = time.monotonic() - job.submitted
             return await self._commands.apply(call, job, values, work, None, queue, job.recovery)
 
-        claim = self._uploads.claim({"inputs": batch.inputs, "targets": batch.targets}, "batch")
-        job = StepJob(call, claim, alone, self._description.met)
-        job.call, job.chain, job.place, job.submitted = call, chain, place, submitted
-        job.formed = None if claim.taken or len(call.raw) > MOST_BYTES else self._formed(batch, lr)
+        tensors = None
+        if isinstance(step, LoneStep):
+            tensors = {"inputs": step.batch.inputs, "targets": step.batch.targets}
+        job = StepJob(
+            call,
+            self._uploads.claim(tensors, "batch"),
+            alone,
+            self._description.met,
+            self._commands.log.settle,
+            formed=step if isinstance(step, FormedStep) and len(call.raw) <= MOST_BYTES else None,
+            chain=chain,
+            place=place,
+        )
         run.jobs.append(job)
         self._commands.log.add(call, job)
-        job.on_end(lambda _: self._commands.log.settle(call))
         return job
 
     def _begin_run(self) -> _Run:
@@ -169,18 +210,6 @@ class StepRuns:
         run.turn.on_end(run.over)
         self._last = run
         return run
-
-    def _formed(self, batch: Batch, lr: float | None) -> FormedStep | None:
-        found = form_of(batch)
-        if found is None:
-            return None
-        key, data = found
-        form = self._forms.get(key)
-        if form is None:
-            if len(self._forms) >= _MOST_FORMS:
-                self._forms.clear()
-            form = self._forms[key] = BatchForm(batch)
-        return FormedStep(form, data, lr)
 
     # --- the turn -------------------------------------------------------------------------------------------------
 

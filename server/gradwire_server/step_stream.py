@@ -10,10 +10,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from gradwire_proto import codec
 from gradwire_proto.encoding.repeated_bytes import join_items, split_items
 from gradwire_proto.errors import DeadlineExceeded, GradwireError, InvalidArgument
-from gradwire_proto.names import parse_model_name
 from gradwire_proto.status import to_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
@@ -21,8 +19,8 @@ from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
-from gradwire_server.request_parsing import parse
-from gradwire_server.step_runs import Chain, behind_refused
+from gradwire_server.step_requests import StepRequests
+from gradwire_server.step_runs import Chain, StepJob, behind_refused
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.work_queue import Job
 
@@ -42,12 +40,10 @@ class StepStream:
         admission: Admission,
         stall_seconds: float,
     ) -> None:
-        self._find = find
-        self._limits = limits
+        self._requests = StepRequests(find, limits)
         self._admission = admission
         self._stall_seconds = stall_seconds
         self._most = max(1, limits.requests_per_model // 4)
-        self._model: tuple[str, HostedModel] | None = None
         self._chain = Chain()
         self._place = 0
         """Of the next step that comes."""
@@ -64,7 +60,7 @@ class StepStream:
         Ends with the error of the stream itself, once all that it brought is answered: a message that is none,
         Unavailable DRAINING, DeadlineExceeded STREAM_STALLED.
         """
-        reader = asyncio.ensure_future(self._read(messages, call))
+        reader = asyncio.ensure_future(self._read(messages))
         reader.add_done_callback(lambda _: self._news.set())
         stopped: list[GradwireError] = []
 
@@ -109,17 +105,17 @@ class StepStream:
 
     # --- what comes -----------------------------------------------------------------------------------------------
 
-    async def _read(self, messages: AsyncIterator[bytes], call: Call) -> None:
+    async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
             arrived = self._moved = time.monotonic()
             for raw in _steps_of(message):
                 while len(self._items) >= self._most or self._bytes >= BYTES_AHEAD:
                     self._room.clear()
                     await self._room.wait()
-                item = await self._take(raw, Call(arrived=arrived))
+                item = await self._take(raw, arrived)
                 if isinstance(item, Job):
                     item.join()
-                    item.on_end(lambda _: self._news.set())
+                    self._watch_end(item)
                 elif isinstance(item, GradwireError) or item.error is not None:
                     self._chain.refused(self._place)
                 self._items.append((item, len(raw)))
@@ -128,30 +124,23 @@ class StepStream:
                 if not isinstance(item, Job) or item.ended:
                     self._news.set()
 
-    async def _take(self, raw: bytes, call: Call) -> Item:
+    def _watch_end(self, item: Job[Any]) -> None:
+        if isinstance(item, StepJob):
+            item.watch(self._news.set)
+        else:
+            item.on_end(lambda _: self._news.set())
+
+    async def _take(self, raw: bytes, arrived: float) -> Item:
         """The step as it waits in the model's queue, or what became of it already."""
         if self._chain.refuses(self._place):
             return behind_refused()
-        request_id = None
         try:
-            request, call = parse(pb.TrainStepRequest, raw, "TrainStep", call, self._limits.message_bytes)
-            request_id = call.request_id
-            lr = codec.decode_learning_rate(request)
-            model = await self._model_of(request.name, call)
-            batch = codec.decode_batch(request.batch, "batch", self._limits)
-            return await model.steps.submit(call, batch, lr, self._chain, self._place)
+            step, call = await self._requests.read(raw, arrived)
+            return await self._requests.model.steps.submit(call, step, self._chain, self._place)
         except Exception as error:
-            refusal = public_error(error, request_id)
-            refusal.request_id = refusal.request_id or request_id
+            refusal = public_error(error, self._requests.request_id)
+            refusal.request_id = refusal.request_id or self._requests.request_id
             return refusal
-
-    async def _model_of(self, name: str, call: Call) -> HostedModel:
-        if self._model is None:
-            self._model = name, await self._find(parse_model_name(name), call)
-        elif self._model[0] != name:
-            message = f"the steps of one stream are of one model: {self._model[0]}"
-            raise InvalidArgument(message, field="name", reason="MODEL_DIFFERS")
-        return self._model[1]
 
     # --- what goes out --------------------------------------------------------------------------------------------
 
@@ -186,6 +175,8 @@ def _outcome(item: Item) -> bytes:
         return pb.TrainStepsOutcome(error=to_status(item)).SerializeToString()
     if item.error is not None:
         return _outcome(item.error)
+    if isinstance(item, StepJob) and item.reply is not None:
+        return item.reply
     if isinstance(item, Job):
         return encode_reply("TrainStep", item.value).SerializeToString()
     if item.reply is not None:

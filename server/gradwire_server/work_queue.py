@@ -110,15 +110,18 @@ class Job(Generic[T]):
             self._fail(error)
         except BaseException:
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
-            self._ended.set_result(None)
+            self._end()
             raise
         finally:
             self._claim.spend()
 
+    def _end(self) -> None:
+        self._ended.set_result(None)
+
     def _take(self, outcome: T | Unsettled[T]) -> None:
         if not isinstance(outcome, Unsettled):
             self._result = outcome
-            self._ended.set_result(None)
+            self._end()
             return
         self._result, self._settled_error = outcome.result, outcome.error
         outcome.settled.add_done_callback(self._settle)
@@ -129,7 +132,7 @@ class Job(Generic[T]):
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
         elif (error := settled.exception()) is not None:
             self.error = copy.copy(public_error(error, self._request_id, outcome="unknown"))
-        self._ended.set_result(None)
+        self._end()
 
     def _fail(self, error: Exception) -> None:
         # A defect in the middle of a command may have left anything behind; a read leaves nothing.
@@ -137,7 +140,7 @@ class Job(Generic[T]):
         self.error = copy.copy(public_error(error, self._request_id, outcome=outcome))
         if self._failed:
             self._failed(self.error)
-        self._ended.set_result(None)
+        self._end()
 
     @property
     def waits(self) -> bool:
@@ -167,7 +170,7 @@ class Job(Generic[T]):
     def cut(self) -> None:
         """Nobody will know what became of it: the service stops."""
         self.error = Cancelled("the service stopped", outcome="unknown")
-        self._ended.set_result(None)
+        self._end()
 
     @property
     def has_failed(self) -> bool:
@@ -201,7 +204,7 @@ class Job(Generic[T]):
         self._work = None
         self._claim.give_back()
         self.error = error
-        self._ended.set_result(None)
+        self._end()
 
 
 def _given_up() -> Cancelled:

@@ -117,8 +117,20 @@ class RankCommands:
         with errors_after_applied(), out_of_memory_told():
             return outgoing(answer, self._segments)
 
-    def _carry_out_step(self, step: Callable[[Fields], StepReport], number: int) -> StepReport:
-        return self._standing_of.carry_out(partial(self._carry_out, "train_step", step), {NUMBER: number})
+    def _carry_out_step(self, step: Callable[[], StepReport], number: int) -> StepReport:
+        """As `answer` does a command, which takes longer than to do so where it fails alone."""
+        try:
+            report = step()
+        except BaseException as error:
+            failure = error
+        else:
+            self._standing_of.applied = number
+            return report
+
+        def fail(_: Fields) -> StepReport:
+            raise failure
+
+        return self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
 
     def _carry_out(self, kind: str, command: Callable[[Fields], T], fields: Fields) -> T:
         with out_of_memory_told(), self._together(kind):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -29,10 +30,14 @@ class _Tensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    count: int
     nbytes: int
 
-    def view(self, small: Tensor, position: int) -> Tensor:
-        return small[position : position + self.nbytes].view(self.dtype).view(self.shape)
+    def read(self, small: memoryview, position: int) -> Tensor:
+        """Not a slice of one tensor of all: what a program writes to one must not count as a change of another."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(small, dtype=self.dtype, count=self.count, offset=position).view(self.shape)
 
 
 class _Layout:
@@ -55,7 +60,7 @@ def _leaf(kind: str, *content: Any) -> Any:
     described = TensorData(dtype, tuple(shape), b"")
     if described.nbytes >= SMALL_BYTES:
         return described
-    return _Tensor(torch_dtype(dtype), described.shape, described.nbytes)
+    return _Tensor(torch_dtype(dtype), described.shape, prod(shape), described.nbytes)
 
 
 class RankSteps:
@@ -68,7 +73,7 @@ class RankSteps:
         self._small, *self._large = fields["data"]
 
     def carry_out(
-        self, trainer: Trainer, guarded: Callable[[Callable[[Fields], StepReport], int], StepReport]
+        self, trainer: Trainer, guarded: Callable[[Callable[[], StepReport], int], StepReport]
     ) -> Iterator[StepRow]:
         """Each step's row, as soon as it was applied. The first that fails raises; those behind it are not begun.
 
@@ -78,17 +83,18 @@ class RankSteps:
         for _, command, number, lr in self._steps:
             began = perf_counter()
             # Inside: a shard that one rank alone cannot read is its failure, which the others must hear of.
-            report = guarded(lambda _, of=command, lr=lr: trainer.train_step(next(shards), command=of, lr=lr), number)
+            report = guarded(lambda of=command, lr=lr: trainer.train_step(next(shards), command=of, lr=lr), number)
             yield _row(report, perf_counter() - began)
 
     def _shards(self) -> Iterator[Shard]:
-        (small,) = leaves_in([TensorData("uint8", (len(self._small),), self._small)])
+        (joined,) = leaves_in([TensorData("uint8", (len(self._small),), self._small)])
+        small = joined.numpy().data
         large, position = iter(self._large), 0
         for index, *_ in self._steps:
             layout, leaves = self._layouts[index], []
             for leaf in layout.leaves:
                 if isinstance(leaf, _Tensor):
-                    leaves.append(leaf.view(small, position))
+                    leaves.append(leaf.read(small, position))
                     position += leaf.nbytes + -leaf.nbytes % ALIGNMENT
                 elif isinstance(leaf, TensorData):
                     leaves += leaves_in([TensorData(leaf.dtype, leaf.shape, next(large))])
