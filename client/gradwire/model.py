@@ -18,6 +18,7 @@ from gradwire.optim import Optimizer
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
+from gradwire.step_requests import StepRequests
 from gradwire.train_steps import train_steps
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, Checkpoint, GradientResult, ModelInfo, StepResult
@@ -66,6 +67,7 @@ class Model:
             made_there=info.architecture is not None,
         )
         self._calls = ModelCalls(rpc, info, variants)
+        self._steps = StepRequests(self._calls)
         self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
         self._module: RemoteModule | None = None
         self._optimizers: WeakSet[RemoteOptimizer] = WeakSet()
@@ -93,7 +95,8 @@ class Model:
         lr: the learning rate of this update, for all parameters; the schedule's, or the optimizer's, where left out. It
         does not touch the schedule, which takes its step all the same.
         """
-        return self._run(self._calls.train_step(inputs, targets, lr))
+        self._queue.wait()
+        return self._steps.make(inputs, targets, lr).run(self._rpc, self._rpc.timeout)
 
     def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Iterator[StepResult]:
         """`train_step` of each batch, and the next are on their way before the results of those before are there.
@@ -111,7 +114,7 @@ class Model:
         if count is None:
             raise wrong_type(in_flight, "in_flight", "an int")
         self._rpc.check_usable()
-        return train_steps(self._rpc, self._calls, self._queue.wait, iter(batches), count)
+        return train_steps(self._rpc, self._steps, self._queue.wait, iter(batches), count)
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
         """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""

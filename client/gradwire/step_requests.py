@@ -24,7 +24,7 @@ _PLAIN = frozenset(
 
 
 class StepRequests:
-    """Those of one model's stream."""
+    """Those of one model. Threads may share it."""
 
     def __init__(self, calls: ModelCalls) -> None:
         self._calls = calls

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gradwire.arguments import wrong_type
-from gradwire.calls import ModelCalls
 from gradwire.exchange import Exchange
 from gradwire.rpc import Rpc
 from gradwire.step_pipeline import StepPipeline
@@ -16,14 +15,13 @@ from gradwire_proto.values import StepResult
 
 
 def train_steps(
-    rpc: Rpc, calls: ModelCalls, after: Callable[[], None], batches: Iterator[Any], in_flight: int
+    rpc: Rpc, requests: StepRequests, after: Callable[[], None], batches: Iterator[Any], in_flight: int
 ) -> Iterator[StepResult]:
     """See `Model.train_steps`. after: returns when the calls before it have ended."""
     pipeline = StepPipeline(rpc)
     ready: deque[StepResult] = deque()
     failure: BaseException | None = None
     is_over = False
-    requests = StepRequests(calls)
 
     def drain() -> None:
         ready.extend(pipeline.drain())

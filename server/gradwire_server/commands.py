@@ -115,6 +115,7 @@ class Commands:
         failed: Callable[[GradwireError], None] | None = None,
         *,
         limited: bool = True,
+        counted: bool = True,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -124,7 +125,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed, limited=limited)
+        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted)
 
     def _begin(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None

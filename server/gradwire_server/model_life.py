@@ -69,7 +69,6 @@ class ModelLife:
             self.ranks,
             self._records,
             hosting.tensors.uploads,
-            hosting.limits.requests_per_model,
         )
         self.checkpoints = ModelCheckpoints(
             description, hosting, self.commands, self.ranks, self._records, release=lambda: self.autograd.release_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -27,19 +27,27 @@ T = TypeVar("T")
 
 
 def generic_handler(
-    servicer: Any, admission: Admission, message_bytes: int, stall_seconds: float
+    servicer: Any,
+    admission: Admission,
+    message_bytes: int,
+    stall_seconds: float,
+    own: Mapping[str, Callable[..., Any]],
 ) -> grpc.GenericRpcHandler:
     """The handler of every method of GradientService, each answered by the servicer's method of that name.
 
     A servicer's method takes (request, call) and returns the response. It raises GradwireErrors; anything else becomes
     an InternalError that tells nothing. A stream of requests is an async iterator, a stream of responses is returned as
-    one, both of bytes where a method has both. A stream ends with DeadlineExceeded STREAM_STALLED where the client
-    keeps it waiting for `stall_seconds`.
+    one; either ends with DeadlineExceeded STREAM_STALLED where the client keeps it waiting for `stall_seconds`.
+
+    own: methods that take and give bytes in place of messages, by name, and parse for themselves.
     """
     handlers = {
         method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes, stall_seconds)
         for method in SERVICE.methods
+        if method.name not in own
     }
+    for name, answer in own.items():
+        handlers[name] = _own_handler(SERVICE.methods_by_name[name], answer, admission, message_bytes, stall_seconds)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
@@ -83,6 +91,28 @@ def _handler(
         except Exception as error:
             raise await _abort(context, error, call) from None
 
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(stream_unary)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(unary_stream)
+    return grpc.unary_unary_rpc_method_handler(unary_unary)
+
+
+def _own_handler(
+    method: MethodDescriptor,
+    answer: Callable[..., Any],
+    admission: Admission,
+    message_bytes: int,
+    stall_seconds: float,
+) -> grpc.RpcMethodHandler:
+    async def unary_unary(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                return _check_size(await answer(raw, call), message_bytes)
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
     async def stream_stream(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         call = Call(deadline=_deadline(context))
         try:
@@ -93,13 +123,8 @@ def _handler(
         except Exception as error:
             raise await _abort(context, error, call) from None
 
-    if method.client_streaming and method.server_streaming:
-        # The servicer's own: what its messages have in them is parsed one by one.
-        return grpc.stream_stream_rpc_method_handler(stream_stream)
     if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(stream_unary)
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(unary_stream)
+        return grpc.stream_stream_rpc_method_handler(stream_stream)
     return grpc.unary_unary_rpc_method_handler(unary_unary)
 
 

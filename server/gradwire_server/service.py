@@ -19,7 +19,7 @@ from gradwire_server.replaying import Replayer
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
-from gradwire_server.step_stream import StepStream
+from gradwire_server.step_calls import StepCalls
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
@@ -46,17 +46,13 @@ class Service:
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         facts = ServerFacts(cluster, limits)
         checkpoints = CheckpointList(storage.checkpoints, self._models, config.stored_replies)
-
-        def step_stream() -> StepStream:
-            return StepStream(self._models.get, limits, self._admission, config.stall_seconds)
-
-        servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits, step_stream)
+        servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, limits)
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
-        hosting.replayer.servicer = Servicer(
-            self._models, checkpoints, self._functions, self._tensors, facts, taken, step_stream
-        )
-        handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
+        hosting.replayer.servicer = Servicer(self._models, checkpoints, self._functions, self._tensors, facts, taken)
+        steps = StepCalls(self._models.get, limits, self._admission, config.stall_seconds)
+        own = {"TrainStep": steps.train_step, "TrainSteps": steps.train_steps}
+        handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds, own)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -19,7 +19,6 @@ from gradwire_server.function_host import FunctionHost
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.server_info import ServerFacts
-from gradwire_server.step_stream import StepStream
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.tensors.tensor_streams import encode_chunks, read_chunks, read_manifest
 
@@ -35,9 +34,7 @@ class Servicer:
         tensors: TensorStore,
         facts: ServerFacts,
         limits: Limits,
-        step_stream: Callable[[], StepStream],
     ) -> None:
-        self._step_stream = step_stream
         self._models = models
         self._checkpoints = checkpoints
         self._functions = functions
@@ -93,9 +90,6 @@ class Servicer:
         response = pb.TrainStepResponse()
         codec.encode_step_result(result, response.result)
         return response
-
-    def TrainSteps(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
-        return self._step_stream().answers(messages, call)
 
     async def ForwardBackward(self, request: pb.ForwardBackwardRequest, call: Call) -> pb.ForwardBackwardResponse:
         model = await self._model(request.name, call)

@@ -1,86 +1,107 @@
-"""Requests for training steps, parsed: a message for the first of each kind, and none for those that are like it."""
+"""Requests for training steps, parsed: those that are like one before are cut into their parts, without a message."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from gradwire_proto import codec
 from gradwire_proto.batch_form import BatchForm, FormedStep, form_of
-from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.names import parse_model_name
 from gradwire_proto.step_template import StepTemplate, template_of
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fingerprint
-from gradwire_server.hosted_model import HostedModel
 from gradwire_server.request_parsing import parse
 from gradwire_server.step_runs import LoneStep
 
 _METHOD = "TrainStep"
-_MOST_KNOWN = 64
+_MOST_KNOWN, _MOST_SEEN = 256, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """A step of the model that `name` names."""
+
+    name: str
+    step: FormedStep | LoneStep
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Requests that a template matches have this form and learning rate."""
+    """Requests that a template matches have this name, form and learning rate."""
 
     template: StepTemplate
+    name: str
     form: BatchForm
     lr: float | None
 
 
 class StepRequests:
-    """Those of one stream, which are all of one model. `find`: the model of a name."""
+    """See the module. `request_id`: of the request that was read last, as far as it could be read."""
 
-    def __init__(self, find: Callable[[str, Call], Awaitable[HostedModel]], limits: Limits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.request_id: str | None = None
-        """Of the request that was read last, as far as it could be read."""
-        self._find = find
         self._limits = limits
-        self._name: str | None = None
-        self._model: HostedModel | None = None
-        self._known: dict[int, _Known] = {}
-        """By the bytes of the request."""
-        self._forms: dict[Any, BatchForm] = {}
+        self._known: dict[Hashable, _Known] = {}
+        self._seen: set[Hashable] = set()
+        self._forms: dict[Hashable, BatchForm] = {}
 
-    @property
-    def model(self) -> HostedModel:
-        """The model, once a step was read."""
-        assert self._model is not None
-        return self._model
-
-    async def read(self, raw: bytes, arrived: float) -> tuple[FormedStep | LoneStep, Call]:
-        """The step, and its call. Raises what its own request would: InvalidArgument, ModelNotFound and others."""
+    def read(self, raw: bytes, *, arrived: float, deadline: float | None = None) -> StepRequest:
+        """Raises InvalidArgument or ResourceExhausted."""
         self.request_id = None
-        known = self._known.get(len(raw))
-        if known is not None and (parts := known.template.match(raw)) is not None:
-            data, request_id = parts
-            call = Call(arrived=arrived, method=_METHOD, raw=raw, request_id=request_id, body=fingerprint(_METHOD, raw))
-            return FormedStep(known.form, data, known.lr), call
-        return await self._parse(raw, Call(arrived=arrived))
+        kind = _kind(raw)
+        known = self._known.get(kind)
+        if known is None or (parts := known.template.match(raw)) is None:
+            return self._parse(raw, Call(arrived=arrived, deadline=deadline), kind)
+        data, self.request_id = parts
+        call = Call(
+            arrived=arrived,
+            deadline=deadline,
+            method=_METHOD,
+            raw=raw,
+            request_id=self.request_id,
+            body=fingerprint(_METHOD, raw),
+        )
+        return StepRequest(known.name, FormedStep(known.form, data, known.lr), call)
 
-    async def _parse(self, raw: bytes, call: Call) -> tuple[FormedStep | LoneStep, Call]:
+    def _parse(self, raw: bytes, call: Call, kind: Hashable) -> StepRequest:
         request, call = parse(pb.TrainStepRequest, raw, _METHOD, call, self._limits.message_bytes)
         self.request_id = call.request_id
         lr = codec.decode_learning_rate(request)
-        if self._model is None:
-            self._name, self._model = request.name, await self._find(parse_model_name(request.name), call)
-        elif request.name != self._name:
-            message = f"the steps of one stream are of one model: {self._name}"
-            raise InvalidArgument(message, field="name", reason="MODEL_DIFFERS")
         batch = codec.decode_batch(request.batch, "batch", self._limits)
         formed = form_of(batch)
         if formed is None:
-            return LoneStep(batch, lr), call
+            return StepRequest(request.name, LoneStep(batch, lr), call)
         key, data = formed
-        if len(self._forms) >= _MOST_KNOWN:
-            self._forms.clear()
-            self._known.clear()
-        form = self._forms.setdefault(key, BatchForm(batch))
-        template = template_of(request, raw)
-        if template is not None:
-            self._known[template.size] = _Known(template, form, lr)
-        return FormedStep(form, data, lr), call
+        form = self._form(key, batch)
+        self._learn(kind, request, raw, form, lr)
+        return StepRequest(request.name, FormedStep(form, data, lr), call)
+
+    def _form(self, key: Hashable, batch: Any) -> BatchForm:
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) >= _MOST_KNOWN:
+                self._forms.clear()
+            form = self._forms[key] = BatchForm(batch)
+        return form
+
+    def _learn(
+        self, kind: Hashable, request: pb.TrainStepRequest, raw: bytes, form: BatchForm, lr: float | None
+    ) -> None:
+        """Make a template of what comes for the second time."""
+        if kind not in self._seen:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen.add(kind)
+        elif (template := template_of(request, raw)) is not None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[kind] = _Known(template, request.name, form, lr)
+
+
+def _kind(raw: bytes) -> Hashable:
+    """Its size, and what begins the request: the model's name, as a rule."""
+    return len(raw), raw[: 2 + raw[1]] if len(raw) > 1 else raw

@@ -26,7 +26,7 @@ from gradwire_server.model_records import ModelRecords
 from gradwire_server.replies import with_times
 from gradwire_server.stored_replies import EndedCommand, room_for_reply
 from gradwire_server.tensors.uploads import Claim, Uploads
-from gradwire_server.work_queue import Job, Unsettled, WorkQueue, queue_full
+from gradwire_server.work_queue import Job, Unsettled, WorkQueue
 
 MOST_STEPS, MOST_BYTES = 64, 1 << 20
 """How many steps, and bytes of requests, go to the ranks together at most. One that is larger goes alone."""
@@ -137,7 +137,6 @@ class StepRuns:
         ranks: LiveRanks,
         records: ModelRecords,
         uploads: Uploads,
-        limit: int,
     ) -> None:
         self._description = description
         self._queue = queue
@@ -145,7 +144,6 @@ class StepRuns:
         self._ranks = ranks
         self._records = records
         self._uploads = uploads
-        self._limit = limit
         self._last: _Run | None = None
 
     async def submit(
@@ -167,46 +165,64 @@ class StepRuns:
 
     def _begin(self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int) -> StepJob:
         self._description.check_usable()
-        run = self._last
-        if run is None or run.turn is None or not self._queue.is_last(run.turn):
-            run = self._begin_run()
-        elif len(run.jobs) >= self._limit:
-            raise queue_full(self._limit)
+        self._queue.enter()
 
         async def alone(values: Any) -> StepResult | Unsettled[StepResult]:
             self._description.check_usable()
-            batch = step.form.batch(step.data) if isinstance(step, FormedStep) else Batch(**values)
 
             def work(_: Any, number: int) -> Awaitable[StepResult]:
-                return self._ranks.workers.train_step(batch, command=number, lr=step.lr)
+                return self._step_alone(step, values, number)
 
             queue = time.monotonic() - job.submitted
             return await self._commands.apply(call, job, values, work, None, queue, job.recovery)
 
         tensors = None
         if isinstance(step, LoneStep):
-            tensors = {"inputs": step.batch.inputs, "targets": step.batch.targets}
+            tensors = {"batch": {"inputs": step.batch.inputs, "targets": step.batch.targets}}
+        try:
+            claim = self._uploads.claim(tensors)
+        except GradwireError:
+            self._queue.leave()
+            raise
         job = StepJob(
             call,
-            self._uploads.claim(tensors, "batch"),
+            claim,
             alone,
             self._description.met,
-            self._commands.log.settle,
+            self._ended,
             formed=step if isinstance(step, FormedStep) and len(call.raw) <= MOST_BYTES else None,
             chain=chain,
             place=place,
         )
-        run.jobs.append(job)
+        self._run_to_join().jobs.append(job)
         self._commands.log.add(call, job)
         return job
 
-    def _begin_run(self) -> _Run:
+    def _ended(self, call: Call) -> None:
+        self._queue.leave()
+        self._commands.log.settle(call)
+
+    async def _step_alone(self, step: FormedStep | LoneStep, values: Any, number: int) -> StepResult:
+        workers = self._ranks.workers
+        if isinstance(step, LoneStep):
+            return await workers.train_step(Batch(**values["batch"]), command=number, lr=step.lr)
+        if not workers.together([step]):
+            return await workers.train_step(step.form.batch(step.data), command=number, lr=step.lr)
+        results: list[StepResult] = []
+        await workers.train_steps([step], command=number, took=results.extend)
+        return results[0]
+
+    def _run_to_join(self) -> _Run:
+        """The last one of the queue, or else a new one."""
+        run = self._last
+        if run is not None and run.turn is not None and self._queue.is_last(run.turn):
+            return run
         run = _Run()
 
         async def turn(_: Any) -> None | Unsettled[None]:
             return await self._carry_out(run)
 
-        run.turn = self._commands.take_turn(Call(), None, turn)
+        run.turn = self._commands.take_turn(Call(), None, turn, limited=False, counted=False)
         run.turn.on_end(run.over)
         self._last = run
         return run
@@ -220,12 +236,13 @@ class StepRuns:
             job = waiting[0]
             if job.chain.refuses(job.place):
                 job.refuse(behind_refused())
+            job.expire()
             if not job.waits:
                 waiting.popleft()
                 continue
             self._description.check_usable()
             together = [] if alone else self._together(waiting)
-            if together:
+            if len(together) > 1:
                 alone = await self._run_together(together)
                 continue
             waiting.popleft()
@@ -237,10 +254,11 @@ class StepRuns:
         return None if unsettled is None else Unsettled(None, unsettled)
 
     def _together(self, waiting: Sequence[StepJob]) -> list[StepJob]:
-        """The first of those that wait which the ranks can be handed at once; none: the first must go alone."""
+        """The first of those that wait which the ranks can be handed at once; one or none: the first goes alone."""
         chosen: list[StepJob] = []
         nbytes = 0
         for job in waiting:
+            job.expire()
             if not job.waits or job.chain.refuses(job.place):
                 continue
             nbytes += len(job.call.raw)

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from gradwire_proto.encoding.repeated_bytes import join_items, split_items
 from gradwire_proto.errors import DeadlineExceeded, GradwireError, InvalidArgument
+from gradwire_proto.names import parse_model_name
 from gradwire_proto.status import to_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
@@ -19,7 +20,7 @@ from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
-from gradwire_server.step_requests import StepRequests
+from gradwire_server.step_requests import StepRequest, StepRequests
 from gradwire_server.step_runs import Chain, StepJob, behind_refused
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.work_queue import Job
@@ -40,7 +41,9 @@ class StepStream:
         admission: Admission,
         stall_seconds: float,
     ) -> None:
-        self._requests = StepRequests(find, limits)
+        self._find = find
+        self._model: tuple[str, HostedModel] | None = None
+        self._requests = StepRequests(limits)
         self._admission = admission
         self._stall_seconds = stall_seconds
         self._most = max(1, limits.requests_per_model // 4)
@@ -54,7 +57,7 @@ class StepStream:
         self._room = asyncio.Event()
         self._moved = time.monotonic()
 
-    async def answers(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
+    async def answers(self, messages: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """The responses, as they become known.
 
         Ends with the error of the stream itself, once all that it brought is answered: a message that is none,
@@ -135,12 +138,21 @@ class StepStream:
         if self._chain.refuses(self._place):
             return behind_refused()
         try:
-            step, call = await self._requests.read(raw, arrived)
-            return await self._requests.model.steps.submit(call, step, self._chain, self._place)
+            request = self._requests.read(raw, arrived=arrived)
+            model = await self._model_of(request)
+            return await model.steps.submit(request.call, request.step, self._chain, self._place)
         except Exception as error:
             refusal = public_error(error, self._requests.request_id)
             refusal.request_id = refusal.request_id or self._requests.request_id
             return refusal
+
+    async def _model_of(self, request: StepRequest) -> HostedModel:
+        if self._model is None:
+            self._model = request.name, await self._find(parse_model_name(request.name), request.call)
+        elif self._model[0] != request.name:
+            message = f"the steps of one stream are of one model: {self._model[0]}"
+            raise InvalidArgument(message, field="name", reason="MODEL_DIFFERS")
+        return self._model[1]
 
     # --- what goes out --------------------------------------------------------------------------------------------
 

@@ -99,8 +99,7 @@ class Job(Generic[T]):
 
     async def run(self) -> None:
         """Do the work, unless it was refused or the last caller's deadline has passed."""
-        if self._deadline is not None and self._deadline <= time.monotonic():
-            self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
+        self.expire()
         work, self._work = self._work, None
         if work is None:
             return
@@ -114,6 +113,11 @@ class Job(Generic[T]):
             raise
         finally:
             self._claim.spend()
+
+    def expire(self) -> None:
+        """Refuse it if the deadline of all who wait for it has passed."""
+        if self._deadline is not None and self._deadline <= time.monotonic():
+            self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
 
     def _end(self) -> None:
         self._ended.set_result(None)
@@ -229,6 +233,8 @@ class WorkQueue:
         self._limit = limit
         self._jobs: deque[Job[Any]] = deque()
         self._count = 0
+        self._in_turns = 0
+        """Requests in turns, less these turns."""
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._runner: asyncio.Task[None] | None = None
@@ -242,25 +248,44 @@ class WorkQueue:
         failed: Callable[[GradwireError], None] | None = None,
         *,
         limited: bool = True,
+        counted: bool = True,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
 
         `failed`, of commands, hears of the work's error before the next work begins. Without `limited`, for what no
-        client asks for, there is always room. Raises ResourceExhausted
-        QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
+        client asks for, there is always room. Without `counted` it is a turn of requests that `enter` counts. Raises
+        ResourceExhausted QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
         """
-        if self._closed is not None:
-            raise copy.copy(self._closed)
-        if limited and self._count >= self._limit:
-            raise queue_full(self._limit)
+        self._check_room(limited)
         job = Job(call, self._uploads.claim(tensors), work, failed)
         job.on_end(self._forget)
         self._jobs.append(job)
         self._count += 1
+        if not counted:
+            self._count_requests(-1)
+            job.on_end(lambda _: self._count_requests(1))
         self._all_ended.clear()
         if self._runner is None:
             self._runner = asyncio.get_running_loop().create_task(self._run())
         return job
+
+    def enter(self) -> None:
+        """One more request is in a turn that was not counted itself, until `leave`. Raises as `submit`."""
+        self._check_room(True)
+        self._count_requests(1)
+
+    def leave(self) -> None:
+        """It has ended."""
+        self._count_requests(-1)
+
+    def _check_room(self, limited: bool) -> None:
+        if self._closed is not None:
+            raise copy.copy(self._closed)
+        if limited and self._count + self._in_turns >= self._limit:
+            raise queue_full(self._limit)
+
+    def _count_requests(self, change: int) -> None:
+        self._in_turns += change
 
     def is_last(self, job: Job[Any]) -> bool:
         """Whether it waits, and nothing behind it."""

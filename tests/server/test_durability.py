@@ -528,7 +528,7 @@ async def test_large_command_is_written_without_holding_up_other_models(frontend
         return write(self, parts)
 
     monkeypatch.setattr(SegmentWriter, "write", slow)
-    monkeypatch.setattr("gradwire_server.tensors.file_threads.THREAD_BYTES", 0)
+    monkeypatch.setattr("gradwire_server.model_records.AHEAD_BYTES", 0)
     waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
     await frontend.until(lambda: steps(workers))
     assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
