@@ -97,6 +97,28 @@ class LiveRanks:
             await self._regain(lost, True)
             raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied") from None
 
+    async def run_together(self, work: Callable[[float], Awaitable[None]]) -> float:
+        """Several commands at once, which change the model; `work` is told how long ranks had to be waited for, and
+        calls `note_applied` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
+        they were back, as after what was noted: the rest should be tried again one by one.
+
+        Raises what `work` raises, where the model is as after what was noted.
+        """
+        recovery = await self._ensure_timed()
+        try:
+            await self._try(lambda: work(recovery), True, None)
+            return 0.0
+        except RankLost as lost:
+            if self._left:
+                raise
+            started = time.monotonic()
+            await self._regain(lost, True)
+            return time.monotonic() - started
+
+    def note_applied(self) -> None:
+        """What the ranks count now is recorded."""
+        self.applied = self.workers.applied
+
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
             result = await work()

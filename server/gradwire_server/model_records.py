@@ -129,6 +129,15 @@ class ModelRecords:
         settled.add_done_callback(self._forget)
         return settled
 
+    def append_all(self, entries: Sequence[Entry], jobs: Sequence[Job[Any]]) -> list[asyncio.Future[None] | None]:
+        """`append` for each, with one write."""
+        if self.journal is None:
+            return [None] * len(jobs)
+        # What fails here fails for each of them there, and is told there.
+        with suppress(GradwireError):
+            self.journal.write_together(entries)
+        return [self.append(entry, job) for entry, job in zip(entries, jobs, strict=True)]
+
     def _forget(self, settled: asyncio.Future[None]) -> None:
         if self.unsettled is settled:
             self.unsettled = None

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -63,8 +64,8 @@ class Journal:
         self._cutting = threading.Lock()
         self._refused: set[int] = set()
         """The numbers behind which there are records without a number."""
-        self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
-        """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
+        self._ahead: deque[tuple[Entry, int | OSError | GradwireError]] = deque()
+        """Entries that are written and not yet appended, and their records' bytes, or what it failed of."""
         self._unread: set[Path] = set()
         """Segments from before, whose records were not read: what they name is not known, and not swept."""
         self._unswept = False
@@ -135,26 +136,42 @@ class Journal:
 
         Tells no failure: `append` does.
         """
-        if self.broken is None:
-            try:
-                self._ahead = entry, self._write(entry)
-            except (OSError, GradwireError) as error:
-                self._ahead = entry, error
+        self._write_ahead([entry])
+
+    def write_together(self, entries: Sequence[Entry]) -> None:
+        """The same of several, with one write; `append` of each comes next, in order."""
+        self._write_ahead(entries)
+
+    def _write_ahead(self, entries: Sequence[Entry]) -> None:
+        if self.broken is not None:
+            return
+        try:
+            sizes = self._write(entries)
+        except (OSError, GradwireError) as error:
+            self._ahead = deque([(entries[0], error)])
+        else:
+            self._ahead = deque(zip(entries, sizes, strict=True))
 
     def _written(self, entry: Entry) -> int:
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] is not entry:
-            return self._write(entry)
-        if isinstance(ahead[1], Exception):
-            raise ahead[1]
-        return ahead[1]
+        if not self._ahead or self._ahead[0][0] is not entry:
+            self._ahead.clear()
+            return self._write([entry])[0]
+        _, written = self._ahead.popleft()
+        if isinstance(written, Exception):
+            raise written
+        return written
 
-    def _write(self, entry: Entry) -> int:
-        first = entry.number - entry.commands + 1
-        expected, found = (self._next - 1, entry.number) if entry.unnumbered else (self._next, first)
-        assert found == expected, f"command {found} follows {self._next - 1}"
+    def _write(self, entries: Sequence[Entry]) -> list[int]:
+        """Write records; the bytes of each."""
+        last = self._next - 1
+        for entry in entries:
+            behind = entry.number if entry.unnumbered else entry.number - entry.commands
+            assert behind == last, f"command {entry.number}, of {entry.commands}, follows {last}"
+            last = entry.number
         segment = self._segment or self._begin_segment()
-        return segment.write(encode(entry, segment.seed))
+        records = [encode(entry, segment.seed) for entry in entries]
+        segment.write([part for record in records for part in record])
+        return [sum(map(len, record)) for record in records]
 
     def append(self, entry: Entry) -> asyncio.Future[None] | None:
         """Record a command that was carried out. None: it may be acknowledged; a future: once that is done.
