@@ -18,6 +18,7 @@ from gradwire.optim import Optimizer
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
+from gradwire.step_futures import StepFutures
 from gradwire.step_requests import StepRequests
 from gradwire.train_steps import train_steps
 from gradwire.variants import Variants, without_graph
@@ -57,7 +58,7 @@ class Model:
     ) -> None:
         self._rpc = rpc
         self._id = info.id
-        self._queue = CallQueue(info.id)
+        self._queue = CallQueue(info.id, StepFutures(rpc))
         variants = Variants(
             map(without_graph, info.variants),
             refresh=lambda: self._calls.info().run(rpc).variants,
@@ -71,7 +72,7 @@ class Model:
         self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
         self._module: RemoteModule | None = None
         self._optimizers: WeakSet[RemoteOptimizer] = WeakSet()
-        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
+        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue, self._steps)
 
     @property
     def id(self) -> str:
@@ -96,7 +97,7 @@ class Model:
         does not touch the schedule, which takes its step all the same.
         """
         self._queue.wait()
-        return self._steps.make(inputs, targets, lr).run(self._rpc, self._rpc.timeout)
+        return self._steps.make(inputs, targets, lr, owned=False).run(self._rpc, self._rpc.timeout)
 
     def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Iterator[StepResult]:
         """`train_step` of each batch, and the next are on their way before the results of those before are there.

@@ -57,4 +57,4 @@ def train_steps(
 def _step(requests: StepRequests, batch: Any, before_variant: Callable[[], None]) -> Exchange:
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         raise wrong_type(batch, "batches", "pairs of inputs and targets")
-    return requests.make(batch[0], batch[1] if len(batch) == 2 else None, before_variant=before_variant)
+    return requests.make(batch[0], batch[1] if len(batch) == 2 else None, before_variant=before_variant, owned=True)
