@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -99,7 +99,7 @@ class Model:
         self._queue.wait()
         return self._steps.make(inputs, targets, lr, owned=False).run(self._rpc, self._rpc.timeout)
 
-    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Iterator[StepResult]:
+    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Generator[StepResult]:
         """`train_step` of each batch, and the next are on their way before the results of those before are there.
 
         Gives the same bits as the steps one by one, in order, many more of them in a second where they are small.

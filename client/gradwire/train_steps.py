@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from gradwire.arguments import wrong_type
@@ -16,7 +16,7 @@ from gradwire_proto.values import StepResult
 
 def train_steps(
     rpc: Rpc, requests: StepRequests, after: Callable[[], None], batches: Iterator[Any], in_flight: int
-) -> Iterator[StepResult]:
+) -> Generator[StepResult]:
     """See `Model.train_steps`. after: returns when the calls before it have ended."""
     pipeline = StepPipeline(rpc)
     ready: deque[StepResult] = deque()
