@@ -74,7 +74,7 @@ def behind_refused() -> GradwireError:
 class StepJob(Job[StepResult]):
     """A step that waits, runs or has ended: at `place` in `chain`.
 
-    `formed`: None where it must go to the ranks alone. `reply`: the bytes of its response, where they are at hand.
+    `formed`: None where it must go to the ranks alone.
     `recovery`: the seconds that it waited already for ranks that were lost. `ended_first` is called at its end, before
     all others.
     """
@@ -97,7 +97,6 @@ class StepJob(Job[StepResult]):
         self.chain = chain
         self.place = place
         self.submitted = time.monotonic()
-        self.reply: bytes | None = None
         self.recovery = 0.0
         self._ended_first = ended_first
         self._watchers: list[Callable[[], None]] = []
