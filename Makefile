@@ -19,7 +19,7 @@ help:
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
-	@echo "make bench   start-up, an idle service, the journal, the load tester and a killed rank, beside baselines of the same run"
+	@echo "make bench   start-up, an idle service, the journal, the load tester, steps a second and a killed rank, beside baselines of the same run"
 
 demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
@@ -55,6 +55,7 @@ bench: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/idle.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/journal.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/load_tester.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/steps.py
 	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.recovery
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -21,6 +21,7 @@ from gradwire.optim import Optimizer
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
+from gradwire.step_futures import StepFutures
 from gradwire.step_requests import StepRequests
 from gradwire.train_steps import train_steps
 from gradwire.variants import Variants, without_graph
@@ -60,7 +61,7 @@ class Model:
     ) -> None:
         self._rpc = rpc
         self._id = info.id
-        self._queue = CallQueue(info.id)
+        self._queue = CallQueue(info.id, StepFutures(rpc))
         variants = Variants(
             map(without_graph, info.variants),
             refresh=lambda deadline: self._calls.info().run(rpc, deadline).variants,
@@ -74,7 +75,7 @@ class Model:
         self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
         self._module: RemoteModule | None = None
         self._optimizers: WeakSet[RemoteOptimizer] = WeakSet()
-        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
+        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue, self._steps)
 
     @property
     def id(self) -> str:
@@ -100,9 +101,9 @@ class Model:
         """
         self._queue.wait()
         deadline = Deadline(self._rpc.timeout)
-        return self._steps.make(inputs, targets, lr, deadline=deadline).run(self._rpc, deadline)
+        return self._steps.make(inputs, targets, lr, deadline=deadline, owned=False).run(self._rpc, deadline)
 
-    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Iterator[StepResult]:
+    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Generator[StepResult]:
         """`train_step` of each batch, and the next are on their way before the results of those before are there.
 
         Gives the same bits as the steps one by one, in order, many more of them in a second where they are small.

@@ -49,21 +49,34 @@ class StepPipeline:
             self._stream.send(self._unsent)
             self._unsent = []
 
-    def results(self) -> list[StepResult]:
+    def results(self, *, wakes: bool = False) -> list[StepResult]:
         """The results of the next steps, at least one. Waits for them within the client's timeout.
 
-        Raises the error of the next step; then nothing more comes of this pipeline: `cancel` it.
+        wakes: none, where `wake` was called. Raises the error of the next step: `skip` it, or `cancel` all.
         """
         deadline = Deadline.begun(self._rpc.timeout)
-        if self._refusal is None:
-            self.flush()
+        # What is left then is enough for asking what became of the step.
+        kept = outcome.reserve(deadline.seconds)
+        self.flush()
+        while self._refusal is None:
             assert self._stream is not None, "steps were sent"
-            # What is left then is enough for asking what became of the step.
-            patience = self._rpc.timeout - outcome.reserve(self._rpc.timeout)
-            found = self._stream.receive(patience)
-            if found is not None and not isinstance(found, GradwireError) and (results := self._take(found)):
+            found = self._stream.receive(deadline.left - kept)
+            if found is None or isinstance(found, GradwireError):
+                break
+            if (results := self._take(found)) or (wakes and not found):
                 return results
         return [self._settle(deadline)]
+
+    def wake(self) -> None:
+        """Have `results` return, if it waits. Any thread may call it."""
+        stream = self._stream
+        if stream is not None:
+            stream.wake()
+
+    def skip(self) -> None:
+        """The next step is over, with its error; those behind it will be sent again."""
+        self._unanswered.popleft()
+        self._unsent = [each.body for each in self._unanswered]
 
     def drain(self) -> list[StepResult]:
         """The results of all steps that were added."""
@@ -106,11 +119,16 @@ class StepPipeline:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()
-        is_upload_gone = refusal is not None and refusal.reason == "UPLOAD_NOT_FOUND" and step.send_again is not None
-        if refusal is not None and not (is_upload_gone or is_passing(refusal)):
+        if refusal is not None and not _may_pass(refusal, step):
             refusal.request_id = refusal.request_id or step.request_id
             raise refusal
         result = step.run(self._rpc, deadline)
         self._unanswered.popleft()
         self._unsent = [each.body for each in self._unanswered]
         return result
+
+
+def _may_pass(refusal: GradwireError, step: Exchange) -> bool:
+    """Whether the step may well succeed alone. One that is the next had nothing refused before it but elsewhere."""
+    is_upload_gone = refusal.reason == "UPLOAD_NOT_FOUND" and step.send_again is not None
+    return is_upload_gone or refusal.reason == "STEP_BEFORE_REFUSED" or is_passing(refusal)

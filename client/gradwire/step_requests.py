@@ -38,8 +38,13 @@ class StepRequests:
         lr: float | None = None,
         before_variant: Callable[[], None] = lambda: None,
         deadline: Deadline | None = None,
+        *,
+        owned: bool,
     ) -> Exchange:
-        """The step as it is sent. before_variant, deadline: see `ModelCalls.train_step`, which says what it raises."""
+        """The step as it is sent. before_variant, deadline: see `ModelCalls.train_step`, which says what it raises.
+
+        owned: what was given may change before the step is over, so that what may have to be sent again is copied.
+        """
         key = None if lr is not None else _kind((inputs, targets))
         template = self._known.get(key) if key is not None else None
         if template is not None:
@@ -48,7 +53,8 @@ class StepRequests:
             )
             return _exchange_of(*call)
         call = self._calls.train_step(inputs, targets, lr, before_variant, deadline)
-        call.own_tensors()
+        if owned:
+            call.own_tensors()
         if key is not None and (template := template_of(call.request)) is not None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()

@@ -42,6 +42,10 @@ class StepStream:
         except queue.Empty:
             return None
 
+    def wake(self) -> None:
+        """Have `receive` give no outcomes at once. Any thread may call it."""
+        self._inbox.put(())
+
     def finish(self) -> None:
         """Send no more."""
         self._outbox.put(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from gradwire.arguments import wrong_type
@@ -16,7 +16,7 @@ from gradwire_proto.values import StepResult
 
 def train_steps(
     rpc: Rpc, requests: StepRequests, after: Callable[[], None], batches: Iterator[Any], in_flight: int
-) -> Iterator[StepResult]:
+) -> Generator[StepResult]:
     """See `Model.train_steps`. after: returns when the calls before it have ended."""
     pipeline = StepPipeline(rpc)
     ready: deque[StepResult] = deque()
@@ -57,4 +57,4 @@ def train_steps(
 def _step(requests: StepRequests, batch: Any, before_variant: Callable[[], None]) -> Exchange:
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         raise wrong_type(batch, "batches", "pairs of inputs and targets")
-    return requests.make(batch[0], batch[1] if len(batch) == 2 else None, before_variant=before_variant)
+    return requests.make(batch[0], batch[1] if len(batch) == 2 else None, before_variant=before_variant, owned=True)

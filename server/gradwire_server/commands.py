@@ -199,7 +199,7 @@ class Commands:
         try:
             result = result if deliver is None else await deliver(result)
             result = with_times(result, call, queue, recovery_before + recovery)
-            reply = stored_reply(call.method, result)
+            reply = job.reply = stored_reply(call.method, result)
         except Exception as error:
             refusal = public_error(error, call.request_id)
             refusal.outcome = "applied"

@@ -11,7 +11,7 @@ from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.step_requests import StepRequests
-from gradwire_server.step_runs import Chain, StepJob
+from gradwire_server.step_runs import Chain
 from gradwire_server.step_stream import StepStream
 from gradwire_server.stored_replies import encode_reply
 
@@ -47,7 +47,7 @@ class StepCalls:
             refusal = public_error(error, request_id)
             refusal.request_id = refusal.request_id or request_id
             raise refusal from None
-        if isinstance(job, StepJob) and job.reply is not None:
+        if job.reply is not None:
             return job.reply
         return encode_reply("TrainStep", result).SerializeToString()
 

@@ -7,6 +7,7 @@ were lost, so that a step that kills its ranks is found.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,14 +23,14 @@ from gradwire_server.commands import Commands
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_description import ModelDescription
-from gradwire_server.model_records import ModelRecords
+from gradwire_server.model_records import AHEAD_BYTES, ModelRecords
 from gradwire_server.replies import with_times
 from gradwire_server.stored_replies import EndedCommand, room_for_reply
 from gradwire_server.tensors.uploads import Claim, Uploads
 from gradwire_server.work_queue import Job, Unsettled, WorkQueue
 
-MOST_STEPS, MOST_BYTES = 64, 1 << 20
-"""How many steps, and bytes of requests, go to the ranks together at most. One that is larger goes alone."""
+MOST_STEPS, MOST_BYTES = 64, 8 << 20
+"""How many steps, and bytes of requests, go to the ranks together at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def behind_refused() -> GradwireError:
 class StepJob(Job[StepResult]):
     """A step that waits, runs or has ended: at `place` in `chain`.
 
-    `formed`: None where it must go to the ranks alone. `reply`: the bytes of its response, where they are at hand.
+    `formed`: None where it must go to the ranks alone.
     `recovery`: the seconds that it waited already for ranks that were lost. `ended_first` is called at its end, before
     all others.
     """
@@ -96,7 +97,6 @@ class StepJob(Job[StepResult]):
         self.chain = chain
         self.place = place
         self.submitted = time.monotonic()
-        self.reply: bytes | None = None
         self.recovery = 0.0
         self._ended_first = ended_first
         self._watchers: list[Callable[[], None]] = []
@@ -104,6 +104,14 @@ class StepJob(Job[StepResult]):
     def watch(self, callback: Callable[[], None]) -> None:
         """Have `callback` called at the end, at once: sooner than by `on_end`, which takes a turn of the loop."""
         self._watchers.append(callback)
+
+    async def wait(self) -> None:
+        """Wait for the end; sooner than by the future of all jobs, whose callbacks take turns of the loop."""
+        if self.ended:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self.watch(lambda: None if waiter.done() else waiter.set_result(None))
+        await waiter
 
     def _end(self) -> None:
         super()._end()
@@ -190,7 +198,7 @@ class StepRuns:
             alone,
             self._description.met,
             self._ended,
-            formed=step if isinstance(step, FormedStep) and len(call.raw) <= MOST_BYTES else None,
+            formed=step if isinstance(step, FormedStep) and len(call.raw) <= AHEAD_BYTES else None,
             chain=chain,
             place=place,
         )

@@ -187,12 +187,10 @@ def _outcome(item: Item) -> bytes:
         return pb.TrainStepsOutcome(error=to_status(item)).SerializeToString()
     if item.error is not None:
         return _outcome(item.error)
-    if isinstance(item, StepJob) and item.reply is not None:
+    if item.reply is not None:
         return item.reply
     if isinstance(item, Job):
         return encode_reply("TrainStep", item.value).SerializeToString()
-    if item.reply is not None:
-        return item.reply
     if item.answer is not None:
         return encode_reply("TrainStep", item.answer).SerializeToString()
     return _outcome(item.forgotten())

@@ -46,6 +46,8 @@ class Job(Generic[T]):
         failed: Callable[[GradwireError], None] | None,
     ) -> None:
         self.error: GradwireError | None = None
+        self.reply: bytes | None = None
+        """The bytes of its response, where they are at hand."""
         self._request_id = call.request_id
         self._claim = claim
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work

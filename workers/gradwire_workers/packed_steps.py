@@ -1,23 +1,27 @@
 """Training steps as one message to each rank: what they have in common once, and each one's numbers and bytes.
 
-The message has two fields. `steps` is JSON: the layouts of shards, and for each step the layout that it has, the number
-of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the first holds
-all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large tensor.
+The message has three fields. `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
+number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
+first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
+tensor. `part_seconds`: see RankServer.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gradwire_proto.batch_form import BatchForm, FormedStep
 from gradwire_proto.values import Segment, TensorData
+from gradwire_workers.frames import to_json
 from gradwire_workers.shard import Shard, shard_fields
 
 SMALL_BYTES = 16 << 10
 """Tensors with fewer bytes travel together: a frame of its own costs more than the copy."""
+
+PART_SECONDS = 0.002
+"""A rank answers in parts: what it has applied when so much time has passed since the last part."""
 
 ALIGNMENT = 64
 """Small tensors begin at multiples of so many bytes, as torch's own do."""
@@ -95,6 +99,8 @@ def pack_steps(
     steps: Sequence[FormedStep], layouts: Sequence[Layout], *, rank: int, command: int, number: int
 ) -> dict[str, Any]:
     """The fields of one rank's message. `layouts`: each step's. command, number: the first step's; they count up."""
+    # Several ranks tell of each step at once: when one is lost, the others should not be further than is known.
+    part_seconds = PART_SECONDS if len(layouts[0].shards) == 1 else 0.0
     used: dict[int, int] = {}
     described: list[Any] = []
     rows: list[Any] = []
@@ -117,5 +123,5 @@ def pack_steps(
             small.append(data)
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
-    text = json.dumps({"layouts": described, "steps": rows}, separators=(",", ":"))
-    return {"steps": text.encode(), "data": [b"".join(small), *large]}
+    text = to_json({"layouts": described, "steps": rows})
+    return {"steps": text.encode(), "data": [b"".join(small), *large], "part_seconds": part_seconds}

@@ -24,10 +24,6 @@ from gradwire_workers.step_rows import StepRow, encode_rows
 logger = logging.getLogger(__name__)
 
 
-PART_SECONDS = 0.002
-"""An answer that comes bit by bit is sent in parts: one when so much time has passed since the last."""
-
-
 class Commands(Protocol):
     """What a rank does with a command: its fields in, the fields of the answer out, or its rows one after another."""
 
@@ -97,14 +93,17 @@ class RankServer:
     def _serve_rows(
         self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
     ) -> None:
-        """Answer a command with its rows, in parts; the last one says that it is over, and how."""
+        """Answer a command with its rows, in parts: one when the field `part_seconds` has passed since the last.
+
+        The last one says that it is over, and how.
+        """
         rows: list[StepRow] = []
         sent = time.perf_counter()
         ending: dict[str, Any] = {}
         try:
             for row in self._commands.answer(kind, fields):
                 rows.append(row)  # pyright: ignore[reportArgumentType]
-                if (now := time.perf_counter()) - sent >= PART_SECONDS:
+                if (now := time.perf_counter()) - sent >= fields["part_seconds"]:
                     self._socket.send_multipart(packed({"rows": encode_rows(rows)}))
                     rows, sent = [], now
         except GradwireError as error:

@@ -117,19 +117,17 @@ class Ranks:
             call.add_done_callback(lambda _: news())
         return self._calls
 
-    async def end(self, kind: str, calls: Sequence[asyncio.Future[Answer]], *, applied: bool, even: bool) -> None:
-        """All `calls` are over: raises the error that a changing command of this kind has ended with, as `call` does.
+    async def end(self, kind: str, calls: Sequence[asyncio.Future[Answer]], *, even: bool) -> None:
+        """All `calls` are over: raises the error that a changing command of this kind has ended with, as `call` does
+        where any rank's answer will do.
 
-        applied: whether all of it was applied: it is, whatever becomes of ranks then. even: whether all ranks had got
-        equally far.
+        even: whether all ranks had got equally far.
         """
         self._patience = 0.0
-        if applied:
-            return
         missing = next((error for call in calls if isinstance(error := call.exception(), RankLost)), None)
         answers = [call.result() for call in calls if call.exception() is None]
         failed = [answer for answer in answers if answer.error is not None]
-        if missing is None and not failed:
+        if len(failed) < len(answers) and (missing is not None or not failed):
             return
         if missing is None and (not even or len(failed) < len(answers)):
             missing = RankLost(f"a {kind} was applied on some ranks only", outcome="unknown")

@@ -24,12 +24,10 @@ work on each of them."""
 
 
 class StepDispatch:
-    """One dispatch of so many steps to `ranks`. Nothing else may be asked of them meanwhile."""
+    """One dispatch to `ranks`. Nothing else may be asked of them meanwhile."""
 
-    def __init__(self, ranks: Ranks, steps: int, took: Took) -> None:
+    def __init__(self, ranks: Ranks, took: Took) -> None:
         self._ranks = ranks
-        self._left = steps
-        """Steps that are not applied yet."""
         self._took = took
         self._rows: list[deque[StepRow]] = [deque() for _ in range(len(ranks))]
         self._woken: asyncio.Future[None] | None = None
@@ -50,7 +48,7 @@ class StepDispatch:
             raise
         if self._ranks.lost is not None:
             self._take(max(map(len, self._rows)))
-        await self._ranks.end("train_step", calls, applied=not self._left, even=not any(self._rows))
+        await self._ranks.end("train_step", calls, even=not any(self._rows))
 
     async def _until_over(self, calls: Sequence[asyncio.Future[Answer]]) -> None:
         deadline: float | None = None
@@ -86,7 +84,6 @@ class StepDispatch:
         busy = sum(max(row.busy for row in of_ranks) for of_ranks in steps)
         idle, self._marked = max(0.0, now - self._marked - busy) / count, now
         self._ranks.applied += count
-        self._left -= count
         self._took(steps, idle)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gradwire_proto.values import StepResult, Timing
+from gradwire_workers.frames import to_json
 
 
 class StepRow(NamedTuple):
@@ -29,7 +30,7 @@ class StepRow(NamedTuple):
 
 def encode_rows(rows: Sequence[StepRow]) -> bytes:
     """Rows as a message holds them."""
-    return json.dumps(rows, separators=(",", ":")).encode()
+    return to_json(rows).encode()
 
 
 def decode_rows(raw: bytes | memoryview) -> list[StepRow]:

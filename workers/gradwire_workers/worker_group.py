@@ -212,7 +212,7 @@ class WorkerGroup:
         def applied(of_steps: Sequence[Sequence[StepRow]], idle: float) -> None:
             took([_packed_result(of_ranks, next(following), idle) for of_ranks in of_steps])
 
-        await StepDispatch(self._ranks, len(steps), applied).run(fields)
+        await StepDispatch(self._ranks, applied).run(fields)
 
     def _layout(self, form: BatchForm) -> Layout | None:
         """How batches of this form are spread; None where only trying tells."""

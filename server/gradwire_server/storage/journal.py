@@ -6,7 +6,6 @@ import asyncio
 import copy
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -64,8 +63,8 @@ class Journal:
         self._cutting = threading.Lock()
         self._refused: set[int] = set()
         """The numbers behind which there are records without a number."""
-        self._ahead: deque[tuple[Entry, int | OSError | GradwireError]] = deque()
-        """Entries that are written and not yet appended, and their records' bytes, or what it failed of."""
+        self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
+        """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
         self._unread: set[Path] = set()
         """Segments from before, whose records were not read: what they name is not known, and not swept."""
         self._unswept = False
@@ -136,30 +135,19 @@ class Journal:
 
         Tells no failure: `append` does.
         """
-        self._write_ahead([entry])
+        if self.broken is None:
+            try:
+                self._ahead = entry, self._write([entry])[0]
+            except (OSError, GradwireError) as error:
+                self._ahead = entry, error
 
-    def write_together(self, entries: Sequence[Entry]) -> None:
-        """The same of several, with one write; `append` of each comes next, in order."""
-        self._write_ahead(entries)
-
-    def _write_ahead(self, entries: Sequence[Entry]) -> None:
-        if self.broken is not None:
-            return
-        try:
-            sizes = self._write(entries)
-        except (OSError, GradwireError) as error:
-            self._ahead = deque([(entries[0], error)])
-        else:
-            self._ahead = deque(zip(entries, sizes, strict=True))
-
-    def _written(self, entry: Entry) -> int:
-        if not self._ahead or self._ahead[0][0] is not entry:
-            self._ahead.clear()
-            return self._write([entry])[0]
-        _, written = self._ahead.popleft()
-        if isinstance(written, Exception):
-            raise written
-        return written
+    def _written(self, entries: Sequence[Entry]) -> list[int]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] is not entries[0]:
+            return self._write(entries)
+        if isinstance(ahead[1], Exception):
+            raise ahead[1]
+        return [ahead[1]]
 
     def _write(self, entries: Sequence[Entry]) -> list[int]:
         """Write records; the bytes of each."""
@@ -179,10 +167,14 @@ class Journal:
         FailedPrecondition MODEL_FENCED, or an error of `storage_error`, from here or from the future, has the outcome
         "unknown" and breaks the journal: the command must not be acknowledged.
         """
+        return self.append_all([entry])
+
+    def append_all(self, entries: Sequence[Entry]) -> asyncio.Future[None] | None:
+        """The same for several, with one write."""
         if self.broken is not None:
             raise copy.copy(self.broken)
         try:
-            nbytes = self._written(entry)
+            sizes = self._written(entries)
             self._lock.check()
         except OSError as error:
             self.broken = storage_error(error, "hold the command", outcome="unknown")
@@ -190,13 +182,14 @@ class Journal:
         except GradwireError as error:
             self.broken = error
             raise
-        if entry.unnumbered:
-            self._refused.add(entry.number)
-        else:
-            self._next = entry.number + 1
-            self._sizes.add(nbytes, entry.commands)
-        if entry.uploads:
-            self.blobs.note((upload.file for upload in entry.uploads), entry.number)
+        for entry, nbytes in zip(entries, sizes, strict=True):
+            if entry.unnumbered:
+                self._refused.add(entry.number)
+            else:
+                self._next = entry.number + 1
+                self._sizes.add(nbytes, entry.commands)
+            if entry.uploads:
+                self.blobs.note((upload.file for upload in entry.uploads), entry.number)
         if not self._durable:
             return None
         assert self._sync is not None
