@@ -230,3 +230,19 @@ def test_other_calls_keep_their_place_among_futures_of_steps(model, steps, scrip
     model.futures.train_step(*batch())
     model.zero_grad()
     assert seen == [4, 6]
+
+
+def test_a_future_is_sent_while_those_before_it_are_on_their_way(model, steps, scripted):
+    arrived = threading.Event()
+
+    def both_at_once(messages, context):
+        first = next(messages)
+        arrived.set()
+        requests = [*first.steps, *next(messages).steps]
+        yield pb.TrainStepsResponse(outcomes=[steps.outcome(request) for request in requests])
+
+    scripted.answers["TrainSteps"] = both_at_once
+    one = model.futures.train_step(*batch())
+    assert arrived.wait(5)
+    two = model.futures.train_step(*batch())
+    assert (one.result(3).step, two.result(3).step) == (1, 2)
