@@ -2,6 +2,7 @@
 PYTHON    ?= python3
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
+BENCHES   := startup idle journal steps fit load_tester
 PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
 # How many test files run at once: one more than the cores that are asked for, because many tests wait.
 JOBS      ?= 3
@@ -19,7 +20,7 @@ help:
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
-	@echo "make bench   start-up, an idle service, the journal, the load tester, steps a second and a killed rank, beside baselines of the same run"
+	@echo "make bench   everything that is timed, beside baselines and floors of the same run"
 
 demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
@@ -51,11 +52,7 @@ stubs: $(INSTALLED)
 		--python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:proto/%=%)
 
 bench: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/startup.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/idle.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/journal.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/load_tester.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/steps.py
+	@for each in $(BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/$$each.py || exit 1; done
 	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.recovery
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -61,7 +61,8 @@ def test_subcommands_that_are_named_exist():
 
 
 def test_settings_of_the_table_exist_and_none_that_durability_depends_on_is_left_out():
-    named = {name for row in re.findall(r"^\|([^|]*)\|", README, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    table = README.split("| setting |", 1)[1].split("\n\n", 1)[0]
+    named = {name for row in re.findall(r"^\|([^|]*)\|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     settings = set(ServerConfig.model_fields)
     durable = {name for name in settings if re.match("storage|durability|checkpoint_|keep_|stored_|spare_", name)}
     assert durable <= named <= settings

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradwire.calls import Call
+from gradwire.deadline import Deadline
 from gradwire.forward_requests import forward_request
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import INLINE_BYTES, Uploads, receive
@@ -39,7 +40,8 @@ class RetainedOutputs:
 class AutogradCalls:
     """Makes the calls. What is given is read at once, and errors are those of `ModelCalls`.
 
-    `changed` hears of every call that changes the model.
+    `changed` hears of every call that changes the model. deadline: that of the call of the SDK of which the call made
+    here is a part.
     """
 
     def __init__(self, rpc: Rpc, model_id: str, variants: Variants, changed: Callable[[], None]) -> None:
@@ -75,13 +77,13 @@ class AutogradCalls:
         return self._command("Forward", request, finish, uploads)
 
     def backward(
-        self, query: BackwardQuery, cotangents: Sequence[torch.Tensor | None]
+        self, query: BackwardQuery, cotangents: Sequence[torch.Tensor | None], deadline: Deadline
     ) -> Call[list[torch.Tensor | None] | None]:
         """Adds the gradients of a retained forward to those that the service holds; returns those of its inputs."""
         request = pb.BackwardRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
         codec.encode_backward_query(query, request)
         values = [None if each is None else from_any(each) for each in cotangents]
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, deadline)
         codec.encode_cotangents(uploads.send_apart((values,))[0], request)
 
         def finish(reply: pb.BackwardResponse) -> list[torch.Tensor | None] | None:
@@ -108,11 +110,13 @@ class AutogradCalls:
 
         return Call("GetGradients", request, finish)
 
-    def set_gradients(self, gradients: Mapping[str, torch.Tensor], dropped: Sequence[str]) -> Call[None]:
+    def set_gradients(
+        self, gradients: Mapping[str, torch.Tensor], dropped: Sequence[str], deadline: Deadline
+    ) -> Call[None]:
         """Replaces gradients that the service holds, and drops others."""
         request = pb.SetGradientsRequest(name=self._name, dropped=dropped)
         values = {name: from_any(each, f'gradients["{name}"]') for name, each in gradients.items()}
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, deadline)
         codec.encode_named_tensors(uploads.send_apart((values,))[0], request.gradients)
         return self._command("SetGradients", request, lambda _: None, uploads)
 

@@ -89,7 +89,8 @@ class Call(Generic[R]):
 class ModelCalls:
     """Makes the calls of the model that `info` describes, as it was when it was found.
 
-    What no call could be given raises InvalidArgument, whose `field` names it, before anything is sent.
+    What no call could be given raises InvalidArgument, whose `field` names it, before anything is sent. deadline: that
+    of the call of the SDK of which the call made here is a part; None where it is all of it.
     """
 
     def __init__(self, rpc: Rpc, info: ModelInfo, variants: Variants) -> None:
@@ -109,6 +110,10 @@ class ModelCalls:
         """Those that change what is trained, or options of the optimizer."""
         self.watchers: WeakSet[Any] = WeakSet()
         """Their `take_settings()` is called when `tensors` has changed."""
+
+    def deadline(self) -> Deadline:
+        """That of a call of the SDK which begins now and is several of these calls."""
+        return Deadline(self._rpc.timeout)
 
     def train_step(
         self,
@@ -148,9 +153,9 @@ class ModelCalls:
             # What was read meanwhile may be of any step.
             self.changed()
 
-    def forward_backward(self, inputs: Any, targets: Any) -> Call[StepResult]:
+    def forward_backward(self, inputs: Any, targets: Any, deadline: Deadline | None = None) -> Call[StepResult]:
         request = pb.ForwardBackwardRequest(name=self._name)
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, deadline)
         self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
         self.gradient_changes += 1
         return self._command("ForwardBackward", request, _step_result, uploads)
@@ -277,8 +282,8 @@ class ModelCalls:
 
         return Call("GetOptimizerState", request, finish)
 
-    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> Call[None]:
-        request, uploads = pb.LoadOptimizerStateRequest(name=self._name), Uploads(self._rpc)
+    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any], deadline: Deadline | None = None) -> Call[None]:
+        request, uploads = pb.LoadOptimizerStateRequest(name=self._name), Uploads(self._rpc, deadline)
         codec.encode_value(uploads.send_apart((from_nested(state_dict, "state"),))[0], request.state, "state")
         self.settings_changes += 1
         return self._command("LoadOptimizerState", request, _nothing, uploads)

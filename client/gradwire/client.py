@@ -42,8 +42,7 @@ def connect(
     call whose answer is lost, or that meets a service that is away, starts, recovers or is full, is sent again, and the
     service runs it once. What is exported here, or waits behind futures of the model, does not count yet. Tensors above
     4 MiB together travel in a stream of their own, before the request or after the reply: that may take longer, as long
-    as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds. Modules and
-    optimizers of `Model.as_module` and `as_optimizer` make several calls where gradients were changed here.
+    as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds.
 
     Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
     token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.

@@ -80,7 +80,8 @@ class _Unfetched(Exception):
 
 
 class _Running:
-    """An exchange under way. may_have_arrived: whether an attempt whose answer was lost may have been carried out.
+    """An exchange under way. may_have_arrived: whether an attempt may have been carried out: one whose answer was lost,
+    or of which the service itself does not know.
 
     is_upload_gone: whether the tensors that the request names must be brought again before it.
     """
@@ -118,17 +119,15 @@ class _Running:
         try:
             reply = self._sender.send(exchange.method, exchange.body, self._seconds_for_attempt(), exchange.command)
         except Lost as lost:
-            self._may_have_arrived = had_arrived or lost.error.reason != "NOT_CONNECTED"
-            # Nobody will be asked about what cannot have arrived: all of the time is there to wait for a connection.
-            self._attempts.kept = exchange.kept + (self._kept_for_asking if self._may_have_arrived else 0.0)
+            self._set_may_have_arrived(had_arrived or lost.error.reason != "NOT_CONNECTED")
             raise
         except (ModelNotFound, CheckpointNotFound, DatasetNotFound):
             self._may_have_arrived = had_arrived
             if not (exchange.deletes and had_arrived):
                 raise
             reply = None
-        except GradwireError:
-            self._may_have_arrived = had_arrived
+        except GradwireError as error:
+            self._set_may_have_arrived(had_arrived or error.outcome == "unknown")
             raise
         reply_before, self._is_answered, self._reply = self._reply, True, reply
         try:
@@ -137,6 +136,11 @@ class _Running:
             # Asked again, a command has the same reply: what is gone of it stays gone.
             gone = error.reason == "DOWNLOAD_NOT_FOUND" and reply != reply_before
             raise _Unfetched(error) if gone or is_passing(error) else self._as_answered(error) from None
+
+    def _set_may_have_arrived(self, may_have_arrived: bool) -> None:
+        self._may_have_arrived = may_have_arrived
+        # Nobody will be asked about what cannot have arrived: all of the time is there to wait for a connection.
+        self._attempts.kept = self._exchange.kept + (self._kept_for_asking if may_have_arrived else 0.0)
 
     def _seconds_for_attempt(self) -> float:
         """So many that what is left after them is enough for asking what became of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -100,7 +100,7 @@ class Model:
         does not touch the schedule, which takes its step all the same.
         """
         self._queue.wait()
-        deadline = Deadline(self._rpc.timeout)
+        deadline = self._calls.deadline()
         return self._steps.make(inputs, targets, lr, deadline=deadline, owned=False).run(self._rpc, deadline)
 
     def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Generator[StepResult]:
@@ -168,9 +168,10 @@ class Model:
 
     def forward_backward(self, inputs: Any, targets: Any = None) -> StepResult:
         """Add the batch's gradients to those that the service holds, as `loss.backward()` does."""
+        deadline = self._calls.deadline()
         if self._module is not None:
-            self._module.remote_gradients.push()
-        return self._run(self._calls.forward_backward(inputs, targets))
+            self._module.remote_gradients.push(deadline)
+        return self._run(self._calls.forward_backward(inputs, targets, deadline))
 
     def optimizer_step(self, gradients: Mapping[str, Any] | None = None, *, lr: float | None = None) -> StepResult:
         """Apply the gradients that the service holds, or `gradients` ({name: tensor of the parameter's shape}).
@@ -310,10 +311,9 @@ class Model:
         of schedule. Options come from it, as in torch; a schedule's arguments stay the model's own. A parameter left
         out of "state" begins anew. Raises InvalidArgument with the path of what does not fit.
         """
-        self._run(self._calls.load_optimizer_state_dict(state_dict))
-        for each in self._optimizers:
-            with suppress(GradwireError):
-                each.catch_up(None)
+        deadline = self._calls.deadline()
+        self._run(self._calls.load_optimizer_state_dict(state_dict, deadline))
+        self._have_optimizers_catch_up(deadline, None)
 
     def update(
         self,
@@ -339,12 +339,9 @@ class Model:
         Raises InvalidArgument: NO_MATCH with names that are near, PARAMETER_FROZEN for one that cannot be unfrozen,
         NOTHING_TO_TRAIN, those of optimizers; FailedPrecondition (NO_OPTIMIZER) for an `lr` without an optimizer.
         """
-        info = self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels))
-        options = None if optimizer is not None else () if lr is None else ("lr",)
-        for each in self._optimizers:
-            # The update is applied; whatever keeps it from hearing of that now, it asks again before its next step.
-            with suppress(GradwireError):
-                each.catch_up(options)
+        deadline = self._calls.deadline()
+        info = self._run(self._calls.update(lr=lr, optimizer=optimizer, trainable=trainable, labels=labels), deadline)
+        self._have_optimizers_catch_up(deadline, None if optimizer is not None else () if lr is None else ("lr",))
         return info
 
     def held_gradients(self, wrt: str | Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -390,7 +387,8 @@ class Model:
 
         name: 1 to 63 of [a-z0-9-]; chosen where left out. Raises AlreadyExists (CHECKPOINT_EXISTS);
         ResourceExhausted (STORAGE_FULL), FailedPrecondition (STORAGE_READ_ONLY) or Unavailable (STORAGE_UNREACHABLE)
-        where the service cannot keep it.
+        where the service cannot keep it; DeadlineExceeded where it takes longer than the client's timeout: at outcome
+        "unknown" the service is still at it.
         """
         return self._run(self._calls.save(name))
 
@@ -410,9 +408,15 @@ class Model:
             self._module = RemoteModule(self._calls, self._autograd, self._run)
         return self._module
 
-    def _run(self, call: Call[R]) -> R:
+    def _run(self, call: Call[R], deadline: Deadline | None = None) -> R:
         self._queue.wait()
-        return call.run(self._rpc)
+        return call.run(self._rpc, deadline)
+
+    def _have_optimizers_catch_up(self, deadline: Deadline, names: Collection[str] | None) -> None:
+        for each in self._optimizers:
+            # The call is applied; whatever keeps it from hearing of that now, it asks again before its next step.
+            with suppress(GradwireError):
+                each.catch_up(deadline, names)
 
     def _add_variant(self, exported: ExportedVariant, batch: Batch, deadline: Deadline) -> None:
         self._calls.add_variant(exported, batch, deadline).run(self._rpc)

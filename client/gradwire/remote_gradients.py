@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradwire.autograd_calls import AutogradCalls
+from gradwire.deadline import Deadline
 from gradwire.errors import InvalidArgument
 from gradwire.remote_parameters import RemoteParameter
 
@@ -16,13 +17,16 @@ _slot: Any = torch.Tensor.grad
 
 
 class RemoteGradients:
-    """See the module. `run` makes a call; `changes()` counts what others have the service do to its gradients.
+    """See the module. `run(call, deadline)` makes a call; `changes()` counts what others have the service do to its
+    gradients.
 
     All are fetched when one is read. What was changed here since, in place or not, is brought back before the service
     uses them: `push`; but what others change on the service in the meantime goes over it.
     """
 
-    def __init__(self, calls: AutogradCalls, run: Callable[[Any], Any], changes: Callable[[], int]) -> None:
+    def __init__(
+        self, calls: AutogradCalls, run: Callable[[Any, Deadline | None], Any], changes: Callable[[], int]
+    ) -> None:
         self._calls = calls
         self._run = run
         self._changes = changes
@@ -55,17 +59,20 @@ class RemoteGradients:
             raise InvalidArgument(message, field=f'gradients["{parameter.remote_name}"]', reason="SHAPE_MISMATCH")
         self._fetched()[parameter.remote_name] = value
 
-    def push(self) -> None:
-        """Bring to the service what was changed here, and forget what was read: the service goes on from there."""
+    def push(self, deadline: Deadline) -> None:
+        """Bring to the service what was changed here, and forget what was read: the service goes on from there.
+
+        deadline: that of the call that needs it there.
+        """
         self._forget_old()
         if self._read is None and not any(_taken(each) is not None for each in self.parameters):
             return
-        read = self._fetched()
+        read = self._fetched(deadline)
         changed = {name: each for name, each in read.items() if not _same(each, self._as_read.get(name))}
         given = {name: each for name, each in changed.items() if each is not None}
         dropped = [name for name, each in changed.items() if each is None]
         if changed:
-            self._run(self._calls.set_gradients(given, dropped))
+            self._run(self._calls.set_gradients(given, dropped, deadline), deadline)
         self.forget()
 
     def forget(self) -> None:
@@ -81,11 +88,11 @@ class RemoteGradients:
         if self._read_at != self._changes():
             self.forget()
 
-    def _fetched(self) -> dict[str, torch.Tensor | None]:
+    def _fetched(self, deadline: Deadline | None = None) -> dict[str, torch.Tensor | None]:
         self._forget_old()
         if self._read is None:
             self._read_at = self._changes()
-            held = self._run(self._calls.held_gradients(None))
+            held = self._run(self._calls.held_gradients(None), deadline)
             self._read = {each.remote_name: held.get(each.remote_name) for each in self.parameters}
             self._as_read = {name: None if each is None else each.clone() for name, each in self._read.items()}
         for each in self.parameters:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradwire.autograd_calls import AutogradCalls
-from gradwire.calls import Call, ModelCalls
+from gradwire.calls import ModelCalls
 from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire.remote_autograd import attach
 from gradwire.remote_gradients import RemoteGradients
@@ -35,7 +35,7 @@ class RemoteModule(nn.Module):
     parameters, whose gradients stay on the service until `.grad` is read. Threads must not share it.
     """
 
-    def __init__(self, calls: ModelCalls, autograd: AutogradCalls, run: Callable[[Call], Any]) -> None:
+    def __init__(self, calls: ModelCalls, autograd: AutogradCalls, run: Callable[..., Any]) -> None:
         super().__init__()
         self._calls, self._autograd, self._run = calls, autograd, run
         self._fetched_at: int | None = None
@@ -172,8 +172,9 @@ class RemoteModule(nn.Module):
             )
 
     def _backward(self, query: Any, cotangents: Any) -> Any:
-        self.remote_gradients.push()
-        return self._run(self._autograd.backward(query, cotangents))
+        deadline = self._calls.deadline()
+        self.remote_gradients.push(deadline)
+        return self._run(self._autograd.backward(query, cotangents, deadline), deadline)
 
     def _fetch(self) -> None:
         """Fill every placeholder, unless nothing was changed since it was filled."""

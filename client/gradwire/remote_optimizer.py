@@ -9,6 +9,7 @@ import torch
 
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import ModelCalls
+from gradwire.deadline import Deadline
 from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_parameters import RemoteParameter
@@ -27,7 +28,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         module: RemoteModule,
         calls: ModelCalls,
         autograd: AutogradCalls,
-        run: Callable[[Any], Any],
+        run: Callable[..., Any],
     ) -> None:
         _check_can_step(calls.optimizer)
         self._module, self._calls, self._autograd, self._call = module, calls, autograd, run
@@ -36,15 +37,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._known = [_options(group) for group in groups]
         super().__init__([{**group, "params": self._members(group)} for group in groups], dict(self._known[0]))
 
-    def catch_up(self, names: Collection[str] | None = ()) -> bool:
+    def catch_up(self, deadline: Deadline, names: Collection[str] | None = ()) -> bool:
         """Take over what `Model.update` or a loaded state has changed on the service; False where it has other groups.
 
         An option that was changed here and not there stays as it is here, but for those of `names`; None: all.
+        deadline: that of the call of which this is a part.
         """
         seen = self._calls.settings_changes
         if seen == self._seen:
             return True
-        groups = self._call(self._calls.optimizer_state_dict())["param_groups"]
+        groups = self._call(self._calls.optimizer_state_dict(), deadline)["param_groups"]
         if len(groups) != len(self._known):
             return False
         for group, known, there in zip(self.param_groups, self._known, groups, strict=True):
@@ -64,15 +66,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         closure: evaluates the loss again first. Returns its value.
         """
-        self._check_current()
+        deadline = self._calls.deadline()
+        self._check_current(deadline)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._module.remote_gradients.push()
+        self._module.remote_gradients.push(deadline)
         changed = self._changed_options()
         try:
-            self._call(self._autograd.optimizer_step(changed))
+            self._call(self._autograd.optimizer_step(changed), deadline)
         except FailedPrecondition as error:
             if error.reason != "NO_GRADIENTS":  # As in torch, where no parameter has a gradient, nothing happens.
                 raise
@@ -87,16 +90,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What `Model.optimizer_state_dict` gives, with the options as they are here."""
-        self._check_current()
-        state = self._call(self._calls.optimizer_state_dict())
+        deadline = self._calls.deadline()
+        self._check_current(deadline)
+        state = self._call(self._calls.optimizer_state_dict(), deadline)
         for group, changed in zip(state["param_groups"], self._changed_options(), strict=True):
             group.update(changed)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Replace the optimizer's state and its options, as `Model.load_optimizer_state_dict` does."""
-        self._call(self._calls.load_optimizer_state_dict(state_dict))
-        self.catch_up(None)
+        deadline = self._calls.deadline()
+        self._call(self._calls.load_optimizer_state_dict(state_dict, deadline))
+        self.catch_up(deadline, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: groups are given with the optimizer to create_model."""
@@ -111,9 +116,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _members(self, group: Mapping[str, Any]) -> list[RemoteParameter]:
         return [self._module.each_parameter[name] for name in group["params"]]
 
-    def _check_current(self) -> None:
+    def _check_current(self, deadline: Deadline) -> None:
         _check_can_step(self._calls.optimizer)
-        if not self.catch_up():
+        if not self.catch_up(deadline):
             message = (
                 "the model's optimizer has other groups since its settings were changed: call as_optimizer() again"
             )

@@ -55,8 +55,10 @@ class SavableModel(Protocol):
     def capture(self, *, automatic: bool) -> Awaitable[SavedModel | None]:
         """The model as it is in its turn, between two commands. The turn is that of this call, not of its awaiting.
 
-        The files are the caller's. None for an automatic one while forwards are retained: what comes behind it could
-        not be done again. Of the result, `name`, `created_at` and `request_id` are not looked at.
+        The files are the caller's. None for an automatic one while forwards are retained, for what comes behind it
+        could not be done again, and while the model is ahead of its journal, for it may go back. A named one raises the
+        GradwireError that says why there is none, such as that the commands in it could not be made durable. Of the
+        result, `name`, `created_at` and `request_id` are not looked at.
         """
         ...
 

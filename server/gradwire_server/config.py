@@ -109,7 +109,7 @@ class ServerConfig(BaseSettings):
         _DEFAULTS.requests_per_model, ge=1, description="requests that wait or run on one model"
     )
     held_bytes: ByteSize = Field(
-        ByteSize(_DEFAULTS.held_bytes), ge=1, description="bytes of uploads and downloads that are held"
+        ByteSize(_DEFAULTS.held_bytes), ge=1, description="bytes of uploads, downloads and datasets that are held"
     )
     variants: int = Field(_DEFAULTS.variants, ge=1, description="variants of one model")
     held_seconds: float = Field(

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_proto import codec
-from gradwire_proto.errors import GradwireError, InvalidArgument, Unavailable
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 from gradwire_proto.values import FitPlan, FitProgress, FitSteps, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
 from gradwire_server.fingerprints import fingerprint
-from gradwire_server.fit_commands import FitCommands
+from gradwire_server.fit_commands import FitCommands, Reached
 from gradwire_server.fit_pace import Pace
 from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.row_orders import RowOrders
 from gradwire_server.storage.dataset_files import StoredDataset
+
+_KEPT = 256
+"""Commands of a fit whose replies are kept for a client that comes back: half a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Steps to before `end`; None: they are those of an earlier call. loss: told before them."""
+
+    call: Call
+    end: int | None
+    loss: float | None
+    result: asyncio.Future[StepsResult]
 
 
 class Fit:
@@ -57,8 +72,12 @@ class Fit:
                 field="completed_steps",
                 reason="INTEGER_OUT_OF_RANGE",
             )
-        self._orders = RowOrders(fitting.orders, examples, plan.seed) if plan.shuffle else None
+        self._orders = (
+            RowOrders(fitting.orders, rows=examples, epochs=plan.epochs, seed=plan.seed) if plan.shuffle else None
+        )
         self._pace = Pace()
+        self._reached = Reached(-1)
+        self._heard: deque[Call] = deque()
         # Whatever was asked of it, but for where a repeat goes on: the same id with another is another fit.
         asked = replace(plan, completed_steps=0, stop=False)
         self._identity = repr((asked, dataset.upload, None if validation is None else validation.upload)).encode()
@@ -66,27 +85,79 @@ class Fit:
     async def progress(self) -> AsyncGenerator[FitProgress, None]:
         """What happens, as it happens; ends when all is done, or it was stopped. Raises what refuses a step."""
         done = self._plan.completed_steps
-        while done < self._total:
-            call = self._call(done)
-            loss = None
-            if self._commands.log.find(call) is None:
-                if self.stopped:
+        under_way: deque[_Command] = deque()
+        try:
+            while done < self._total:
+                if not under_way and (found := await self._begin(done)) is not None:
+                    under_way.append(found)
+                if not under_way:
                     return
-                if self.draining:
-                    raise Unavailable("the service is stopping", reason="DRAINING", retry_after=1.0)
-                if (loss := await self._validated(done)) is not None:
-                    yield self._told(done, loss)
-                call = await self._next_steps(call, done, loss)
-            result = await self._run(call, done)
-            if loss is None and result.validation_loss is not None:
-                yield self._told(done, result.validation_loss)
-            yield self._applied(done, result)
-            done += len(result.losses)
-            if result.error is not None:
-                raise self._refusal(result.error, done)
-        loss = await self._validated(done) if not self.stopped else None
-        last = FitProgress(first_step=done, epoch=self._plan.epochs - 1, validation_loss=loss, done=True)
-        yield last
+                current = under_way[0]
+                if current.loss is not None:
+                    yield self._told(done, current.loss)
+                if current.end is not None and self._may_look_ahead(current.end):
+                    ahead = await self._begin(current.end, ahead=True)
+                    under_way.extend([] if ahead is None else [ahead])
+                result = await current.result
+                under_way.popleft()
+                if current.loss is None and result.validation_loss is not None:
+                    yield self._told(done, result.validation_loss)
+                yield self._applied(done, result)
+                self._forget_old(current.call)
+                done += len(result.losses)
+                if result.error is not None:
+                    raise self._refusal(result.error, done)
+        finally:
+            # What has not begun yet is given up, where nobody else waits for it.
+            for each in under_way:
+                each.result.cancel()
+            await asyncio.gather(*(each.result for each in under_way), return_exceptions=True)
+        loss = None if self.stopped else await self._validated(done)
+        yield FitProgress(first_step=done, epoch=self._plan.epochs - 1, validation_loss=loss, done=True)
+
+    async def _begin(self, first: int, *, ahead: bool = False) -> _Command | None:
+        """The command whose first step is `first`: found, or begun. None: no more are to begin.
+
+        ahead: it follows one that still runs.
+        """
+        call = self._call(first)
+        loss, end = None, None
+        if self._commands.log.find(call) is None:
+            if not ahead:
+                self._check_goes_on(first)
+            if self.stopped:
+                return None
+            if self.draining:
+                raise Unavailable("the service is stopping", reason="DRAINING", retry_after=1.0)
+            if not ahead:
+                loss = await self._validated(first)
+                self._reached.step = first
+            end = first + self._count(first)
+            call = await self._with_steps(call, first, end, loss)
+        return _Command(call, end, loss, asyncio.ensure_future(self._run(call, first)))
+
+    def _check_goes_on(self, first: int) -> None:
+        """Refuse to apply steps once more whose losses are not stored any more, and to leave some out."""
+        known = self._fitting.end_of(self.request_id)
+        if known is None or first == known:
+            return
+        if first > known:
+            message = f"{known} steps of the fit were applied, got {first}"
+            raise InvalidArgument(message, field="completed_steps", reason="INTEGER_OUT_OF_RANGE")
+        message = f"steps {first} to {known - 1} of the fit were applied, and their losses are no longer stored"
+        raise FailedPrecondition(message, reason="REPLY_FORGOTTEN", outcome="applied")
+
+    def _forget_old(self, call: Call) -> None:
+        """A client that comes back has heard of what was long ago."""
+        self._heard.append(call)
+        if len(self._heard) > _KEPT:
+            self._commands.log.forget(self._heard.popleft())
+
+    def _may_look_ahead(self, end: int) -> bool:
+        """Whether the ranks need not wait for what is told of a command that ends there before they have the next."""
+        ends_epoch = self._validation is not None and end % self._per_epoch == 0
+        is_last = end >= self._total
+        return self._pace.is_known and not (is_last or ends_epoch or self.stopped or self.draining)
 
     def _call(self, first: int) -> Call:
         """The command that begins with step `first`; how many steps it has may differ between repeats."""
@@ -97,18 +168,22 @@ class Fit:
             body_checks=False,
         )
 
-    async def _next_steps(self, call: Call, first: int, loss: float | None) -> Call:
+    def _count(self, first: int) -> int:
         steps = min(self._pace.steps, self._total - first)
-        if self._validation is not None:
-            # Not beyond the epoch: the loss after it comes first.
-            steps = min(steps, self._per_epoch - first % self._per_epoch)
+        if self._validation is None:
+            return steps
+        # Not beyond the epoch: the loss after it comes first.
+        return min(steps, self._per_epoch - first % self._per_epoch)
+
+    async def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
         rows = b""
         if self._orders is not None:
-            rows = await self._orders.between(self._row_of(first), self._row_of(first + steps))
+            rows = await self._orders.between(self._row_of(first), self._row_of(end))
         asked = FitSteps(
+            fit=self.request_id,
             dataset=self._dataset.info,
             first_step=first,
-            steps=steps,
+            steps=end - first,
             batch_size=self._batch_size,
             rows=rows,
             validation_loss=loss,
@@ -123,7 +198,7 @@ class Fit:
 
     async def _run(self, call: Call, first: int) -> StepsResult:
         try:
-            result = await self._fitting.apply(call, self._dataset)
+            result = await self._fitting.apply(call, self._dataset, self._reached)
         except GradwireError as error:
             raise self._refusal(error, first) from None
         timing = result.timing

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_proto import codec
-from gradwire_proto.errors import InternalError
+from gradwire_proto.errors import Cancelled, InternalError
 from gradwire_proto.v1.dataset_pb2 import FitStepsRequest
 from gradwire_proto.values import Batch, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
+from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.storage.dataset_files import StoredDataset, batch_of
+from gradwire_server.stored_replies import decode_reply
 from gradwire_server.workers import Workers
+
+_FITS = 256
+"""Of how many fits it is known how far they came."""
+
+
+@dataclass(slots=True)
+class Reached:
+    """How many steps of a fit were applied when its last command ended."""
+
+    step: int
 
 
 class FitCommands:
@@ -22,15 +35,36 @@ class FitCommands:
     def __init__(self, commands: Commands, workers: Callable[[], Workers]) -> None:
         self._commands = commands
         self._workers = workers
+        self._ends: OrderedDict[str, int] = OrderedDict()
 
-    async def apply(self, call: Call, dataset: StoredDataset | None) -> StepsResult:
+    def end_of(self, fit: str) -> int | None:
+        """How many steps of the fit with that request id were applied; None where none is known of."""
+        if (end := self._ends.get(fit)) is not None:
+            return end
+        # Of one that came back with a checkpoint, the replies alone tell.
+        ended = (each for each in self._commands.log.stored()() if each.method == FIT_STEPS)
+        stored = (decode_reply(each.method, each.reply) for each in ended if each.reply is not None)
+        return max((each.end for each in stored if each.fit == fit), default=None)
+
+    def _note(self, result: StepsResult) -> None:
+        self._ends[result.fit] = result.end
+        self._ends.move_to_end(result.fit)
+        if len(self._ends) > _FITS:
+            self._ends.popitem(last=False)
+
+    async def apply(
+        self, call: Call, dataset: StoredDataset | None = None, reached: Reached | None = None
+    ) -> StepsResult:
         """Apply the steps of the record in `call`, once for its request id, as far as they go.
 
-        Without a dataset they are applied once more, of a record that has kept the tensors.
+        Without a dataset they are applied once more, of a record that has kept the tensors. reached: they are refused,
+        with Cancelled, unless those before them were all applied.
         """
 
         async def work(_: Any, __: int) -> StepsResult:
             steps = codec.decode_fit_steps(FitStepsRequest.FromString(call.raw))
+            if reached is not None and reached.step != steps.first_step:
+                raise Cancelled("a step before these was refused; nothing was applied")
             examples, most = self._examples(call, dataset), None
             before = self._commands.number
             if call.replay is not None:
@@ -38,7 +72,12 @@ class FitCommands:
             result = await self._workers().fitting.run(examples, steps, most=most, command=before + 1)
             if most is not None and len(result.losses) < most:
                 raise result.error or InternalError("fewer steps were applied than the first time", outcome="unknown")
-            return replace(result, validation_loss=steps.validation_loss)
+            if reached is not None:
+                reached.step += len(result.losses)
+            told = {"fit": steps.fit, "first_step": steps.first_step, "validation_loss": steps.validation_loss}
+            result = replace(result, **told)
+            self._note(result)
+            return result
 
         return await self._commands.run(call, None, work, dataset=dataset)
 

@@ -16,6 +16,8 @@ def encode_steps_result(value: StepsResult) -> FitStepsResponse:
     message = FitStepsResponse(
         losses=value.losses,
         step=value.step,
+        fit=value.fit,
+        first_step=value.first_step,
         validation_loss=value.validation_loss,
         error=None if value.error is None else to_status(value.error),
     )
@@ -28,6 +30,8 @@ def decode_steps_result(message: FitStepsResponse) -> StepsResult:
     return StepsResult(
         losses=tuple(message.losses),
         step=message.step,
+        fit=message.fit,
+        first_step=message.first_step,
         timing=decode_timing(message.timing),
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
         error=from_status(message.error) if message.HasField("error") else None,

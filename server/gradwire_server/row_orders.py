@@ -10,9 +10,12 @@ ROW_BYTES = 4
 class RowOrders:
     """See the module. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch."""
 
-    def __init__(self, orders: Callable[[int, Sequence[int]], Awaitable[list[bytes]]], rows: int, seed: int) -> None:
+    def __init__(
+        self, orders: Callable[[int, Sequence[int]], Awaitable[list[bytes]]], *, rows: int, epochs: int, seed: int
+    ) -> None:
         self._ask = orders
         self._rows = rows
+        self._epochs = epochs
         self._seed = seed
         self._known: dict[int, bytes] = {}
 
@@ -20,8 +23,11 @@ class RowOrders:
         """Those from the `start`-th to before the `stop`-th, counted through all epochs. Earlier ones are forgotten."""
         epochs = range(start // self._rows, (stop - 1) // self._rows + 1)
         missing = [epoch for epoch in epochs if epoch not in self._known]
+        if missing:
+            # And as many of those that come next: who asks waits for its turn.
+            missing += range(epochs.stop, min(epochs.stop + len(epochs), self._epochs))
         found = await self._ask(self._rows, [self._seed + epoch for epoch in missing]) if missing else []
-        self._known = {epoch: self._known[epoch] for epoch in epochs if epoch in self._known}
+        self._known = {epoch: order for epoch, order in self._known.items() if epoch >= epochs[0]}
         self._known.update(zip(missing, found, strict=True))
         parts = []
         for epoch in epochs:

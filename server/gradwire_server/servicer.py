@@ -278,7 +278,7 @@ class Servicer:
     async def FitSteps(self, request: dataset_pb2.FitStepsRequest, call: Call) -> dataset_pb2.FitStepsResponse:
         """No RPC: what a journal records of a fit is applied once more."""
         model = await self._model(request.name, call)
-        return encode_steps_result(await model.fitting.apply(call, None))
+        return encode_steps_result(await model.fitting.apply(call))
 
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 

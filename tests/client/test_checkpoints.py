@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ BEST = Checkpoint(
 )
 AUTOMATIC = Checkpoint(
     name="mine/100", model_id="mine", step=90, command=100, created_at=1.6e9, nbytes=3_000, automatic=True
+)
+INFO = ModelInfo(
+    id="mine",
+    state="ready",
+    step=0,
+    workers=2,
+    sharding=None,
+    num_parameters=8,
+    optimizer=None,
+    loss=None,
+    labels={},
+    created_at=1.5,
 )
 
 
@@ -72,20 +85,8 @@ class Shelf:
 
     def restore(self, request, context):
         name, model_id, workers = codec.decode_restoration(request)
-        saved = self.find(request.checkpoint)
-        info = ModelInfo(
-            id=model_id or saved.model_id,
-            state="ready",
-            step=self.checkpoints[name].step,
-            workers=workers or 2,
-            sharding=None,
-            num_parameters=8,
-            optimizer=None,
-            loss=None,
-            labels={},
-            created_at=1.5,
-        )
-        return codec.encode_model_info(info)
+        saved, step = self.find(request.checkpoint), self.checkpoints[name].step
+        return codec.encode_model_info(replace(INFO, id=model_id or saved.model_id, step=step, workers=workers or 2))
 
 
 @pytest.fixture
@@ -211,6 +212,25 @@ def test_restoration_that_may_have_happened_is_undone_within_its_time(shelf, scr
     (undo,), (restoration,) = scripted.requests("DeleteModel"), scripted.requests("RestoreModel")
     # Somebody else's model may have the id by then.
     assert (undo.name, undo.made_by) == ("models/again", restoration.request_id)
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "words"),
+    [
+        (model_pb2.COMMAND_STATE_RUNNING, "unknown", "it may be applied yet"),
+        (model_pb2.COMMAND_STATE_APPLIED, "applied", "it was applied"),
+    ],
+)
+def test_save_that_takes_longer_than_its_call_says_whether_the_checkpoint_may_be_there(scripted, state, outcome, words):
+    scripted.answers["CreateCheckpoint"] = lambda request, context: scripted.release.wait(10) and Empty()
+    scripted.answers["GetCommand"] = lambda request, context: model_pb2.Command(name=request.name, state=state)
+    with gradwire.connect(scripted.target, timeout=1.0) as sdk:
+        scripted.answers["GetModel"] = lambda request, context: codec.encode_model_info(INFO)
+        with pytest.raises(errors.DeadlineExceeded, match=words) as caught:
+            sdk.get_model("mine").save("best")
+    (saved,), asked = scripted.requests("CreateCheckpoint"), scripted.requests("GetCommand")
+    assert {each.name for each in asked} == {f"models/mine/commands/{saved.request_id}"}
+    assert (caught.value.outcome, caught.value.request_id) == (outcome, saved.request_id)
 
 
 def test_restoration_under_an_id_that_is_taken_deletes_nothing(sdk, shelf, scripted):

@@ -24,6 +24,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*GRADWIRE, *arguments], capture_output=True, text=True, timeout=90, env=environment)
 
 
+def invoke(*arguments: str) -> Result:
+    """The same in this process, where all is imported already: its exit codes are those of the command."""
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -42,8 +47,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
-    outcome = run(*command, "--help")
-    assert outcome.returncode == 0
+    outcome = invoke(*command, "--help")
+    assert outcome.exit_code == 0
     assert "Usage:" in outcome.stdout
 
 
@@ -57,10 +62,15 @@ def test_help_needs_neither_torch_nor_grpc() -> None:
     "arguments", [["models", "show"], ["models", "lst"], ["checkpoints", "show"], ["demo", "--workers", "0"]]
 )
 def test_wrong_use_is_exit_code_2(arguments: list[str]) -> None:
-    outcome = run(*arguments)
-    assert outcome.returncode == 2
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == 2
     assert outcome.stdout == ""
     assert outcome.stderr
+
+
+def test_exit_code_and_streams_of_the_program_are_those_of_its_commands() -> None:
+    wrong = run("models", "show")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "MODEL" in wrong.stderr
 
 
 def test_a_service_that_is_not_there_is_exit_code_3_and_one_line() -> None:
@@ -90,9 +100,8 @@ def test_models_can_be_listed_shown_and_deleted(client: gradwire.Client, service
         labels={"team": "vision"},
     )
 
-    # In this process, where torch is imported already; the exit codes are those of the command.
     def models(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["models", *arguments, "--target", service], env={"COLUMNS": "120"})
+        return invoke("models", *arguments, "--target", service)
 
     assert "linear-for-the-cli" in [model["id"] for model in json.loads(models("list", "--json").stdout)]
     assert "linear-for-the-cli" in models("list").stdout
@@ -122,7 +131,7 @@ def test_serve_prints_where_it_listens_and_drains_on_sigterm() -> None:
             assert process.stdout
             line = process.stdout.readline()
             assert line.startswith("gradwire listening on 127.0.0.1:")
-            assert run("models", "list", "--json", "--target", line.split()[-1]).stdout.strip() == "[]"
+            assert invoke("models", "list", "--json", "--target", line.split()[-1]).stdout.strip() == "[]"
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -19,6 +19,7 @@ from gradwire.variants import without_graph
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import ForwardResult
 
 TIME, SLOW = 1.5, 0.9
 """Of a call, and of each of the two requests that it makes: seconds."""
@@ -105,6 +106,59 @@ def test_pages_of_a_listing_share_the_time(hurried, scripted, method, page):
     with pytest.raises(LATE):
         hurried.list_models() if method == "ListModels" else hurried.list_checkpoints()
     assert len(scripted.requests(method)) == 2
+
+
+def optimizer_state(names: list[str]) -> pb.GetOptimizerStateResponse:
+    reply = pb.GetOptimizerStateResponse()
+    codec.encode_value({"param_groups": ({"params": tuple(names), "lr": 0.1},)}, reply.state, "state")
+    return reply
+
+
+@pytest.fixture
+def module_answers(scripted):
+    """What modules and optimizers of `hosted` ask."""
+    outputs = from_torch(torch.zeros(6, 2))
+    retained = ForwardResult(outputs=outputs, step=0, retained="r", differentiable_outputs=(0,))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    scripted.answers |= {
+        "Forward": lambda request, context: codec.encode_forward_result(retained),
+        "Backward": lambda request, context: pb.BackwardResponse(),
+        "GetGradients": lambda request, context: pb.GetGradientsResponse(),
+        "SetGradients": lambda request, context: pb.SetGradientsResponse(),
+        "GetOptimizerState": lambda request, context: optimizer_state(names),
+        "Release": lambda request, context: pb.ReleaseResponse(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "method"),
+    [("forward_backward", "ForwardBackward"), ("backward", "Backward"), ("step", "OptimizerStep")],
+)
+def test_bringing_changed_gradients_and_the_call_that_needs_them_share_the_time(
+    hurried, hosted, scripted, module_answers, call, method
+):
+    model = hurried.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(), example=batch())
+    module, optimizer = model.as_module(), model.as_optimizer()
+    loss = module(batch()[0]).sum()
+    slow_down(scripted, "SetGradients", method)
+    next(module.parameters()).grad = torch.ones(2, 3)
+    calls = {"forward_backward": lambda: model.forward_backward(*batch()), "backward": loss.backward}
+    with pytest.raises(LATE):
+        calls.get(call, optimizer.step)()
+    assert len(scripted.requests("SetGradients")) == len(scripted.requests(method)) == 1
+
+
+def test_optimizer_that_catches_up_with_new_settings_does_so_in_the_time_of_its_step(
+    hurried, hosted, scripted, module_answers
+):
+    model = hurried.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(), example=batch())
+    optimizer = model.as_optimizer()
+    scripted.answers["UpdateModel"] = hosted.get
+    model.futures.update(lr=0.2).result(5)
+    slow_down(scripted, "GetOptimizerState", "OptimizerStep")
+    with pytest.raises(LATE):
+        optimizer.step()
+    assert scripted.requests("OptimizerStep")
 
 
 def test_upload_stands_still_no_longer_than_its_call_has_time(scripted):

@@ -284,6 +284,26 @@ def test_command_whose_answer_was_lost_has_an_unknown_outcome_where_nobody_can_b
     assert caught.value.request_id == ledger.applied[0]
 
 
+@pytest.mark.parametrize("then", ["away", "full"])
+def test_command_of_which_the_service_does_not_know_stays_unknown_whatever_its_repeats_hear(scripted, then):
+    full = errors.ResourceExhausted("64 wait", reason="QUEUE_FULL", retryable=True, retry_after=0.1)
+    unknown = errors.Unavailable("cannot make it durable", reason="STORAGE_UNREACHABLE", outcome="unknown")
+
+    def step(request, context):
+        if then == "away":
+            threading.Timer(0.05, scripted.stop).start()
+        raise unknown if len(scripted.requests("TrainStep")) == 1 else full
+
+    scripted.answers["TrainStep"] = step
+    scripted.answers["GetCommand"] = lambda request, context: model_pb2.Command(name=request.name)
+    rpc = Rpc(scripted.target, timeout=1.0)
+    with pytest.raises(errors.GradwireError) as caught:
+        train(rpc)
+    assert caught.value.reason == ("NOT_CONNECTED" if then == "away" else "QUEUE_FULL")
+    assert caught.value.outcome == "unknown"
+    rpc.close()
+
+
 def test_slow_service_is_not_asked_twice(rpc, ledger):
     ledger.on_arrival = lambda count: time.sleep(1.2)
     with pytest.raises(errors.DeadlineExceeded):

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import torch
 from conformance.case import Case
 from torch import nn
-from torch.testing._internal.common_modules import module_db
 
 _MOST_PER_MODULE = 40
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every module in training mode, dropout off, with every input that the database has for it, up to forty."""
+    # Here: it takes seconds, and whoever collects the tests has no use for it.
+    from torch.testing._internal.common_modules import module_db
+
     for info in module_db:
         torch.manual_seed(0)
         made = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,22 +11,31 @@ from conformance import losses, module_database, optimizers, transformer_familie
 from conformance.case import Case, check
 from conformance.plain_export import can_export
 
+CASES = 19
+"""How many the sample has. To make them takes seconds, which only the process that runs them is to spend."""
 
-def sample() -> Iterator[Case]:
+
+@pytest.fixture(scope="module")
+def sample() -> list[Case]:
     modules = itertools.islice(module_database.cases(torch.float64), 5, None, 67)
     # A transformer takes as long as all others together, and Qwen3 is one.
-    yield from (each for each in modules if not each.name.startswith("Transformer"))
-    yield from itertools.islice(losses.cases(torch.float64), 3, None, 19)
-    yield from (each for each in transformer_families.cases(torch.float64) if each.name == "Qwen3ForCausalLM")
+    taken = [each for each in modules if not each.name.startswith("Transformer")]
+    taken += itertools.islice(losses.cases(torch.float64), 3, None, 19)
+    return taken + [each for each in transformer_families.cases(torch.float64) if each.name == "Qwen3ForCausalLM"]
 
 
-@pytest.mark.parametrize("case", sample(), ids=lambda case: case.name)
-def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(client, case: Case):
+def test_the_whole_sample_is_tried(sample):
+    assert len(sample) == CASES
+
+
+@pytest.mark.parametrize("index", range(CASES))
+def test_the_service_gives_what_torch_gives_or_refuses_what_torch_cannot_export(client, sample, index):
+    case = sample[index]
     outcome = check(client, case, ranks=2)
     if outcome.verdict == "refused":
-        assert not can_export(case), outcome.detail
+        assert not can_export(case), (case.name, outcome.detail)
     else:
-        assert outcome.verdict == "passed", outcome.detail
+        assert outcome.verdict == "passed", (case.name, outcome.detail)
 
 
 @pytest.mark.parametrize(

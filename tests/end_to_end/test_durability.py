@@ -223,19 +223,3 @@ def test_saved_model_opens_with_plain_safetensors_and_is_restored(
     torch.testing.assert_close(again.forward(x), net(x))
     again.train_step(x, y)
     assert again.info().step == STEPS + 1
-
-
-def test_service_that_is_started_again_on_its_storage_serves_the_same_models(tmp_path: Path) -> None:
-    x, y = batches()[0]
-    with gradwire.launch(workers=1, spare_ranks=1, storage=tmp_path) as client:
-        model = client.create_model(
-            network(), loss=nn.MSELoss(), optimizer=optim.Adam(lr=0.01), example=(x, y), model_id="kept"
-        )
-        losses = [model.train_step(x, y).loss for _ in range(4)]
-        weights = model.state_dict()
-    with gradwire.launch(workers=1, spare_ranks=1, storage=tmp_path) as client:
-        model = client.get_model("kept")
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, weights[name]), name
-        result = model.train_step(x, y)
-        assert result.step == 5 and result.loss < losses[0]

@@ -90,14 +90,19 @@ def test_sgd_line_agrees_with_local_torch_and_finds_the_line(run):
 
 
 @pytest.mark.slow
-def test_thermometer_training_prints_the_losses_of_its_reference(run):
+def test_thermometer_training_prints_the_losses_and_gradients_of_its_reference(run):
     printed = run("thermometer_training")
     losses = {
         int(epoch): float(loss) for epoch, loss in re.findall(r"^epoch (\d+) .* loss (\S+)$", printed, re.MULTILINE)
     }
     reference = [7.860116, 3.828538, 3.092191, 2.957697, 2.933134, 2.928648, 2.927830, 2.927679, 2.927652, 2.927647]
     assert losses == pytest.approx(dict(zip(range(500, 5001, 500), reference, strict=True)), abs=1e-5)
-    assert "epoch 500 grad -2.252" in printed
+    gradients = {
+        int(epoch): [float(w), float(b)]
+        for epoch, w, b in re.findall(r"^epoch (\d+) grad (\S+) (\S+)", printed, re.MULTILINE)
+    }
+    for epoch, gradient in {500: [-0.2252, 1.2748], 1000: [-0.0962, 0.5448]}.items():
+        assert gradients[epoch] == pytest.approx(gradient, abs=1e-4)
     assert "params 5.3671 -17.3012" in printed
 
 

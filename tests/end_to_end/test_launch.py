@@ -11,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from processes import alive
+from torch import nn
 
 import gradwire
+from gradwire import optim
 
 
 def eventually(condition: Callable[[], object], within: float) -> None:
@@ -67,16 +70,21 @@ def test_a_client_killed_with_sigkill_takes_its_service_with_it_within_ten_secon
         eventually(lambda: not any(map(alive, tree)) and not any(folder.exists() for folder in folders), within=10)
 
 
-def test_closing_the_client_ends_the_service_and_keeps_only_the_storage_that_was_named(
+def test_closing_the_client_ends_the_service_and_a_new_one_on_the_storage_that_was_named_serves_the_same_models(
     tmp_path: Path,
 ) -> None:
-    storage = tmp_path / "kept"
-    with gradwire.launch(workers=1, storage=storage, spare_ranks=1, log_level="info", timeout=7.0) as client:
-        assert client._rpc.timeout == 7.0
+    storage, x, y = tmp_path / "kept", torch.randn(6, 3), torch.randn(6, 1)
+    with gradwire.launch(workers=1, storage=storage, spare_ranks=1, log_level="info", timeout=30.0) as client:
+        assert client._rpc.timeout == 30.0
         (guard,) = [child for child in psutil.Process().children() if f"--storage={storage}" in child.cmdline()]
         tree = [guard, *guard.children(recursive=True)]
         folders = folders_of(tree)
         assert client.server_info().workers == 1
+        model = client.create_model(
+            nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=optim.Adam(lr=0.01), example=(x, y), model_id="kept"
+        )
+        losses = [model.train_step(x, y).loss for _ in range(4)]
+        weights = model.state_dict()
     assert not any(map(alive, tree))
     assert not any(folder.exists() for folder in folders)
     assert {path.name for path in storage.iterdir()} >= {"format", "logs", "models"}
@@ -84,6 +92,12 @@ def test_closing_the_client_ends_the_service_and_keeps_only_the_storage_that_was
     assert (storage / "logs" / "ray.log").stat().st_size > 0
     assert list(storage.glob("logs/session_2*/raylet.out"))
     client.close()
+    with gradwire.launch(workers=1, storage=storage, spare_ranks=1) as client:
+        model = client.get_model("kept")
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        result = model.train_step(x, y)
+        assert result.step == 5 and result.loss < losses[0]
 
 
 @pytest.mark.parametrize(

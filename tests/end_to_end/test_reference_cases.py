@@ -146,30 +146,3 @@ def test_gradient_of_the_thermometer_whose_parameters_are_one_tensor(client):
     loss, gradient = client.value_and_grad(thermometer_loss)(torch.tensor([1.0, 0.0]), T_U, T_C)
     assert loss.item() == pytest.approx(1763.8848, abs=1e-4)
     torch.testing.assert_close(gradient, torch.tensor([4517.2969, 82.6]), atol=1e-3, rtol=0)
-
-
-class Thermometer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.params = nn.Parameter(torch.tensor([1.0, 0.0]))
-
-    def forward(self, t_u: torch.Tensor) -> torch.Tensor:
-        w, b = self.params
-        return w * t_u + b
-
-
-def test_thermometer_has_the_losses_and_gradients_of_its_first_thousand_epochs(client):
-    """Until the five thousandth it is trained by an example, see test_examples.py."""
-    t_un = 0.1 * T_U
-    losses = {500: 7.860116, 1000: 3.828538}
-    gradients = {500: [-0.2252, 1.2748], 1000: [-0.0962, 0.5448]}
-    model = client.create_model(
-        Thermometer(), loss=nn.MSELoss(), optimizer=optim.SGD(lr=1e-2), example=(t_un, T_C), workers=1
-    )
-    for epoch in range(1, 1001):
-        if epoch in gradients:
-            gradient = model.compute_gradients(t_un, T_C).gradients["params"]
-            torch.testing.assert_close(gradient, torch.tensor(gradients[epoch]), atol=1e-4, rtol=0)
-        result = model.train_step(t_un, T_C)
-        if epoch in losses:
-            assert result.loss == pytest.approx(losses[epoch], abs=1e-5)

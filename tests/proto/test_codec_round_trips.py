@@ -43,6 +43,11 @@ SPECIAL = {
     "backward_query",
     "cotangents",
     "group_options",
+    # In test_datasets.py.
+    "dataset",
+    "fit_plan",
+    "fit_progress",
+    "fit_steps",
 }
 
 

@@ -14,6 +14,7 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
+from gradwire_server import fit as fit_module
 
 EXAMPLES = bytes(range(80))
 """Ten rows of two floats."""
@@ -112,7 +113,7 @@ async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(f
     messages, error = await told(frontend, fit(fakes.request_id()))
     assert error is None
     assert losses(messages) == [float(step) for step in range(9)]
-    assert [message.first_step for message in messages] == [0, 1, 5, 9]
+    assert [message.first_step for message in messages] == [0, 1, 6, 9]
     assert messages[-1].done and not messages[-2].done
     assert [(number, step) for number, step, _ in workers.fitting.applied] == [(2 + step, step) for step in range(9)]
     await frontend.stub.TrainStep(frontend.train(b"b"))
@@ -171,6 +172,44 @@ async def test_fit_that_was_cut_off_goes_on_where_it_was_with_its_request_id(fro
     assert [step for _, step, _ in workers.fitting.applied] == list(range(60))
 
 
+async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_KEPT", 2)
+    async with start() as frontend:
+        workers = await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        request = fit(fakes.request_id(), epochs=20)
+        messages, _ = await told(frontend, request)
+        request.completed_steps = 6
+        again, error = await told(frontend, request)
+        assert error is not None and (again, error.reason, error.outcome) == ([], "REPLY_FORGOTTEN", "applied")
+        assert len(workers.fitting.applied) == 60
+        request.completed_steps = messages[-3].first_step
+        assert losses((await told(frontend, request))[0]) == [
+            float(step) for step in range(request.completed_steps, 60)
+        ]
+    async with start() as frontend:
+        workers = await ready(frontend)
+        request.completed_steps = 2
+        assert (await told(frontend, request))[1].reason == "REPLY_FORGOTTEN"
+        assert len(workers.fitting.applied) == 60
+
+
+async def test_dataset_that_is_deleted_meanwhile_is_there_for_the_fit_that_uses_it(
+    frontend: Any, fakes: Any, storage: Any
+) -> None:
+    workers = await frontend.create(durability="none")
+    await frontend.stub.CreateDataset(creation())
+    stream = frontend.stub.Fit(fit(fakes.request_id(), epochs=20))
+    messages = aiter(stream)
+    await anext(messages)
+    await frontend.stub.DeleteDataset(pb.DeleteDatasetRequest(name="datasets/d"))
+    rest = [message async for message in messages]
+    assert rest[-1].done and set(workers.fitting.examples) == {EXAMPLES}
+    await frontend.until(lambda: not list((storage / "datasets").iterdir()))
+
+
 async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     await frontend.stub.CreateDataset(creation())
@@ -185,8 +224,13 @@ async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, f
     workers.gate.set()
     messages, error = await stopping
     assert error is None and not messages[-1].done
-    assert [*heard, *losses(messages)] == [float(step) for _, step, _ in workers.fitting.applied]
-    assert len(workers.fitting.applied) < 60
+    count = len(workers.fitting.applied)
+    assert [*heard, *losses(messages)] == [float(step) for step in range(count)]
+    assert count < 60
+    # Nor may a repeat leave some out.
+    request.completed_steps, request.stop = count + 1, False
+    _, error = await told(frontend, request)
+    assert error is not None and error.field == "completed_steps"
 
 
 async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_stay(frontend: Any, fakes: Any) -> None:
@@ -204,6 +248,18 @@ async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_s
     again, error = await told(frontend, request)
     assert (losses(again), error.reason) == ([0.0, 1.0, 2.0, 3.0], "LOSS_NOT_FINITE")
     assert len(workers.fitting.applied) == 4
+
+
+async def test_what_was_begun_ahead_of_a_refused_step_is_not_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    workers.fitting.refused_at = 40
+    messages, error = await told(frontend, fit(fakes.request_id(), epochs=20))
+    assert error is not None and error.message.startswith("epoch 13, batch 1 (step 40")
+    assert losses(messages) == [float(step) for step in range(40)]
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(40))
+    await frontend.stub.TrainStep(frontend.train(b"a"))
+    assert workers.calls[-1][2] == 41
 
 
 async def test_request_id_of_a_fit_is_good_for_that_fit_alone(frontend: Any, fakes: Any) -> None:

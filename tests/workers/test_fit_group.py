@@ -167,10 +167,60 @@ async def test_fit_gives_the_bits_of_train_steps_on_the_same_batches(make_group,
     dataset, losses = stored(tmp_path, x, y), []
     for first, count in ((0, 4), (4, 1), (5, 7)):
         packed = torch.cat(rows[first : first + count]).to(torch.int32).numpy().tobytes() if shuffled else b""
-        asked = FitSteps(dataset=INFO, first_step=first, steps=count, batch_size=size, rows=packed)
+        asked = FitSteps(fit="f", dataset=INFO, first_step=first, steps=count, batch_size=size, rows=packed)
         result = await fitted.fitting.run(dataset, asked, command=first + 1)
         assert result.error is None and len(result.losses) == count
         losses += result.losses
     assert result.step == steps
     assert losses == found
     assert same_bits(await weights_of(fitted), after)
+
+
+def asked(first: int, steps: int, size: int = 5) -> FitSteps:
+    return FitSteps(fit="f", dataset=INFO, first_step=first, steps=steps, batch_size=size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_step_that_one_rank_refuses_ends_the_run_on_all_and_those_before_stay(make_group, tmp_path, ranks):
+    x, y = examples()
+    wrong = y.clone()
+    wrong[3 * 5] = 7  # In the first half of the fourth batch: the other rank sees nothing of it.
+    group = await make_group(network(), nn.CrossEntropyLoss(), x, y, ranks)
+    result = await group.fitting.run(stored(tmp_path, x, wrong), asked(0, 5), command=1)
+    assert result.error is not None and result.error.reason == "TARGET_OUT_OF_RANGE"
+    assert (len(result.losses), result.step) == (3, 3)
+    after = await weights_of(group)
+    # The first step's refusal is the command's, and nothing was applied.
+    with pytest.raises(GradwireError) as caught:
+        await group.fitting.run(stored(tmp_path, x, wrong), asked(3, 2), command=4)
+    assert (caught.value.reason, caught.value.outcome) == ("TARGET_OUT_OF_RANGE", "not_applied")
+    assert same_bits(await weights_of(group), after)
+    last = await group.train_step(Batch(from_any(x[:5]), from_any(y[:5])), command=4)
+
+    plain = await make_group(network(), nn.CrossEntropyLoss(), x, y, ranks)
+    rows = batches(len(x), 5, 3, lambda _: torch.arange(len(x)))
+    losses = [
+        (await plain.train_step(Batch(from_any(x[each]), from_any(y[each])), command=number)).loss
+        for number, each in enumerate(rows, 1)
+    ]
+    assert list(result.losses) == losses
+    assert (await plain.train_step(Batch(from_any(x[:5]), from_any(y[:5])), command=4)).loss == last.loss
+    assert same_bits(await weights_of(group), await weights_of(plain))
+
+
+async def test_most_bounds_what_is_applied_once_more(make_group, tmp_path):
+    x, y = examples()
+    group = await make_group(network(), nn.CrossEntropyLoss(), x, y, 2)
+    result = await group.fitting.run(stored(tmp_path, x, y), asked(0, 5), most=2, command=1)
+    assert (len(result.losses), result.step, group.applied) == (2, 2, 1)
+
+
+async def test_validation_is_the_mean_over_rows_and_changes_nothing(make_group, tmp_path):
+    (x, y), net = examples(), network()
+    group = await make_group(net, nn.CrossEntropyLoss(), x, y, 2)
+    before = await weights_of(group)
+    loss = await group.fitting.evaluate(stored(tmp_path, x, y), 5)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(net.eval()(x), y).item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert same_bits(await weights_of(group), before)

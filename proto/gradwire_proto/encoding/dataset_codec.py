@@ -114,6 +114,7 @@ def encode_fit_steps(value: FitSteps, model_id: str, request_id: str) -> pb.FitS
     """The record of some steps of a fit of this model."""
     return pb.FitStepsRequest(
         name=model_name(model_id),
+        fit=value.fit,
         dataset=encode_dataset(value.dataset),
         first_step=value.first_step,
         steps=value.steps,
@@ -127,6 +128,7 @@ def encode_fit_steps(value: FitSteps, model_id: str, request_id: str) -> pb.FitS
 def decode_fit_steps(message: pb.FitStepsRequest) -> FitSteps:
     """The steps of a record."""
     return FitSteps(
+        fit=message.fit,
         dataset=decode_dataset(message.dataset),
         first_step=message.first_step,
         steps=message.steps,

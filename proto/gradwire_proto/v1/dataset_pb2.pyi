@@ -112,7 +112,7 @@ class FitResponse(_message.Message):
     def __init__(self, first_step: _Optional[int] = ..., losses: _Optional[_Iterable[float]] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., validation_loss: _Optional[float] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., done: bool = ...) -> None: ...
 
 class FitStepsRequest(_message.Message):
-    __slots__ = ("name", "dataset", "first_step", "steps", "batch_size", "rows", "validation_loss", "request_id")
+    __slots__ = ("name", "dataset", "first_step", "steps", "batch_size", "rows", "validation_loss", "request_id", "fit")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class FitStepsRequest(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     dataset: Dataset
     first_step: int
@@ -129,18 +130,23 @@ class FitStepsRequest(_message.Message):
     rows: bytes
     validation_loss: float
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., first_step: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., rows: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+    fit: str
+    def __init__(self, name: _Optional[str] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., first_step: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., rows: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., request_id: _Optional[str] = ..., fit: _Optional[str] = ...) -> None: ...
 
 class FitStepsResponse(_message.Message):
-    __slots__ = ("losses", "step", "timing", "validation_loss", "error")
+    __slots__ = ("losses", "step", "timing", "validation_loss", "error", "fit", "first_step")
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     losses: _containers.RepeatedScalarFieldContainer[float]
     step: int
     timing: _model_pb2.Timing
     validation_loss: float
     error: _status_pb2.Status
-    def __init__(self, losses: _Optional[_Iterable[float]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., validation_loss: _Optional[float] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    fit: str
+    first_step: int
+    def __init__(self, losses: _Optional[_Iterable[float]] = ..., step: _Optional[int] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., validation_loss: _Optional[float] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., fit: _Optional[str] = ..., first_step: _Optional[int] = ...) -> None: ...

@@ -44,9 +44,10 @@ class FitPlan:
 class FitSteps:
     """Some steps of a fit: one command. See FitStepsRequest.
 
-    rows: the rows of their batches, 4 bytes each; empty: as they are stored.
+    fit: the request id of the fit. rows: the rows of their batches, 4 bytes each; empty: as they are stored.
     """
 
+    fit: str
     dataset: DatasetInfo
     first_step: int
     steps: int
@@ -59,14 +60,21 @@ class FitSteps:
 class StepsResult:
     """What some steps of a fit gave. losses: of those applied. error: why the step behind them was refused.
 
-    validation_loss: as in FitSteps.
+    fit, first_step, validation_loss: as in FitSteps.
     """
 
     losses: tuple[float, ...]
     step: int
     timing: Timing = _NO_TIME
     error: GradwireError | None = None
+    fit: str = ""
+    first_step: int = 0
     validation_loss: float | None = None
+
+    @property
+    def end(self) -> int:
+        """Steps of the fit that were applied after these, counted from its beginning."""
+        return self.first_step + len(self.losses)
 
     @property
     def commands(self) -> int:

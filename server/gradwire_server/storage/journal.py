@@ -74,9 +74,8 @@ class Journal:
         """The journal in a model's folder, and its entries behind command `after`, which a checkpoint holds.
 
         All that is behind `after` is checked before this returns, and as durable as what is appended; a torn end is cut
-        off. FailedPrecondition
-        JOURNAL_CORRUPT, which names file and byte; errors of `storage_error`. A disk that is full or read-only is no
-        error before `reserve`. Blocks; any thread may call it.
+        off. Raises FailedPrecondition (JOURNAL_CORRUPT), which names file and byte, and errors of `storage_error`. A
+        disk that is full or read-only is no error before `reserve`. Blocks; any thread may call it.
         """
         journal = cls(folder, lock, durability=durability)
         try:

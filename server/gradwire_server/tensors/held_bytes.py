@@ -1,4 +1,4 @@
-"""How many bytes of uploads and downloads the service holds, and the bound."""
+"""How many bytes of uploads, downloads and datasets the service holds, and the bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HeldBytes:
             may_fit = nbytes <= self.bound
             raise ResourceExhausted(
                 f"{nbytes} bytes do not fit: {self.count} are held, and the server's setting held_bytes allows"
-                f" {self.bound} for uploads and downloads together",
+                f" {self.bound} for uploads, downloads and datasets together",
                 reason="HELD_BYTES_EXHAUSTED",
                 retryable=may_fit,
                 retry_after=1.0 if may_fit else None,

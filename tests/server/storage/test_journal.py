@@ -39,6 +39,22 @@ def test_what_was_appended_is_there_after_another_start(open_journal, entry):
     assert open_journal()[1] == written
 
 
+def test_record_of_several_commands_counts_as_all_of_them(open_journal, entry, small_segments):
+    journal, _ = open_journal()
+    written = [entry(1), entry(6, commands=5), entry(7), entry(20, commands=13), entry(21)]
+    for one in written:
+        journal.reserve(100)
+        journal.append(one)
+    assert journal.last == 21
+    nbytes = journal.size_after(0)
+    assert nbytes > journal.size_after(1) > journal.size_after(6) > journal.size_after(20) > journal.size_after(21) == 0
+    again, entries = open_journal()
+    assert entries == written and again.last == 21 and again.size_after(0) == nbytes
+    again.cut(7)
+    assert open_journal(after=7)[1] == written[3:]
+    assert open_journal(after=20)[1] == written[4:]
+
+
 @pytest.mark.parametrize(("durability", "safe"), [("disk", True), ("process", False)])
 async def test_what_a_killed_service_had_not_made_durable_is_so_once_the_journal_is_open(
     open_journal, entry, model, monkeypatch, durability, safe

@@ -51,6 +51,7 @@ entries = st.builds(
     reply=st.none() | st.binary(max_size=200),
     request_id=st.none() | st.text(max_size=36),
     body=st.binary(max_size=32),
+    commands=st.integers(1, 1 << 16),
     refused=st.none() | st.text(max_size=20),
     uploads=st.lists(uploads, max_size=2).map(tuple),
     released=st.lists(st.text(max_size=8), max_size=3).map(tuple),
