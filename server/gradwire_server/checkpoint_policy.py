@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,8 +35,11 @@ class CutJournal(Protocol):
         """Bytes behind command `number`."""
         ...
 
-    def cut(self, number: int) -> None:
-        """Forget what is needed for nothing behind command `number`. Called in the event loop, as appending is."""
+    def cut(self, number: int) -> Callable[[], None]:
+        """Forget what is needed for nothing behind command `number`. Called in the event loop, as appending is.
+
+        What it returns removes that, and is called in a thread.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints read for models that are made of them. All of it blocks; the files of what is read are the caller's."""
+"""Checkpoints read for models that are made of them. The files of what is read are the caller's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from gradwire_server.current_spec import CurrentSpec
 from gradwire_server.failures import may_pass
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
 from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.tensors.file_threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 
-def read_newest(store: CheckpointStore, model_id: str) -> tuple[SavedModel, CurrentSpec]:
+async def read_newest(store: CheckpointStore, model_id: str) -> tuple[SavedModel, CurrentSpec]:
     """The newest automatic checkpoint of a model that is whole: the journal goes back to the one before."""
+    return await in_thread(_newest, store, model_id, threads=store.threads, unwanted=_remove)
+
+
+async def read_checkpoint(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
+    """A checkpoint for a new model of so many ranks; None: as many as it had."""
+    return await in_thread(_named, store, name, workers, threads=store.threads, unwanted=_remove)
+
+
+def _newest(store: CheckpointStore, model_id: str) -> tuple[SavedModel, CurrentSpec]:
     first: GradwireError | None = None
     for number in store.automatic(model_id):
         try:
@@ -30,8 +40,7 @@ def read_newest(store: CheckpointStore, model_id: str) -> tuple[SavedModel, Curr
     raise first or FailedPrecondition("it has no checkpoint", reason="CHECKPOINT_CORRUPT")
 
 
-def read_checkpoint(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
-    """A checkpoint for a new model of so many ranks; None: as many as it had."""
+def _named(store: CheckpointStore, name: str, workers: int | None) -> tuple[SavedModel, CurrentSpec]:
     saved, spec = _decoded(store.read(key_of(name)))
     value = spec.value if workers is None else replace(spec.value, workers=workers)
     return saved, CurrentSpec(value, time.time())
@@ -43,3 +52,7 @@ def _decoded(saved: SavedModel) -> tuple[SavedModel, CurrentSpec]:
     except BaseException:
         saved.remove_files()
         raise
+
+
+def _remove(read: tuple[SavedModel, CurrentSpec]) -> None:
+    read[0].remove_files()

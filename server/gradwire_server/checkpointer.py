@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from gradwire_proto.errors import CheckpointNotFound, GradwireError, InvalidArgument
+from gradwire_proto.errors import CheckpointNotFound, GradwireError
 from gradwire_proto.names import automatic_checkpoint, check_checkpoint_id
 from gradwire_proto.values import Checkpoint
 from gradwire_server.checkpoint_policy import CheckpointPolicy, Checkpoints, SavableModel
+from gradwire_server.checkpoint_requests import CheckpointRequests, Saving
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel
 
@@ -29,8 +30,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 
 _RETAINED_WAIT = 2.0
 """Seconds until it is looked again whether a model still retains forwards."""
-
-_KNOWN_REQUESTS = 1024
 
 
 class Checkpointer:
@@ -65,8 +64,7 @@ class Checkpointer:
         self._background: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self._asked: dict[str, str] = {}
-        """The names that the last requests asked for."""
+        self._requests = CheckpointRequests()
         self.last_error: str | None = None
         """What the last checkpoint failed of; None where it did not."""
 
@@ -112,22 +110,19 @@ class Checkpointer:
             digest = hashlib.sha256((request_id or secrets.token_hex(16)).encode()).hexdigest()
             name = f"{model_id[:50]}-{digest[:12]}"
         check_checkpoint_id(name)
-        self._check_request(request_id, name)
-        # At once: the state is that of the caller's turn, however long another checkpoint is being written.
-        captured = self._model.capture(automatic=False)
-        return await self._shielded(self._save(captured, name, request_id))
+        saving = self._requests.find(request_id, name)
+        if saving is None:
+            # At once: the state is that of the caller's turn, however long another checkpoint is being written.
+            captured = self._model.capture(automatic=False)
+            saving = Saving(name, request_id, self._save(captured, name, request_id))
+            self._requests.add(request_id, saving)
+            self._tasks.add(saving.task)
+            saving.task.add_done_callback(self._ended)
+        return await saving.result()
 
-    def _check_request(self, request_id: str | None, name: str) -> None:
-        if request_id is None:
-            return
-        if self._asked.setdefault(request_id, name) != name:
-            raise InvalidArgument(
-                f"{request_id} was the id of another request; each needs its own",
-                field="request_id",
-                reason="REQUEST_ID_REUSED",
-            )
-        if len(self._asked) > _KNOWN_REQUESTS:
-            del self._asked[next(iter(self._asked))]
+    def request(self, request_id: str) -> Saving | None:
+        """What one of the last requests, since the service started, asked for; None: no such request is known."""
+        return self._requests.get(request_id)
 
     async def close(self) -> None:
         """Take no more, and wait for those that are being taken."""
@@ -177,7 +172,7 @@ class Checkpointer:
         with self._noting_failure():
             if self._model.journal is not None:
                 # Behind the last but one: should the newest prove unreadable, nothing is lost.
-                self._model.journal.cut(kept[-2:][0])
+                await self._in_thread(self._model.journal.cut(kept[-2:][0]))
         with self._noting_failure():
             for number in old:
                 await self._in_thread(self._delete, number)
@@ -243,13 +238,6 @@ class Checkpointer:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-
-    async def _shielded(self, work: Awaitable[T]) -> T:
-        """Wait for what goes on to its end whoever waits."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
 
     def _ended(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)

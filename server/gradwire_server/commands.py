@@ -201,9 +201,7 @@ class Commands:
             result = with_times(result, call, queue, recovery_before + recovery)
             reply = job.reply = stored_reply(call.method, result)
         except Exception as error:
-            refusal = public_error(error, call.request_id)
-            refusal.outcome = "applied"
-            return await self.end_with(refusal, call, job, uploads, before, commands)
+            return await self.end_with(_after_applied(error, call), call, job, uploads, before, commands)
         settled = await self._record(call, job, uploads, reply, commands=commands)
         self._description.settles(settled, before)
         return result if settled is None else Unsettled(result, settled)
@@ -310,7 +308,20 @@ class Commands:
         self.number = call.replay.number
         if deliver is None:
             return result
-        return await deliver(result) if call.replay.answered else without_tensors(result)
+        if not call.replay.answered:
+            return without_tensors(result)
+        try:
+            return await deliver(result)
+        except Exception as error:
+            # No room for the answer is no reason not to come back: it is not known, then.
+            raise _after_applied(error, call) from error
+
+
+def _after_applied(error: Exception, call: Call) -> GradwireError:
+    """What a client hears of an error that came when its command had been applied."""
+    refusal = public_error(error, call.request_id)
+    refusal.outcome = "applied"
+    return refusal
 
 
 def _is_unknown(request: Job[Any] | EndedCommand) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 from pathlib import Path
 
 import xxhash
 
 _OLD_BYTES = 32
+_PIECE_BYTES = 256 << 10
 
 
 def fingerprint(method: str, raw: bytes | memoryview) -> bytes:
@@ -20,12 +19,15 @@ def fingerprint(method: str, raw: bytes | memoryview) -> bytes:
 
 
 def file_fingerprint(path: Path) -> bytes:
-    """The same of what is in a file, whose pages are not copied. Raises OSError. Blocks."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return fingerprint("", b"")
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
-            return xxhash.xxh3_128(pages).digest()
+    """The same of what is in a file, read piece by piece: of a mapped one, what the disk cannot read ends the process.
+
+    Raises OSError. Blocks.
+    """
+    digest, buffer = xxhash.xxh3_128(b""), memoryview(bytearray(_PIECE_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.digest()
 
 
 def fits(known: bytes, body: bytes, method: str, raw: bytes | memoryview) -> bool:

@@ -165,13 +165,17 @@ class HostedModel:
         return await self.life.checkpoints.save(name, call)
 
     async def command(self, request_id: str, *, wait: bool) -> CommandInfo:
-        """What became of the command with that request id; with `wait`, once it has ended.
+        """What became of the command, or `save`, with that request id; with `wait`, once it has ended.
 
         Raises ModelNotFound COMMAND_NOT_FOUND, and what comes with that id later is refused; the command's own error
         where nobody knows what became of it; what `ModelRecovery.knows` raises.
         """
         await self.life.recovery.knows(request_id, wait=wait)
         name = command_name(self.description.info.id, request_id)
+        if request_id not in self._commands.log:
+            saving = await self.life.checkpoints.request(request_id)
+            if saving is not None:
+                return await command_info(name, saving, wait=wait)
         return await command_info(name, await self._commands.seen(request_id), wait=wait)
 
     # --- reads, which see the model between two commands; and forward, which is either ----------------------------

@@ -13,6 +13,12 @@ from gradwire_server.workers import Workers
 
 T = TypeVar("T")
 
+KILLS = 2
+"""How often ranks are lost in the middle of a command: that is to blame then."""
+
+LOSSES = 8
+"""How often they are lost, one time after the other, where most of it is not the command's doing."""
+
 
 class LiveRanks:
     """See the module. All methods but `leave` belong to the turn of a request.
@@ -49,6 +55,10 @@ class LiveRanks:
         self._workers, self._lost, self.applied = workers, None, workers.applied
         workers.on_lost = lambda lost: self._note(workers, lost)
 
+    def caught_up(self) -> None:
+        """The ranks are at the model's last command: some may have been applied to them once more."""
+        self.applied = self.workers.applied
+
     def _note(self, workers: Workers, lost: RankLost) -> None:
         if workers is self._workers:
             self._lost = lost
@@ -78,28 +88,29 @@ class LiveRanks:
         """What `work` returns, and the seconds that it had to wait for ranks. `changes`: whether it changes the model.
 
         Raises what `work` raises, where the model is as before, and InvalidArgument COMMAND_KILLS_RANKS where it loses
-        the ranks twice.
+        the ranks twice. Ranks that are lost before it has reached them are not its own doing: RankLost, outcome
+        "not_applied", where that happens again and again.
         """
-        recovery = await self._ensure_timed()
-        try:
-            return await self._try(work, changes, request_id), recovery
-        except RankLost as lost:
-            if self._left:
-                raise
+        recovery, kills, losses = await self._ensure_timed(), 0, 0
+        while True:
+            try:
+                return await self._try(work, changes, request_id), recovery
+            except RankLost as error:
+                if self._left:
+                    raise
+                lost = error
             started = time.monotonic()
             await self._regain(lost, True)
             recovery += time.monotonic() - started
-        try:
-            return await self._try(work, changes, request_id), recovery
-        except RankLost as lost:
-            if self._left:
-                raise
-            await self._regain(lost, True)
-            raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied") from None
+            losses, kills = losses + 1, kills + (lost.outcome != "not_applied")
+            if kills == KILLS:
+                raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied")
+            if losses == LOSSES:
+                raise RankLost(lost.message, reason=lost.reason, retryable=True, outcome="not_applied")
 
     async def run_together(self, work: Callable[[float], Awaitable[None]]) -> float:
         """Several commands at once, which change the model; `work` is told how long ranks had to be waited for, and
-        calls `note_applied` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
+        calls `caught_up` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
         they were back, as after what was noted: the rest should be tried again one by one.
 
         Raises what `work` raises, where the model is as after what was noted.
@@ -115,20 +126,16 @@ class LiveRanks:
             await self._regain(lost, True)
             return time.monotonic() - started
 
-    def note_applied(self) -> None:
-        """What the ranks count now is recorded."""
-        self.applied = self.workers.applied
-
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
             result = await work()
-            self.applied = self.workers.applied
+            self.caught_up()
             return result
         except RankLost:
             raise
         except Exception as error:
             if not changes or (isinstance(error, GradwireError) and error.outcome != "unknown"):
-                self.applied = self.workers.applied
+                self.caught_up()
                 raise
             refusal = public_error(error, request_id, outcome="unknown")
         # Nobody knows what it left behind: no rank's state can be trusted.

@@ -18,6 +18,7 @@ from gradwire_server.processes.service_folders import log_folder
 from gradwire_server.service import Service
 from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
 from gradwire_workers.cluster import Cluster, ClusterConfig
 
 logger = logging.getLogger("gradwire_server")
@@ -79,6 +80,8 @@ async def run(config: ServerConfig) -> None:
                 await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
         finally:
             lock.release()
+        if config.storage is None and config.checkpoint_url is not None:
+            await asyncio.to_thread(remove_automatic_checkpoints, place, config.checkpoint_url, CLOSE_SECONDS)
 
 
 def _model_storage(config: ServerConfig, lock: StorageLock) -> ModelStorage:

@@ -15,6 +15,7 @@ from gradwire_proto.names import automatic_checkpoint
 from gradwire_proto.values import Checkpoint, ModelState
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_policy import CheckpointPolicy
+from gradwire_server.checkpoint_requests import Saving
 from gradwire_server.checkpoint_source import CheckpointSource
 from gradwire_server.checkpointer import Checkpointer
 from gradwire_server.commands import Commands
@@ -24,6 +25,7 @@ from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.storage.checkpoint_store import key_of
 from gradwire_server.storage.saved_model import SavedModel, state_files
+from gradwire_server.stored_replies import EndedCommand
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.work_queue import Unsettled
@@ -53,12 +55,29 @@ class ModelCheckpoints:
         self._release = release
         self._checkpointer: Checkpointer | None = None
         self._came_from: int | None = None
+        self._saved_before: frozenset[str] | None = frozenset()
+        """The requests of which an earlier process of the service has made checkpoints; None: not looked up yet."""
 
     async def save(self, name: str | None, call: Call) -> Checkpoint:
-        """Save the model under a name; None: one is made up. See Checkpointer.save."""
+        """Save the model under a name; None: one is made up. See Checkpointer.save, and RequestLog.find."""
         self._description.check_usable()
         assert self._checkpointer is not None, "a usable model is watched"
+        self._commands.log.find(call)
         return await self._checkpointer.save(name, call.request_id)
+
+    async def request(self, request_id: str) -> Saving | EndedCommand | None:
+        """What became of the request for a checkpoint with that id; None where no such is known.
+
+        Raises errors of the store.
+        """
+        if self._checkpointer is None:
+            return None
+        if self._saved_before is None:
+            store = self._hosting.storage.checkpoints
+            self._saved_before = await in_thread(store.requests, self._description.info.id, threads=store.threads)
+        if request_id in self._saved_before:
+            return EndedCommand(0, "CreateCheckpoint", None)
+        return self._checkpointer.request(request_id)
 
     def is_needed(self, number: int) -> bool:
         """Whether it would be brought back from its automatic checkpoint of that number."""
@@ -120,7 +139,7 @@ class ModelCheckpoints:
             store = self._hosting.storage.checkpoints
             await in_thread(store.write, key_of(saved.name), saved, threads=store.threads)
         finally:
-            saved.remove_files()
+            await in_thread(saved.remove_files)
 
     async def begin_anew(self) -> None:
         """Take a checkpoint in the turn that it is, and start the journal anew behind it.
@@ -153,6 +172,7 @@ class ModelCheckpoints:
     def watch(self, kept: Sequence[int]) -> None:
         """Take checkpoints from now on. kept: the numbers of those that there are."""
         if self._came_from is not None:
+            self._saved_before = None
             kept = [*(each for each in kept if each < self._came_from), self._came_from]
         info, keeping, policy = self._description.info, self._hosting.keeping, None
         if info.durability != "none":

@@ -15,6 +15,7 @@ from gradwire_server.hosted_model import HostedModel
 from gradwire_server.hosting import Hosting
 from gradwire_server.model_creation import ModelCreation
 from gradwire_server.storage.saved_model import SavedModel
+from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.workers import Workers
 
 
@@ -54,9 +55,15 @@ def made_of_checkpoint(hosting: Hosting, saved: SavedModel, spec: CurrentSpec, c
     async def make(new: HostedModel) -> ModelInfo:
         state = saved.state
         new.description.goes_back_to(spec, state.step)
-        workers = await hosting.cluster.start_group(spec.value, state.tensors, None, model_id=new.life.id, state=state)
-        return await _begun(new, workers, call, number=state.command, trained=state.trained)
+        try:
+            workers = await hosting.cluster.start_group(
+                spec.value, state.tensors, None, model_id=new.life.id, state=state
+            )
+            return await _begun(new, workers, call, number=state.command, trained=state.trained)
+        finally:
+            await in_thread(saved.remove_files)
 
+    # Once more, should it be that `make` was cancelled before it began.
     return Making(spec=spec.value, make=make, ended=lambda _: saved.remove_files())
 
 

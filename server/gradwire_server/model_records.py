@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,8 @@ from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.tensors.file_threads import in_thread, move_bytes
 from gradwire_server.tensors.held_files import segment_paths
 from gradwire_server.work_queue import Job
+
+logger = logging.getLogger(__name__)
 
 PAUSE = 1.0
 """Seconds between two attempts to mend a journal."""
@@ -45,15 +48,23 @@ class ModelRecords:
         self._take_turn = take_turn
         self._unsaved: dict[Job[Any], int] = {}
         """Jobs whose record is not what it should be, and may never be, with the numbers of their commands."""
+        self._doubtful: set[Job[Any]] = set()
+        """Jobs whose commands are undone, and whose records a restart may find all the same."""
         self._undone: set[Job[Any]] = set()
+        """Jobs that have not ended, and whose commands are undone for good."""
         self._next_try = 0.0
 
     async def usable(self) -> None:
-        """Return when commands can be recorded. Raises why they cannot; nothing was applied."""
-        if self.journal is None or self.journal.broken is None:
+        """Return when commands can be recorded, and what is read is nobody else's to change. Raises why not: nothing
+        was applied.
+        """
+        if self.journal is None:
             return
         try:
-            await self._mend()
+            if self.journal.broken is None:
+                self.journal.check_lock()
+            else:
+                await self._mend()
         except GradwireError as error:
             error.outcome = "not_applied"
             raise
@@ -153,7 +164,7 @@ class ModelRecords:
         if job in self._undone:
             self._undone.discard(job)
             raise _undone(error)
-        if job in self._unsaved:
+        if job in self._unsaved or job in self._doubtful:
             error = copy.copy(error)
             error.outcome = "unknown"
             raise error
@@ -171,6 +182,8 @@ class ModelRecords:
         for job in unsaved:
             if job.ended:
                 job.confirm()
+        # The journal goes on behind a checkpoint that does not hold them.
+        self._undo_doubtful()
 
     async def try_to_mend(self) -> None:
         """Have the journal mended in a turn, where it is broken and can be."""
@@ -185,10 +198,24 @@ class ModelRecords:
             if job.ended:
                 job.confirm()
 
-    def goes_back_to(self, number: int) -> None:
-        """Commands behind this number are undone: they may be tried again."""
-        for job in [job for job, its_number in self._unsaved.items() if its_number > number]:
+    async def goes_back_to(self, number: int) -> None:
+        """Commands behind this number are undone: they may be tried again, once no restart finds a record of them."""
+        behind = {job for job, its_number in self._unsaved.items() if its_number > number}
+        for job in behind:
             del self._unsaved[job]
+        self._doubtful |= behind
+        if self.journal is None or not self._doubtful:
+            return
+        try:
+            await in_thread(self.journal.cut_end)
+        except GradwireError as error:
+            logger.warning("commands that were undone may come back before the journal is mended: %s", error)
+        else:
+            self._undo_doubtful()
+
+    def _undo_doubtful(self) -> None:
+        doubtful, self._doubtful = self._doubtful, set()
+        for job in doubtful:
             if job.ended:
                 job.error = _undone(job.error)
             else:

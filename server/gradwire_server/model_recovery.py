@@ -87,6 +87,7 @@ class ModelRecovery:
             try:
                 await self._hosting.storage.swept()
                 await self._restorer.regain(None, None)
+                self._ranks.caught_up()
                 self._knows_all = True
                 self._checkpoints.watch(await self._kept_checkpoints())
                 self._description.ready()
@@ -170,8 +171,9 @@ class ModelRecovery:
             if not self._is_durable:
                 raise copy.copy(lost) from None
             self._description.check_usable()
+        self._ranks.caught_up()
         self._commands.log.goes_back_to(self.number)
-        self._records.goes_back_to(self.number)
+        await self._records.goes_back_to(self.number)
         self._description.ready()
         with suppress(RankLost):
             await self._autograd.release_again()
@@ -244,6 +246,10 @@ class ModelRecovery:
     async def release_again(self, names: tuple[str, ...]) -> None:
         """Let go of retained forwards on ranks to which commands are applied once more."""
         await self._autograd.release_again(names)
+
+    def wants_answer(self, entry: Entry) -> bool:
+        """Whether somebody may still ask what this command answered, and it is not known here."""
+        return entry.request_id is not None and not self._over.is_set() and entry.request_id not in self._commands.log
 
     def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
         """This command of the journal was applied once more."""

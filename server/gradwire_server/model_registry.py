@@ -84,19 +84,19 @@ class ModelRegistry:
             await self._hosting.storage.swept()
             model_id = model_id or (await in_thread(store.get, key_of(name), threads=store.threads)).model_id
             self._check_new(model_id)
-            saved, spec = await in_thread(read_checkpoint, store, name, workers, threads=store.threads)
+            saved, spec = await read_checkpoint(store, name, workers)
             try:
                 # Again: others came meanwhile, this request's repeat perhaps.
                 creation = self._seen.find(call)
                 if creation is None:
                     self._check_new(model_id)
             except GradwireError:
-                saved.remove_files()
+                await in_thread(saved.remove_files)
                 raise
             if creation is None:
                 creation = self._begin(made_of_checkpoint(self._hosting, saved, spec, call), model_id, call)
             else:
-                saved.remove_files()
+                await in_thread(saved.remove_files)
         return await creation.result(call.deadline)
 
     def _begin(self, making: Making, model_id: str, call: Call) -> ModelCreation:

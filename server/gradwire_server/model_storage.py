@@ -85,6 +85,7 @@ class ModelStorage:
 
     def make(self, model_id: str, made_by: StoredReply | None) -> None:
         """A new model, whose first checkpoint is there, is there from now on."""
+        self._check_fence()
         draft = self._models / f".new-{secrets.token_hex(8)}"
         try:
             draft.mkdir(mode=0o700)
@@ -100,7 +101,11 @@ class ModelStorage:
         return Journal.open(self.folder(model_id), self._lock, durability=durability, after=after)
 
     def delete(self, model_id: str) -> None:
-        """Remove a model, its journal and the checkpoints that were taken of themselves. One that is gone is fine."""
+        """Remove a model, its journal and the checkpoints that were taken of themselves. One that is gone is fine.
+
+        An error has the outcome "unknown" once the model itself is gone: then it comes back no more.
+        """
+        self._check_fence()
         gone = self._models / f".deleted-{secrets.token_hex(8)}"
         try:
             os.rename(self.folder(model_id), gone)
@@ -110,7 +115,19 @@ class ModelStorage:
         except OSError as error:
             raise storage_error(error, f"let go of models/{model_id}") from error
         shutil.rmtree(gone, ignore_errors=True)
-        self.checkpoints.delete_automatic(model_id)
+        try:
+            self.checkpoints.delete_automatic(model_id)
+        except GradwireError as error:
+            error.outcome = "unknown"
+            raise
+
+    def _check_fence(self) -> None:
+        """Raises where another frontend has taken over: what has this name is another's."""
+        try:
+            self._lock.check()
+        except GradwireError as error:
+            error.outcome = "not_applied"
+            raise
 
 
 def _is_model_id(name: str) -> bool:

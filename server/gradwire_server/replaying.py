@@ -70,7 +70,7 @@ async def apply_again(model: Restored, replayer: Replayer, journal: Journal, ent
 
 async def _apply_one(model: Restored, replayer: Replayer, journal: Journal, entry: Entry, *, answered: bool) -> None:
     await model.release_again(entry.released)
-    answered = answered and entry.reply is None
+    answered = answered and entry.reply is None and model.wants_answer(entry)
     ended = EndedCommand(entry.number, entry.method, entry.reply)
     if entry.refused is not None:
         ended.error = kills_ranks(entry.refused)

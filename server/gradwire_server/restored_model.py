@@ -52,6 +52,10 @@ class Restored(Protocol):
         """Let go of retained forwards, as was done before."""
         ...
 
+    def wants_answer(self, entry: Entry) -> bool:
+        """Whether somebody may still ask what this command answered, and it is not known here."""
+        ...
+
     def applied_again(self, entry: Entry, ended: EndedCommand) -> None:
         """This command of the journal was applied once more."""
         ...

@@ -16,7 +16,7 @@ from gradwire_server.replaying import Replayer, apply_again
 from gradwire_server.restored_model import Restored
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.storage.saved_model import SavedModel, state_files
+from gradwire_server.storage.saved_model import state_files
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.held_files import remove_files
 from gradwire_server.workers import Cluster, Workers
@@ -121,32 +121,35 @@ class Restorer:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _from_state(self, state: ModelState) -> None:
-        spec = self._model.spec.value
-        workers = await self._cluster.start_group(
-            spec, state.tensors, None, model_id=self._model.id, state=state, place=self._place
-        )
+        workers = await self._start(self._model.spec, state)
         self._model.adopt(workers, state.trained)
 
     async def _from_storage(self, storage: ModelStorage) -> None:
-        store = storage.checkpoints
-        saved, spec = await in_thread(read_newest, store, self._model.id, threads=store.threads)
+        saved, spec = await read_newest(storage.checkpoints, self._model.id)
         try:
             self._model.goes_back_to(saved, spec)
             journal, entries = await self._entries(storage, spec, saved.state.command)
-            workers = await self._start(spec, saved)
+            workers = await self._start(spec, saved.state)
             self._model.adopt(workers, saved.state.trained)
         finally:
-            saved.remove_files()
+            await in_thread(saved.remove_files)
         try:
-            await apply_again(self._model, self._replayer, journal, entries)
+            with workers.without_limits():
+                await apply_again(self._model, self._replayer, journal, entries)
         except BaseException:
             await asyncio.shield(self._vacate(workers))
             raise
 
-    async def _start(self, spec: CurrentSpec, saved: SavedModel) -> Workers:
+    async def _start(self, spec: CurrentSpec, state: ModelState) -> Workers:
         try:
             return await self._cluster.start_group(
-                spec.value, saved.state.tensors, None, model_id=self._model.id, state=saved.state, place=self._place
+                spec.value,
+                state.tensors,
+                None,
+                model_id=self._model.id,
+                state=state,
+                place=self._place,
+                again=True,
             )
         except RankLost as lost:
             # No command is to blame, so it is tried until it succeeds.

@@ -345,7 +345,7 @@ class _Together:
     def _took(self, results: Sequence[StepResult]) -> None:
         """The next steps were applied by all ranks: record and answer them."""
         jobs = self._jobs[self._done : self._done + len(results)]
-        self._ranks.note_applied()
+        self._ranks.caught_up()
         told = [
             with_times(result, job.call, max(0.0, self._began - job.submitted), self._recovery)
             for job, result in zip(jobs, results, strict=True)

@@ -104,6 +104,7 @@ class Supervisor:
                 "storage": folders.storage,
             }
         )
+        self._is_temporary = config.storage is None
         self._service = service
         self._folders = folders
         self._frontend_command = frontend_command
@@ -232,6 +233,12 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             _say("the frontend did not drain in time")
             return 1
+        url = self._config.checkpoint_url
+        if self._is_temporary and url is not None:
+            # Here: a frontend that ends by itself is followed by another, which needs them.
+            from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
+
+            remove_automatic_checkpoints(self._folders.storage, url, _DRAIN_MARGIN)
         return 0 if code in (0, -signal.SIGTERM) else 1
 
     def _close_frontend(self) -> None:

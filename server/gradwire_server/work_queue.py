@@ -138,6 +138,9 @@ class Job(Generic[T]):
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
         elif (error := settled.exception()) is not None:
             self.error = copy.copy(public_error(error, self._request_id, outcome="unknown"))
+            if not self._failed:
+                # What it looked at may be undone; of itself nothing is left.
+                self.error.outcome = "not_applied"
         self._end()
 
     def _fail(self, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from gradwire_proto.batch_form import FormedStep
@@ -93,6 +94,10 @@ class Workers(Protocol):
 
     def expect(self, splits: Mapping[str, SplitDecision]) -> None:
         """Variants of these names that the next command brings are to be spread like this: it is applied once more."""
+        ...
+
+    def without_limits(self) -> AbstractContextManager[None]:
+        """Inside, commands are applied once more that may have been taken under other limits: none counts."""
         ...
 
     @property
@@ -212,8 +217,11 @@ class Cluster(Protocol):
         model_id: str,
         state: ModelState | None = None,
         place: Workers | None = None,
+        again: bool = False,
     ) -> Workers:
         """Ranks that hold a new model, or, with `state`, one that goes on from there.
+
+        again: the model was served before, maybe under other limits, which do not count.
 
         place: ranks that were vacated. What they hold is taken, and given back to them should this fail.
         """

@@ -31,8 +31,12 @@ class Journal:
     def size_after(self, number: int) -> int:
         return 100 * (self._model.number - max(number, 0))
 
-    def cut(self, number: int) -> None:
-        self.cuts.append(number)
+    def cut(self, number: int) -> Callable[[], None]:
+        def remove() -> None:
+            assert threading.current_thread() is not threading.main_thread(), "it may take long"
+            self.cuts.append(number)
+
+        return remove
 
 
 class Model:

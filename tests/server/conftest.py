@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import struct
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +220,7 @@ class FakeWorkers:
         self.busy = False
         self.closed: list[bool] = []
         self.vacated = False
+        self.limited = True
         self.retained = FakeRetained(self)
         self.fitting = FakeFitting(self)
         if state is not None:
@@ -232,6 +233,12 @@ class FakeWorkers:
 
     def expect(self, splits: Mapping[str, SplitDecision]) -> None:
         self.expected = splits
+
+    @contextmanager
+    def without_limits(self) -> Iterator[None]:
+        self.limited = False
+        yield
+        self.limited = True
 
     async def state(self) -> ModelState:
         assert not self.busy, "calls overlap"
@@ -376,6 +383,7 @@ class FakeCluster:
         model_id: str,
         state: ModelState | None = None,
         place: FakeWorkers | None = None,
+        again: bool = False,
     ) -> FakeWorkers:
         self.places.append(place)
         self.starting += 1

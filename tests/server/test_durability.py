@@ -213,9 +213,13 @@ async def test_frontend_whose_storage_was_taken_over_acknowledges_nothing(
 ) -> None:
     workers = await frontend.create()
     await frontend.stub.TrainStep(frontend.train(b"a"))
+    workers.gate.clear()
+    running = asyncio.ensure_future(frontend.error(frontend.stub.TrainStep(frontend.train(b"b"))))
+    await frontend.until(lambda: workers.busy)
     (storage / "other").write_text("100\n")
     os.replace(storage / "other", storage / "epoch")
-    error = await frontend.error(frontend.stub.TrainStep(frontend.train(b"b")))
+    workers.gate.set()
+    error = await running
     assert (error.reason, error.outcome) == ("MODEL_FENCED", "unknown")
     error = await frontend.error(frontend.stub.TrainStep(frontend.train(b"c")))
     assert (error.reason, error.outcome) == ("MODEL_FENCED", "not_applied")

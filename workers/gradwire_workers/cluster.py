@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,7 @@ class Cluster:
         owner: str = "",
         state: ModelState | None = None,
         place: object = None,
+        again: bool = False,
     ) -> WorkerGroup:
         """Ranks that hold the model, ready for commands. Whatever fails, nothing is left behind.
 
@@ -162,18 +164,18 @@ class Cluster:
         example needed. Its segments stay the caller's.
 
         place: a group that was vacated. What it holds is taken, and given back to it should this fail: nobody else can
-        have it meanwhile.
+        have it meanwhile. again: the model was served before, maybe under other limits, which do not count.
 
         ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
         (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong. RankLost
         where ranks are lost twice.
         """
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state, place)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again)
         except RankLost as lost:
             logger.warning("models/%s lost its ranks before it was made, and gets others: %s", model_id, lost)
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state, place)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again)
         except RankLost as lost:
             raise RankLost(lost.message, reason=lost.reason, outcome="not_applied") from lost
 
@@ -186,6 +188,7 @@ class Cluster:
         owner: str,
         state: ModelState | None,
         place: object,
+        again: bool,
     ) -> WorkerGroup:
         demand = self.capacity.demand(spec)
         lease = Lease(
@@ -208,7 +211,8 @@ class Cluster:
                 release=lease.release,
             )
             group.lease = lease
-            built = await self._load(ranks, lease, spec, demand, tensors, threads, state)
+            with group.without_limits() if again else nullcontext():
+                built = await self._load(ranks, lease, spec, demand, tensors, threads, state)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors = built
             if state is None:

@@ -40,7 +40,7 @@ class OpenVariants:
         Raises InvalidArgument where the module does not take the batch, ResourceExhausted (TOO_MANY_VARIANTS) where
         `known` are as many as there may be.
         """
-        if len(known) >= self._limits.variants:
+        if len(known) >= self._limits.variants and not self._ranks.again:
             raise ResourceExhausted(
                 f"the batches of this model have been of {len(known)} kinds (in what they nest, in their types and"
                 " constants), as many as the server's setting variants allows",

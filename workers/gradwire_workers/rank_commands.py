@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from gradwire_proto.tensors import to_nested
 from gradwire_proto.v1 import model_pb2, program_pb2
 from gradwire_proto.values import BackwardQuery, Limits, Retention, StateTensor
 from gradwire_workers.after_applied import errors_after_applied
+from gradwire_workers.lifted_limits import AGAIN, limits_lifted
 from gradwire_workers.pool.rank_footprint import RankFootprint
 from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
@@ -139,7 +140,8 @@ class RankCommands:
         return self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
 
     def _carry_out(self, kind: str, command: Callable[[Fields], T], fields: Fields) -> T:
-        with out_of_memory_told(), self._together(kind):
+        lifted = limits_lifted() if fields.get(AGAIN) else nullcontext()
+        with out_of_memory_told(), self._together(kind), lifted:
             return command(fields)
 
     @contextmanager

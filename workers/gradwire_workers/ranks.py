@@ -10,6 +10,7 @@ from typing import Any
 
 from gradwire_proto.errors import GradwireError, InternalError, RankLost
 from gradwire_workers import segments
+from gradwire_workers.lifted_limits import AGAIN
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.rank_standing import NUMBER
@@ -40,6 +41,8 @@ class Ranks:
         self.on_lost: Callable[[RankLost], None] | None = None
         self.applied = 0
         """Commands that have changed the model. Each rank counts the same, for itself."""
+        self.again = False
+        """Whether commands are carried out once more, which were taken under other limits."""
         self._generation = 0
         self._calls: list[asyncio.Future[Answer]] = []
         self._patience = 0.0
@@ -71,6 +74,8 @@ class Ranks:
         started = time.perf_counter()
         if changes:
             fields = [{**of_rank, NUMBER: self.applied + 1} for of_rank in fields]
+        if self.again:
+            fields = [{**of_rank, AGAIN: True} for of_rank in fields]
         answers, missing = await self._answers(kind, fields, patience=_SECONDS_TO_FINISH if any_will_do else 0.0)
         total = time.perf_counter() - started
         failed = [answer for answer in answers if answer.error is not None]

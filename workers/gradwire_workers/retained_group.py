@@ -104,9 +104,9 @@ class RetainedGroup:
             return await backward_result(answers, specs, retained.shards, self._writer)
 
     async def release(self, names: Sequence[str]) -> None:
-        """Lets go of retained forwards; names of none are passed over."""
+        """Lets go of retained forwards; names of none are passed over. No change: they are no part of the state."""
         self._forget(names)
-        await self._ranks.call("release", [{"names": list(names)}] * len(self._ranks))
+        await self._ranks.call("release", [{"names": list(names)}] * len(self._ranks), changes=False)
 
     def settings_changed(self) -> None:
         """The ranks have let go of all retained forwards."""

@@ -7,8 +7,8 @@ be had (a rank died, or failed in the middle of its update), the group is lost a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -102,6 +102,15 @@ class WorkerGroup:
     def expect(self, splits: Mapping[str, SplitDecision]) -> None:
         """Variants of these names that the next command brings are spread like this: nothing is tried again."""
         self._variants.expect(splits)
+
+    @contextmanager
+    def without_limits(self) -> Iterator[None]:
+        """Inside, commands are carried out that were taken under other limits."""
+        self._ranks.again = True
+        try:
+            yield
+        finally:
+            self._ranks.again = False
 
     @property
     def workers(self) -> int:

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from gradwire_server.storage.durable_files import link_or_copy, sync_file, sync_folder
@@ -73,20 +74,30 @@ class Blobs:
                 self.path(file).unlink(missing_ok=True)
 
     def cut(self, first: int) -> None:
-        """Remove the blobs that only records before command `first` named, which are gone."""
+        """Remove the blobs that only records before command `first` named, which are gone. May block."""
         with self._change:
-            for file in [file for file, number in self._named_by.items() if number < first]:
+            files = [file for file, number in self._named_by.items() if number < first]
+            taken = [self._take_away(self.path(file)) for file in files if file not in self._waiting]
+            for file in files:
                 del self._named_by[file]
-                if file not in self._waiting:
-                    self.path(file).unlink(missing_ok=True)
+        _remove(taken)
 
     def sweep(self) -> None:
-        """Remove what no record names: left by commands that were cut off. All records were noted before."""
+        """Remove what no record names: left by commands that were cut off. All records were noted before. May block."""
         with self._change:
-            for path in self._folder.iterdir():
-                file = path.name.removeprefix(".")  # Of one that is just being brought.
-                if file not in self._named_by and file not in self._waiting:
-                    path.unlink(missing_ok=True)
+            # The name without a dot is of one that is just being brought.
+            kept = self._named_by.keys() | self._waiting.keys()
+            taken = [
+                self._take_away(each) for each in self._folder.iterdir() if each.name.removeprefix(".") not in kept
+            ]
+        _remove(taken)
+
+    def _take_away(self, path: Path) -> Path:
+        """Under a name that nobody asks for: to remove what is large takes long, and others wait for the lock."""
+        taken = path.with_name(f".{secrets.token_hex(16)}")
+        with suppress(FileNotFoundError):
+            os.rename(path, taken)
+        return taken
 
     def _end_wait(self, file: str) -> None:
         self._waiting[file] -= 1
@@ -106,3 +117,8 @@ class Blobs:
             temporary.unlink(missing_ok=True)
         if self._durable:
             sync_folder(self._folder)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

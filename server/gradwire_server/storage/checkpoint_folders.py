@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from gradwire_proto.errors import AlreadyExists, GradwireError
+from gradwire_proto.names import checkpoint_name
 from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.storage.tensor_files import Sink
 
 
 class Draft(Protocol):
     """A folder that nobody sees yet. It goes when its context ends before `commit`."""
+
+    @property
+    def place(self) -> str:
+        """What stands before the names of its files where they are kept; "": nothing."""
+        ...
 
     def file(self, name: str) -> AbstractContextManager[Sink]:
         """A new file; what was written is there when the context has ended."""
@@ -44,8 +50,11 @@ class Folders(Protocol):
         """The keys of all folders that start with `prefix`, such as "auto/digits/" or ""."""
         ...
 
-    def fetch(self, key: str, names: list[str]) -> Path:
-        """A new local folder with these files, which belongs to the caller. One that is not there is left out."""
+    def fetch(self, key: str, names: Mapping[str, str]) -> Path:
+        """A new local folder with these files, which belongs to the caller. One that is not there is left out.
+
+        names: by the name that each gets, the one that it has where it is kept.
+        """
         ...
 
     def delete(self, key: str) -> None:
@@ -61,6 +70,26 @@ def place(key: str, owner: str) -> str:
     """Where the folder of a key lies below the root: "auto/OWNER/digits/4" of "auto/digits/4"."""
     kind, separator, rest = key.partition("/")
     return f"auto/{owner}/{rest}" if kind == "auto" and separator else key
+
+
+def checked(key: str) -> str:
+    """`key`, which becomes a path: nothing but "named/NAME" or "auto/MODEL/NUMBER", of a checkpoint's name.
+
+    Raises ValueError, or what `checkpoint_name` raises.
+    """
+    kind, _, name = key.partition("/")
+    if kind not in ("auto", "named") or ("/" in name) != (kind == "auto"):
+        raise ValueError(f"no key of a checkpoint: {key!r:.100}")
+    checkpoint_name(name)
+    return key
+
+
+def is_key(key: str) -> bool:
+    """Whether `checked` takes it. What else lies there is somebody else's."""
+    try:
+        return checked(key) == key
+    except (ValueError, GradwireError):
+        return False
 
 
 def taken(key: str) -> AlreadyExists:

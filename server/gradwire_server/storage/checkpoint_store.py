@@ -18,7 +18,7 @@ from gradwire_proto.errors import CheckpointNotFound, FailedPrecondition, Invali
 from gradwire_proto.names import checkpoint_name
 from gradwire_proto.values import Checkpoint
 from gradwire_server.storage.checkpoint_files import check_file, read_files, write_files
-from gradwire_server.storage.checkpoint_folders import Folders, storage_errors, taken
+from gradwire_server.storage.checkpoint_folders import Folders, checked, storage_errors, taken
 from gradwire_server.storage.local_folders import LocalFolders
 from gradwire_server.storage.manifest import (
     Manifest,
@@ -84,7 +84,7 @@ class CheckpointStore:
             if not saved.automatic and (first := self.answered(key, saved.model_id, saved.request_id)):
                 return first
             with self._folders.draft(key, replace=saved.automatic) as draft:
-                manifest = Manifest.of(saved, write_files(draft, saved))
+                manifest = Manifest.of(saved, write_files(draft, saved), draft.place)
                 draft.commit(encode_manifest(manifest))
         return manifest.checkpoint()
 
@@ -114,7 +114,7 @@ class CheckpointStore:
         CheckpointNotFound; FailedPrecondition CHECKPOINT_VERSION, and CHECKPOINT_CORRUPT where a single bit is wrong.
         """
         manifest = self._manifest(key)
-        folder = self._folders.fetch(key, list(manifest.files))
+        folder = self._folders.fetch(key, manifest.names)
         try:
             with storage_errors(str(folder)):
                 for name, expected in manifest.files.items():
@@ -129,15 +129,21 @@ class CheckpointStore:
 
     def list(self, prefix: str = "") -> list[Checkpoint]:
         """The checkpoints whose key starts with `prefix`, by key. Those that cannot be read are logged and left out."""
-        found = []
+        return [manifest.checkpoint() for manifest in self._manifests(prefix)]
+
+    def requests(self, model_id: str) -> frozenset[str]:
+        """The ids of the requests that made the named checkpoints of a model."""
+        found = (each.request_id for each in self._manifests("named/") if each.model_id == model_id)
+        return frozenset(each for each in found if each is not None)
+
+    def _manifests(self, prefix: str) -> Iterator[Manifest]:
         for key in self._folders.keys(prefix):
             try:
-                found.append(self.get(key))
+                yield self._manifest(key)
             except CheckpointNotFound:
                 pass
             except FailedPrecondition as error:
                 logger.warning("%s", error)
-        return found
 
     def automatic(self, model_id: str) -> list[int]:
         """The numbers of a model's automatic checkpoints, newest first."""
@@ -152,7 +158,7 @@ class CheckpointStore:
 
     def delete(self, key: str) -> None:
         """Remove a checkpoint. CheckpointNotFound."""
-        if self._folders.manifest(_checked(key)) is None:
+        if self._folders.manifest(checked(key)) is None:
             raise _not_found(key)
         self._folders.delete(key)
 
@@ -161,12 +167,18 @@ class CheckpointStore:
         for number in self.automatic(model_id):
             self._folders.delete(f"auto/{model_id}/{number}")
 
+    def remove_own(self) -> None:
+        """Remove every automatic checkpoint of the owner, and what was left half-written, for a storage that goes."""
+        for key in self._folders.keys("auto/"):
+            self._folders.delete(key)
+        self._folders.sweep()
+
     def sweep(self) -> None:
         """Remove what earlier services left half-written. For a service that has just taken the storage over."""
         self._folders.sweep()
 
     def _manifest(self, key: str) -> Manifest:
-        content = self._folders.manifest(_checked(key))
+        content = self._folders.manifest(checked(key))
         if content is None:
             raise _not_found(key)
         return decode_manifest(content, _name(key))
@@ -175,7 +187,7 @@ class CheckpointStore:
     def _claimed(self, key: str) -> Iterator[None]:
         """Inside, nobody else writes there."""
         with self._lock:
-            if _checked(key) in self._claims:
+            if checked(key) in self._claims:
                 raise taken(key)
             self._claims.add(key)
         try:
@@ -183,15 +195,6 @@ class CheckpointStore:
         finally:
             with self._lock:
                 self._claims.remove(key)
-
-
-def _checked(key: str) -> str:
-    """`key`, which becomes a path: nothing but what `key_of` gives for a checkpoint's name."""
-    kind, _, name = key.partition("/")
-    if kind not in ("auto", "named") or ("/" in name) != (kind == "auto"):
-        raise ValueError(f"no key of a checkpoint: {key!r:.100}")
-    checkpoint_name(name)
-    return key
 
 
 def _name(key: str) -> str:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
-from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.blobs import Blobs
-from gradwire_server.storage.durable_files import sync_file, sync_folder
+from gradwire_server.storage.durable_files import sync_folder
+from gradwire_server.storage.journal_files import JournalFiles
+from gradwire_server.storage.journal_recovery import cut_torn_end, make_durable, recover
 from gradwire_server.storage.record_sizes import RecordSizes
 from gradwire_server.storage.records import Entry, StoredUpload, encode, uploads_room
+from gradwire_server.storage.segment_reading import read_segments
 from gradwire_server.storage.segment_writer import SegmentWriter
-from gradwire_server.storage.segments import (
-    START_BYTES,
-    SegmentFile,
-    bounded,
-    list_segments,
-    needed,
-    read_segments,
-    segment_path,
-)
-from gradwire_server.storage.storage_errors import journal_corrupt, storage_error
+from gradwire_server.storage.segments import SegmentFile, bounded, segment_path
+from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.storage.storage_lock import StorageLock
 
 SEGMENT_BYTES = 64 << 20
@@ -46,7 +39,7 @@ class Journal:
     What had been written is not tried again. After the former, `restart` goes on behind a new checkpoint.
     """
 
-    def __init__(self, folder: Path, lock: StorageLock, *, durability: str) -> None:
+    def __init__(self, folder: Path, lock: StorageLock, *, durability: str, after: int) -> None:
         if durability not in ("process", "disk"):
             raise ValueError(f"a journal is durable at 'process' or 'disk', not at {durability!r}")
         self.broken: GradwireError | None = None
@@ -54,20 +47,30 @@ class Journal:
         self._folder = folder / "journal"
         self._lock = lock
         self._durable = durability == "disk"
-        self._segments: list[SegmentFile] = []
         self._segment: SegmentWriter | None = None
         self._sync: partial[None] | None = None
         self._begin_anew = False
-        self._next = 1
-        self._sizes = RecordSizes(self._next)
         self._cutting = threading.Lock()
-        self._refused: set[int] = set()
-        """The numbers behind which there are records without a number."""
         self._ahead: tuple[Entry, int | OSError | GradwireError] | None = None
         """An entry that is written and not yet appended, and its record's bytes, or what it failed of."""
-        self._unread: set[Path] = set()
-        """Segments from before, whose records were not read: what they name is not known, and not swept."""
-        self._unswept = False
+        self._make_folders(folder)
+        found = recover(self._folder, self.blobs, epoch=lock.epoch, after=after)
+        if self._durable:
+            make_durable(found, self._folder, self.blobs.path(""))
+        self._next = found.last + 1
+        self._synced = found.last
+        """The last command that an fsync, or a checkpoint, has made durable."""
+        self._sizes = found.sizes
+        self._refused = found.refused
+        """The numbers behind which there are records without a number."""
+        self._files = JournalFiles(
+            self._folder, self.blobs, durable=self._durable, segments=found.segments, unread=found.unread
+        )
+        with suppress(OSError):  # `reserve` says so, and tries again.
+            # At once: nothing that a former writer adds counts.
+            self._begin_segment()
+            cut_torn_end(found)
+            self._files.remove_empty(self._refused)
 
     @classmethod
     def open(cls, folder: Path, lock: StorageLock, *, durability: str, after: int) -> tuple[Journal, Iterator[Entry]]:
@@ -77,16 +80,17 @@ class Journal:
         off. Raises FailedPrecondition (JOURNAL_CORRUPT), which names file and byte, and errors of `storage_error`. A
         disk that is full or read-only is no error before `reserve`. Blocks; any thread may call it.
         """
-        journal = cls(folder, lock, durability=durability)
+        journal = cls(folder, lock, durability=durability, after=after)
+        return journal, journal.entries(after)
+
+    def _make_folders(self, folder: Path) -> None:
         try:
-            for needed_folder in (journal._folder, folder / "blobs"):
-                needed_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if journal._durable:
+            for needed in (self._folder, self.blobs.path("")):
+                needed.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._durable:
                 sync_folder(folder)
         except OSError as error:
             raise storage_error(error, f"make {folder}") from error
-        journal._recover(after)
-        return journal, journal.entries(after)
 
     @property
     def waits_for_disk(self) -> bool:
@@ -103,7 +107,7 @@ class Journal:
 
         The iterator raises FailedPrecondition JOURNAL_CORRUPT. It may be read in a thread.
         """
-        whole = bounded([*self._segments, SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
+        whole = bounded([*self._files.all(), SegmentFile(self._folder, self._lock.epoch, self._next)])[:-1]
         return (placed.entry for placed in read_segments(whole, after) if placed.entry.is_behind(after))
 
     def reserve(self, nbytes: int, uploads: Sequence[StoredUpload] = ()) -> None:
@@ -152,11 +156,12 @@ class Journal:
         """Write records; the bytes of each."""
         last = self._next - 1
         for entry in entries:
-            behind = entry.number if entry.unnumbered else entry.number - entry.commands
-            assert behind == last, f"command {entry.number}, of {entry.commands}, follows {last}"
+            expected, found = (last, entry.number) if entry.unnumbered else (last + 1, entry.first)
+            assert found == expected, f"command {found} follows {last}"
             last = entry.number
         segment = self._segment or self._begin_segment()
-        records = [encode(entry, segment.seed) for entry in entries]
+        synced = self._synced if self._durable else None
+        records = [encode(entry, segment.seed, synced) for entry in entries]
         segment.write([part for record in records for part in record])
         return [sum(map(len, record)) for record in records]
 
@@ -171,6 +176,7 @@ class Journal:
     def append_all(self, entries: Sequence[Entry]) -> asyncio.Future[None] | None:
         """The same for several, with one write."""
         if self.broken is not None:
+            self._ahead = None
             raise copy.copy(self.broken)
         try:
             sizes = self._written(entries)
@@ -181,6 +187,8 @@ class Journal:
         except GradwireError as error:
             self.broken = error
             raise
+        assert self._segment is not None
+        self._segment.kept, self._segment.last = self._segment.end, entries[-1].number
         for entry, nbytes in zip(entries, sizes, strict=True):
             if entry.unnumbered:
                 self._refused.add(entry.number)
@@ -193,6 +201,10 @@ class Journal:
             return None
         assert self._sync is not None
         return self._lock.commits.add(self, self._sync)
+
+    def check_lock(self) -> None:
+        """Raises FailedPrecondition MODEL_FENCED once another frontend has taken over. See StorageLock.check."""
+        self._lock.check()
 
     def keep_upload(self, path: Path, name: str) -> str:
         """Keep an upload for the command that names it, before it is carried out; see Blobs.keep."""
@@ -208,38 +220,50 @@ class Journal:
         """
         return self._sizes.after(number)
 
-    def cut(self, number: int) -> None:
+    def cut(self, number: int) -> Callable[[], None]:
         """Forget what a checkpoint holds: whole segments, and blobs, that nothing behind command `number` needs.
 
-        Whatever cuts this off, the rest is whole: segments go oldest first, their blobs afterwards. What cannot be
-        removed stays until another time. The next command begins another segment, which the next cut can end at. What
+        Returns what removes them, and may block: a thread may call it, beside everything else that is called here. It
+        raises errors of `storage_error`. The next command begins another segment, which the next cut can end at. What
         was refused behind that command stays: the checkpoint may not know it. While the journal is started anew, which
         cuts it, nothing is done.
         """
+        if not self._cutting.acquire(blocking=False):
+            return lambda: None
+        try:
+            return partial(self._remove, self._cut(number))
+        finally:
+            self._cutting.release()
+
+    def _cut(self, number: int) -> int:
+        """The first command that is needed."""
+        self._sizes.forget(number)
+        self._refused = {each for each in self._refused if each >= number}
+        self._begin_anew = True
+        return number if number in self._refused else number + 1
+
+    def _remove(self, needed: int) -> None:
         if self._cutting.acquire(blocking=False):
             try:
-                self._cut(number)
+                self._files.remove(needed)
             finally:
                 self._cutting.release()
 
-    def _cut(self, number: int) -> None:
-        self._sizes.forget(number)
-        self._refused = {each for each in self._refused if each >= number}
-        needed_from = number if number in self._refused else number + 1
-        self._begin_anew = True
-        gone = 0
+    def cut_end(self) -> None:
+        """See to it that no restart finds a command behind the last one recorded: `append` failed, but not the write.
+
+        FailedPrecondition MODEL_FENCED, and errors of `storage_error`: a restart, or another frontend, may find it.
+        Blocks: a thread may call it, while nothing but `cut` is called here.
+        """
+        self._lock.check()
+        if self._segment is None:
+            return
         try:
-            while len(self._segments) > gone + 1 and self._segments[gone + 1].first <= needed_from:
-                self._segments[gone].path.unlink(missing_ok=True)
-                gone += 1
-            if gone and self._durable:
-                sync_folder(self._folder)
-            self.blobs.cut(self._segments[gone].first if self._segments else self._next)
-            self._sweep(self._segments[gone:])
+            self._segment.cut(durable=self._durable)
         except OSError as error:
-            raise storage_error(error, "remove what a checkpoint holds") from error
-        finally:
-            del self._segments[:gone]
+            raise storage_error(error, "be rid of a command") from error
+        # Again: another frontend may have read the record before it was cut off.
+        self._lock.check()
 
     def restart(self, after: int) -> None:
         """Go on after a failure, in a new segment, behind a checkpoint that holds all up to command `after`.
@@ -262,10 +286,11 @@ class Journal:
             self._next = before
             raise storage_error(error, "hold another command") from error
         self.broken = None
+        self._synced = after
         self._sizes = RecordSizes(self._next)
         self._refused.clear()
         with suppress(GradwireError):  # The next cut tries again.
-            self._cut(after)
+            self._files.remove(self._cut(after))
 
     def close(self) -> None:
         """Wait until all is durable that is to be, and close the file. What is in the folder stays."""
@@ -287,8 +312,7 @@ class Journal:
         path = segment_path(self._folder, self._lock.epoch, self._next)
         self._segment = SegmentWriter(path, self._lock.epoch, self._next)
         self._sync = partial(self._make_durable, self._segment)
-        self._segments = [segment for segment in self._segments if segment.path != path]
-        self._segments = bounded([*self._segments, SegmentFile(path, self._lock.epoch, self._next)])
+        self._files.begin(path, self._lock.epoch, self._next)
         self._begin_anew = False
         return self._segment
 
@@ -299,87 +323,12 @@ class Journal:
     def _make_durable(self, segment: SegmentWriter) -> None:
         """One fsync, in the thread of the group commit."""
         if self.broken is None:
+            last = segment.last
             try:
                 segment.sync()
+                # Those of earlier segments were synced before.
+                self._synced = max(self._synced, last)
                 return
             except OSError as error:
                 self.broken = storage_error(error, "make the command durable", outcome="unknown")
         raise copy.copy(self.broken)
-
-    def _recover(self, after: int) -> None:
-        """Find where the journal ends, and begin a segment there, so that nothing that a former writer adds counts."""
-        found = list_segments(self._folder)
-        if found and found[-1].epoch > self._lock.epoch:
-            raise journal_corrupt(found[-1].path, 0, f"a later epoch wrote it than this one, {self._lock.epoch}")
-        end = self._check(found, after)
-        self._keep(found)
-        self._segments = found
-        with suppress(OSError):  # `reserve` says so, and tries again.
-            self._begin_segment()
-            self._tidy(found, after, end)
-
-    def _check(self, found: list[SegmentFile], after: int) -> int:
-        """Read all that may be behind `after`; where the records of the last segment end, in bytes."""
-        self._next, end = after + 1, START_BYTES
-        self._unread = {segment.path for segment in found if not needed(segment, after)}
-        self._unswept = True
-        self._sizes = RecordSizes(self._next)
-        whole: set[StoredUpload] = set()
-        for placed in read_segments(found, after):
-            entry = placed.entry
-            self.blobs.note((upload.file for upload in entry.uploads), entry.number)
-            if placed.path == found[-1].path:
-                end = placed.end
-            if entry.unnumbered:
-                self._refused.add(entry.number)
-            elif entry.number > after:
-                for upload in entry.uploads:
-                    # Once: a fit names its dataset with each of its records.
-                    if upload not in whole:
-                        self._check_blob(entry.number, upload)
-                        whole.add(upload)
-                self._sizes.add(placed.end - placed.start, entry.commands)
-                self._next = entry.number + 1
-        return end
-
-    def _keep(self, found: list[SegmentFile]) -> None:
-        """What was read is acted on, and may have been written by one that was killed before its fsync."""
-        if not self._durable:
-            return
-        try:
-            for segment in found:
-                sync_file(segment.path)
-            for folder in (self._folder, self.blobs.path("")):
-                sync_folder(folder)
-        except OSError as error:
-            raise storage_error(error, f"make {self._folder} durable") from error
-
-    def _check_blob(self, number: int, upload: StoredUpload) -> None:
-        path = self.blobs.path(upload.file)
-        there = path.stat().st_size if path.exists() else -1
-        if there < max((tensor.offset + tensor.nbytes for tensor in upload.tensors), default=0):
-            what = "is missing" if there < 0 else "is cut off"
-        elif upload.fingerprint is not None and file_fingerprint(path) != upload.fingerprint:
-            what = "is damaged: its fingerprint differs"
-        else:
-            return
-        raise journal_corrupt(path, max(there, 0), f"{upload.name}, which command {number} needs, {what}")
-
-    def _tidy(self, found: list[SegmentFile], after: int, end: int) -> None:
-        """Behind a new segment: cut off the torn end, and remove segments and blobs that nothing needs."""
-        if found:
-            last = found[-1].path
-            if last.exists():
-                os.truncate(last, min(end, last.stat().st_size))
-        empty = [segment for segment in self._segments if segment.until is not None and segment.until <= segment.first]
-        for segment in empty:
-            if segment.first - 1 not in self._refused:
-                segment.path.unlink(missing_ok=True)
-                self._segments.remove(segment)
-        self._sweep(self._segments)
-
-    def _sweep(self, segments: list[SegmentFile]) -> None:
-        """Remove, once, blobs of before that nothing names, when the records of all these segments are known."""
-        if self._unswept and not any(segment.path in self._unread for segment in segments):
-            self.blobs.sweep()
-            self._unswept = False

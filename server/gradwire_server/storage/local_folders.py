@@ -7,12 +7,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_server.storage.checkpoint_folders import place, storage_errors, taken
+from gradwire_server.storage.checkpoint_folders import is_key, place, storage_errors, taken
 from gradwire_server.storage.durable_files import link_or_copy, sync_folder
 from gradwire_server.storage.manifest import MANIFEST
 
@@ -69,7 +69,7 @@ class LocalFolders:
             keys = (key for key in self._folders() if key.startswith(prefix))
             return sorted(key for key in keys if (self._path(key) / MANIFEST).is_file())
 
-    def fetch(self, key: str, names: list[str]) -> Path:
+    def fetch(self, key: str, names: Mapping[str, str]) -> Path:
         with self._errors():
             try:
                 return _fetched(self._path(key), names, self._own(_READING), link_or_copy)
@@ -106,10 +106,11 @@ class LocalFolders:
             for key in self._folders():
                 if not (self._path(key) / MANIFEST).is_file():
                     shutil.rmtree(self._path(key))
-            for model_id in _names(self._path("auto/")):
+            models = [self._path(f"auto/{model_id}") for model_id in _names(self._path("auto/"))]
+            for folder in (*models, self._path("auto/")):
                 with contextlib.suppress(OSError):
-                    # Of a model that has none any more.
-                    os.rmdir(self._path(f"auto/{model_id}"))
+                    # Of a model, or an owner, that has none any more.
+                    os.rmdir(folder)
 
     def show(self, path: Path, key: str, *, replace: bool) -> None:
         """Rename the folder `path` to what `key` names, durably."""
@@ -134,10 +135,11 @@ class LocalFolders:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _folders(self) -> list[str]:
-        """Every key that there may be."""
+        """Every key that there may be. Other folders are not ours."""
         named = [f"named/{name}" for name in _names(self._root / "named")]
         models = [f"auto/{model_id}" for model_id in _names(self._path("auto/"))]
-        return named + [f"{model}/{number}" for model in models for number in _names(self._path(model))]
+        found = named + [f"{model}/{number}" for model in models for number in _names(self._path(model))]
+        return list(filter(is_key, found))
 
     def _path(self, key: str) -> Path:
         return self._root / place(key, self._owner)
@@ -156,6 +158,8 @@ class LocalFolders:
 
 class _LocalDraft:
     """A folder that still has another name."""
+
+    place = ""
 
     def __init__(self, folders: LocalFolders, key: str, path: Path, replace: bool) -> None:
         self._folders = folders
@@ -216,14 +220,14 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _fetched(source: Path, names: list[str], parent: Path, get: Callable[[Path, Path], object]) -> Path:
+def _fetched(source: Path, names: Mapping[str, str], parent: Path, get: Callable[[Path, Path], object]) -> Path:
     """A new folder in `parent` with those of the files that are there."""
     folder = parent / secrets.token_hex(8)
     folder.mkdir(mode=0o700, parents=True)
     try:
-        for name in names:
+        for name, there in names.items():
             with contextlib.suppress(FileNotFoundError):
-                get(source / name, folder / name)
+                get(source / there, folder / name)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

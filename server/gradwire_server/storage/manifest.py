@@ -46,7 +46,8 @@ class StoredFile:
 class Manifest:
     """A checkpoint but for its tensors. The fields are those of SavedModel and ModelState; `held`: names, by rank.
 
-    gradwire, torch: the versions that wrote it. files: every one of `FILES`.
+    gradwire, torch: the versions that wrote it. files: every one of `FILES`. place: what stands before their names
+    where they are kept.
     """
 
     gradwire: str
@@ -65,9 +66,10 @@ class Manifest:
     held: tuple[tuple[str, ...] | None, ...]
     splits: Mapping[str, SplitDecision]
     files: Mapping[str, StoredFile]
+    place: str
 
     @classmethod
-    def of(cls, saved: SavedModel, files: Mapping[str, StoredFile]) -> Manifest:
+    def of(cls, saved: SavedModel, files: Mapping[str, StoredFile], place: str) -> Manifest:
         """The manifest of a model whose files are these."""
         state = saved.state
         return cls(
@@ -88,7 +90,13 @@ class Manifest:
             held=tuple(None if names is None else tuple(names) for names in state.held),
             splits=state.splits,
             files=files,
+            place=place,
         )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names that the files have where they are kept, by their own."""
+        return {name: f"{self.place}{name}" for name in self.files}
 
     def checkpoint(self) -> Checkpoint:
         """What clients see of it."""
@@ -165,7 +173,16 @@ def _decode(fields: dict[str, Any]) -> Manifest:
         held=tuple(None if names is None else tuple(names) for names in fields["held"]),
         splits={name: decode_split(each) for name, each in fields["splits"].items()},
         files={name: _file(name, each) for name, each in fields["files"].items()},
+        place=_place(fields),
     )
+
+
+def _place(fields: dict[str, Any]) -> str:
+    """Those that were written first have none."""
+    place = _typed(fields, "place", str) if "place" in fields else ""
+    if "/" in place:
+        raise ValueError(f"place is {place!r:.40}")
+    return place
 
 
 def _typed(fields: dict[str, Any], name: str, *types: type) -> Any:

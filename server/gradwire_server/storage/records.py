@@ -2,15 +2,16 @@
 
 A record is a header, a description in JSON, the request, the reply and a trailer; all numbers are little-endian:
 
-    header    "GWRC", flags (2 bytes), commands - 1 (2), length of the description (4), of the request (8), of the reply
+    header    "GWRC", flags (2 bytes), unsynced (2), length of the description (4), of the request (8), of the reply
               (8), number (8), CRC-32 of the header so far (4)
     trailer   CRC-32 of all before it (4), "END\\n" (4)
 
 Flags are 1: there is a reply; 2: the fingerprint in the description checks the request, which the trailer's CRC leaves
 out: so the request is read once, at the speed of memory; 4: the command was refused and has no number, so that this is
-the number of the command before. Both CRCs go on from a seed that the segment gives, so that no
-record of another one is taken for its own. The last byte of a record is never zero: zeros at the end of a journal are
-room that was never written to.
+the number of the command before. Unsynced is one more than how many commands up to this one no fsync had made durable
+when it was written, 65535 where they were too many, and 0 where none is made. Both CRCs go on from a seed that the
+segment gives, so that no record of another one is taken for its own. The last byte of a record is never zero: zeros at
+the end of a journal are room that was never written to.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from gradwire_server.fingerprints import fingerprint
 _HEADER = struct.Struct("<4sHHIQQQ")
 _CHECK = struct.Struct("<I")
 _TRAILER = struct.Struct("<I4s")
-_BEGIN = b"GWRC"
 _END = b"END\n"
 _HAS_REPLY = 1
 _BODY_CHECKS = 2
 _UNNUMBERED = 4
+_MOST_UNSYNCED = 0xFFFF
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
+BEGIN = b"GWRC"
 HEADER_BYTES = _HEADER.size + _CHECK.size
 TRAILER_BYTES = _TRAILER.size
 REPLY_BYTES = 4 << 20
@@ -96,6 +98,11 @@ class Entry:
         """Whether it came after command `number`."""
         return self.number >= number if self.unnumbered else self.number > number
 
+    @property
+    def first(self) -> int:
+        """The number of the first of its commands."""
+        return self.number - self.commands + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -108,12 +115,14 @@ class Header:
     request: int
     reply: int
     number: int
-    commands: int = 1
+    unsynced: int
 
     @property
-    def first(self) -> int:
-        """The number of the first of its commands."""
-        return self.number - self.commands + 1
+    def synced(self) -> int | None:
+        """The last command that was durable when this was written, as far as it says; None: it says nothing."""
+        if not self.unsynced:
+            return None
+        return -1 if self.unsynced == _MOST_UNSYNCED else self.number + 1 - self.unsynced
 
     @property
     def nbytes(self) -> int:
@@ -125,15 +134,19 @@ class BadRecord(Exception):
     """Bytes that are no record of this segment; the text says why."""
 
 
-def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
-    """The record's parts, in order; the request is one of them, not copied. None of them is empty."""
+def encode(entry: Entry, seed: int, synced: int | None = None) -> tuple[bytes | memoryview, ...]:
+    """The record's parts, in order; the request is one of them, not copied. None of them is empty.
+
+    synced: the last command that is durable; None: nothing is said of that.
+    """
     assert entry.refused is not None or not entry.unnumbered, "a command that was applied has a number"
     description = _to_json(_describe(entry)).encode()
     reply = entry.reply if entry.reply is not None and len(entry.reply) <= REPLY_BYTES else None
     flags = _flag(_HAS_REPLY, reply is not None) | _flag(_BODY_CHECKS, entry.body_checks)
     flags |= _flag(_UNNUMBERED, entry.unnumbered)
+    unsynced = 0 if synced is None else min(entry.number + 1 - synced, _MOST_UNSYNCED)
     lengths = (len(description), len(entry.request), len(reply or b""))
-    start = _HEADER.pack(_BEGIN, flags, entry.commands - 1, *lengths, entry.number)
+    start = _HEADER.pack(BEGIN, flags, unsynced, *lengths, entry.number)
     start += _CHECK.pack(zlib.crc32(start, seed))
     checked = (start, description, b"" if entry.body_checks else entry.request, reply or b"")
     parts = (start, description, entry.request, reply or b"", _TRAILER.pack(_crc(checked, seed), _END))
@@ -142,9 +155,9 @@ def encode(entry: Entry, seed: int) -> tuple[bytes | memoryview, ...]:
 
 def decode_header(data: memoryview, seed: int) -> Header:
     """The header at the start of `data`, which holds HEADER_BYTES at least. Raises BadRecord."""
-    begin, flags, more, description, request, reply, number = _HEADER.unpack_from(data)
+    begin, flags, unsynced, description, request, reply, number = _HEADER.unpack_from(data)
     (check,) = _CHECK.unpack_from(data, _HEADER.size)
-    if begin != _BEGIN or check != zlib.crc32(data[: _HEADER.size], seed):
+    if begin != BEGIN or check != zlib.crc32(data[: _HEADER.size], seed):
         raise BadRecord("no record begins here, or its header is damaged")
     if flags & ~(_HAS_REPLY | _BODY_CHECKS | _UNNUMBERED):
         raise BadRecord(f"its flags {flags:#x} are not known here")
@@ -156,7 +169,7 @@ def decode_header(data: memoryview, seed: int) -> Header:
         request=request,
         reply=reply,
         number=number,
-        commands=more + 1,
+        unsynced=unsynced,
     )
 
 
@@ -178,7 +191,7 @@ def decode(header: Header, record: memoryview, seed: int) -> Entry:
             request_id=words.get("request_id"),
             body=bytes.fromhex(words["body"]),
             body_checks=header.body_checks,
-            commands=header.commands,
+            commands=words.get("commands", 1),
             refused=words["refused"] if header.unnumbered else words.get("refused"),
             unnumbered=header.unnumbered,
             uploads=tuple(_upload(*parts) for parts in words.get("uploads", ())),
@@ -211,6 +224,8 @@ def _describe(entry: Entry) -> dict[str, Any]:
     words: dict[str, Any] = {"method": entry.method, "body": entry.body.hex()}
     if entry.request_id is not None:
         words["request_id"] = entry.request_id
+    if entry.commands != 1:
+        words["commands"] = entry.commands
     if entry.refused is not None:
         words["refused"] = entry.refused
     if entry.uploads:

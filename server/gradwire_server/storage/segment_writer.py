@@ -17,7 +17,8 @@ _STEP_BYTES = 1 << 20
 
 
 class SegmentWriter:
-    """A new segment, which replaces one of that name without records. `end`: bytes written; `seed`: see records.py.
+    """A new segment, which replaces one of that name without records. `end`: bytes written; `kept`: how many of them
+    count, and `last`: the last command among these, which are for its user to say; `seed`: see records.py.
 
     Its methods raise OSError. The file is closed when nothing refers to it any more: also a rolled segment is fsynced.
     """
@@ -26,6 +27,7 @@ class SegmentWriter:
         start = encode_start(epoch, first)
         self.path = path
         self.first = first
+        self.last = first - 1
         self.seed = seed_of(start)
         self.end = 0
         self._room = 0
@@ -39,6 +41,7 @@ class SegmentWriter:
             self.close()
             path.unlink(missing_ok=True)
             raise
+        self.kept = self.end
 
     def reserve(self, nbytes: int) -> None:
         """Room for so many bytes more, so that writing them cannot fail for want of it."""
@@ -69,6 +72,13 @@ class SegmentWriter:
         """Free the room that was not written to."""
         give_room_back(self._file, self.end)
         self._room = self.end
+
+    def cut(self, *, durable: bool) -> None:
+        """Cut off what does not count."""
+        os.ftruncate(self._file, self.kept)
+        self.end = self._room = self.kept
+        if durable:
+            os.fsync(self._file)
 
     def write(self, parts: Sequence[bytes | memoryview]) -> int:
         """Write the parts behind what is there, with one system call as a rule; their bytes together."""

@@ -21,15 +21,34 @@ async def move_bytes(nbytes: int, function: Callable[..., T], *arguments: Any) -
     return await in_thread(function, *arguments)
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any, threads: Executor | None = None) -> T:
+async def in_thread(
+    function: Callable[..., T],
+    *arguments: Any,
+    threads: Executor | None = None,
+    unwanted: Callable[[T], object] | None = None,
+) -> T:
     """Call `function` in a thread. Who is cancelled meanwhile hears of it when the call has ended.
 
-    threads: of those; None: of the ones that everything in the process shares.
+    threads: of those; None: of the ones that everything in the process shares. unwanted: called there with a result
+    that nobody gets, because its caller was cancelled.
     """
-    job = asyncio.get_running_loop().run_in_executor(threads, partial(function, *arguments))
+    loop = asyncio.get_running_loop()
+    job = loop.run_in_executor(threads, partial(function, *arguments))
     try:
         return await asyncio.shield(job)
     except asyncio.CancelledError:
+        if unwanted is not None:
+            job.add_done_callback(partial(_hand_back, loop, threads, unwanted))
         # A thread cannot be stopped, and its file must not be closed while it writes.
         await asyncio.wait([job])
         raise
+
+
+def _hand_back(
+    loop: asyncio.AbstractEventLoop,
+    threads: Executor | None,
+    unwanted: Callable[[T], object],
+    job: asyncio.Future[T],
+) -> None:
+    if not job.cancelled() and job.exception() is None:
+        loop.run_in_executor(threads, unwanted, job.result())

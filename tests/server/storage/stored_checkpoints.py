@@ -33,7 +33,10 @@ class Storage:
         return CheckpointStore(self.url, self.folder / "cache", **{"owner": OWNER, **options})
 
     def path(self, key: str, name: str) -> str:
-        return f"{self.root}/{place(key, OWNER)}/{name}"
+        """The file of that name, whatever stands before it where it is there."""
+        folder = f"{self.root}/{place(key, OWNER)}"
+        there = self.files.find(folder) if self.files.exists(folder) else []
+        return next((path for path in there if path.endswith(f".{name}")), f"{folder}/{name}")
 
     def leftovers(self) -> list[str]:
         """The files that belong to no checkpoint that is shown."""

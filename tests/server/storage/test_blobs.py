@@ -81,13 +81,13 @@ def test_blob_goes_with_the_last_record_that_names_it(open_journal, upload, reco
     for name in "ab":
         journal.keep_upload(upload(name), f"uploads/{name}")
     record(journal, 1, "a", "b")
-    journal.cut(0)
+    journal.cut(0)()
     assert journal.keep_upload(upload("a"), "uploads/a") == "a"
     record(journal, 2, "a")
-    journal.cut(1)
+    journal.cut(1)()
     assert blobs(model) == ["a"]
     record(journal, 3)
-    journal.cut(2)
+    journal.cut(2)()
     assert blobs(model) == []
 
 
@@ -95,11 +95,11 @@ def test_blob_that_a_command_waits_for_stays(open_journal, upload, record, model
     journal, _ = open_journal()
     journal.keep_upload(upload("a"), "uploads/a")
     record(journal, 1, "a")
-    journal.cut(1)
+    journal.cut(1)()
     journal.keep_upload(upload("a"), "uploads/a")
     journal.keep_upload(upload("b"), "uploads/b")
     record(journal, 2)
-    journal.cut(2)
+    journal.cut(2)()
     assert blobs(model) == ["a", "b"]
     record(journal, 3, "a", "b")
     assert len(open_journal(2)[1]) == 1
@@ -123,7 +123,7 @@ def test_upload_id_that_comes_again_with_other_bytes_leaves_the_first_ones(
 def test_upload_id_that_comes_again_leaves_the_bytes_of_records_that_are_not_read(open_journal, upload, record):
     journal, _ = open_journal()
     record(journal, 1, journal.keep_upload(upload("a"), "uploads/a"))
-    journal.cut(0)
+    journal.cut(0)()
     record(journal, 2)
     again, _ = open_journal(after=1)
     source = upload("b")
@@ -160,7 +160,7 @@ def test_blobs_of_records_that_are_not_read_are_not_swept(open_journal, upload, 
     journal, _ = open_journal()
     journal.keep_upload(upload("a"), "uploads/a")
     record(journal, 1, "a")
-    journal.cut(0)
+    journal.cut(0)()
     record(journal, 2)
     open_journal(after=1)
     assert blobs(model) == ["a"]
@@ -170,14 +170,14 @@ def test_blobs_of_records_that_are_not_read_are_not_swept(open_journal, upload, 
 def test_blobs_of_records_that_were_not_read_go_when_these_are_cut(open_journal, upload, record, model):
     journal, _ = open_journal()
     record(journal, 1, journal.keep_upload(upload("a"), "uploads/a"))
-    journal.cut(0)
+    journal.cut(0)()
     record(journal, 2, journal.keep_upload(upload("b"), "uploads/b"))
     again, _ = open_journal(after=1)
     record(again, 3, again.keep_upload(upload("c"), "uploads/c"))
     again.keep_upload(upload("d"), "uploads/d")
     (model / "blobs" / ".d").write_bytes(b"half")
     (model / "blobs" / ".e").write_bytes(b"half")
-    again.cut(1)
+    again.cut(1)()
     assert blobs(model) == [".d", "b", "c", "d"], "of what is read, of what was appended, and of what waits"
 
 
@@ -216,7 +216,7 @@ def test_cut_that_is_cut_off_anywhere_leaves_what_is_needed(open_journal, upload
         with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", crash)
             try:
-                journal.cut(3)
+                journal.cut(3)()
             except KeyboardInterrupt:
                 assert len(removed) == steps
             else:
@@ -227,7 +227,7 @@ def test_cut_that_is_cut_off_anywhere_leaves_what_is_needed(open_journal, upload
         left = sorted(int(path.stem.split("-")[1]) for path in (folder / "journal").iterdir())
         for number in range(left[0], 5):
             assert again.blobs.path(f"u{number}").exists(), (steps, number)
-        again.cut(3)
+        again.cut(3)()
         open_journal(3, folder=folder)
         assert blobs(folder) == ["u4"]
 
@@ -236,7 +236,7 @@ def test_cut_that_the_disk_refuses_is_told_and_can_be_repeated(open_journal, upl
     journal, _ = open_journal()
     journal.keep_upload(upload("a"), "uploads/a")
     record(journal, 1, "a")
-    journal.cut(0)
+    journal.cut(0)()
     record(journal, 2)
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -245,10 +245,10 @@ def test_cut_that_the_disk_refuses_is_told_and_can_be_repeated(open_journal, upl
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", refuse)
         with pytest.raises(FailedPrecondition) as caught:
-            journal.cut(1)
+            journal.cut(1)()
     assert caught.value.reason == "STORAGE_READ_ONLY"
     assert len(open_journal()[1]) == 2 and blobs(model) == ["a"]
-    journal.cut(1)
+    journal.cut(1)()
     assert blobs(model) == []
 
 

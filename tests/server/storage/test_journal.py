@@ -164,7 +164,7 @@ def test_only_durabilities_that_a_journal_has_are_taken(lock, model):
 def test_cut_removes_segments_that_hold_nothing_behind_it(open_journal, entry, small_segments, model):
     journal, _ = open_journal()
     written = fill(journal, entry, range(1, 7))
-    journal.cut(3)
+    journal.cut(3)()
     assert segments(model) == [f"00000001-{first:012d}.log" for first in (3, 5)]
     assert list(journal.entries(3)) == written[3:] == open_journal(3)[1]
     with pytest.raises(FailedPrecondition, match="commands 2 to 2 are missing"):
@@ -174,9 +174,9 @@ def test_cut_removes_segments_that_hold_nothing_behind_it(open_journal, entry, s
 def test_cut_at_the_end_leaves_nothing_after_the_next_cut(open_journal, entry, model):
     journal, _ = open_journal()
     fill(journal, entry, range(1, 4))
-    journal.cut(3)
+    journal.cut(3)()
     fill(journal, entry, [4])
-    journal.cut(4)
+    journal.cut(4)()
     assert segments(model) == ["00000001-000000000004.log"]
     assert open_journal(4)[1] == []
 
@@ -186,7 +186,7 @@ def test_size_counts_the_records_behind_a_number_since_the_cut(open_journal, ent
     fill(journal, entry, range(1, 4))
     one = journal.size_after(2)
     assert one > 40 and journal.size_after(0) == 3 * one and journal.size_after(3) == journal.size_after(9) == 0
-    journal.cut(2)
+    journal.cut(2)()
     assert journal.size_after(0) == one
     fill(journal, entry, [4])
     assert journal.size_after(0) == 2 * one and journal.size_after(3) == one
@@ -235,11 +235,11 @@ def test_cut_leaves_what_was_refused_behind_the_checkpoint(open_journal, entry):
     fill(journal, entry, [1, 2])
     # While the checkpoint of 2 was being written.
     refused = refuse(journal, entry, 2, "late")
-    journal.cut(2)
+    journal.cut(2)()
     fill(journal, entry, [3])
-    journal.cut(2)
+    journal.cut(2)()
     assert refused in list(journal.entries(2)) and refused in open_journal(2)[1]
-    journal.cut(3)
+    journal.cut(3)()
     assert refused not in open_journal(3)[1]
 
 
@@ -262,7 +262,7 @@ def test_cut_while_the_journal_is_started_anew_does_nothing(open_journal, entry,
     before = segments(model)
 
     def finish(_: Journal) -> None:
-        journal.cut(6)
+        journal.cut(6)()
         assert segments(model) == before
 
     monkeypatch.setattr(journal._lock.commits, "finish", finish)
@@ -270,7 +270,7 @@ def test_cut_while_the_journal_is_started_anew_does_nothing(open_journal, entry,
     monkeypatch.undo()
     assert segments(model) == ["00000001-000000000007.log"]
     fill(journal, entry, [7])
-    journal.cut(6)
+    journal.cut(6)()
 
 
 def test_what_a_frontend_that_was_taken_over_from_recorded_ends_nothing(open_journal, entry, storage, model):
@@ -362,7 +362,7 @@ def test_record_between_takeover_and_reading_is_read_by_the_new_one(open_journal
 def test_fenced_writer_begins_no_segment(open_journal, entry, storage, model):
     old, _ = open_journal()
     fill(old, entry, [1])
-    old.cut(1)
+    old.cut(1)()
     (storage / "lock").unlink()
     lock = StorageLock.take(storage, 0.0)
     before = segments(model)

@@ -18,7 +18,8 @@ from gradwire_proto.errors import FailedPrecondition
 from gradwire_server.storage import journal as journal_module
 from gradwire_server.storage.journal import Journal
 from gradwire_server.storage.records import Entry
-from gradwire_server.storage.segments import Placed, list_segments, read_segments
+from gradwire_server.storage.segment_reading import Placed, read_segments
+from gradwire_server.storage.segments import list_segments
 from gradwire_server.storage.storage_lock import StorageLock
 
 SECTOR = 512

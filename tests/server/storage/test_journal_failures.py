@@ -10,7 +10,7 @@ import threading
 import pytest
 from server.storage.journal_cases import fill
 
-from gradwire_proto.errors import ResourceExhausted, Unavailable
+from gradwire_proto.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from gradwire_server.storage import journal as journal_module
 from gradwire_server.storage.segment_writer import SegmentWriter
 
@@ -83,6 +83,28 @@ def test_half_a_record_of_a_failed_write_is_never_read(open_journal, entry, monk
             journal.append(entry(3))
     assert caught.value.reason == "STORAGE_UNREACHABLE"
     assert open_journal()[1] == [entry(1), entry(2)]
+
+
+def test_record_that_was_written_and_does_not_count_can_be_cut_off(open_journal, entry, monkeypatch):
+    journal, _ = open_journal()
+    fill(journal, entry, [1])
+    journal.reserve(100)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda _: os.fstat(-1))  # The lock cannot be looked at any more.
+        with pytest.raises(Unavailable) as caught:
+            journal.append(entry(2))
+    assert caught.value.outcome == "unknown" and journal.last == 1
+    journal.cut_end()
+    assert open_journal()[1] == [entry(1)]
+
+
+def test_end_that_another_frontend_may_have_read_is_not_cut_off(open_journal, entry, storage):
+    journal, _ = open_journal()
+    fill(journal, entry, [1])
+    (storage / "epoch").write_text("7\n")
+    with pytest.raises(FailedPrecondition) as caught:
+        journal.cut_end()
+    assert caught.value.reason == "MODEL_FENCED"
 
 
 def test_restart_that_fails_leaves_the_journal_broken(open_journal, entry, monkeypatch):

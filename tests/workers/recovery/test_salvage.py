@@ -124,6 +124,15 @@ async def test_a_group_that_retains_forwards_is_no_source(start, made):
     assert await group.salvage(group.applied) is None
 
 
+async def test_forwards_that_were_let_go_of_are_no_change_that_ranks_count(start, made):
+    group = await start(made)
+    await group.retained.forward(from_any(torch.randn(7, 10)), Retention(), "f", training=True, seed=None, command=1)
+    await group.retained.release(["f"])
+    assert group.applied == 1
+    await lose(group, 1)
+    assert await group.salvage(1) is not None
+
+
 async def test_only_a_failure_that_put_nothing_back_tears_a_rank():
     def failing(error: Exception):
         def command(_):

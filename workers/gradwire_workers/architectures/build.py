@@ -16,6 +16,7 @@ from gradwire_workers.architectures.refusals import unknown
 from gradwire_workers.architectures.torch_modules import build_torch_module
 from gradwire_workers.architectures.transformers_models import build_transformers_model
 from gradwire_workers.architectures.weights import load_weights
+from gradwire_workers.lifted_limits import in_force
 from gradwire_workers.programs.build import check_state
 
 
@@ -42,7 +43,7 @@ def build_architecture(
     def make() -> nn.Module:
         return _module(spec, field)
 
-    check_size(make, limits, field)
+    check_size(make, in_force(limits), field)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make()

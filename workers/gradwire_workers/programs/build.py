@@ -11,6 +11,7 @@ from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.graph_check import check_program, check_tensors, check_variant
 from gradwire_proto.operators import allowed_operators, has_schema, schema_of
 from gradwire_proto.values import Limits, Program, StateTensor, Variant
+from gradwire_workers.lifted_limits import in_force
 from gradwire_workers.programs.built_program import BuiltProgram
 
 
@@ -31,7 +32,7 @@ def build_program(
     ResourceExhausted, with the field's path.
     """
     limits = limits or Limits()
-    check_program(program, limits=limits, field=field)
+    check_program(program, limits=in_force(limits), field=field)
     check_schemas(program.operators, f"{field}.operators")
     check_state(program.tensors, state, "tensors")
     return BuiltProgram(program, state, torch.device(device), limits, casts=casts)
@@ -48,7 +49,7 @@ def add_variant(
     field: str = "variant",
 ) -> None:
     """Add a variant that a client sent to a built program, after the same checks."""
-    limits = limits or Limits()
+    limits = in_force(limits or Limits())
     everything = (*built.program.tensors, *tensors)
     check_tensors(everything, limits=limits, field="tensors")
     check_variant(variant, everything, {**built.program.operators, **operators}, limits=limits, field=field)

@@ -15,6 +15,7 @@ import torch
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.operators import resolve
 from gradwire_proto.values import Limits
+from gradwire_workers.lifted_limits import are_lifted
 from gradwire_workers.programs.checked_backwards import BACKWARD_CHECKS, check_indices, wrong_shapes
 
 
@@ -49,7 +50,7 @@ def _behind(check: Callable[..., int | None], name: str, tensor_bytes: int) -> C
         given = signature.bind(*arguments, **keywords)
         given.apply_defaults()
         needed = check(given.arguments) or 0
-        if needed > tensor_bytes:
+        if needed > tensor_bytes and not are_lifted():
             raise ResourceExhausted(
                 f"{name} needs a tensor of {needed} bytes for itself; the limit `tensor_bytes` is {tensor_bytes}",
                 field="batch",

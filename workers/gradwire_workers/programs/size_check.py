@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.function_replay import ReplayedFunction
 from gradwire_proto.operators import AUTOCAST_REGION, COND, CUSTOM_FUNCTION, REGIONS, has_schema, resolve
+from gradwire_workers.lifted_limits import are_lifted
 
 _META = torch.device("meta")
 
@@ -49,15 +50,16 @@ class SizesChecked:
         self._known: list[tuple[int, ...]] = []
 
     def cover(self, sizes: tuple[int, ...]) -> bool:
-        """Whether each of the sizes is at most what was checked, for one check."""
-        return any(
+        """Whether each of the sizes is at most what was checked, for one check; or nothing is to be checked now."""
+        return are_lifted() or any(
             len(known) == len(sizes) and all(size <= most for size, most in zip(sizes, known, strict=True))
             for known in self._known
         )
 
     def add(self, sizes: tuple[int, ...]) -> None:
         """The graph was checked for these sizes. Old ones are forgotten: they can be checked again."""
-        self._known = [sizes, *self._known[: self._MOST - 1]]
+        if not are_lifted():
+            self._known = [sizes, *self._known[: self._MOST - 1]]
 
 
 class BackwardSizes:
@@ -169,7 +171,7 @@ class _MeasuredRun(fx.Interpreter):
                 self._check(sizes, least)
 
     def _check(self, shape: list[int], nbytes: int) -> None:
-        if nbytes > self._tensor_bytes:
+        if nbytes > self._tensor_bytes and not are_lifted():
             raise ResourceExhausted(
                 f"{self._current.meta.get('operator', self._current.op)} makes a tensor {shape} of at least"
                 f" {nbytes} bytes; the limit `tensor_bytes` is {self._tensor_bytes}",

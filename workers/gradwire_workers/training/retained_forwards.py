@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from gradwire_proto.values import BackwardQuery, Limits, Retention
+from gradwire_workers.lifted_limits import are_lifted
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows
 from gradwire_workers.training.gradients import add_up, apart
@@ -116,7 +117,7 @@ class RetainedForwards:
     def check_room(self, nbytes: int) -> None:
         """Refuse a further forward of so many bytes on all ranks, where they are too many: alike on every rank."""
         held = sum(each.nbytes for each in self._kept.values())
-        if held + nbytes > self._limits.retained_bytes:
+        if held + nbytes > self._limits.retained_bytes and not are_lifted():
             raise ResourceExhausted(
                 f"the forward would retain {nbytes} bytes beside {held} that are retained already, and the server's"
                 f" setting retained_bytes allows {self._limits.retained_bytes}: call backward, drop what it is not"

@@ -18,6 +18,8 @@ from gradwire_proto.errors import (
 from gradwire_server.storage import checkpoint_store, local_folders
 from gradwire_server.storage.checkpoint_store import CheckpointStore, key_of
 from gradwire_server.storage.manifest import FILES
+from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
 
 
 def test_full_disk_is_told_and_leaves_nothing(local, segments):
@@ -129,3 +131,17 @@ def test_what_another_service_is_writing_or_reading_is_not_swept(storage, segmen
     for key, saved in ((NAMED, saved_model(segments)), ("auto/digits/4", automatic(segments, 4))):
         storage.store.write(key, saved)
         assert content(storage.store.read(key)) == content(saved)
+
+
+def test_storage_that_goes_takes_its_automatic_checkpoints_along_and_no_others(storage, segments, tmp_path):
+    place = tmp_path / "temporary"
+    lock = StorageLock.take(place, 0.0)
+    own = storage.opened(owner=lock.storage_id)
+    lock.release()
+    own.write("auto/digits/4", automatic(segments, 4))
+    own.write(NAMED, saved_model(segments))
+    storage.store.write("auto/digits/5", automatic(segments, 5))
+    remove_automatic_checkpoints(place, storage.url, 10.0)
+    assert own.automatic("digits") == [] and own.get(NAMED).name == "best"
+    assert storage.store.read("auto/digits/5").state.command == 5
+    assert not [path for path in storage.files.find(storage.root, withdirs=True) if path.endswith(lock.storage_id)]

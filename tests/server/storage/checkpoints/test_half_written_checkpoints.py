@@ -68,7 +68,7 @@ def test_named_one_whose_writer_was_killed_is_invisible_and_swept(storage, segme
     def refuse(*_):
         raise KeyError("as the test wants it")
 
-    def die(saved, files):
+    def die(*_):
         # A killed process removes nothing.
         monkeypatch.setattr(ObjectFolders, "_remove", refuse)
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -146,7 +146,8 @@ def test_killed_writer_leaves_whole_checkpoints_only(local, segments, tmp_path):
 
 def test_reader_beside_a_writer_sees_whole_ones_only(storage, segments):
     ended = threading.Event()
-    models = [automatic(segments, 4, step=step) for step in range(6)]
+    first, *models = [automatic(segments, 4, step=step) for step in range(6)]
+    storage.store.write("auto/digits/4", first)
 
     def replace_again_and_again() -> None:
         try:
@@ -157,13 +158,14 @@ def test_reader_beside_a_writer_sees_whole_ones_only(storage, segments):
 
     writer = threading.Thread(target=replace_again_and_again)
     writer.start()
-    seen = 0
-    while not ended.is_set():
+    last = False
+    while not last:
+        # Once behind its end, however little this thread runs.
+        last = ended.is_set()
         for checkpoint in storage.store.list():
             assert checkpoint.name == "digits/4"
-            seen += 1
     writer.join()
-    assert seen and storage.store.get("auto/digits/4").step == 5
+    assert storage.store.get("auto/digits/4").step == 5
 
 
 def test_two_writers_of_one_name_end_with_one_checkpoint(storage, segments):
