@@ -83,7 +83,10 @@ def _kind(batch: tuple[Any, Any]) -> Hashable | None:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) is torch.Tensor and value.dtype in _PLAIN and value.is_cpu and value.is_contiguous()
+    if type(value) is not torch.Tensor or value.dtype not in _PLAIN or not value.is_cpu:
+        return False
+    # In this order: sparse and nested tensors refuse to be asked whether they are contiguous.
+    return value.layout is torch.strided and not value.is_nested and value.is_contiguous() and not value.is_neg()
 
 
 def _memory(tensor: torch.Tensor) -> Any:

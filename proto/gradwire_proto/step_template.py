@@ -83,11 +83,12 @@ def template_of(request: pb.TrainStepRequest, raw: bytes | None = None) -> StepT
     marked.CopyFrom(request)
     marks = []
     for tensor in [*_tensors(marked.batch.inputs), *_tensors(marked.batch.targets)]:
-        tensor.data = os.urandom(len(tensor.data))
-        marks.append(tensor.data)
+        mark, nbytes = os.urandom(_LEAST_BYTES), len(tensor.data)
+        tensor.data = mark + bytes(nbytes - _LEAST_BYTES)
+        marks.append((mark, nbytes))
     marked.request_id = os.urandom(_ID_BYTES // 2).hex()
     written = marked.SerializeToString()
-    spans = [(start, start + len(mark)) for mark in marks if (start := written.find(mark)) >= 0]
+    spans = [(start, start + nbytes) for mark, nbytes in marks if (start := written.find(mark)) >= 0]
     at = written.find(marked.request_id.encode())
     in_order = sorted([*spans, (at, at + _ID_BYTES)])
     if len(spans) < len(marks) or in_order[:-1] != spans or any(a[1] > b[0] for a, b in pairwise(in_order)):

@@ -13,6 +13,7 @@ from gradwire.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.status import to_status
+from gradwire_proto.tensors import from_any
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 
 
@@ -118,6 +119,28 @@ def test_a_batch_that_is_changed_after_it_was_sent_was_read_before(model, steps,
 
     list(model.train_steps(batches(), in_flight=6))
     assert [torch.frombuffer(bytearray(each), dtype=torch.float32)[0].item() for each in received] == [0, 1, 2, 3, 4, 5]
+
+
+def test_batches_of_any_kind_are_read_as_train_step_reads_them(model, steps):
+    x, y = batch()
+    kinds = [
+        (x, y),
+        (x.clone(), y.clone()),
+        (x.t().contiguous().t(), y),
+        (torch.complex(x, x).conj().imag, y),
+        (x.numpy(), y.numpy()),
+        (x.requires_grad_(), y),
+        (x.clone(), y.clone()),
+    ]
+    received = []
+    answer = steps.outcome
+    steps.outcome = lambda request: received.append(request.batch.inputs.tensor.data) or answer(request)
+    list(model.train_steps(kinds))
+    wanted = [from_any(torch.as_tensor(each).resolve_neg()).data for each, _ in kinds]
+    assert received == list(map(bytes, wanted))
+    for wrong in (x.detach().to_sparse(), "text"):
+        with pytest.raises(InvalidArgument):
+            list(model.train_steps([(wrong, y)]))
 
 
 def test_the_error_of_a_step_comes_after_the_results_of_those_before(model, steps):

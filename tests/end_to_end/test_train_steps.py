@@ -153,6 +153,7 @@ def test_a_rank_that_is_killed_in_the_middle(mortal, calm, workers):
     model.delete()
 
 
+@pytest.mark.slow
 def test_a_frontend_that_is_killed_in_the_middle(mortal, calm):
     model = made(mortal, 2)
 
