@@ -27,6 +27,7 @@ from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.names import command_name, model_name
+from gradwire_proto.step_template import StepTemplate
 from gradwire_proto.tensors import from_any, from_nested, to_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import (
@@ -114,12 +115,33 @@ class ModelCalls:
         """That of a call of the SDK which begins now and is several of these calls."""
         return Deadline(self._rpc.timeout)
 
-    def train_step(self, inputs: Any, targets: Any, lr: float | None) -> Call[StepResult]:
+    def train_step(
+        self,
+        inputs: Any,
+        targets: Any,
+        lr: float | None,
+        before_variant: Callable[[], None] = lambda: None,
+        deadline: Deadline | None = None,
+    ) -> Call[StepResult]:
+        """before_variant: called before another variant is brought to the service for the batch. deadline: by which all
+        ends that is brought there ahead of the step; None: a new one.
+        """
         request = pb.TrainStepRequest(name=self._name)
         _set_learning_rate(request, lr)
-        uploads = Uploads(self._rpc)
-        self._set_batch(request, uploads, *self._read(inputs, targets), training=True)
+        uploads = Uploads(self._rpc, deadline)
+        given, batch = self._read(inputs, targets)
+        if not self._variants.have(batch, training=True, targets=True):
+            before_variant()
+        self._set_batch(request, uploads, given, batch, training=True)
         return self._command("TrainStep", request, _step_result, uploads)
+
+    def train_step_like(self, template: StepTemplate, data: Sequence[Any]) -> tuple[Call[StepResult], bytes]:
+        """A step like the one that the template was made of, with these tensors' bytes: the call, and its request."""
+        self._rpc.check_usable()
+        self.changed()
+        request_id = new_request_id()
+        command = command_name(self._id, request_id)
+        return Call("TrainStep", None, _step_result, command), template.fill(data, request_id)
 
     def fit(self, arguments: FitArguments) -> FitResult:
         """Train on a dataset, to the end. Not in two halves: it is many requests."""

@@ -73,7 +73,10 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
 def bind(channel: grpc.Channel, name: str) -> Callable[..., Any]:
     """The callable of one RPC, which takes bytes. Unary ones are read as streams of one: SingleThreadedUnaryStream."""
     method = _SERVICE.methods_by_name[name]
-    make = channel.stream_unary if method.client_streaming else channel.unary_stream
+    if method.client_streaming:
+        make = channel.stream_stream if method.server_streaming else channel.stream_unary
+    else:
+        make = channel.unary_stream
     # These are the caller's to parse: it needs no copy of the bytes in them.
     parse = None if name == "DownloadTensors" else GetMessageClass(method.output_type).FromString
     return make(f"/{_SERVICE.full_name}/{name}", response_deserializer=parse)

@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import Cancelled, FailedPrecondition
 
@@ -36,32 +36,62 @@ class Future(concurrent.futures.Future, Generic[T]):
         return asyncio.wrap_future(self).__await__()
 
 
+class Steps(Protocol):
+    """What sends training steps without waiting for those before: see StepFutures."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def has_room(self) -> bool: ...
+
+    def add(self, future: Future[Any], step: Any) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class CallQueue:
-    """Runs the calls of one model one after another, in the order in which they were made.
+    """Runs the calls of one model one after another, in the order in which they were made; training steps through
+    `steps`, without waiting for those before them.
 
     In a forked child, which has none of the threads, it takes no calls: `submit` and `wait` raise FailedPrecondition
     (CLIENT_FORKED).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, steps: Steps) -> None:
         self._name = name
+        self._steps = steps
         self._process = os.getpid()
-        self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._waiting: deque[tuple[Future, Any, bool]] = deque()
+        """Futures, with their calls or steps, and whether they are steps."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._last: Future | None = None
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` after every call that was submitted before."""
+        return self._submit(call, is_step=False)
+
+    def submit_step(self, step: Any) -> Future[Any]:
+        """Send a training step after every call that was submitted before, and behind every step."""
+        return self._submit(step, is_step=True)
+
+    def _submit(self, call: Any, *, is_step: bool) -> Future[Any]:
         self._check_process()
-        future: Future[T] = Future()
+        future: Future[Any] = Future()
         with self._changed:
-            self._waiting.append((future, call))
+            self._waiting.append((future, call, is_step))
             self._last = future
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=f"gradwire-{self._name}", daemon=True)
                 self._thread.start()
             self._changed.notify()
+        self._steps.wake()
         return future
 
     def wait(self) -> None:
@@ -82,7 +112,7 @@ class CallQueue:
             return
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
-        for future, _ in waiting:
+        for future, _, _ in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(Cancelled("given up before the call was sent", reason="CLIENT_CLOSED"))
 
@@ -95,20 +125,30 @@ class CallQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting and not self._changed.wait_for(lambda: self._waiting, timeout=_LINGER):
-                    self._thread = None
-                    return
-                future, call = self._waiting.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            result = None
-            try:
-                result = call()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            with self._changed:
-                if self._last is future:
+                if not self._waiting and not len(self._steps):
                     self._last = None
-            del future, call, result  # or this result would live until the next call has ended
+                    if not self._changed.wait_for(lambda: self._waiting, timeout=_LINGER):
+                        self._steps.close()
+                        self._thread = None
+                        return
+                next_one = self._waiting.popleft() if self._waiting and self._steps.has_room else None
+            if next_one is None:
+                self._steps.advance()
+                continue
+            future, call, is_step = next_one
+            if future.set_running_or_notify_cancel():
+                if is_step:
+                    self._steps.add(future, call)
+                else:
+                    self._steps.drain()
+                    _run_call(future, call)
+            del future, call, next_one  # or this result would live until the next call has ended
+
+
+def _run_call(future: Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
+from gradwire.arguments import as_count, wrong_type
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.deadline import Deadline
@@ -20,6 +21,9 @@ from gradwire.optim import Optimizer
 from gradwire.remote_module import RemoteModule
 from gradwire.remote_optimizer import RemoteOptimizer
 from gradwire.rpc import Rpc
+from gradwire.step_futures import StepFutures
+from gradwire.step_requests import StepRequests
+from gradwire.train_steps import train_steps
 from gradwire.variants import Variants, without_graph
 from gradwire_proto.values import Batch, Checkpoint, GradientResult, ModelInfo, StepResult
 
@@ -57,7 +61,7 @@ class Model:
     ) -> None:
         self._rpc = rpc
         self._id = info.id
-        self._queue = CallQueue(info.id)
+        self._queue = CallQueue(info.id, StepFutures(rpc))
         variants = Variants(
             map(without_graph, info.variants),
             refresh=lambda deadline: self._calls.info().run(rpc, deadline).variants,
@@ -67,10 +71,11 @@ class Model:
             made_there=info.architecture is not None,
         )
         self._calls = ModelCalls(rpc, info, variants)
+        self._steps = StepRequests(self._calls)
         self._autograd = AutogradCalls(rpc, info.id, variants, self._calls.changed)
         self._module: RemoteModule | None = None
         self._optimizers: WeakSet[RemoteOptimizer] = WeakSet()
-        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue)
+        self._futures = ModelFutures(rpc, self._calls, self._autograd, self._queue, self._steps)
 
     @property
     def id(self) -> str:
@@ -94,7 +99,28 @@ class Model:
         lr: the learning rate of this update, for all parameters; the schedule's, or the optimizer's, where left out. It
         does not touch the schedule, which takes its step all the same.
         """
-        return self._run(self._calls.train_step(inputs, targets, lr))
+        self._queue.wait()
+        deadline = self._calls.deadline()
+        return self._steps.make(inputs, targets, lr, deadline=deadline, owned=False).run(self._rpc, deadline)
+
+    def train_steps(self, batches: Iterable[Any], *, in_flight: int = 8) -> Generator[StepResult]:
+        """`train_step` of each batch, and the next are on their way before the results of those before are there.
+
+        Gives the same bits as the steps one by one, in order, many more of them in a second where they are small.
+        `batches` yields (inputs, targets), or (inputs,) where the model takes no targets: a DataLoader, for example. It
+        is advanced when fewer than `in_flight` steps are unanswered, and never while a result is waited for.
+
+        What a step raises ends the iterator, as does an exception of `batches` itself; the results of all steps before
+        come first. Steps behind one that was refused are not applied. Closing the iterator early leaves those that were
+        sent applied, and waits for them. Another call of the model, from the loop's body, runs after those that were
+        sent. The client's timeout bounds the wait for each result. After Ctrl-C, `info().step` tells how many of the
+        steps on their way were applied.
+        """
+        count = as_count(in_flight, "in_flight")
+        if count is None:
+            raise wrong_type(in_flight, "in_flight", "an int")
+        self._rpc.check_usable()
+        return train_steps(self._rpc, self._steps, self._queue.wait, iter(batches), count)
 
     def fit(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -34,8 +33,10 @@ process ends."""
 
 
 def new_request_id() -> str:
-    """A fresh UUID for one command."""
-    return str(uuid.uuid4())
+    """A fresh UUID for one command: one of version 4, as uuid.uuid4 makes them, in a quarter of its time."""
+    drawn = os.urandom(16).hex()
+    variant = "89ab"[int(drawn[16], 16) & 3]
+    return f"{drawn[:8]}-{drawn[8:12]}-4{drawn[13:16]}-{variant}{drawn[17:20]}-{drawn[20:]}"
 
 
 class Rpc:
@@ -139,6 +140,20 @@ class Rpc:
             except BaseException:
                 call.cancel()
                 raise
+
+    def converse(self, method: str, bodies: Iterator[bytes]) -> Any:
+        """A stream both ways, open until `bodies` end and what they ask for is answered: iterate over the replies.
+
+        `bodies` are sent as they come, from a thread. `cancel()` ends it. What iterating raises, `lost` explains.
+        """
+        return self._method(method)(bodies, metadata=self._metadata)
+
+    def lost(self, error: Exception) -> GradwireError | None:
+        """What the error that such a stream ended with stands for; None where it is none of grpc's."""
+        if not isinstance(error, grpc.RpcError):
+            return None
+        translated = translate(error, self.target, None, closed=self.closed.is_set())
+        return translated.error if isinstance(translated, Lost) else translated
 
     def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""

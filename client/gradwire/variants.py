@@ -58,6 +58,16 @@ class Variants:
         self._made_there = made_there
         self._growing = threading.Lock()
 
+    def have(self, batch: Batch, *, training: bool, targets: bool) -> bool:
+        """Whether `choose` finds one that is there already."""
+        if self._made_there:
+            return True
+        try:
+            select_variant(self._known, batch, training=training, targets=targets)
+        except GradwireError:
+            return False
+        return True
+
     def choose(
         self, batch: Batch, given: Batch, deadline: Deadline, *, training: bool, targets: bool
     ) -> Variant | None:

@@ -75,12 +75,6 @@ def to_status(error: GradwireError) -> status_pb2.Status:
     return status
 
 
-def from_status(status: status_pb2.Status) -> GradwireError:
-    """The error that `to_status` made a status of, but for what was cut."""
-    code = _CODES[status.code]
-    return _from_status(status, code) or _from_plain(code, status.message, command=False)
-
-
 def _details(error: GradwireError) -> Iterable[Message]:
     metadata = {"error": type(error).__name__, "outcome": error.outcome, "retryable": str(error.retryable).lower()}
     if error.request_id:
@@ -119,6 +113,12 @@ def abort_arguments(error: GradwireError) -> tuple[grpc.StatusCode, str, tuple[t
     """(code, details, trailing metadata): what `context.abort` takes, in grpc and in grpc.aio."""
     status = to_status(error)
     return _CODES[status.code], status.message, ((_DETAILS_KEY, status.SerializeToString()),)
+
+
+def from_status(status: status_pb2.Status) -> GradwireError:
+    """The error whose status `to_status` has made."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _from_status(status, code) or _KINDS.get(code, errors.InternalError)(status.message)
 
 
 def from_rpc_error(error: grpc.RpcError, *, command: bool, request_id: str | None = None) -> GradwireError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
-from gradwire_proto.values import SplitDecision, StepsResult
+from gradwire_proto.values import SplitDecision, StepResult, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.live_ranks import LiveRanks
@@ -21,6 +21,9 @@ from gradwire_server.storage.records import Entry, StoredUpload
 from gradwire_server.stored_replies import EndedCommand, kills_ranks, room_for_reply, stored_reply
 from gradwire_server.tensors.uploads import resolve
 from gradwire_server.work_queue import Job, Unsettled, WorkQueue
+
+if TYPE_CHECKING:
+    from gradwire_server.step_runs import StepJob
 
 T = TypeVar("T")
 
@@ -125,6 +128,7 @@ class Commands:
         failed: Callable[[GradwireError], None] | None = None,
         *,
         limited: bool = True,
+        counted: bool = True,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -134,7 +138,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed, limited=limited)
+        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted)
 
     def _begin(
         self,
@@ -147,14 +151,14 @@ class Commands:
         submitted = time.monotonic()
 
         async def apply(values: Any) -> T | Unsettled[T]:
-            return await self._apply(call, job, values, work, deliver, dataset, time.monotonic() - submitted)
+            return await self.apply(call, job, values, work, deliver, dataset, time.monotonic() - submitted)
 
         job = self.take_turn(call, tensors, apply, self._description.met)
         self.log.add(call, job)
         job.on_end(lambda _: self.log.settle(call))
         return job
 
-    async def _apply(
+    async def apply(
         self,
         call: Call,
         job: Job[T],
@@ -163,7 +167,11 @@ class Commands:
         deliver: Deliver[T] | None,
         dataset: StoredDataset | None,
         queue: float,
+        recovery_before: float = 0.0,
     ) -> T | Unsettled[T]:
+        """Carry out a command in its turn. `queue`: the seconds that it waited for that, and `recovery_before` for lost
+        ranks.
+        """
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads, dataset)
@@ -177,7 +185,7 @@ class Commands:
             result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
             if error.outcome == "applied":
-                return await self._end_with(error, call, job, uploads, self._description.info.step)
+                return await self.end_with(error, call, job, uploads, self._description.info.step)
             self._records.drop(uploads)
             if error.reason == "COMMAND_KILLS_RANKS":
                 return await self._refuse_for_good(error, call, job)
@@ -190,15 +198,15 @@ class Commands:
         commands = result.commands if isinstance(result, StepsResult) else 1
         try:
             result = result if deliver is None else await deliver(result)
-            result = with_times(result, call, queue, recovery)
-            reply = stored_reply(call.method, result)
+            result = with_times(result, call, queue, recovery_before + recovery)
+            reply = job.reply = stored_reply(call.method, result)
         except Exception as error:
-            return await self._end_with(_after_applied(error, call), call, job, uploads, before, commands)
+            return await self.end_with(_after_applied(error, call), call, job, uploads, before, commands)
         settled = await self._record(call, job, uploads, reply, commands=commands)
         self._description.settles(settled, before)
         return result if settled is None else Unsettled(result, settled)
 
-    async def _end_with(
+    async def end_with(
         self,
         error: GradwireError,
         call: Call,
@@ -207,7 +215,7 @@ class Commands:
         before: int,
         commands: int = 1,
     ) -> Unsettled[T]:
-        """Record a command that was applied, and has an error in place of a reply."""
+        """Record a command that was applied, and has an error in place of a reply. before: the step before it."""
         settled = await self._record(call, job, uploads, None, commands=commands)
         self._description.settles(settled, before)
         return self._ended(error, settled)
@@ -265,6 +273,30 @@ class Commands:
         )
         await self._records.write(entry)
         return self._records.append(entry, job)
+
+    def record_steps(self, jobs: Sequence[StepJob], results: Sequence[StepResult]) -> list[asyncio.Future[None] | None]:
+        """Number steps that were applied and put them into the journal together; for each as `_record`."""
+        entries: list[Entry] = []
+        for job, result in zip(jobs, results, strict=True):
+            call, reply = job.call, stored_reply("TrainStep", result)
+            job.reply = reply
+            self.number += 1
+            self.log.store(call, EndedCommand(self.number, call.method, reply))
+            if reply is not None:
+                self.log.weigh(call, len(reply))
+            entry = Entry(
+                number=self.number,
+                method=call.method,
+                request=call.raw,
+                reply=reply,
+                request_id=call.request_id,
+                body=call.body,
+                body_checks=True,
+                released=() if entries else self._released(),
+            )
+            entries.append(entry)
+        self._applied()
+        return self._records.append_all(entries, jobs)
 
     async def _run_again(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None

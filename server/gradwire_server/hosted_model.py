@@ -45,6 +45,8 @@ class HostedModel:
         self.life = ModelLife(description, hosting)
         self.autograd = self.life.autograd
         """The commands of clients whose own autograd goes through the model."""
+        self.steps = self.life.steps
+        """Its training steps that come in streams."""
         self.commands = self._commands = self.life.commands
         self.fitting = FitCommands(self._commands, lambda: self._workers)
         """What fits ask of it."""

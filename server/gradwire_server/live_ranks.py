@@ -108,6 +108,24 @@ class LiveRanks:
             if losses == LOSSES:
                 raise RankLost(lost.message, reason=lost.reason, retryable=True, outcome="not_applied")
 
+    async def run_together(self, work: Callable[[float], Awaitable[None]]) -> float:
+        """Several commands at once, which change the model; `work` is told how long ranks had to be waited for, and
+        calls `caught_up` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
+        they were back, as after what was noted: the rest should be tried again one by one.
+
+        Raises what `work` raises, where the model is as after what was noted.
+        """
+        recovery = await self._ensure_timed()
+        try:
+            await self._try(lambda: work(recovery), True, None)
+            return 0.0
+        except RankLost as lost:
+            if self._left:
+                raise
+            started = time.monotonic()
+            await self._regain(lost, True)
+            return time.monotonic() - started
+
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
             result = await work()

@@ -36,6 +36,8 @@ class ModelDescription:
         self.has_failed = False
         self.made_by: str | None = None
         self.operators: dict[str, str] = {}
+        self._results: Sequence[Any] = ()
+        """Of the last command that was applied, as long as nobody has asked."""
         self._spec: CurrentSpec | None = None
         self._shown: ModelInfo | None = None
         self._settled_step: int | None = None
@@ -164,9 +166,23 @@ class ModelDescription:
 
     def applied(self, result: Any) -> None:
         """A command was applied. `result` may tell the step that the model is at and the rows that ranks computed."""
-        step = result if isinstance(result, int) else getattr(result, "step", self._info.step)
-        rank_rows = getattr(result, "rank_rows", ()) or self._info.rank_rows
-        self._info = replace(self._info, step=step, rank_rows=rank_rows)
+        if not getattr(result, "rank_rows", ()):
+            self._info = self._info  # Which it does not tell goes on.
+        self._results = (result,)
+
+    @property
+    def _info(self) -> ModelInfo:
+        """As of the last result: put together when it is asked for, which takes longer than most steps may."""
+        for result in self._results:
+            step = result if isinstance(result, int) else getattr(result, "step", self._known.step)
+            rank_rows = getattr(result, "rank_rows", ()) or self._known.rank_rows
+            self._known = replace(self._known, step=step, rank_rows=rank_rows)
+        self._results = ()
+        return self._known
+
+    @_info.setter
+    def _info(self, info: ModelInfo) -> None:
+        self._known, self._results = info, ()
 
     def settles(self, settled: asyncio.Future[None] | None, before: int) -> None:
         """The last command outlives what it should once `settled` is done; None: it does. before: the step before."""
@@ -217,14 +233,14 @@ class ModelDescription:
 
     def check_usable(self) -> None:
         """Raise FailedPrecondition unless the model is ready, or will be without anybody's doing."""
-        state = self._info.state
+        state = self._known.state
         if state in ("ready", "recovering"):
             return
         if state == "failed":
-            durable = self._info.durability != "none"
+            durable = self._known.durability != "none"
             kept = ", and the storage keeps it: a restart of the service tries again" if durable else " and is lost"
             raise FailedPrecondition(
-                f"{self.name} has failed{kept}; it failed with: {self._info.last_error}",
+                f"{self.name} has failed{kept}; it failed with: {self._known.last_error}",
                 reason="MODEL_FAILED",
             )
         if state == "creating":

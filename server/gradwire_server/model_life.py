@@ -20,6 +20,7 @@ from gradwire_server.model_description import ModelDescription, deleted
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.model_recovery import ModelRecovery, Trained
 from gradwire_server.request_log import RequestLog
+from gradwire_server.step_runs import StepRuns
 from gradwire_server.stored_replies import EndedCommand, encode_reply, stored_reply_of
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.work_queue import Job, WorkQueue
@@ -27,7 +28,8 @@ from gradwire_server.workers import Workers
 
 
 class ModelLife:
-    """See the module. `commands` runs its requests, `checkpoints` saves it, `recovery` brings it back.
+    """See the module. `commands` runs its requests, `steps` its training steps, `checkpoints` saves it, `recovery`
+    brings it back.
 
     `autograd` has the commands of clients whose own autograd goes through it.
     """
@@ -51,6 +53,14 @@ class ModelLife:
             self._records,
             released=lambda: self.autograd.take_released(),
             applied=lambda: self.checkpoints.applied(),
+        )
+        self.steps = StepRuns(
+            description,
+            self._queue,
+            self.commands,
+            self.ranks,
+            self._records,
+            hosting.tensors.uploads,
         )
         self.checkpoints = ModelCheckpoints(
             description, hosting, self.commands, self.ranks, self._records, release=lambda: self.autograd.release_all()

@@ -125,19 +125,25 @@ class ModelRecords:
         The future ends with the error of the storage, outcome "unknown", where that cannot be had; `job` is confirmed
         when it can be later.
         """
+        return self.append_all([entry], [job])[0]
+
+    def append_all(self, entries: Sequence[Entry], jobs: Sequence[Job[Any]]) -> list[asyncio.Future[None] | None]:
+        """The same for several, with one write."""
         if self.journal is None:
-            return None
+            return [None] * len(jobs)
         try:
-            written = self.journal.append(entry)
+            written = self.journal.append_all(entries)
         except GradwireError as error:
-            self._unsaved[job] = entry.number
-            return asyncio.ensure_future(self._mended(error, job))
+            self._unsaved.update(zip(jobs, (entry.number for entry in entries), strict=True))
+            return [asyncio.ensure_future(self._mended(error, job)) for job in jobs]
         if written is None:
-            return None
-        self._unsaved[job] = entry.number
-        settled = asyncio.ensure_future(self._settled(written, job))
-        self.unsettled = settled
-        settled.add_done_callback(self._forget)
+            return [None] * len(jobs)
+        self._unsaved.update(zip(jobs, (entry.number for entry in entries), strict=True))
+        settled: list[asyncio.Future[None] | None] = []
+        for job in jobs:
+            self.unsettled = asyncio.ensure_future(self._settled(written, job))
+            self.unsettled.add_done_callback(self._forget)
+            settled.append(self.unsettled)
         return settled
 
     def _forget(self, settled: asyncio.Future[None]) -> None:

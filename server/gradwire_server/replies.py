@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gradwire_proto.values import (
     BackwardResult,
@@ -15,6 +15,7 @@ from gradwire_proto.values import (
     StepResult,
     StepsResult,
     TensorData,
+    Timing,
     leaves,
 )
 from gradwire_server.calls import Call
@@ -44,8 +45,34 @@ def with_times(result: T, call: Call, queue: float, recovery: float = 0.0) -> T:
         result, (StepResult, StepsResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)
     ):
         return result
-    timing = replace(result.timing, queue=queue, recovery=recovery, total=time.monotonic() - call.arrived)
-    return replace(result, timing=timing)
+    parts = result.timing
+    # Not dataclasses.replace, which takes five times as long.
+    timing = Timing(
+        queue=queue,
+        transfer=parts.transfer,
+        compute=parts.compute,
+        all_reduce=parts.all_reduce,
+        optimizer=parts.optimizer,
+        recovery=recovery,
+        total=time.monotonic() - call.arrived,
+    )
+    if not isinstance(result, StepResult):
+        return replace(result, timing=timing)
+    return cast(T, _timed_step(result, timing))
+
+
+def _timed_step(result: StepResult, timing: Timing) -> StepResult:
+    return StepResult(
+        loss=result.loss,
+        step=result.step,
+        num_examples=result.num_examples,
+        grad_norm=result.grad_norm,
+        lr=result.lr,
+        timing=timing,
+        rank_rows=result.rank_rows,
+        skipped=result.skipped,
+        loss_scale=result.loss_scale,
+    )
 
 
 async def deliver_gradients(

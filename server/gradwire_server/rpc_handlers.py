@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from gradwire_proto.codec import refuse_unknown_fields
-from gradwire_proto.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
-from gradwire_proto.names import check_request_id
+from gradwire_proto.errors import DeadlineExceeded, ResourceExhausted
 from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1 import gradient_service_pb2
 from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
-from gradwire_server.fingerprints import fingerprint
+from gradwire_server.request_parsing import parse, parse_one
 from gradwire_server.tensors.tensor_streams import UPLOAD_CHUNKS
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
@@ -30,18 +28,27 @@ T = TypeVar("T")
 
 
 def generic_handler(
-    servicer: Any, admission: Admission, message_bytes: int, stall_seconds: float
+    servicer: Any,
+    admission: Admission,
+    message_bytes: int,
+    stall_seconds: float,
+    own: Mapping[str, Callable[..., Any]],
 ) -> grpc.GenericRpcHandler:
     """The handler of every method of GradientService, each answered by the servicer's method of that name.
 
     A servicer's method takes (request, call) and returns the response. It raises GradwireErrors; anything else becomes
     an InternalError that tells nothing. A stream of requests is an async iterator, a stream of responses is returned as
     one; either ends with DeadlineExceeded STREAM_STALLED where the client keeps it waiting for `stall_seconds`.
+
+    own: methods that take and give bytes in place of messages, by name, and parse for themselves.
     """
     handlers = {
         method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes, stall_seconds)
         for method in SERVICE.methods
+        if method.name not in own
     }
+    for name, answer in own.items():
+        handlers[name] = _own_handler(SERVICE.methods_by_name[name], answer, admission, message_bytes, stall_seconds)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
@@ -59,7 +66,7 @@ def _handler(
         call = Call(deadline=_deadline(context))
         try:
             with admission:
-                request, call = _parse(kind, raw, method.name, call, message_bytes)
+                request, call = parse(kind, raw, method.name, call, message_bytes)
                 response = await answer(request, call)
                 return _check_size(response.SerializeToString(), message_bytes)
         except Exception as error:
@@ -79,7 +86,7 @@ def _handler(
         call = Call(deadline=_deadline(context))
         try:
             with admission:
-                request, call = _parse(kind, raw, method.name, call, message_bytes)
+                request, call = parse(kind, raw, method.name, call, message_bytes)
                 async with aclosing(answer(request, call)) as responses:
                     async for response in responses:
                         raw = response if isinstance(response, bytes) else response.SerializeToString()
@@ -94,39 +101,39 @@ def _handler(
     return grpc.unary_unary_rpc_method_handler(unary_unary)
 
 
+def _own_handler(
+    method: MethodDescriptor,
+    answer: Callable[..., Any],
+    admission: Admission,
+    message_bytes: int,
+    stall_seconds: float,
+) -> grpc.RpcMethodHandler:
+    async def unary_unary(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                return _check_size(await answer(raw, call), message_bytes)
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
+    async def stream_stream(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        call = Call(deadline=_deadline(context))
+        try:
+            with admission:
+                async with aclosing(answer(messages, call)) as responses:
+                    async for response in responses:
+                        await _in_time(context.write(response), stall_seconds)
+        except Exception as error:
+            raise await _abort(context, error, call) from None
+
+    if method.client_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream_stream)
+    return grpc.unary_unary_rpc_method_handler(unary_unary)
+
+
 def _deadline(context: grpc.aio.ServicerContext) -> float | None:
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-def _parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
-    if len(raw) > message_bytes:
-        raise ResourceExhausted(
-            f"the request has {len(raw)} bytes, and the server's setting message_bytes allows {message_bytes} in a"
-            " message; send large tensors with UploadTensors",
-            reason="MESSAGE_TOO_LARGE",
-        )
-    request = _parse_one(kind, raw)
-    # Not dataclasses.replace, which takes ten times as long.
-    return request, Call(
-        arrived=call.arrived,
-        deadline=call.deadline,
-        method=method,
-        raw=raw,
-        request_id=check_request_id(getattr(request, "request_id", "")),
-        body=fingerprint(method, raw),
-    )
-
-
-def _parse_one(kind: type[Message], raw: bytes) -> Any:
-    try:
-        request = kind.FromString(raw)
-    except DecodeError:
-        raise InvalidArgument(
-            f"the bytes are no {kind.DESCRIPTOR.full_name} message", reason="MALFORMED_MESSAGE"
-        ) from None
-    refuse_unknown_fields(request)
-    return request
 
 
 async def _parse_each(
@@ -136,7 +143,7 @@ async def _parse_each(
     chunks_of = UPLOAD_CHUNKS if kind is gradient_service_pb2.UploadTensorsRequest else None
     while (raw := await _in_time(anext(following, None), stall_seconds)) is not None:
         chunk = None if chunks_of is None else chunks_of.chunk(raw)
-        yield _parse_one(kind, raw) if chunk is None else chunk
+        yield parse_one(kind, raw) if chunk is None else chunk
 
 
 async def _in_time(step: Awaitable[T], stall_seconds: float) -> T:

@@ -22,6 +22,7 @@ from gradwire_server.replaying import Replayer
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
+from gradwire_server.step_calls import StepCalls
 from gradwire_server.tensors.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
@@ -70,7 +71,9 @@ class Service:
         # What was taken under former limits is taken once more.
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
         hosting.replayer.servicer = Servicer(*parts, taken)
-        handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds)
+        steps = StepCalls(self._models.get, limits, self._admission, config.stall_seconds)
+        own = {"TrainStep": steps.train_step, "TrainSteps": steps.train_steps}
+        handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds, own)
         self._server = GrpcServer(handler, limits.message_bytes)
 
     async def start(self) -> int:

@@ -83,7 +83,11 @@ class EndedCommand:
             return decode_reply(self.method, self.reply)
         if self.answer is not None:
             return self.answer
-        raise FailedPrecondition(
+        raise self.forgotten()
+
+    def forgotten(self) -> FailedPrecondition:
+        """What is told where its reply is not known."""
+        return FailedPrecondition(
             "the command was applied, and its reply was too large to be stored",
             reason="REPLY_FORGOTTEN",
             outcome="applied",

@@ -46,10 +46,13 @@ class Job(Generic[T]):
         failed: Callable[[GradwireError], None] | None,
     ) -> None:
         self.error: GradwireError | None = None
+        self.reply: bytes | None = None
+        """The bytes of its response, where they are at hand."""
         self._request_id = call.request_id
         self._claim = claim
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
         self._failed = failed
+        self._begun: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = None
         self._result: T | None = None
         self._settled_error: GradwireError | None = None
         self._waiters = 0
@@ -82,7 +85,7 @@ class Job(Generic[T]):
             await self.wait()
         except asyncio.CancelledError:
             if self._waiters == 1:
-                self.refuse(Cancelled("the caller gave up while the request was in the queue; nothing was applied"))
+                self.refuse(_given_up())
             raise
         finally:
             self._waiters -= 1
@@ -98,8 +101,7 @@ class Job(Generic[T]):
 
     async def run(self) -> None:
         """Do the work, unless it was refused or the last caller's deadline has passed."""
-        if self._deadline is not None and self._deadline <= time.monotonic():
-            self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
+        self.expire()
         work, self._work = self._work, None
         if work is None:
             return
@@ -109,15 +111,23 @@ class Job(Generic[T]):
             self._fail(error)
         except BaseException:
             self.error = Cancelled("the service stopped", outcome="unknown" if self._failed else "not_applied")
-            self._ended.set_result(None)
+            self._end()
             raise
         finally:
             self._claim.spend()
 
+    def expire(self) -> None:
+        """Refuse it if the deadline of all who wait for it has passed."""
+        if self._deadline is not None and self._deadline <= time.monotonic():
+            self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
+
+    def _end(self) -> None:
+        self._ended.set_result(None)
+
     def _take(self, outcome: T | Unsettled[T]) -> None:
         if not isinstance(outcome, Unsettled):
             self._result = outcome
-            self._ended.set_result(None)
+            self._end()
             return
         self._result, self._settled_error = outcome.result, outcome.error
         outcome.settled.add_done_callback(self._settle)
@@ -131,7 +141,7 @@ class Job(Generic[T]):
             if not self._failed:
                 # What it looked at may be undone; of itself nothing is left.
                 self.error.outcome = "not_applied"
-        self._ended.set_result(None)
+        self._end()
 
     def _fail(self, error: Exception) -> None:
         # A defect in the middle of a command may have left anything behind; a read leaves nothing.
@@ -139,7 +149,58 @@ class Job(Generic[T]):
         self.error = copy.copy(public_error(error, self._request_id, outcome=outcome))
         if self._failed:
             self._failed(self.error)
-        self._ended.set_result(None)
+        self._end()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was neither begun nor refused."""
+        return self._work is not None
+
+    # What several jobs that run at once are told in place of `run`.
+
+    def begin(self) -> None:
+        """It has begun: `take`, `fail`, `cut` or `put_back` must follow. Its tensors are in its request."""
+        self._begun, self._work = self._work, None
+
+    def put_back(self) -> None:
+        """It was not carried out after all, and waits again."""
+        self._work, self._begun = self._begun, None
+
+    def take(self, outcome: T | Unsettled[T]) -> None:
+        """It is done."""
+        self._begun = None
+        self._take(outcome)
+
+    def fail(self, error: Exception) -> None:
+        """It ends with this error."""
+        self._begun = None
+        self._fail(error)
+
+    def cut(self) -> None:
+        """Nobody will know what became of it: the service stops."""
+        self.error = Cancelled("the service stopped", outcome="unknown")
+        self._end()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended, or will once it is settled, with an error."""
+        return self.error is not None or self._settled_error is not None
+
+    @property
+    def value(self) -> T:
+        """What it gave, once it has ended without an error."""
+        return cast(T, self._result)
+
+    def join(self) -> None:
+        """Want the work done, however long it takes, until `leave`."""
+        self._waiters += 1
+        self._awaited, self._deadline = True, None
+
+    def leave(self) -> None:
+        """Want it no more: if nobody does and it was not begun, it never will be."""
+        self._waiters -= 1
+        if not self._waiters:
+            self.refuse(_given_up())
 
     def confirm(self) -> None:
         """What could not be settled when the work had ended is so now: the result counts."""
@@ -152,7 +213,11 @@ class Job(Generic[T]):
         self._work = None
         self._claim.give_back()
         self.error = error
-        self._ended.set_result(None)
+        self._end()
+
+
+def _given_up() -> Cancelled:
+    return Cancelled("the caller gave up while the request was in the queue; nothing was applied")
 
 
 def queue_full(limit: int) -> ResourceExhausted:
@@ -173,6 +238,8 @@ class WorkQueue:
         self._limit = limit
         self._jobs: deque[Job[Any]] = deque()
         self._count = 0
+        self._in_turns = 0
+        """Requests in turns, less these turns."""
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._runner: asyncio.Task[None] | None = None
@@ -186,25 +253,48 @@ class WorkQueue:
         failed: Callable[[GradwireError], None] | None = None,
         *,
         limited: bool = True,
+        counted: bool = True,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
 
         `failed`, of commands, hears of the work's error before the next work begins. Without `limited`, for what no
-        client asks for, there is always room. Raises ResourceExhausted
-        QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
+        client asks for, there is always room. Without `counted` it is a turn of requests that `enter` counts. Raises
+        ResourceExhausted QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
         """
-        if self._closed is not None:
-            raise copy.copy(self._closed)
-        if limited and self._count >= self._limit:
-            raise queue_full(self._limit)
+        self._check_room(limited)
         job = Job(call, self._uploads.claim(tensors), work, failed)
         job.on_end(self._forget)
         self._jobs.append(job)
         self._count += 1
+        if not counted:
+            self._count_requests(-1)
+            job.on_end(lambda _: self._count_requests(1))
         self._all_ended.clear()
         if self._runner is None:
             self._runner = asyncio.get_running_loop().create_task(self._run())
         return job
+
+    def enter(self) -> None:
+        """One more request is in a turn that was not counted itself, until `leave`. Raises as `submit`."""
+        self._check_room(True)
+        self._count_requests(1)
+
+    def leave(self) -> None:
+        """It has ended."""
+        self._count_requests(-1)
+
+    def _check_room(self, limited: bool) -> None:
+        if self._closed is not None:
+            raise copy.copy(self._closed)
+        if limited and self._count + self._in_turns >= self._limit:
+            raise queue_full(self._limit)
+
+    def _count_requests(self, change: int) -> None:
+        self._in_turns += change
+
+    def is_last(self, job: Job[Any]) -> bool:
+        """Whether it waits, and nothing behind it."""
+        return bool(self._jobs) and self._jobs[-1] is job
 
     def _forget(self, job: Job[Any]) -> None:
         self._count -= 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from gradwire_proto.batch_form import FormedStep
 from gradwire_proto.errors import RankLost
 from gradwire_proto.values import (
     BackwardQuery,
@@ -137,6 +138,19 @@ class Workers(Protocol):
         ...
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult: ...
+
+    def together(self, steps: Sequence[FormedStep]) -> int:
+        """How many of these steps, from the first, can be handed to the ranks at once; 0: the first must go alone."""
+        ...
+
+    async def train_steps(
+        self, steps: Sequence[FormedStep], *, command: int, took: Callable[[list[StepResult]], None]
+    ) -> None:
+        """`train_step` of these, from this command on. `took` is called with the results of those that are applied.
+
+        Raises the error of the first that is not; those behind it were not begun.
+        """
+        ...
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult: ...
 

@@ -88,7 +88,9 @@ class _Handlers(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         method = SERVICE.methods_by_name[handler_call_details.method.rpartition("/")[2]]
-        if method.client_streaming:
+        if method.client_streaming and method.server_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+        elif method.client_streaming:
             make = grpc.stream_unary_rpc_method_handler
         elif method.server_streaming:
             make = grpc.unary_stream_rpc_method_handler

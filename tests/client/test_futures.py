@@ -16,9 +16,28 @@ from gradwire import errors
 from gradwire.futures import CallQueue
 
 
+class NoSteps:
+    """No training steps are submitted here: test_step_futures.py."""
+
+    has_room = True
+
+    def __len__(self) -> int:
+        return 0
+
+    def add(self, future, step) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @pytest.fixture
 def queue():
-    queue = CallQueue("test")
+    queue = CallQueue("test", NoSteps())
     yield queue
     queue.cancel()
 

@@ -195,7 +195,7 @@ class FakeFitting:
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
-    `kept` is what `salvage` gives.
+    `kept` is what `salvage` gives. Batches that begin with `refused` are refused.
     """
 
     def __init__(self, state: ModelState | None = None, cluster: FakeCluster | None = None) -> None:
@@ -213,6 +213,9 @@ class FakeWorkers:
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls: list[tuple[Any, ...]] = []
+        self.most_together = 1000
+        self.dispatches: list[int] = []
+        self.refused: bytes | None = None
         self.weights = two_floats()
         self.error: Exception | None = None
         self.result: Any = None
@@ -279,10 +282,20 @@ class FakeWorkers:
         value = read(batch.inputs)
         if self.cluster is not None and self.cluster.deadly and value.startswith(self.cluster.deadly):
             raise RankLost("rank 0 died", outcome="unknown")
+        if self.refused is not None and value.startswith(self.refused):
+            raise InvalidArgument("too large", field="batch.inputs", reason="SHAPE_MISMATCH")
         await self._call("train_step", value, command, lr)
         self.step += 1
         self.applied += 1
         return StepResult(loss=0.5, step=self.step, num_examples=1, lr=lr, rank_rows=(1,))
+
+    def together(self, steps: Any) -> int:
+        return min(len(steps), self.most_together)
+
+    async def train_steps(self, steps: Any, *, command: int, took: Any) -> None:
+        self.dispatches.append(len(steps))
+        for number, step in enumerate(steps, start=command):
+            took([await self.train_step(step.form.batch(step.data), command=number, lr=step.lr)])
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         await self._call("forward_backward", command)

@@ -99,6 +99,8 @@ def nested_places(descriptor: Descriptor) -> Iterator[tuple[FieldDescriptor, ...
 PLACES = [
     pytest.param(method, way, id=f"{method.name}-{'.'.join(field.name for field in way)}")
     for method in METHODS
+    # Its messages hold those of TrainStep, and each is answered by itself: test_train_steps.py.
+    if method.name != "TrainSteps"
     for way in nested_places(method.input_type)
 ]
 

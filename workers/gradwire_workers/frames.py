@@ -15,6 +15,9 @@ from gradwire_proto.values import Segment, TensorData
 
 Frame: TypeAlias = "bytes | bytearray | memoryview"
 
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+"""JSON without spaces. json.dumps would make an encoder each time."""
+
 # JSON has no word for these: each is an object with this one key.
 _TENSOR, _SEGMENT, _BYTES, _TUPLE, _DICT = "$tensor", "$segment", "$bytes", "$tuple", "$dict"
 
@@ -23,7 +26,7 @@ def pack(message: Mapping[str, Any]) -> list[Frame]:
     """The frames of a message; frame 0 is the header. TypeError for a value that a message cannot hold."""
     frames: list[Frame] = [b""]
     header = {key: _encode(value, frames) for key, value in message.items()}
-    frames[0] = json.dumps(header, separators=(",", ":")).encode()
+    frames[0] = to_json(header).encode()
     return frames
 
 

@@ -69,6 +69,11 @@ class GroupVariants:
         return tuple(self._variants)
 
     @property
+    def count(self) -> int:
+        """How many these are."""
+        return len(self._variants)
+
+    @property
     def opened(self) -> tuple[Variant, ...]:
         """Of those the ones that batches of an architecture have brought, and that a command has used."""
         return () if self._opening is None else tuple(each for each in self._variants if each is not self._untried)
@@ -181,6 +186,18 @@ class GroupVariants:
         variant, rows = await self._fitting(batch, training=True, targets=True, reads=False)
         rows = rows if varies(variant) else examples_in(batch)
         return variant, rows, self._decisions.get(variant.name, _SPLIT).whole is not None
+
+    def choose_known(self, batch: Batch) -> tuple[list[Shard], int] | None:
+        """(the ranks' shards of a batch to train on, its rows); None where that has to be tried first, or fails."""
+        if self._untried is not None:
+            return None
+        try:
+            variant, rows = select_variant(self._variants, batch, training=True, targets=True)
+        except GradwireError:
+            return None
+        rows = rows if varies(variant) else examples_in(batch)
+        whole = self._decisions.get(variant.name, _SPLIT).whole is not None
+        return split(variant, rows, batch, ranks=len(self._ranks), whole=whole), rows
 
     @contextmanager
     def carried_out(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from gradwire_proto.errors import GradwireError, RankLost, by_name
 from gradwire_workers.frames import pack, unpack
+from gradwire_workers.step_rows import StepRow, decode_rows
 
 # Frames above this are handed to ZeroMQ uncopied; below, the bookkeeping costs more than the copy.
 _COPY_BELOW = 64 << 10
@@ -50,6 +51,7 @@ class RankChannel:
         self.on_lost: Callable[[RankLost], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._takers: dict[int, Callable[[list[StepRow]], None]] = {}
         self._last_call = 0
         self._closed = False
         self._socket = context.socket(zmq.PAIR)
@@ -69,8 +71,15 @@ class RankChannel:
         # The descriptors signal changes only: what came before they were watched must be looked for.
         self._loop.call_soon(self._watch)
 
-    def call(self, kind: str, fields: Mapping[str, Any] | None = None) -> asyncio.Future[Answer]:
+    def call(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        take: Callable[[list[StepRow]], None] | None = None,
+    ) -> asyncio.Future[Answer]:
         """Sends a command at once. The future holds what the rank answers, an error that it raised included.
+
+        take: called with the rows of an answer that comes in parts, as they come, and before the future is done.
 
         RankLost (outcome unknown) when the rank dies before it answers.
         """
@@ -81,6 +90,8 @@ class RankChannel:
         self._last_call += 1
         frames = pack({"call": self._last_call, "kind": kind, "fields": fields or {}})
         self._waiting[self._last_call] = answer
+        if take is not None:
+            self._takers[self._last_call] = take
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError:
@@ -99,6 +110,8 @@ class RankChannel:
     def _read(self) -> None:
         while not self._closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
             message = unpack(self._socket.recv_multipart(zmq.NOBLOCK))
+            if "rows" in message and not self._take(message):
+                continue
             answer = self._waiting.pop(message["call"], None)
             if answer is None or answer.done():
                 continue
@@ -111,6 +124,14 @@ class RankChannel:
                     busy=message["busy"],
                 )
             )
+
+    def _take(self, message: Mapping[str, Any]) -> bool:
+        """Hand over the rows of a part. Whether it was the last."""
+        is_over = message.get("is_over", False)
+        take = self._takers.pop(message["call"], None) if is_over else self._takers.get(message["call"])
+        if take is not None:
+            take(decode_rows(message["rows"]))
+        return is_over
 
     def _watch(self) -> None:
         while not self._closed and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,18 +26,22 @@ from gradwire_workers.rank_answers import gradients_of
 from gradwire_workers.rank_channel import encode_error
 from gradwire_workers.rank_fitting import RankFitting, orders_of, report_of
 from gradwire_workers.rank_functions import RankFunctions
-from gradwire_workers.rank_standing import RankStanding
+from gradwire_workers.rank_standing import NUMBER, RankStanding
 from gradwire_workers.rank_states import saved_state_in
+from gradwire_workers.rank_steps import RankSteps
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
+from gradwire_workers.step_rows import StepRow
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
 from gradwire_workers.training.determinism import compute_as_torch_does, compute_repeatably
 from gradwire_workers.training.out_of_memory import out_of_memory_told
-from gradwire_workers.training.reports import BackwardReport, RetainedReport
+from gradwire_workers.training.reports import BackwardReport, RetainedReport, StepReport
 
 Fields = Mapping[str, Any]
+
+T = TypeVar("T")
 
 # Those in which ranks may wait for each other. Not every forward has collectives: one that fails costs a rejoin more.
 _COLLECTIVE = frozenset(
@@ -106,11 +110,14 @@ class RankCommands:
             "differentiate_function": self._functions.differentiate,
         }
 
-    def answer(self, kind: str, fields: Fields) -> Fields:
+    def answer(self, kind: str, fields: Fields) -> Fields | Iterator[StepRow]:
         """Carries out one command. Running out of memory is ResourceExhausted (OUT_OF_MEMORY).
 
-        An error after the command was carried out has the outcome "applied".
+        An error after the command was carried out has the outcome "applied". "train_steps" answers row by row, and
+        carries out each step when its row is asked for.
         """
+        if kind == "train_steps":
+            return RankSteps(fields).carry_out(self._model, self._carry_out_step)
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
@@ -118,7 +125,22 @@ class RankCommands:
         with errors_after_applied(), out_of_memory_told():
             return outgoing(answer, self._segments)
 
-    def _carry_out(self, kind: str, command: Callable[[Fields], Fields], fields: Fields) -> Fields:
+    def _carry_out_step(self, step: Callable[[], StepReport], number: int) -> StepReport:
+        """As `answer` does a command, which takes longer than to do so where it fails alone."""
+        try:
+            report = step()
+        except BaseException as error:
+            failure = error
+        else:
+            self._standing_of.applied = number
+            return report
+
+        def fail(_: Fields) -> StepReport:
+            raise failure
+
+        return self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
+
+    def _carry_out(self, kind: str, command: Callable[[Fields], T], fields: Fields) -> T:
         lifted = limits_lifted() if fields.get(AGAIN) else nullcontext()
         with out_of_memory_told(), self._together(kind), lifted:
             return command(fields)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import zmq
@@ -19,14 +19,15 @@ from zmq.utils.monitor import recv_monitor_message
 from gradwire_proto.errors import GradwireError, InternalError
 from gradwire_workers.frames import Frame, pack, unpack
 from gradwire_workers.rank_channel import encode_error
+from gradwire_workers.step_rows import StepRow, encode_rows
 
 logger = logging.getLogger(__name__)
 
 
 class Commands(Protocol):
-    """What a rank does with a command: its fields in, the fields of the answer out."""
+    """What a rank does with a command: its fields in, the fields of the answer out, or its rows one after another."""
 
-    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any] | Iterator[StepRow]: ...
 
     @property
     def needs_rejoin(self) -> bool: ...
@@ -68,6 +69,9 @@ class RankServer:
         def packed(reply: Mapping[str, Any]) -> list[Frame]:
             return pack({**reply, "call": message["call"], "busy": time.perf_counter() - started})
 
+        if message["kind"] == "train_steps":
+            self._serve_rows(message["kind"], message["fields"], packed)
+            return
         self._socket.send_multipart(self._reply(message["kind"], message["fields"], packed))
 
     def _reply(
@@ -85,6 +89,30 @@ class RankServer:
             logger.exception("the command %s failed", kind)
             failure = InternalError(f"{type(error).__name__}: {error}", outcome=outcome)
         return packed({"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin})
+
+    def _serve_rows(
+        self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
+    ) -> None:
+        """Answer a command with its rows, in parts: one when the field `part_seconds` has passed since the last.
+
+        The last one says that it is over, and how.
+        """
+        rows: list[StepRow] = []
+        sent = time.perf_counter()
+        ending: dict[str, Any] = {}
+        try:
+            for row in self._commands.answer(kind, fields):
+                rows.append(row)  # pyright: ignore[reportArgumentType]
+                if (now := time.perf_counter()) - sent >= fields["part_seconds"]:
+                    self._socket.send_multipart(packed({"rows": encode_rows(rows)}))
+                    rows, sent = [], now
+        except GradwireError as error:
+            ending = {"error": encode_error(error), "needs_rejoin": self._commands.needs_rejoin}
+        except Exception as error:
+            logger.exception("the command %s failed", kind)
+            failure = InternalError(f"{type(error).__name__}: {error}", outcome="not_applied")
+            ending = {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
+        self._socket.send_multipart(packed({"rows": encode_rows(rows), "is_over": True, **ending}))
 
     def _watch(self) -> None:
         if not self._monitor.poll(self._patience * 1000):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
 
 Fields = Mapping[str, Any]
+
+T = TypeVar("T")
 
 NUMBER = "number"
 """The field of a command that changes the model: the how many-th of its group it is, from 1."""
@@ -21,7 +23,7 @@ class RankStanding:
     applied: int = 0
     torn: bool = False
 
-    def carry_out(self, command: Callable[[Fields], Fields], fields: Fields) -> Fields:
+    def carry_out(self, command: Callable[[Fields], T], fields: Fields) -> T:
         """The command's answer. Once it is there, the command is applied, whatever becomes of its answer."""
         number = fields.get(NUMBER)
         try:

@@ -14,6 +14,7 @@ from gradwire_workers.lifted_limits import AGAIN
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.rank_standing import NUMBER
+from gradwire_workers.step_rows import StepRow
 
 _SECONDS_TO_FINISH = 1.0
 # A rank that is through the last collective of a command has only its update before it.
@@ -92,6 +93,60 @@ class Ranks:
             raise missing
         raise await self._recover(kind, answers, failed, changes)
 
+    def begin(
+        self,
+        kind: str,
+        fields: Sequence[Mapping[str, Any]],
+        take: Sequence[Callable[[list[StepRow]], None]],
+        news: Callable[[], None],
+    ) -> list[asyncio.Future[Answer]]:
+        """Sends each rank its fields. `take`: what each rank answers bit by bit; `news`: called when more came of it.
+
+        Once a rank is lost, the others have a second to end. `end`, or `abandon`, must follow. Raises RankLost where a
+        rank was lost before.
+        """
+        if self.lost is not None:
+            raise self._lost_before()
+        self._patience = _SECONDS_TO_FINISH
+
+        def taking(take: Callable[[list[StepRow]], None]) -> Callable[[list[StepRow]], None]:
+            def took(rows: list[StepRow]) -> None:
+                take(rows)
+                news()
+
+            return took
+
+        each = zip(self.processes, fields, take, strict=True)
+        self._calls = [process.call(kind, of_rank, taking(its)) for process, of_rank, its in each]
+        for call in self._calls:
+            call.add_done_callback(lambda _: news())
+        return self._calls
+
+    async def end(self, kind: str, calls: Sequence[asyncio.Future[Answer]], *, even: bool) -> None:
+        """All `calls` are over: raises the error that a changing command of this kind has ended with, as `call` does
+        where any rank's answer will do.
+
+        even: whether all ranks had got equally far.
+        """
+        self._patience = 0.0
+        missing = next((error for call in calls if isinstance(error := call.exception(), RankLost)), None)
+        answers = [call.result() for call in calls if call.exception() is None]
+        failed = [answer for answer in answers if answer.error is not None]
+        if len(failed) < len(answers) and (missing is not None or not failed):
+            return
+        if missing is None and (not even or len(failed) < len(answers)):
+            missing = RankLost(f"a {kind} was applied on some ranks only", outcome="unknown")
+        if missing is not None:
+            raise self.give_up(missing)
+        raise await self._recover(kind, answers, failed, True)
+
+    def abandon(self, kind: str, calls: Sequence[asyncio.Future[Answer]]) -> None:
+        """Nobody knows what the ranks did, or when they are done."""
+        self._patience = 0.0
+        for call in calls:
+            call.cancel()
+        self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
+
     async def _answers(
         self, kind: str, fields: Sequence[Mapping[str, Any]], *, patience: float = 0.0
     ) -> tuple[list[Answer], RankLost | None]:
@@ -111,10 +166,7 @@ class Ranks:
                 except RankLost as lost:
                     missing = missing or lost
         except BaseException:
-            # Abandoned halfway: nobody knows what the ranks did, or when they are done.
-            for call in calls:
-                call.cancel()
-            self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
+            self.abandon(kind, calls)
             raise
         finally:
             self._patience = 0.0
@@ -140,7 +192,8 @@ class Ranks:
         return cause or InternalError(f"a {kind} failed")
 
     def give_up(self, lost: RankLost) -> RankLost:
-        """The ranks are no longer equal: they are lost. Returns the error of that."""
+        """The ranks are no longer equal, and no answer matters: they are lost. Returns the error of that."""
+        self._patience = 0.0
         self._lose(lost)
         return self.lost or lost
 

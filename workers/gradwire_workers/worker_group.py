@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
+from gradwire_proto.batch_form import BatchForm, FormedStep
 from gradwire_proto.codec import encode_optimizer, encode_variant
 from gradwire_proto.errors import FailedPrecondition, RankLost
 from gradwire_proto.values import (
@@ -34,6 +35,7 @@ from gradwire_workers.combining import forward_result, gradient_result, step_res
 from gradwire_workers.fit_group import FitGroup
 from gradwire_workers.group_state import model_state
 from gradwire_workers.group_variants import GroupVariants
+from gradwire_workers.packed_steps import Layout, Layouts, pack_steps
 from gradwire_workers.pool.lease import Lease
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
@@ -41,6 +43,9 @@ from gradwire_workers.salvage import salvage
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard, shard_fields
 from gradwire_workers.sharding import least_rows
+from gradwire_workers.step_dispatch import StepDispatch
+from gradwire_workers.step_rows import StepRow
+from gradwire_workers.step_rows import step_result as packed_result
 from gradwire_workers.variant_splits import varies
 
 
@@ -70,6 +75,7 @@ class WorkerGroup:
         self._variants = variants
         self._threads = threads
         self._writer = writer
+        self._layouts = Layouts(self._layout)
         self._release = release
         self._closed = False
         self._releasing: asyncio.Future[None] | None = None
@@ -195,6 +201,33 @@ class WorkerGroup:
         # Of all that ranks answer only this is not the same: a lost one need not be asked.
         return replace(step_result(answers, rows), rank_rows=tuple(shard.count for shard in shards))
 
+    def together(self, steps: Sequence[FormedStep]) -> int:
+        """How many of these steps, from the first, can go to the ranks together; 0: the first must go alone."""
+        return len(self._layouts.of_first(steps, self._variants.count))
+
+    async def train_steps(
+        self, steps: Sequence[FormedStep], *, command: int, took: Callable[[list[StepResult]], None]
+    ) -> None:
+        """`train_step` of steps that can go together, from this command on.
+
+        `took` is called with the results of steps that are applied, in order, as they come. Raises the error of the
+        first that is not; those behind it were not begun. Where ranks are lost, what one rank has carried out is
+        applied, as in `train_step`.
+        """
+        layouts, number = self._layouts.of_first(steps, self._variants.count), self._ranks.applied + 1
+        fields = [pack_steps(steps, layouts, rank=rank, command=command, number=number) for rank in range(self.workers)]
+        following = iter(layouts)
+
+        def applied(of_steps: Sequence[Sequence[StepRow]], idle: float) -> None:
+            took([_packed_result(of_ranks, next(following), idle) for of_ranks in of_steps])
+
+        await StepDispatch(self._ranks, applied).run(fields)
+
+    def _layout(self, form: BatchForm) -> Layout | None:
+        """How batches of this form are spread; None where only trying tells."""
+        known = self._variants.choose_known(form.numbered)
+        return None if known is None else Layout(form, *known)
+
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         """Adds the batch's gradients to those that the ranks hold."""
         shards, rows = await self._split(batch, training=True)
@@ -312,3 +345,7 @@ class WorkerGroup:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
         with self._variants.carried_out():
             return await self._ranks.call(kind, fields, changes=changes, any_will_do=any_will_do)
+
+
+def _packed_result(of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
+    return packed_result(of_ranks, layout.rows, rank_rows=layout.rank_rows, transfer=idle)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from google.rpc import code_pb2, status_pb2
 
 from gradwire_proto.encoding.enum_words import COMMAND_STATES
@@ -13,20 +11,31 @@ from gradwire_proto.v1 import gradient_service_pb2 as service_pb
 from gradwire_proto.v1 import model_pb2 as pb
 from gradwire_proto.values import CommandInfo, ForwardResult, GradientResult, StepResult, Timing
 
-_TIMING_PARTS = tuple(part.name for part in fields(Timing))
-
 
 def encode_timing(value: Timing, into: pb.Timing | None = None) -> pb.Timing:
     """The message of a timing, in seconds."""
     message = pb.Timing() if into is None else into
-    for part in _TIMING_PARTS:
-        setattr(message, part, getattr(value, part))
+    message.queue = value.queue
+    message.transfer = value.transfer
+    message.compute = value.compute
+    message.all_reduce = value.all_reduce
+    message.optimizer = value.optimizer
+    message.recovery = value.recovery
+    message.total = value.total
     return message
 
 
 def decode_timing(message: pb.Timing) -> Timing:
     """The timing of a message, in seconds."""
-    return Timing(**{part: getattr(message, part) for part in _TIMING_PARTS})
+    return Timing(
+        queue=message.queue,
+        transfer=message.transfer,
+        compute=message.compute,
+        all_reduce=message.all_reduce,
+        optimizer=message.optimizer,
+        recovery=message.recovery,
+        total=message.total,
+    )
 
 
 def encode_step_result(value: StepResult, into: pb.StepResult | None = None) -> pb.StepResult:

@@ -2,6 +2,7 @@ from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import field_info_pb2 as _field_info_pb2
 from google.api import resource_pb2 as _resource_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from google.rpc import status_pb2 as _status_pb2
 from gradwire_proto.v1 import checkpoint_pb2 as _checkpoint_pb2
 from gradwire_proto.v1 import dataset_pb2 as _dataset_pb2
 from gradwire_proto.v1 import model_pb2 as _model_pb2
@@ -262,6 +263,26 @@ class TrainStepResponse(_message.Message):
     RESULT_FIELD_NUMBER: _ClassVar[int]
     result: _model_pb2.StepResult
     def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ...) -> None: ...
+
+class TrainStepsRequest(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[TrainStepRequest]
+    def __init__(self, steps: _Optional[_Iterable[_Union[TrainStepRequest, _Mapping]]] = ...) -> None: ...
+
+class TrainStepsResponse(_message.Message):
+    __slots__ = ("outcomes",)
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedCompositeFieldContainer[TrainStepsOutcome]
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[TrainStepsOutcome, _Mapping]]] = ...) -> None: ...
+
+class TrainStepsOutcome(_message.Message):
+    __slots__ = ("result", "error")
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    result: _model_pb2.StepResult
+    error: _status_pb2.Status
+    def __init__(self, result: _Optional[_Union[_model_pb2.StepResult, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class ZeroGradRequest(_message.Message):
     __slots__ = ("name", "request_id")

@@ -92,6 +92,11 @@ class GradientServiceStub(object):
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepRequest.SerializeToString,
                 response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepResponse.FromString,
                 _registered_method=True)
+        self.TrainSteps = channel.stream_stream(
+                '/gradwire.v1.GradientService/TrainSteps',
+                request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsRequest.SerializeToString,
+                response_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsResponse.FromString,
+                _registered_method=True)
         self.ZeroGrad = channel.unary_unary(
                 '/gradwire.v1.GradientService/ZeroGrad',
                 request_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.ZeroGradRequest.SerializeToString,
@@ -291,6 +296,14 @@ class GradientServiceServicer(object):
 
     def TrainStep(self, request, context):
         """Forward, backward, all-reduce and update in one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrainSteps(self, request_iterator, context):
+        """Steps of one model, each as TrainStep takes it, in order: the next ones are sent before the answers to those before. A step that is refused ends the
+        stream: those behind it are not applied, and each is answered so (reason STEP_BEFORE_REFUSED). Where the connection breaks, repeating a step settles it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -524,6 +537,11 @@ def add_GradientServiceServicer_to_server(servicer, server):
                     servicer.TrainStep,
                     request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepRequest.FromString,
                     response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepResponse.SerializeToString,
+            ),
+            'TrainSteps': grpc.stream_stream_rpc_method_handler(
+                    servicer.TrainSteps,
+                    request_deserializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsRequest.FromString,
+                    response_serializer=gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsResponse.SerializeToString,
             ),
             'ZeroGrad': grpc.unary_unary_rpc_method_handler(
                     servicer.ZeroGrad,
@@ -925,6 +943,33 @@ class GradientService(object):
             '/gradwire.v1.GradientService/TrainStep',
             gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepRequest.SerializeToString,
             gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrainSteps(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/gradwire.v1.GradientService/TrainSteps',
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsRequest.SerializeToString,
+            gradwire__proto_dot_v1_dot_gradient__service__pb2.TrainStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

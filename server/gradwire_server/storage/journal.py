@@ -140,23 +140,30 @@ class Journal:
         """
         if self.broken is None:
             try:
-                self._ahead = entry, self._write(entry)
+                self._ahead = entry, self._write([entry])[0]
             except (OSError, GradwireError) as error:
                 self._ahead = entry, error
 
-    def _written(self, entry: Entry) -> int:
+    def _written(self, entries: Sequence[Entry]) -> list[int]:
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] is not entry:
-            return self._write(entry)
+        if ahead is None or ahead[0] is not entries[0]:
+            return self._write(entries)
         if isinstance(ahead[1], Exception):
             raise ahead[1]
-        return ahead[1]
+        return [ahead[1]]
 
-    def _write(self, entry: Entry) -> int:
-        expected, found = (self._next - 1, entry.number) if entry.unnumbered else (self._next, entry.first)
-        assert found == expected, f"command {found} follows {self._next - 1}"
+    def _write(self, entries: Sequence[Entry]) -> list[int]:
+        """Write records; the bytes of each."""
+        last = self._next - 1
+        for entry in entries:
+            expected, found = (last, entry.number) if entry.unnumbered else (last + 1, entry.first)
+            assert found == expected, f"command {found} follows {last}"
+            last = entry.number
         segment = self._segment or self._begin_segment()
-        return segment.write(encode(entry, segment.seed, self._synced if self._durable else None))
+        synced = self._synced if self._durable else None
+        records = [encode(entry, segment.seed, synced) for entry in entries]
+        segment.write([part for record in records for part in record])
+        return [sum(map(len, record)) for record in records]
 
     def append(self, entry: Entry) -> asyncio.Future[None] | None:
         """Record a command that was carried out. None: it may be acknowledged; a future: once that is done.
@@ -164,11 +171,15 @@ class Journal:
         FailedPrecondition MODEL_FENCED, or an error of `storage_error`, from here or from the future, has the outcome
         "unknown" and breaks the journal: the command must not be acknowledged.
         """
+        return self.append_all([entry])
+
+    def append_all(self, entries: Sequence[Entry]) -> asyncio.Future[None] | None:
+        """The same for several, with one write."""
         if self.broken is not None:
             self._ahead = None
             raise copy.copy(self.broken)
         try:
-            nbytes = self._written(entry)
+            sizes = self._written(entries)
             self._lock.check()
         except OSError as error:
             self.broken = storage_error(error, "hold the command", outcome="unknown")
@@ -177,14 +188,15 @@ class Journal:
             self.broken = error
             raise
         assert self._segment is not None
-        self._segment.kept, self._segment.last = self._segment.end, entry.number
-        if entry.unnumbered:
-            self._refused.add(entry.number)
-        else:
-            self._next = entry.number + 1
-            self._sizes.add(nbytes, entry.commands)
-        if entry.uploads:
-            self.blobs.note((upload.file for upload in entry.uploads), entry.number)
+        self._segment.kept, self._segment.last = self._segment.end, entries[-1].number
+        for entry, nbytes in zip(entries, sizes, strict=True):
+            if entry.unnumbered:
+                self._refused.add(entry.number)
+            else:
+                self._next = entry.number + 1
+                self._sizes.add(nbytes, entry.commands)
+            if entry.uploads:
+                self.blobs.note((upload.file for upload in entry.uploads), entry.number)
         if not self._durable:
             return None
         assert self._sync is not None

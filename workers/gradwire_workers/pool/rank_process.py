@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradwire_workers.rank_channel import Answer, RankChannel
+from gradwire_workers.step_rows import StepRow
 
 
 class ProcessHandle:
@@ -65,9 +66,14 @@ class RankProcess:
     def alive(self) -> bool:
         return self.channel.lost is None and self._ending is None
 
-    def call(self, kind: str, fields: Mapping[str, Any] | None = None) -> asyncio.Future[Answer]:
+    def call(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        take: Callable[[list[StepRow]], None] | None = None,
+    ) -> asyncio.Future[Answer]:
         """See `RankChannel.call`."""
-        return self.channel.call(kind, fields)
+        return self.channel.call(kind, fields, take)
 
     def kill(self) -> asyncio.Task[None]:
         """Ends the process, whatever it is doing; calls that wait for it end with RankLost. Done when it is gone."""

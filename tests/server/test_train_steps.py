@@ -1,0 +1,297 @@
+"""Streams of training steps: in order, each once, together where they can be, and never more of them than may wait."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
+
+from gradwire_proto.errors import Unavailable
+from gradwire_proto.status import from_rpc_error, from_status
+from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
+
+
+def values(workers: Any) -> list[bytes]:
+    return [call[1].rstrip(b"\0") for call in workers.calls if call[0] == "train_step"]
+
+
+def numbers(workers: Any) -> list[int]:
+    return [call[2] for call in workers.calls if call[0] == "train_step"]
+
+
+def steps(frontend: Any, fakes: Any, *values: bytes) -> list[pb.TrainStepRequest]:
+    return [frontend.train(value, request_id=fakes.request_id()) for value in values]
+
+
+class Stream:
+    """A call of TrainSteps, message by message."""
+
+    def __init__(self, frontend: Any) -> None:
+        self.call = frontend.stub.TrainSteps()
+
+    async def send(self, *requests: pb.TrainStepRequest) -> None:
+        await self.call.write(pb.TrainStepsRequest(steps=requests))
+
+    async def outcomes(self, count: int) -> list[Any]:
+        """So many of them: results, and errors as the SDK raises them."""
+        found: list[Any] = []
+        async with asyncio.timeout(5):
+            while len(found) < count:
+                response = await self.call.read()
+                assert response is not EOF, f"ended after {found}"
+                for each in response.outcomes:
+                    found.append(each.result if each.HasField("result") else from_status(each.error))
+        return found
+
+    async def end(self) -> None:
+        await self.call.done_writing()
+        assert await self.call.read() is EOF
+
+
+async def error_of(stream: Stream) -> Any:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        assert await asyncio.wait_for(stream.call.read(), 5) is EOF
+    return from_rpc_error(caught.value, command=False)
+
+
+async def held(frontend: Any, workers: Any) -> asyncio.Future[Any]:
+    """A step that is in the ranks, and stays there until the gate is opened."""
+    workers.gate.clear()
+    first = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"held")))
+    await frontend.until(lambda: workers.busy)
+    return first
+
+
+async def test_steps_that_wait_go_to_the_ranks_together_and_are_answered_in_order(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    first = await held(frontend, workers)
+    stream = Stream(frontend)
+    wanted = [b"a", b"b", b"c", b"d"]
+    requests = steps(frontend, fakes, *wanted)
+    await stream.send(*requests[:1])
+    await stream.send(*requests[1:])
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    results = await stream.outcomes(4)
+    await first
+    await stream.end()
+    assert [result.step for result in results] == [2, 3, 4, 5]
+    assert values(workers) == [b"held", *wanted] and numbers(workers) == [1, 2, 3, 4, 5]
+    assert workers.dispatches == [1, 4]
+    # A step of a stream is the same command as one that comes alone.
+    assert [(await frontend.stub.TrainStep(request)).result for request in requests] == results
+    assert len(workers.calls) == 5
+
+
+async def test_requests_between_steps_keep_their_place(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    first = await held(frontend, workers)
+    stream = Stream(frontend)
+    await stream.send(*steps(frontend, fakes, b"a", b"b"))
+    await asyncio.sleep(0.05)
+    other = asyncio.ensure_future(frontend.stub.ZeroGrad(pb.ZeroGradRequest(name="models/m")))
+    await asyncio.sleep(0.05)
+    await stream.send(*steps(frontend, fakes, b"c"))
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    await stream.outcomes(3)
+    await asyncio.gather(first, other)
+    assert [call[0] for call in workers.calls] == ["train_step", "train_step", "train_step", "zero_grad", "train_step"]
+
+
+async def test_steps_behind_a_refused_one_are_not_applied_and_told_so(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    workers.refused = b"bad"
+    stream, other = Stream(frontend), Stream(frontend)
+    requests = steps(frontend, fakes, b"a", b"bad", b"b", b"c")
+    first = await held(frontend, workers)
+    await stream.send(*requests[:3])
+    await asyncio.sleep(0.05)
+    await other.send(*steps(frontend, fakes, b"x", b"y"))
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    applied, refused, behind = await stream.outcomes(3)
+    await stream.send(requests[3])
+    (later,) = await stream.outcomes(1)
+    await stream.end()
+    assert applied.step == 2
+    assert (refused.reason, refused.field, refused.outcome) == ("SHAPE_MISMATCH", "batch.inputs", "not_applied")
+    assert (behind.reason, behind.outcome) == (later.reason, later.outcome) == ("STEP_BEFORE_REFUSED", "not_applied")
+    # Another client's are not behind it.
+    assert [result.step for result in await other.outcomes(2)] == [3, 4]
+    await first
+    assert values(workers) == [b"held", b"a", b"x", b"y"] and numbers(workers) == [1, 2, 3, 4]
+    name = f"models/m/commands/{requests[2].request_id}"
+    command = await frontend.stub.GetCommand(pb.GetCommandRequest(name=name, wait=True))
+    assert command.state == model_pb2.COMMAND_STATE_NOT_APPLIED
+    # It was only in the wrong company.
+    assert (await frontend.stub.TrainStep(requests[2])).result.step == 5
+
+
+async def test_a_step_that_cannot_be_read_is_refused_in_its_place(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.create("other")
+    good, bad, behind = steps(frontend, fakes, b"a", b"b", b"c")
+    bad.MergeFromString(b"\xfa\x3f\x01\x00")
+    stream = Stream(frontend)
+    await stream.send(good, bad, behind)
+    result, refused, after = await stream.outcomes(3)
+    assert (result.step, refused.reason, after.reason) == (1, "UNKNOWN_FIELD", "STEP_BEFORE_REFUSED")
+    elsewhere = frontend.train(b"d", model_id="other", request_id=fakes.request_id())
+    stream = Stream(frontend)
+    await stream.send(*steps(frontend, fakes, b"b"), elsewhere)
+    assert [getattr(each, "reason", None) for each in await stream.outcomes(2)] == [None, "MODEL_DIFFERS"]
+    assert values(workers) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(("message", "reason"), [(b"\x0a\x05ab", "MALFORMED_MESSAGE"), (b"\x18\x01", "UNKNOWN_FIELD")])
+async def test_a_message_that_is_none_ends_the_stream(frontend: Any, message: bytes, reason: str) -> None:
+    call = frontend.channel.stream_stream("/gradwire.v1.GradientService/TrainSteps")()
+    await call.write(message)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert from_rpc_error(caught.value, command=False).reason == reason
+
+
+async def test_a_stream_that_is_cut_leaves_what_was_not_begun(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    first = await held(frontend, workers)
+    cut, again = Stream(frontend), Stream(frontend)
+    requests = steps(frontend, fakes, b"a", b"b", b"c")
+    await cut.send(*requests)
+    await asyncio.sleep(0.05)
+    # The repeat of the first is there before the service hears that its stream was cut; those of the others are not.
+    await again.send(requests[0])
+    await asyncio.sleep(0.05)
+    cut.call.cancel()
+    await asyncio.sleep(0.05)
+    await again.send(*requests[1:])
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    await first
+    assert [result.step for result in await again.outcomes(3)] == [2, 3, 4]
+    assert values(workers) == [b"held", b"a", b"b", b"c"]
+
+
+async def test_steps_behind_a_repeat_of_a_refused_one_are_not_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    workers.refused = b"bad"
+    bad, behind = steps(frontend, fakes, b"bad", b"b")
+    first = await held(frontend, workers)
+    unary = frontend.stub.TrainStep(bad)
+    await asyncio.sleep(0.05)
+    stream = Stream(frontend)
+    await stream.send(bad, behind)
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    await first
+    assert (await frontend.error(unary)).reason == "SHAPE_MISMATCH"
+    assert [each.reason for each in await stream.outcomes(2)] == ["SHAPE_MISMATCH", "STEP_BEFORE_REFUSED"]
+    # Nor later, when its error is what is stored of it.
+    stream = Stream(frontend)
+    await stream.send(bad, behind)
+    assert [each.reason for each in await stream.outcomes(2)] == ["SHAPE_MISMATCH", "STEP_BEFORE_REFUSED"]
+    assert values(workers) == [b"held"]
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+async def test_steps_come_back_with_the_journal_and_their_repeats_are_answered(
+    start: Any, fakes: Any, durability: str
+) -> None:
+    async with start() as frontend:
+        await frontend.create(durability=durability)
+        requests = steps(frontend, fakes, b"a", b"b", b"c")
+        stream = Stream(frontend)
+        await stream.send(*requests)
+        results = await stream.outcomes(3)
+    async with start() as frontend:
+        stream = Stream(frontend)
+        await stream.send(*requests, *steps(frontend, fakes, b"d"))
+        again = await stream.outcomes(4)
+        assert again[:3] == results and again[3].step == 4
+        workers = frontend.cluster.groups["m"]
+        assert values(workers) == [b"a", b"b", b"c", b"d"] and numbers(workers) == [1, 2, 3, 4]
+
+
+async def test_steps_whose_ranks_are_lost_go_on_and_the_one_that_kills_them_is_refused(
+    frontend: Any, fakes: Any
+) -> None:
+    await frontend.create()
+    frontend.cluster.deadly = b"deadly"
+    requests = steps(frontend, fakes, b"a", b"deadly", b"b")
+    stream = Stream(frontend)
+    await stream.send(*requests)
+    applied, refused, behind = await stream.outcomes(3)
+    assert (applied.step, refused.reason, behind.reason) == (1, "COMMAND_KILLS_RANKS", "STEP_BEFORE_REFUSED")
+    stream = Stream(frontend)
+    await stream.send(*requests[:1], *requests[2:])
+    assert [result.step for result in await stream.outcomes(2)] == [1, 2]
+    # Once in company, and twice alone.
+    assert len(frontend.cluster.started) == 4
+    assert values(frontend.cluster.groups["m"]) == [b"a", b"b"]
+
+
+async def test_a_client_that_does_not_read_holds_up_neither_the_model_nor_memory(start: Any, fakes: Any) -> None:
+    async with start(requests_per_model=16) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        stream = Stream(frontend)
+        sent = steps(frontend, fakes, *(bytes([value]) for value in range(1, 41)))
+        await stream.send(*sent)
+        await frontend.until(lambda: workers.busy)
+        await asyncio.sleep(0.05)
+        # As many wait as a quarter of a model's requests.
+        queue = frontend.service._models._hosted["m"].life._queue
+        assert queue._count <= 2
+        unary = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"unary")))
+        await asyncio.sleep(0.05)
+        workers.gate.set()
+        await unary
+        assert values(workers).index(b"unary") <= 8
+        assert [result.step for result in await stream.outcomes(40)][-1] == 41
+
+
+async def test_a_stream_ends_when_the_service_drains_and_what_it_brought_is_answered(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    workers.gate.clear()
+    stream = Stream(frontend)
+    await stream.send(*steps(frontend, fakes, b"a", b"b"))
+    await frontend.until(lambda: workers.busy)
+    draining = asyncio.ensure_future(frontend.service.drain())
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    assert [result.step for result in await stream.outcomes(2)] == [1, 2]
+    error = await error_of(stream)
+    assert isinstance(error, Unavailable) and error.reason == "DRAINING"
+    await asyncio.wait_for(draining, 5)
+
+
+async def test_a_stream_of_which_nothing_comes_does_not_keep_its_place(start: Any, fakes: Any) -> None:
+    async with start(stall_seconds=0.2) as frontend:
+        workers = await frontend.create()
+        workers.gate.clear()
+        stream = Stream(frontend)
+        await stream.send(*steps(frontend, fakes, b"a"))
+        # It waits for the model, not for the client.
+        await asyncio.sleep(0.5)
+        workers.gate.set()
+        assert [result.step for result in await stream.outcomes(1)] == [1]
+        assert (await error_of(stream)).reason == "STREAM_STALLED"
+
+
+async def test_steps_of_a_model_that_is_deleted_end(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    first = await held(frontend, workers)
+    stream = Stream(frontend)
+    await stream.send(*steps(frontend, fakes, b"a", b"b"))
+    await asyncio.sleep(0.05)
+    deletion = asyncio.ensure_future(frontend.stub.DeleteModel(pb.DeleteModelRequest(name="models/m")))
+    refused, behind = await stream.outcomes(2)
+    assert refused.outcome == behind.outcome == "not_applied"
+    workers.gate.set()
+    await asyncio.gather(first, deletion, return_exceptions=True)
+    assert values(workers) == [b"held"]
