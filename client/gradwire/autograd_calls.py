@@ -12,7 +12,7 @@ from gradwire.calls import Call
 from gradwire.deadline import Deadline
 from gradwire.forward_requests import forward_request
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.batch_check import flatten
@@ -55,7 +55,9 @@ class AutogradCalls:
         self, inputs: Any, *, training: bool, wrt: tuple[str, ...] | None, release: Sequence[str]
     ) -> Call[RetainedOutputs]:
         """A forward that is retained. wrt: the parameters that `backward` may add gradients of; None for all."""
-        request, uploads, variant = forward_request(self._rpc, self._name, self._variants, inputs, training=training)
+        request, uploads, variant = forward_request(
+            self._rpc, self._name, self._variants, inputs, training=training, is_read=False
+        )
         wanted = {
             index: leaf
             for index, leaf in enumerate(_in_order(variant, inputs))
@@ -80,7 +82,7 @@ class AutogradCalls:
         self, query: BackwardQuery, cotangents: Sequence[torch.Tensor | None], deadline: Deadline
     ) -> Call[list[torch.Tensor | None] | None]:
         """Adds the gradients of a retained forward to those that the service holds; returns those of its inputs."""
-        request = pb.BackwardRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.BackwardRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
         codec.encode_backward_query(query, request)
         values = [None if each is None else from_any(each) for each in cotangents]
         uploads = Uploads(self._rpc, deadline)
@@ -103,7 +105,7 @@ class AutogradCalls:
 
     def held_gradients(self, wrt: tuple[str, ...] | None) -> Call[dict[str, torch.Tensor]]:
         """The gradients that the service holds. wrt: names or globs of parameters; None for all."""
-        request = pb.GetGradientsRequest(name=self._name, wrt=wrt or (), max_inline_bytes=INLINE_BYTES)
+        request = pb.GetGradientsRequest(name=self._name, wrt=wrt or (), max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetGradientsResponse) -> dict[str, torch.Tensor]:
             return receive(self._rpc, (codec.decode_named_tensors(reply.gradients),))[0]

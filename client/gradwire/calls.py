@@ -18,10 +18,10 @@ from gradwire.errors import InvalidArgument
 from gradwire.fit import FitArguments
 from gradwire.fit_results import FitResult
 from gradwire.forward_requests import forward_request
-from gradwire.gradient_queries import check_keeps_imaginary_parts, gradient_query
+from gradwire.gradient_queries import check_keeps_imaginary_parts, dense_or_sparse, gradient_query
 from gradwire.optim.checks import check_not_negative
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire.updates import model_update
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
@@ -187,20 +187,28 @@ class ModelCalls:
         input_gradients: bool,
         outputs: bool,
         dtype: torch.dtype | str | None,
+        top_k: float | None,
         training: bool,
         seed: int | None,
     ) -> Call[GradientResult]:
         query = gradient_query(
-            wrt=wrt, input_gradients=input_gradients, outputs=outputs, dtype=dtype, training=training, seed=seed
+            wrt=wrt,
+            input_gradients=input_gradients,
+            outputs=outputs,
+            dtype=dtype,
+            top_k=top_k,
+            training=training,
+            seed=seed,
         )
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, variant = self._gradient_request(query, uploads, inputs, targets)
 
         def finish(reply: pb.ComputeGradientsResponse) -> GradientResult:
             result = codec.decode_gradient_result(reply)
             parts = receive(self._rpc, (result.gradients, result.input_gradients, result.outputs))
+            gradients = {name: dense_or_sparse(each) for name, each in parts[0].items()}
             rebuilt = self._variants.rebuild(variant, parts[2]) if outputs else None
-            return replace(result, gradients=parts[0], input_gradients=parts[1], outputs=rebuilt)
+            return replace(result, gradients=gradients, input_gradients=parts[1], outputs=rebuilt)
 
         return Call("ComputeGradients", request, finish, uploads=uploads)
 
@@ -217,7 +225,7 @@ class ModelCalls:
         query = gradient_query(
             wrt=wrt, input_gradients=False, outputs=False, dtype=dtype, training=training, seed=seed, per_example=True
         )
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, _ = self._gradient_request(query, uploads, inputs, targets)
         return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
 
@@ -229,7 +237,7 @@ class ModelCalls:
             message = "expected a vector for at least one parameter"
             raise InvalidArgument(message, field="vectors", reason="VECTORS_MISMATCH")
         query = gradient_query(wrt=None, input_gradients=False, outputs=False, dtype=None, training=training, seed=seed)
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         request, _ = self._gradient_request(query, uploads, inputs, targets)
         codec.encode_named_tensors(uploads.send_apart((values,))[0], request.vectors)
         return Call("ComputeGradients", request, self._gradients_alone, uploads=uploads)
@@ -237,7 +245,7 @@ class ModelCalls:
     def _gradient_request(
         self, query: GradientQuery, uploads: Uploads, inputs: Any, targets: Any
     ) -> tuple[pb.ComputeGradientsRequest, Variant | None]:
-        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.ComputeGradientsRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
         codec.encode_gradient_query(query, request)
         given, batch = self._read(inputs, targets)
         check_keeps_imaginary_parts(query, self.tensors, batch.inputs)
@@ -248,7 +256,9 @@ class ModelCalls:
 
     def forward(self, inputs: Any, training: bool) -> Call[Any]:
         training = as_bool(training, "training")
-        request, uploads, variant = forward_request(self._rpc, self._name, self._variants, inputs, training=training)
+        request, uploads, variant = forward_request(
+            self._rpc, self._name, self._variants, inputs, training=training, is_read=not training
+        )
 
         def finish(reply: pb.ForwardResponse) -> Any:
             return self._variants.rebuild(variant, receive(self._rpc, (codec.decode_forward_result(reply).outputs,))[0])
@@ -258,7 +268,7 @@ class ModelCalls:
         return Call("Forward", request, finish, uploads=uploads)
 
     def state_dict(self) -> Call[dict[str, torch.Tensor]]:
-        request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.GetStateDictRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetStateDictResponse) -> dict[str, torch.Tensor]:
             tensors = receive(self._rpc, (codec.decode_named_tensors(reply.tensors),))[0]
@@ -275,7 +285,7 @@ class ModelCalls:
         return self._command("LoadStateDict", request, _nothing, uploads)
 
     def optimizer_state_dict(self) -> Call[dict[str, Any]]:
-        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=INLINE_BYTES)
+        request = pb.GetOptimizerStateRequest(name=self._name, max_inline_bytes=inline_bytes(self._rpc))
 
         def finish(reply: pb.GetOptimizerStateResponse) -> dict[str, Any]:
             return receive(self._rpc, (codec.decode_optimizer_state(reply),))[0]

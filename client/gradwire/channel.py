@@ -28,6 +28,10 @@ _OPTIONS: list[tuple[str, Any]] = [
     # The service's limit on messages is the one that counts.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # Measured: how far a stream may run ahead of its reader, and large frames. Not without grpc's probes of bandwidth
+    # (grpc.http2.bdp_probe), which the service does without: a stream that is reset may then not notice it.
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
     # Each client has a connection of its own, as it has a timeout and a token of its own.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -73,7 +77,9 @@ def bind(channel: grpc.Channel, name: str) -> Callable[..., Any]:
         make = channel.stream_stream if method.server_streaming else channel.stream_unary
     else:
         make = channel.unary_stream
-    return make(f"/{_SERVICE.full_name}/{name}", response_deserializer=GetMessageClass(method.output_type).FromString)
+    # These are the caller's to parse: it needs no copy of the bytes in them.
+    parse = None if name == "DownloadTensors" else GetMessageClass(method.output_type).FromString
+    return make(f"/{_SERVICE.full_name}/{name}", response_deserializer=parse)
 
 
 def translate(error: Any, target: str, command: str | None, *, closed: bool) -> Lost | GradwireError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 from gradwire.architecture import Architecture
-from gradwire.arguments import as_function
+from gradwire.arguments import as_bool, as_function
 from gradwire.checkpoints import delete_checkpoint, get_checkpoint, list_checkpoints, restore_model
 from gradwire.connection_settings import as_tls, check_target, check_timeout, check_token
 from gradwire.creation import create_model
@@ -32,7 +32,12 @@ DEFAULT_TARGET = "localhost:50051"
 
 
 def connect(
-    target: str | None = None, *, token: str | None = None, tls: TLS | bool | None = None, timeout: float = 60.0
+    target: str | None = None,
+    *,
+    token: str | None = None,
+    tls: TLS | bool | None = None,
+    timeout: float = 60.0,
+    shared_memory: bool = True,
 ) -> Client:
     """A client of a service that runs already.
 
@@ -42,7 +47,9 @@ def connect(
     call whose answer is lost, or that meets a service that is away, starts, recovers or is full, is sent again, and the
     service runs it once. What is exported here, or waits behind futures of the model, does not count yet. Tensors above
     4 MiB together travel in a stream of their own, before the request or after the reply: that may take longer, as long
-    as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds.
+    as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds. shared_memory:
+    whether tensors may travel through memory that a service on this machine shares with this process, where it offers
+    that; nothing else changes by it.
 
     Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
     token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.
@@ -53,11 +60,12 @@ def connect(
         token=check_token(token),
         tls=as_tls(tls),
         timeout=check_timeout(timeout),
+        shared_memory=as_bool(shared_memory, "shared_memory"),
     )
     client = Client(rpc)
     try:
         # Once: whoever connects to what is not there learns of it at once.
-        rpc.call("GetServerInfo", pb.GetServerInfoRequest(), repeat=False)
+        rpc.local.offer(rpc.call("GetServerInfo", pb.GetServerInfoRequest(), repeat=False).local_socket)
     except BaseException:
         client.close()
         raise

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwire.arguments import as_int, wrong_type
+from gradwire.arguments import as_bool, as_int, wrong_type
 from gradwire.connection_settings import check_timeout
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 
@@ -30,6 +30,7 @@ def launch(
     *,
     timeout: float = 60.0,
     start_timeout: float = 60.0,
+    shared_memory: bool = True,
     **server_options: Any,
 ) -> Client:
     """A client of an embedded service: a local Ray and a frontend on a free loopback port.
@@ -39,7 +40,8 @@ def launch(
 
     workers: how many ranks the service can host, all models together. storage: a folder that keeps models, checkpoints
     and log files, for a later service too; None: they go with this one. timeout: seconds that each call takes at most,
-    as in `connect`. start_timeout: seconds until the service must be ready. server_options: settings of the server by
+    as in `connect`. start_timeout: seconds until the service must be ready. shared_memory: whether tensors
+    travel through memory that both sides share. server_options: settings of the server by
     name, such as `spare_ranks=4` or `log_level="debug"`; see `gradwire serve --all-settings`.
 
     Raises FailedPrecondition (SERVER_NOT_INSTALLED) without the extra `gradwire[server]`; InvalidArgument for a wrong
@@ -51,12 +53,14 @@ def launch(
     as_int(workers, "workers")
     if storage is not None and not isinstance(storage, (str, os.PathLike)):
         raise wrong_type(storage, "storage", "the path of a folder")
+    if not as_bool(shared_memory, "shared_memory"):
+        server_options["shared_memory"] = False
     service = EmbeddedService(workers, storage, server_options)
     try:
         # While the service starts: this imports torch and grpc, which takes seconds.
         from gradwire.client import connect
 
-        client = connect(service.wait(start_timeout), timeout=timeout)
+        client = connect(service.wait(start_timeout), timeout=timeout, shared_memory=shared_memory)
     except BaseException:
         service.stop()
         raise

@@ -6,7 +6,7 @@ from typing import Any
 
 from gradwire.gradient_queries import fresh_seed
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, Uploads
+from gradwire.transfer import Uploads, inline_bytes
 from gradwire.user_values import normalize
 from gradwire.variants import Variants
 from gradwire_proto import codec
@@ -16,17 +16,20 @@ from gradwire_proto.values import Batch, Variant
 
 
 def forward_request(
-    rpc: Rpc, name: str, variants: Variants, inputs: Any, *, training: bool
+    rpc: Rpc, name: str, variants: Variants, inputs: Any, *, training: bool, is_read: bool
 ) -> tuple[pb.ForwardRequest, Uploads, Variant | None]:
-    """The request to the model `name`, "models/{model}", what goes ahead of it, and what `Variants.choose` gives."""
+    """The request to the model `name`, "models/{model}", what goes ahead of it, and what `Variants.choose` gives.
+
+    is_read: whether it changes nothing, and keeps nothing for a backward.
+    """
     rpc.check_usable()
-    request = pb.ForwardRequest(name=name, training=training, max_inline_bytes=INLINE_BYTES)
+    request = pb.ForwardRequest(name=name, training=training, max_inline_bytes=inline_bytes(rpc))
     if not training:
         # A command draws anew by its number, which a read does not have; in eval mode a retained forward does too.
         request.seed = fresh_seed()
     given = Batch(normalize(inputs, "inputs"))
     batch = Batch(from_nested(given.inputs, "inputs"))
-    uploads = Uploads(rpc)
+    uploads = Uploads(rpc, for_read=is_read)
     variant = variants.choose(batch, given, uploads.deadline, training=training, targets=False)
     codec.encode_value(uploads.send_apart((batch.inputs,))[0], request.inputs, "inputs")
     return request, uploads, variant

@@ -9,7 +9,7 @@ from typing import Any
 from gradwire.function_arguments import tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_nested
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -64,7 +64,7 @@ class FunctionCalls:
         )
 
         def request(uploads: Uploads) -> pb.ComputeGradientsRequest:
-            message = pb.ComputeGradientsRequest(max_inline_bytes=INLINE_BYTES)
+            message = pb.ComputeGradientsRequest(max_inline_bytes=inline_bytes(self._rpc))
             codec.encode_gradient_query(query, message)
             inputs = from_nested(tensor_leaves(args), "args")
             codec.encode_batch(Batch(uploads.send_apart((inputs,))[0]), message.batch)

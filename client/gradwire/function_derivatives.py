@@ -15,7 +15,7 @@ from gradwire.function_arguments import normal_leaf, tensor_leaves
 from gradwire.function_exports import FunctionExports, PreparedFunction, positions_of
 from gradwire.functions import ExportedFunction
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, Uploads, receive
+from gradwire.transfer import Uploads, inline_bytes, receive
 from gradwire_proto import codec
 from gradwire_proto.tensors import from_nested
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -137,7 +137,7 @@ class FunctionDerivatives:
         )
 
         def request(uploads: Uploads) -> pb.DifferentiateFunctionRequest:
-            message = pb.DifferentiateFunctionRequest(max_inline_bytes=INLINE_BYTES)
+            message = pb.DifferentiateFunctionRequest(max_inline_bytes=inline_bytes(self._rpc))
             inputs = from_nested(tensor_leaves(args), "args")
             inputs, given = uploads.send_apart((inputs, from_nested(tuple(vectors), "vectors")))
             codec.encode_batch(Batch(inputs), message.batch)

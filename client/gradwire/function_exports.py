@@ -111,7 +111,7 @@ class PreparedFunction:
         Raises FailedPrecondition FUNCTION_CHANGED where the service has forgotten the function, and it reads other
         values now than when it was prepared.
         """
-        uploads = Uploads(self._rpc)
+        uploads = Uploads(self._rpc, for_read=True)
         message = request(uploads)
         codec.encode_function(self.exported.spec, message.function)
         try:
@@ -129,7 +129,7 @@ class PreparedFunction:
             )
         # Handles serve one request, so that big arguments go up again.
         deadline = uploads.deadline
-        uploads = Uploads(self._rpc, deadline)
+        uploads = Uploads(self._rpc, deadline, for_read=True)
         message = request(uploads)
         constants = {name: from_torch(tensor) for name, tensor in whole.constants.items()}
         codec.encode_function(replace(whole.spec, tensors=uploads.send_apart((constants,))[0]), message.function)

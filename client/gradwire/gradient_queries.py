@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradwire.arguments import as_bool, as_int, as_text, wrong_type
+from gradwire.arguments import as_bool, as_int, as_text, is_finite_number, wrong_type
 from gradwire.errors import InvalidArgument
 from gradwire_proto.tensors import dtype_name
 from gradwire_proto.values import GradientQuery, StateTensor, TensorData, Value, leaves
@@ -25,6 +25,7 @@ def gradient_query(
     training: Any,
     seed: Any,
     per_example: bool = False,
+    top_k: Any = None,
 ) -> GradientQuery:
     """The query of these arguments, with a seed of its own where none is given.
 
@@ -38,6 +39,7 @@ def gradient_query(
         seed=fresh_seed() if seed is None else as_int(seed, "seed"),
         gradient_dtype=_dtype(dtype),
         per_example=per_example,
+        top_k=_fraction(top_k),
     )
 
 
@@ -69,6 +71,24 @@ def names_of(wrt: Any) -> tuple[str, ...] | None:
     if not isinstance(wrt, Iterable) or isinstance(wrt, (bytes, bytearray, torch.Tensor, np.ndarray)):
         raise wrong_type(wrt, "wrt", "names or globs of parameters")
     return tuple(as_text(name, f"wrt[{index}]") for index, name in enumerate(wrt))
+
+
+def dense_or_sparse(gradient: Any) -> torch.Tensor:
+    """A gradient as users get it: (shape, row-major indices, values) become a sparse tensor, coalesced."""
+    if not isinstance(gradient, tuple):
+        return gradient
+    shape, indices, values = gradient
+    places = torch.stack(torch.unravel_index(indices, shape)) if shape else indices.new_empty((0, len(indices)))
+    return torch.sparse_coo_tensor(places, values, shape, is_coalesced=True, check_invariants=True)
+
+
+def _fraction(top_k: Any) -> float | None:
+    if top_k is None:
+        return None
+    if not is_finite_number(top_k) or not 0 < top_k <= 1:
+        message = f"must be a fraction above 0 and at most 1, got {top_k!r:.80}"
+        raise InvalidArgument(message, field="top_k", reason="TOP_K_INVALID")
+    return float(top_k)
 
 
 def _dtype(dtype: Any) -> str | None:

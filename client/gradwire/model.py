@@ -197,6 +197,7 @@ class Model:
         input_gradients: bool = False,
         outputs: bool = False,
         dtype: torch.dtype | str | None = None,
+        top_k: float | None = None,
         training: bool = True,
         seed: int | None = None,
     ) -> GradientResult:
@@ -215,6 +216,8 @@ class Model:
         outputs: the module's outputs too.
         dtype: of the gradients returned, such as torch.float16; None for the parameters' own. A real one is refused
             for complex gradients.
+        top_k: return of each parameter's gradient only this fraction of its elements, as a sparse tensor (COO): those
+            of the largest magnitude, the first ones among equals, one at least. NaN counts as infinite.
         training: whether the module runs in training mode.
         seed: of random operators in this call, a 64-bit int; drawn at random where left out.
         """
@@ -226,6 +229,7 @@ class Model:
                 input_gradients=input_gradients,
                 outputs=outputs,
                 dtype=dtype,
+                top_k=top_k,
                 training=training,
                 seed=seed,
             )

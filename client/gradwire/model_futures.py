@@ -97,6 +97,7 @@ class ModelFutures:
         input_gradients: bool = False,
         outputs: bool = False,
         dtype: torch.dtype | str | None = None,
+        top_k: float | None = None,
         training: bool = True,
         seed: int | None = None,
     ) -> Future[GradientResult]:
@@ -108,6 +109,7 @@ class ModelFutures:
                 input_gradients=input_gradients,
                 outputs=outputs,
                 dtype=dtype,
+                top_k=top_k,
                 training=training,
                 seed=seed,
             )

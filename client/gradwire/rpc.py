@@ -22,6 +22,7 @@ from gradwire.channel import bind, open_channel, translate
 from gradwire.deadline import Deadline
 from gradwire.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire.exchange import Exchange
+from gradwire.local_transport import LocalTransport
 from gradwire.stall_watch import StallWatch
 from gradwire.tls import TLS
 from gradwire_proto.v1 import gradient_service_pb2 as pb
@@ -42,11 +43,21 @@ class Rpc:
     """One channel to one service. Threads may share it; a forked child must make its own.
 
     target: "host:port". token: sent with every call. tls: None is plain text. timeout: seconds that a call of the SDK
-    may take at most, in all its requests; what it downloads may stand still for as many.
+    may take at most, in all its requests; what it downloads may stand still for as many. shared_memory: whether `local`
+    may be used.
     """
 
-    def __init__(self, target: str, *, token: str | None = None, tls: TLS | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None = None,
+        tls: TLS | None = None,
+        timeout: float = 60.0,
+        shared_memory: bool = True,
+    ) -> None:
         self.target = target
+        self.local = LocalTransport(self._local_socket, enabled=shared_memory, timeout=timeout)
         self.timeout = timeout
         self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -55,27 +66,41 @@ class Rpc:
         self._methods: dict[str, Any] = {}
         self._process = os.getpid()
 
-    def call(self, method: str, request: Any, *, deadline: Deadline | None = None, **how: Any) -> Any:
+    def call(
+        self,
+        method: str,
+        request: Any,
+        *,
+        deadline: Deadline | None = None,
+        finish: Callable[[Any], Any] = lambda reply: reply,
+        **how: Any,
+    ) -> Any:
         """Send `request` to `method`, again where that helps, and return the reply, by `deadline`.
 
-        deadline: that of the call of the SDK of which this is a part; None where it is all of it. how: what `Exchange`
-        takes besides, such as command="models/{model}/commands/{request_id}".
+        deadline: that of the call of the SDK of which this is a part; None where it is all of it. finish: makes the
+        result of the reply. how: what `Exchange` takes besides, such as command="models/{model}/commands/{request_id}".
 
         Raises the GradwireError that the service answered; Unavailable where no live service answers; DeadlineExceeded
         where a live one was too slow; Interrupted on Ctrl-C during a command.
         """
+        bound = Deadline(self.timeout) if deadline is None else deadline
+
+        def finished(reply: Any) -> Any:
+            self.local.look_again(bound)
+            return finish(reply)
+
         # Serialized once: every attempt has the same bytes.
-        exchange = Exchange(method=method, body=request.SerializeToString(), **how)
-        return exchange.run(self, Deadline(self.timeout) if deadline is None else deadline)
+        exchange = Exchange(method=method, body=request.SerializeToString(), finish=finished, **how)
+        return exchange.run(self, bound)
 
     def upload(
         self,
-        messages: Callable[[], Iterable[pb.UploadTensorsRequest]],
+        messages: Callable[[], Iterable[bytes]],
         deadline: Deadline,
         *,
         may_take_longer: bool = True,
     ) -> None:
-        """Stream the messages of UploadTensors, anew where the stream breaks, until `deadline`.
+        """Stream the messages of UploadTensors, serialized, anew where the stream breaks, until `deadline`.
 
         may_take_longer: a stream that never stands still until the deadline has the time that it needs; what it took
         does not count where it arrived.
@@ -94,14 +119,17 @@ class Rpc:
                         deadline.give_back(time.monotonic() - began)
                     return
 
-    def download(self, request: pb.DownloadTensorsRequest) -> Iterator[pb.DownloadTensorsResponse]:
-        """Yield the messages of DownloadTensors. The timeout bounds the wait for each, not for all."""
-        return self.stream("DownloadTensors", request)
+    def download(self, request: pb.DownloadTensorsRequest, since: float | None = None) -> Iterator[bytes]:
+        """Yield the messages of DownloadTensors, serialized. The timeout bounds the wait for each, not for all.
 
-    def stream(self, method: str, request: Any) -> Generator[Any, None, None]:
+        since: from when on the first is waited for, in monotonic seconds, where that was before.
+        """
+        return self.stream("DownloadTensors", request, since)
+
+    def stream(self, method: str, request: Any, since: float | None = None) -> Generator[Any, None, None]:
         """Yield the messages that answer one request. The timeout bounds the wait for each. Closed early, it ends."""
         call = self._method(method)(request.SerializeToString(), metadata=self._metadata)
-        with StallWatch(self.timeout, call.cancel) as watch:
+        with StallWatch(self.timeout, call.cancel, since) as watch:
             try:
                 yield from watch.over(call)
             except grpc.RpcError as error:
@@ -159,6 +187,7 @@ class Rpc:
         if self.is_owner and not self.closed.is_set():
             self.closed.set()
             self._channel.close()
+            self.local.close()
 
     @property
     def is_owner(self) -> bool:
@@ -173,13 +202,15 @@ class Rpc:
             message = f"this client belongs to process {self._process}; call gradwire.connect in each process"
             raise FailedPrecondition(message, reason="CLIENT_FORKED")
 
-    def _upload_once(self, messages: Iterable[pb.UploadTensorsRequest], seconds: float, may_take_longer: bool) -> None:
+    def _local_socket(self, seconds: float) -> str:
+        return self.ask("GetServerInfo", pb.GetServerInfoRequest(), seconds).local_socket
+
+    def _upload_once(self, messages: Iterable[bytes], seconds: float, may_take_longer: bool) -> None:
         method = self._method("UploadTensors")
         call: Any = None
         with StallWatch(seconds, lambda: call.cancel()) as watch:
-            bodies = (message.SerializeToString() for message in watch.over(messages))
             timeout = None if may_take_longer else seconds
-            call = method.future(bodies, timeout=timeout, metadata=self._metadata)
+            call = method.future(watch.over(messages), timeout=timeout, metadata=self._metadata)
             try:
                 call.result()
             except grpc.RpcError as error:

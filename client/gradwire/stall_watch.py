@@ -11,18 +11,22 @@ T = TypeVar("T")
 
 
 class StallWatch:
-    """Calls `cancel` when no item passed `over()` for `patience` seconds. `stalled` says that it did."""
+    """Calls `cancel` when no item passed `over()` for `patience` seconds. `stalled` says that it did.
 
-    def __init__(self, patience: float, cancel: Callable[[], object]) -> None:
+    since: from when on the first is waited for, in monotonic seconds; None: from when it is entered.
+    """
+
+    def __init__(self, patience: float, cancel: Callable[[], object], since: float | None = None) -> None:
         self.stalled = False
         self.patience = patience
         self._cancel = cancel
+        self._since = since
         self._last_moved = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="gradwire-stall-watch", daemon=True)
 
     def __enter__(self) -> StallWatch:
-        self._last_moved = time.monotonic()
+        self._last_moved = time.monotonic() if self._since is None else self._since
         self._thread.start()
         return self
 

@@ -1,11 +1,12 @@
 """Moves tensors that are too many for one message: streamed ahead of the request, or fetched after the reply.
 
-Nothing is copied as a whole: uploads are cut from the tensors' own memory, downloads written straight into the
-results'.
+By shared memory where the service is on this machine. By gRPC nothing is copied as a whole: uploads are cut from the
+tensors' own memory, downloads written straight into the results'.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,43 +16,51 @@ import torch
 
 from gradwire.deadline import Deadline
 from gradwire.errors import InternalError
+from gradwire.local_transport import FETCHED_BYTES, SHARED_BYTES, upload_manifest
 from gradwire.rpc import Rpc, new_request_id
-from gradwire_proto.encoding.enum_words import DTYPES
+from gradwire_proto.chunks import ChunkFormat
 from gradwire_proto.names import handle_name, upload_name
 from gradwire_proto.tensors import to_torch, torch_dtype
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Handle, Segment, TensorData, map_leaves
 
 INLINE_BYTES = 4 << 20
-"""Tensors that have more bytes than this together travel apart from their request or reply."""
+"""Tensors that have more bytes than this together travel apart from their request or reply, by gRPC."""
 
 CHUNK_BYTES = 1 << 20
 """Bytes of one message of a stream."""
+
+_UPLOAD = ChunkFormat(pb.UploadTensorsRequest)
+_DOWNLOAD = ChunkFormat(pb.DownloadTensorsResponse)
 
 
 class Uploads:
     """What one request brings to the service ahead of it, and `deadline`, by which the whole call ends: a new one
     where none is given. The names are the client's choice, so that the tensors can be sent again for the same request
     where the service has lost them: they are kept as long as this is.
+
+    for_read: whether the request changes nothing. What comes ahead of a command is kept in a file beside the journal,
+    which costs more than shared memory saves where it is little.
     """
 
-    def __init__(self, rpc: Rpc, deadline: Deadline | None = None) -> None:
+    def __init__(self, rpc: Rpc, deadline: Deadline | None = None, *, for_read: bool = False) -> None:
         self.deadline = Deadline(rpc.timeout) if deadline is None else deadline
         self._rpc = rpc
+        self._for_read = for_read
         self._sent: list[tuple[str, list[TensorData]]] = []
 
     def send_apart(self, values: Sequence[Any]) -> Sequence[Any]:
         """`values` (nested, with TensorData leaves) as they should stand in the request.
 
-        Above INLINE_BYTES in sum the tensors are uploaded first and replaced by their handles.
+        Where they have too many bytes in sum, the tensors are uploaded first and replaced by their handles.
         """
         found: list[TensorData] = []
         for value in values:
             _collect(value, found)
-        if sum(tensor.nbytes for tensor in found) <= INLINE_BYTES:
+        if sum(tensor.nbytes for tensor in found) <= self._inline_bytes:
             return values
         upload_id = new_request_id()
-        self._rpc.upload(lambda: _upload_messages(upload_id, found), self.deadline)
+        self._bring(upload_id, found)
         self._sent.append((upload_id, found))
         handles = iter(
             TensorData(item.dtype, item.shape, Handle(handle_name(upload_name(upload_id), index)))
@@ -59,14 +68,30 @@ class Uploads:
         )
         return [map_leaves(lambda leaf: next(handles) if isinstance(leaf, TensorData) else leaf, it) for it in values]
 
+    @property
+    def _inline_bytes(self) -> int:
+        return SHARED_BYTES if self._for_read and self._rpc.local.is_connected else INLINE_BYTES
+
+    def _bring(self, upload_id: str, tensors: list[TensorData]) -> None:
+        if not self._rpc.local.upload(upload_id, tensors, self.deadline):
+            self._rpc.upload(partial(_upload_messages, upload_id, tensors), self.deadline)
+
     def send_again(self, deadline: Deadline) -> None:
-        """Upload all once more, under the same names, until `deadline`, however it moves. What is there stays."""
+        """Upload all once more, under the same names, until `deadline`, however it moves. What is there stays.
+
+        By gRPC, which says what is wrong: through shared memory it may have been refused.
+        """
         for upload_id, tensors in self._sent:
             self._rpc.upload(partial(_upload_messages, upload_id, tensors), deadline, may_take_longer=False)
 
     def own_tensors(self) -> None:
         """Keep copies from here on: the memory that was given may change."""
         self._sent = [(upload_id, list(map(_copied, tensors))) for upload_id, tensors in self._sent]
+
+
+def inline_bytes(rpc: Rpc) -> int:
+    """Tensors that have more bytes than this together travel apart from their reply."""
+    return FETCHED_BYTES if rpc.local.is_connected else INLINE_BYTES
 
 
 def receive(rpc: Rpc, values: Sequence[Any]) -> list[Any]:
@@ -100,17 +125,14 @@ def _copied(tensor: TensorData) -> TensorData:
     return replace(tensor, data=bytes(tensor.data))
 
 
-def _upload_messages(upload_id: str, tensors: Sequence[TensorData]) -> Iterator[pb.UploadTensorsRequest]:
-    manifest = pb.UploadManifest(upload_id=upload_id)
-    for tensor in tensors:
-        manifest.tensors.add(dtype=DTYPES.number(tensor.dtype, "dtype"), shape=tensor.shape)
-    yield pb.UploadTensorsRequest(manifest=manifest)
-    for chunk in _chunks(tensor.data for tensor in tensors):
-        yield pb.UploadTensorsRequest(chunk=chunk)
+def _upload_messages(upload_id: str, tensors: Sequence[TensorData]) -> Iterator[bytes]:
+    yield pb.UploadTensorsRequest(manifest=upload_manifest(upload_id, tensors)).SerializeToString()
+    for pieces in _chunks(tensor.data for tensor in tensors):
+        yield _UPLOAD.message(pieces, sum(map(len, pieces)))
 
 
-def _chunks(buffers: Iterable[Any]) -> Iterator[bytes]:
-    """The bytes of all buffers, in pieces of CHUNK_BYTES; small buffers share a piece."""
+def _chunks(buffers: Iterable[Any]) -> Iterator[list[memoryview]]:
+    """The bytes of all buffers, in pieces that have CHUNK_BYTES together; small buffers share them."""
     pieces: list[memoryview] = []
     room = CHUNK_BYTES
     for buffer in buffers:
@@ -120,10 +142,10 @@ def _chunks(buffers: Iterable[Any]) -> Iterator[bytes]:
             pieces.append(piece)
             room -= len(piece)
             if not room:
-                yield b"".join(pieces)
+                yield pieces
                 pieces, room = [], CHUNK_BYTES
     if pieces:
-        yield b"".join(pieces)
+        yield pieces
 
 
 def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
@@ -133,22 +155,34 @@ def _fetch(rpc: Rpc, tensors: Sequence[TensorData]) -> dict[str, torch.Tensor]:
         assert isinstance(tensor.data, Handle)
         download, _, index = tensor.data.name.rpartition("/tensors/")
         downloads.setdefault(download, []).append((int(index), tensor.data.name, tensor))
-    fetched = {}
+    fetched: dict[str, torch.Tensor] = {}
     for download, members in downloads.items():
-        targets = []
-        for _, name, tensor in sorted(members, key=lambda member: member[0]):
-            fetched[name] = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-            targets.append(_memory(fetched[name]))
-        messages = rpc.download(pb.DownloadTensorsRequest(name=download))
-        _fill(targets, (message.chunk for message in messages), download)
+        members.sort(key=lambda member: member[0])
+        kinds = [kind for _, _, kind in members]
+        began = time.monotonic()
+        received = rpc.local.download(download, kinds) or _stream(rpc, download, kinds, began)
+        fetched |= {name: tensor for (_, name, _), tensor in zip(members, received, strict=True)}
     return fetched
+
+
+def _stream(rpc: Rpc, download: str, kinds: Sequence[TensorData], since: float) -> list[torch.Tensor]:
+    """The tensors of a download, by gRPC. since: from when on they are waited for, in monotonic seconds."""
+    tensors = [torch.empty(kind.shape, dtype=torch_dtype(kind.dtype)) for kind in kinds]
+    chunks = map(_chunk, rpc.download(pb.DownloadTensorsRequest(name=download), since))
+    _fill(list(map(_memory, tensors)), chunks, download)
+    return tensors
+
+
+def _chunk(message: bytes) -> bytes | memoryview:
+    chunk = _DOWNLOAD.chunk(message)
+    return pb.DownloadTensorsResponse.FromString(message).chunk if chunk is None else chunk
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _fill(targets: Sequence[memoryview], chunks: Iterable[bytes], download: str) -> None:
+def _fill(targets: Sequence[memoryview], chunks: Iterable[bytes | memoryview], download: str) -> None:
     """Write the chunks into the targets, one after another. They must fit exactly."""
     remaining = iter([target for target in targets if len(target)])
     target = next(remaining, None)

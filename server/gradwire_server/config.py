@@ -84,6 +84,9 @@ class ServerConfig(BaseSettings):
     shared_memory_dir: Path | None = Field(
         None, description="private folder in shared memory for large tensors; none: a temporary one in /dev/shm"
     )
+    shared_memory: bool = Field(
+        True, description="whether clients on this machine may share memory; only of a service that listens on loopback"
+    )
     weights_folder: Folder | None = Field(
         None,
         description="folder of safetensors from which architectures may take their first weights; none: they may not",
@@ -125,6 +128,12 @@ class ServerConfig(BaseSettings):
     stored_replies: int = Field(
         1024, ge=1, le=1_000_000, description="commands of one model whose replies are kept for repeats"
     )
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether clients may share memory with the service: those on its own machine, and it serves no others."""
+        host = self.listen.rpartition(":")[0]
+        return self.shared_memory and (host in ("localhost", "[::1]") or host.startswith("127."))
 
     @property
     def limits(self) -> Limits:

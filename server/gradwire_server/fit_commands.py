@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradwire_proto import codec
-from gradwire_proto.errors import Cancelled, InternalError
+from gradwire_proto.errors import Cancelled, GradwireError, InternalError
 from gradwire_proto.v1.dataset_pb2 import FitStepsRequest
 from gradwire_proto.values import Batch, StepsResult
 from gradwire_server.calls import Call
@@ -92,6 +93,11 @@ class FitCommands:
     async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
         """See FitWorkers.orders."""
         return await self._commands.read(Call(), None, lambda _: self._workers().fitting.orders(rows, seeds))
+
+    def let_go(self) -> None:
+        """Have the ranks let go of what they have mapped, in their turn. Nobody waits for it."""
+        with suppress(GradwireError):  # Of a model that is on its way out.
+            self._commands.begin(Call(), None, lambda _: self._workers().fitting.forget())
 
     async def evaluate(self, dataset: StoredDataset, batch_size: int) -> float:
         """See FitWorkers.evaluate."""

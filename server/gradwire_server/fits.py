@@ -41,6 +41,7 @@ class Fits:
                         yield progress
             finally:
                 self._running.discard(fit)
+                model.fitting.let_go()
 
     def drain(self) -> None:
         """Have every fit end between two commands: its client comes back with its request id."""

@@ -27,6 +27,7 @@ def server_options(message_bytes: int) -> list[tuple[str, int]]:
         # hundreds of MiB when this process is slow for a moment.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 4 << 20),
+        ("grpc.http2.max_frame_size", 1 << 20),
         # Clients ping to notice a frozen service; that is no abuse.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

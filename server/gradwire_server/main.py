@@ -75,7 +75,7 @@ async def run(config: ServerConfig) -> None:
             # Again: Ray puts handlers of its own in place, which print a stack.
             _listen_for_signals(stop)
             try:
-                await _serve(config, cluster, memory / "held", storage, stop)
+                await _serve(config, cluster, memory / "held", runtime, storage, stop)
             finally:
                 await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
         finally:
@@ -91,10 +91,15 @@ def _model_storage(config: ServerConfig, lock: StorageLock) -> ModelStorage:
 
 
 async def _serve(
-    config: ServerConfig, cluster: Cluster, held: Path, storage: ModelStorage, stop: asyncio.Queue[int]
+    config: ServerConfig,
+    cluster: Cluster,
+    held: Path,
+    sockets: Path,
+    storage: ModelStorage,
+    stop: asyncio.Queue[int],
 ) -> None:
     held.mkdir(mode=0o700, exist_ok=True)
-    service = Service(cluster, held, config, storage)
+    service = Service(cluster, held, config, storage, sockets)
     try:
         port = await service.start()
         host = config.listen.rpartition(":")[0]

@@ -20,6 +20,7 @@ from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.request_parsing import parse, parse_one
+from gradwire_server.tensors.tensor_streams import UPLOAD_CHUNKS
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
@@ -80,6 +81,7 @@ def _handler(
         except Exception as error:
             raise await _abort(context, error, call) from None
 
+    # What comes serialized already is sent as it is.
     async def unary_stream(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         call = Call(deadline=_deadline(context))
         try:
@@ -87,7 +89,8 @@ def _handler(
                 request, call = parse(kind, raw, method.name, call, message_bytes)
                 async with aclosing(answer(request, call)) as responses:
                     async for response in responses:
-                        await _in_time(context.write(response.SerializeToString()), stall_seconds)
+                        raw = response if isinstance(response, bytes) else response.SerializeToString()
+                        await _in_time(context.write(raw), stall_seconds)
         except Exception as error:
             raise await _abort(context, error, call) from None
 
@@ -137,8 +140,10 @@ async def _parse_each(
     kind: type[Message], chunks: AsyncIterator[bytes], stall_seconds: float
 ) -> AsyncGenerator[Any, None]:
     following = aiter(chunks)
+    chunks_of = UPLOAD_CHUNKS if kind is gradient_service_pb2.UploadTensorsRequest else None
     while (raw := await _in_time(anext(following, None), stall_seconds)) is not None:
-        yield parse_one(kind, raw)
+        chunk = None if chunks_of is None else chunks_of.chunk(raw)
+        yield parse_one(kind, raw) if chunk is None else chunk
 
 
 async def _in_time(step: Awaitable[T], stall_seconds: float) -> T:

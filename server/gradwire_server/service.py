@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,20 @@ from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
 from gradwire_server.step_calls import StepCalls
+from gradwire_server.tensors.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
 
 class Service:
-    """Everything between the socket and the ranks. `folder` is private, in shared memory, and the service's alone."""
+    """Everything between the socket and the ranks. `folder` is private, in shared memory, and the service's alone.
 
-    def __init__(self, cluster: Cluster, folder: Path, config: ServerConfig, storage: ModelStorage) -> None:
+    sockets: a private folder for the socket over which clients share memory; None: they do not.
+    """
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, config: ServerConfig, storage: ModelStorage, sockets: Path | None = None
+    ) -> None:
         limits = config.limits
         self._listen = config.listen
         self._admission = Admission(limits.requests_in_flight)
@@ -46,7 +53,10 @@ class Service:
         )
         self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
-        facts = ServerFacts(cluster, limits)
+        self._local: LocalSocket | None = None
+        if sockets is not None and config.shares_memory:
+            self._local = LocalSocket(sockets / f"{SOCKET_PREFIX}{secrets.token_hex(8)}.sock", self._tensors, limits)
+        facts = ServerFacts(cluster, limits, lambda: self._local.path if self._local else "")
         self._storage = storage
         self._checkpoints = checkpoints = CheckpointList(storage, self._models, config.stored_replies)
         self._datasets = Datasets(
@@ -72,6 +82,8 @@ class Service:
         self._datasets.open(deletions)
         self._checkpoints.open(deletions)
         self._models.open(deletions)
+        if self._local is not None:
+            self._local.start()
         return await self._server.start(self._listen)
 
     async def drain(self) -> None:
@@ -86,6 +98,8 @@ class Service:
     async def close(self) -> None:
         """End everything: cut requests, free ranks, remove files. What is in the storage stays."""
         await self._server.stop(0)
+        if self._local is not None:
+            self._local.close()
         await asyncio.gather(
             self._models.close(), self._checkpoints.close(), self._datasets.close(), self._functions.close()
         )

@@ -283,14 +283,12 @@ class Servicer:
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 
     async def UploadTensors(
-        self, requests: AsyncIterator[pb.UploadTensorsRequest], call: Call
+        self, requests: AsyncIterator[pb.UploadTensorsRequest | memoryview], call: Call
     ) -> pb.UploadTensorsResponse:
         types, name = await read_manifest(requests, self._limits)
         return pb.UploadTensorsResponse(name=await self._tensors.uploads.take(types, read_chunks(requests), name))
 
-    def DownloadTensors(
-        self, request: pb.DownloadTensorsRequest, call: Call
-    ) -> AsyncGenerator[pb.DownloadTensorsResponse, None]:
+    def DownloadTensors(self, request: pb.DownloadTensorsRequest, call: Call) -> AsyncGenerator[bytes, None]:
         return encode_chunks(self._tensors.downloads.chunks(request.name))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

@@ -64,6 +64,10 @@ class FitWorkers(Protocol):
         """torch.randperm's order of so many rows for each seed, 4 bytes for each."""
         ...
 
+    async def forget(self) -> None:
+        """Let go of the dataset that was used last."""
+        ...
+
     async def evaluate(self, dataset: Batch, batch_size: int) -> float:
         """The mean over rows of the losses of its batches, in evaluation mode. Changes nothing."""
         ...

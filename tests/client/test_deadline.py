@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -14,12 +15,14 @@ import gradwire
 from gradwire import errors, optim
 from gradwire.deadline import Deadline
 from gradwire.rpc import Rpc
-from gradwire.transfer import INLINE_BYTES, Uploads
+from gradwire.transfer import INLINE_BYTES, Uploads, inline_bytes, receive
 from gradwire.variants import without_graph
 from gradwire_proto import codec
+from gradwire_proto.local_wire import new_socket, receive_packet, send_packet
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import ForwardResult
+from gradwire_proto.v1 import local_pb2
+from gradwire_proto.values import ForwardResult, Handle, TensorData
 
 TIME, SLOW = 1.5, 0.9
 """Of a call, and of each of the two requests that it makes: seconds."""
@@ -36,6 +39,24 @@ def hurried(scripted):
     """A client whose calls have little time."""
     with gradwire.connect(scripted.target, timeout=TIME) as sdk:
         yield sdk
+
+
+@pytest.fixture
+def silent_socket(tmp_path):
+    """The path of a service's socket that welcomes one client, and never answers it."""
+    listener, peers = new_socket(), []
+    listener.bind(str(tmp_path / "silent.sock"))
+    listener.listen()
+
+    def welcome() -> None:
+        peers.append(listener.accept()[0])
+        receive_packet(peers[0], local_pb2.LocalRequest)
+        send_packet(peers[0], local_pb2.LocalReply(welcome=local_pb2.LocalWelcome(service="silent")))
+
+    threading.Thread(target=welcome, daemon=True).start()
+    yield str(tmp_path / "silent.sock")
+    for each in (listener, *peers):
+        each.close()
 
 
 def slow_down(scripted, *methods: str) -> None:
@@ -176,14 +197,15 @@ def test_upload_stands_still_no_longer_than_its_call_has_time(scripted):
 
 def test_upload_that_moves_takes_its_time_and_the_request_has_its_own(scripted, rpc):
     def trickle(messages, context):
+        # The sender does not see it move for some messages: so many are under way.
         for _ in messages:
-            time.sleep(0.1)
+            time.sleep(0.05)
         return pb.UploadTensorsResponse(name="uploads/u")
 
     scripted.answers["UploadTensors"] = trickle
     uploads = Uploads(rpc, Deadline(0.5))
     started = time.monotonic()
-    uploads.send_apart((from_torch(torch.zeros(INLINE_BYTES // 2)),))
+    uploads.send_apart((from_torch(torch.zeros(INLINE_BYTES)),))
     assert time.monotonic() - started > 0.5 and uploads.deadline.left > 0.4
 
 
@@ -224,3 +246,45 @@ def test_call_behind_futures_has_its_whole_time_when_its_turn_comes(hurried, hos
     futures = [model.futures.train_step(*batch()) for _ in range(2)]
     assert model.train_step(*batch()).step == 4
     assert all(each.done() for each in futures)
+
+
+def test_upload_through_memory_that_nobody_takes_leaves_half_of_the_time_to_grpc(scripted, silent_socket):
+    scripted.answers["UploadTensors"] = lambda messages, context: (
+        scripted.release.wait(10) and pb.UploadTensorsResponse()
+    )
+    rpc = Rpc(scripted.target, timeout=1.0)
+    rpc.local.offer(silent_socket)
+    uploads, tensor = Uploads(rpc), from_torch(torch.zeros(INLINE_BYTES // 2))
+    started = time.monotonic()
+    with pytest.raises(errors.Unavailable, match=r"no bytes for 0\.[345]\d* s"):
+        uploads.send_apart((tensor,))
+    assert 0.9 < time.monotonic() - started < 1.0 + SLACK and uploads.deadline.left <= 0
+    rpc.close()
+
+
+def test_download_stands_still_for_the_timeout_however_it_is_tried(scripted, silent_socket):
+    scripted.answers["DownloadTensors"] = lambda request, context: scripted.release.wait(10) and iter(())
+    rpc = Rpc(scripted.target, timeout=1.0)
+    rpc.local.offer(silent_socket)
+    started = time.monotonic()
+    with pytest.raises(errors.Unavailable):
+        receive(rpc, (TensorData("float32", (INLINE_BYTES,), Handle("downloads/d/tensors/0")),))
+    assert scripted.requests("DownloadTensors") and 0.9 < time.monotonic() - started < 1.0 + SLACK / 2
+    rpc.close()
+
+
+def test_shared_memory_is_looked_for_when_a_reply_is_at_hand_and_no_longer_than_the_call_may_take(
+    scripted, silent_socket, monkeypatch
+):
+    monkeypatch.setattr("gradwire.local_transport._PAUSE", 0.0)
+    rpc = Rpc(scripted.target, timeout=1.0)
+    rpc.local.offer(silent_socket)
+    assert rpc.local.download("downloads/d", ()) is None and not rpc.local.is_connected
+    scripted.answers["GetServerInfo"] = lambda request, context: scripted.release.wait(10)
+    scripted.answers["ListModels"] = lambda request, context: pb.ListModelsResponse(next_page_token="more")
+    inline_bytes(rpc)
+    assert not scripted.requests("GetServerInfo")
+    started = time.monotonic()
+    assert rpc.call("ListModels", pb.ListModelsRequest()).next_page_token == "more"
+    assert scripted.requests("GetServerInfo") and time.monotonic() - started < 1.0
+    rpc.close()

@@ -36,8 +36,8 @@ NAMES = {
 }
 
 PARAMETERS = {
-    "connect": "target *token *tls *timeout",
-    "launch": "workers storage *timeout *start_timeout **server_options",
+    "connect": "target *token *tls *timeout *shared_memory",
+    "launch": "workers storage *timeout *start_timeout *shared_memory **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
     " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic",
@@ -59,7 +59,7 @@ PARAMETERS = {
     "Model.forward_backward": "inputs targets",
     "Model.optimizer_step": "gradients *lr",
     "Model.zero_grad": "",
-    "Model.compute_gradients": "inputs targets *wrt *input_gradients *outputs *dtype *training *seed",
+    "Model.compute_gradients": "inputs targets *wrt *input_gradients *outputs *dtype *top_k *training *seed",
     "Model.forward": "inputs training",
     "Model.__call__": "inputs",
     "Model.state_dict": "",

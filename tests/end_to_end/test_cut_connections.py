@@ -81,7 +81,7 @@ def test_tensors_of_many_megabytes_go_up_and_come_down_over_a_connection_that_is
     net = nn.Linear(1500, 1500)
     model = client.create_model(net, loss="mse_loss", example=(torch.zeros(2, 1500), torch.zeros(2, 1500)))
     weights = {"weight": torch.randn(1500, 1500), "bias": torch.randn(1500)}
-    with gradwire.connect(proxy.target) as disturbed:
+    with gradwire.connect(proxy.target, shared_memory=False) as disturbed:
         far = disturbed.get_model(model.id)
         proxy.up_left = 3 << 20
         far.load_state_dict(weights)

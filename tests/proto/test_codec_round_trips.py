@@ -154,6 +154,17 @@ def test_query_for_each_examples_own_gradients_comes_back(wrt: tuple[str, ...] |
     assert codec.decode_gradient_query(through_the_wire(request)) == query
 
 
+def test_some_elements_of_gradients_come_back() -> None:
+    query = values.GradientQuery(top_k=0.25, seed=3)
+    request = codec.encode_gradient_query(query, pb.ComputeGradientsRequest())
+    assert codec.decode_gradient_query(through_the_wire(request)) == query
+    indices, elements = (values.TensorData(dtype, (1,), bytes(8)) for dtype in ("int64", "float64"))
+    apart = values.TensorData("float64", (1,), values.Handle("downloads/a/tensors/0"))
+    gradients = {"w": ((2, 3), indices, elements), "b": ((), indices, apart)}
+    result = values.GradientResult(loss=0.5, step=1, num_examples=2, gradients=gradients)
+    assert codec.decode_gradient_result(through_the_wire(codec.encode_gradient_result(result))) == result
+
+
 @EXAMPLES
 @given(
     kind=st.sampled_from(["none", "vjp", "jvp", "jacobian", "hessian", "hvp"]),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from proto.codec_messages import INT64, refusal, smallest_variant
 
-from gradwire_proto import codec, values
+from gradwire_proto import codec, errors, values
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import tensor_pb2
 
@@ -169,3 +169,22 @@ def test_function_with_state_is_refused() -> None:
     message = codec.encode_function(values.FunctionSpec(digest="0" * 64, program=program, tensors={}))
     error = refusal(lambda: codec.decode_function(message))
     assert (error.reason, error.field) == ("FUNCTION_INVALID", "function.program.graphs.tensors[0].role")
+
+
+@pytest.mark.parametrize("top_k", [-0.1, 1.01, float("nan"), float("inf")])
+def test_fraction_of_gradients_that_is_none_is_refused(top_k):
+    with pytest.raises(errors.InvalidArgument) as caught:
+        codec.decode_gradient_query(pb.ComputeGradientsRequest(name="models/a", top_k=top_k))
+    assert (caught.value.field, caught.value.reason) == ("top_k", "TOP_K_INVALID")
+
+
+@pytest.mark.parametrize("kind", ["per_example", "vectors", "function"])
+def test_fraction_of_what_is_no_parameters_gradient_is_refused(kind):
+    request = pb.ComputeGradientsRequest(name="models/a", top_k=0.5, per_example=kind == "per_example")
+    if kind == "vectors":
+        request.vectors.add(name="w")
+    elif kind == "function":
+        request.function.SetInParent()
+    with pytest.raises(errors.InvalidArgument) as caught:
+        codec.decode_gradient_query(request)
+    assert caught.value.field == "top_k"

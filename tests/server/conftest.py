@@ -184,6 +184,9 @@ class FakeFitting:
         await self._workers._call("orders", tuple(seeds))
         return [struct.pack(f"<{rows}I", *[(row + seed) % rows for row in range(rows)]) for seed in seeds]
 
+    async def forget(self) -> None:
+        await self._workers._call("forget")
+
     async def evaluate(self, dataset: Batch, batch_size: int) -> float:
         await self._workers._call("evaluate", batch_size)
         return 100.0 + self._workers.step
@@ -489,7 +492,7 @@ class Frontend:
 
 @asynccontextmanager
 async def _running(
-    folder: Path, storage: Path, settings: dict[str, Any], held: bool = False
+    folder: Path, storage: Path, settings: dict[str, Any], held: bool = False, sockets: Path | None = None
 ) -> AsyncIterator[Frontend]:
     config: ServerConfig = load_config(None, {"listen": "127.0.0.1:0"} | settings)
     folder.mkdir(exist_ok=True)
@@ -500,7 +503,7 @@ async def _running(
     checkpoints = CheckpointStore(
         str(storage / "checkpoints"), storage / "fetched", owner=lock.storage_id, fence=lock.check
     )
-    service = Service(cluster, folder, config, ModelStorage(lock, checkpoints))
+    service = Service(cluster, folder, config, ModelStorage(lock, checkpoints), sockets)
     target = f"127.0.0.1:{await service.start()}"
     try:
         async with grpc.aio.insecure_channel(target) as channel:
@@ -517,11 +520,12 @@ async def _running(
 def start(tmp_path: Path) -> Callable[..., Any]:
     """`async with start(models=1) as frontend`: a frontend with these settings.
 
-    held: no ranks start until told so. place: the name of the folder that keeps its models.
+    held: no ranks start until told so. place: the name of the folder that keeps its models. sockets: where clients
+    find the socket over which memory is shared.
     """
 
-    def running(held: bool = False, place: str = "storage", **settings: Any) -> Any:
-        return _running(tmp_path / "held", tmp_path / place, settings, held)
+    def running(held: bool = False, place: str = "storage", sockets: Path | None = None, **settings: Any) -> Any:
+        return _running(tmp_path / "held", tmp_path / place, settings, held, sockets)
 
     return running
 

@@ -119,6 +119,7 @@ async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(f
     await frontend.stub.TrainStep(frontend.train(b"b"))
     assert workers.calls[-1][2] == 11
     assert (await frontend.model()).step == 11
+    assert ("forget",) in workers.calls
 
 
 async def test_shuffled_fit_takes_each_epochs_rows_in_the_order_of_its_seed(frontend: Any, fakes: Any) -> None:

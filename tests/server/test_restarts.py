@@ -13,6 +13,8 @@ from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
+FAILED = model_pb2.MODEL_STATE_FAILED
+
 
 async def test_model_comes_back_with_every_command_in_order_and_goes_on_with_the_next_number(start: Any) -> None:
     async with start() as frontend:
@@ -130,7 +132,10 @@ async def test_newcomer_takes_no_ranks_before_the_models_of_the_storage_have_the
         await frontend.until(lambda: frontend.cluster.starting == 3)
         frontend.cluster.error = InvalidArgument("the third time it has failed")
         frontend.cluster.gate.set()
-        await frontend.until(lambda: frontend.cluster.tries == 9)
+        async with asyncio.timeout(10):
+            while {each.state for each in (await frontend.stub.ListModels(pb.ListModelsRequest())).models} != {FAILED}:
+                await asyncio.sleep(0.01)
+        assert frontend.cluster.tries == 9
         frontend.cluster.error = None
         await frontend.create("new")
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from gradwire_proto.errors import ResourceExhausted
+from gradwire_proto.lent_files import lend
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import Segment, TensorData
 from gradwire_workers.segments import SegmentWriter, pieces, release, sweep
+
+
+@pytest.fixture
+def shared_memory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="gradwire-test-") as folder:
+        yield Path(folder)
 
 
 def test_tensors_of_all_shapes_come_back_from_one_file(tmp_path: Path):
@@ -31,6 +40,25 @@ def test_only_the_user_can_read_a_segment(tmp_path: Path):
     SegmentWriter(tmp_path, "rank-a").write([from_torch(torch.ones(3))])
     (path,) = tmp_path.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_file_that_was_lent_is_written_to_again_once_nobody_has_it(shared_memory: Path):
+    writer = SegmentWriter(shared_memory, "rank-a")
+    pages = []
+    for number in range(4):
+        values = torch.full((100_000,), float(number))
+        (written,) = writer.write(from_torch(each) for each in (values,))
+        assert isinstance(written.data, Segment) and torch.equal(to_torch(written), values)
+        pages.append(os.stat(written.data.path).st_ino)
+        if number == 1:
+            kept = to_torch(written)
+        lend(written.data.path)
+    assert pages[0] == pages[1] != pages[2] == pages[3]
+    assert torch.equal(kept, torch.full((100_000,), 1.0))  # pyright: ignore[reportPossiblyUnboundVariable]
+    # Neither a file of another size, nor one that is small, is worth the search.
+    for size in (300_000, 100):
+        (written,) = writer.write([from_torch(torch.ones(size))])
+        assert os.stat(written.data.path).st_ino not in pages  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_release_unlinks_each_file_once_and_keeps_what_is_still_used(tmp_path: Path):

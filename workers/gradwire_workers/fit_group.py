@@ -72,6 +72,10 @@ class FitGroup:
         answers = await self._ranks.call("row_orders", [{"rows": rows, "seeds": list(seeds)}], changes=False)
         return [bytes(order) for order in answers.fields[0]["orders"]]
 
+    async def forget(self) -> None:
+        """Let go of the dataset that was used last: mapped, its file takes room even when it is removed."""
+        await self._ranks.call("forget_dataset", [{}] * len(self._ranks), changes=False)
+
     async def evaluate(self, dataset: Batch, batch_size: int) -> float:
         """The mean over rows of the losses of its batches of so many rows, in evaluation mode. Changes nothing."""
         examples, total = examples_of(dataset), 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from gradwire_workers.kept_memory import keep_freed_memory
+
 
 class RankActor:
     """A process that waits, with torch imported, for a model. Commands come over ZeroMQ, never through Ray."""
@@ -17,6 +19,7 @@ class RankActor:
 
     def serve(self) -> dict[str, Any]:
         """Imports torch, warms up and starts serving. Returns the endpoint and the process id."""
+        keep_freed_memory()
         # Torch belongs to the rank's process, not to whoever imports this module to start one.
         from gradwire_workers.rank_commands import RankCommands
         from gradwire_workers.rank_server import RankServer

@@ -106,6 +106,7 @@ class RankCommands:
             "compute_function": self._functions.compute_gradients,
             "fit": self._fit,
             "row_orders": orders_of,
+            "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,
         }
 
@@ -262,6 +263,10 @@ class RankCommands:
                 raise InternalError(f"{type(error).__name__}: {error}", outcome="unknown") from error
             raise
         return report_of(run, self._model.step, refusal, needs_rejoin=self.needs_rejoin)
+
+    def _forget_dataset(self, _: Fields) -> Fields:
+        self._fitting.forget()
+        return {}
 
     def _forward_backward(self, fields: Fields) -> Fields:
         return asdict(self._model.forward_backward(shard_in(fields), command=fields["command"]))

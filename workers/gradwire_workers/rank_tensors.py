@@ -69,5 +69,5 @@ def outgoing(answer: Mapping[str, Any], segments: SegmentWriter) -> Mapping[str,
             )
     encoded = (from_torch(tensor) for tensor in found)
     if sum(tensor.nbytes for tensor in found) >= INLINE_BYTES:
-        encoded = iter(segments.write(encoded))
+        encoded = iter(segments.write(encoded, [tensor.nbytes for tensor in found]))
     return map_leaves(lambda leaf: next(encoded) if isinstance(leaf, torch.Tensor) else leaf, dict(answer))

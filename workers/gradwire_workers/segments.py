@@ -10,12 +10,14 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradwire_proto.errors import ResourceExhausted
+from gradwire_proto.lent_files import take_back
 from gradwire_proto.values import Segment, TensorData, leaves, map_leaves
 
 INLINE_BYTES = 1 << 20
@@ -23,6 +25,10 @@ INLINE_BYTES = 1 << 20
 
 # Tensor libraries like cache-line alignment; mmap starts at a page.
 _ALIGNMENT = 64
+
+# Bytes from which on the pages of a file are worth more than the search for it, and how many files are remembered.
+_WORTH_KEEPING = 256 << 10
+_FORMER = 4
 
 
 class SegmentWriter:
@@ -33,14 +39,18 @@ class SegmentWriter:
         self._name = name
         # Threads share a writer: taking the next number is one step.
         self._numbers = itertools.count(1)
+        self._former: deque[str] = deque(maxlen=_FORMER)
 
-    def write(self, tensors: Iterable[TensorData]) -> list[TensorData]:
-        """The same tensors with their bytes in one new file.
+    def write(self, tensors: Iterable[TensorData], sizes: Sequence[int] | None = None) -> list[TensorData]:
+        """The same tensors with their bytes in one file of their own.
 
+        sizes: the bytes of each, where `tensors` makes them one by one so that not all take memory at once.
         ResourceExhausted (MEMORY_FOLDER_FULL) when there is no room; then no file is left behind.
         """
-        path = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if sizes is None:
+            tensors = list(tensors)
+            sizes = [tensor.nbytes for tensor in tensors]
+        file, path = self._open(_size(sizes))
         try:
             return list(_write_all(file, path, tensors))
         except BaseException as error:
@@ -52,6 +62,21 @@ class SegmentWriter:
             raise
         finally:
             os.close(file)
+
+    def _open(self, size: int) -> tuple[int, str]:
+        """(descriptor, path) of a file that is nobody else's: one that was lent to a client before, or a new one."""
+        path = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
+        for former in list(self._former):
+            file = take_back(former, size, path)
+            if file is not None:
+                with contextlib.suppress(ValueError):  # Another thread has found that it is gone.
+                    self._former.remove(former)
+                break
+        else:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if size >= _WORTH_KEEPING:
+            self._former.append(path)
+        return file, path
 
     def adopt(self, value: Any) -> Any:
         """The same nested value with the files that it names renamed to this writer's: they outlive who made them."""
@@ -78,7 +103,16 @@ def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[
                 position += written
                 piece = piece[written:]
         yield TensorData(tensor.dtype, tensor.shape, Segment(path, offset, tensor.nbytes))
-        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        offset += _room(tensor.nbytes)
+
+
+def _size(sizes: Sequence[int]) -> int:
+    """Bytes of the file that tensors of these make. No room follows the last one."""
+    return sum(map(_room, sizes[:-1])) + sum(sizes[-1:])
+
+
+def _room(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def pieces(data: Any, size: int = 1 << 20) -> Iterator[memoryview]:

@@ -187,13 +187,14 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _client(options: Options, target: str | None, token: str | None, tls: TLS | None) -> Client:
+    # Without shared memory: what is measured is one message there, and one back.
     if target is None:
         from gradwire.embedded_service import launch
 
-        return launch(workers=options.models * options.workers)
+        return launch(workers=options.models * options.workers, shared_memory=False)
     from gradwire.client import connect
 
-    return connect(target, token=token, tls=tls)
+    return connect(target, token=token, tls=tls, shared_memory=False)
 
 
 def _show(results: Results, files: dict[str, Path | None]) -> None:

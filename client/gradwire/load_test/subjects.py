@@ -121,7 +121,15 @@ def _call(model: Model, inputs: Any, targets: Any, method: str) -> Call[Any]:
     if method == "train_step":
         return calls.train_step(inputs, targets, None)
     return calls.compute_gradients(
-        inputs, targets, wrt=None, input_gradients=False, outputs=False, dtype=None, training=True, seed=None
+        inputs,
+        targets,
+        wrt=None,
+        input_gradients=False,
+        outputs=False,
+        dtype=None,
+        top_k=None,
+        training=True,
+        seed=None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from google.rpc import code_pb2, status_pb2
 
 from gradwire_proto.encoding.enum_words import COMMAND_STATES
+from gradwire_proto.encoding.sparse_codec import decode_sparse_tensors, encode_sparse_tensor
 from gradwire_proto.encoding.tensor_codec import decode_named_tensors, decode_value, encode_named_tensors, encode_value
 from gradwire_proto.v1 import gradient_service_pb2 as service_pb
 from gradwire_proto.v1 import model_pb2 as pb
@@ -98,7 +99,11 @@ def encode_gradient_result(
     message.loss = value.loss
     message.step = value.step
     message.num_examples = value.num_examples
-    encode_named_tensors(value.gradients, message.gradients)
+    for name, gradient in value.gradients.items():
+        if isinstance(gradient, tuple):
+            encode_sparse_tensor(name, gradient, message.sparse_gradients.add())
+        else:
+            encode_named_tensors({name: gradient}, message.gradients)
     if value.input_gradients is not None:
         encode_value(value.input_gradients, message.input_gradients, "input_gradients")
     if value.outputs is not None:
@@ -115,7 +120,8 @@ def decode_gradient_result(message: service_pb.ComputeGradientsResponse) -> Grad
         loss=message.loss,
         step=message.step,
         num_examples=message.num_examples,
-        gradients=decode_named_tensors(message.gradients, "gradients"),
+        gradients=decode_named_tensors(message.gradients, "gradients")
+        | decode_sparse_tensors(message.sparse_gradients, "sparse_gradients"),
         input_gradients=decode_value(message.input_gradients, "input_gradients") if has_input_gradients else None,
         outputs=decode_value(message.outputs, "outputs") if message.HasField("outputs") else None,
         timing=decode_timing(message.timing),

@@ -90,6 +90,7 @@ def encode_gradient_query(value: GradientQuery, into: pb.ComputeGradientsRequest
     if value.gradient_dtype is not None:
         number = DTYPES.number(value.gradient_dtype, "gradient_dtype")
         into.gradient_dtype = number  # pyright: ignore[reportAttributeAccessIssue]
+    into.top_k = value.top_k or 0.0
     return into
 
 
@@ -102,6 +103,10 @@ def decode_gradient_query(message: pb.ComputeGradientsRequest) -> GradientQuery:
     for index, name in enumerate(message.wrt):
         check_name(name, f"wrt[{index}]")
     _check_one_kind_of_gradient(message)
+    if not 0.0 <= message.top_k <= 1.0:
+        raise InvalidArgument(
+            f"expected a fraction from 0 to 1, got {message.top_k}", field="top_k", reason="TOP_K_INVALID"
+        )
     gradient_dtype = None
     if message.gradient_dtype:
         gradient_dtype = DTYPES.word(message.gradient_dtype, "gradient_dtype")
@@ -119,6 +124,7 @@ def decode_gradient_query(message: pb.ComputeGradientsRequest) -> GradientQuery:
         seed=message.seed if message.HasField("seed") else None,
         gradient_dtype=gradient_dtype,
         per_example=message.per_example,
+        top_k=message.top_k or None,
     )
 
 
@@ -126,8 +132,10 @@ def _check_one_kind_of_gradient(message: pb.ComputeGradientsRequest) -> None:
     """Rows' own gradients and products with vectors are returned alone, and of models."""
     kind = "per_example" if message.per_example else "vectors" if message.vectors else None
     if kind is None:
+        if message.top_k and message.WhichOneof("subject") == "function":
+            raise InvalidArgument("a function has no parameters", field="top_k", reason="FUNCTION_INVALID")
         return
-    others = ["input_gradients", "outputs"]
+    others = ["input_gradients", "outputs", "top_k"]
     others += ["vectors"] if message.per_example else ["wrt", "no_parameter_gradients"]
     for other in others:
         if getattr(message, other):
@@ -170,6 +178,7 @@ def encode_server_info(value: ServerInfo, into: pb.GetServerInfoResponse | None 
     message.free_workers = value.free_workers
     message.gpus = value.gpus
     encode_limits(value.limits, message.limits)
+    message.local_socket = value.local_socket
     return message
 
 
@@ -184,4 +193,5 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         free_workers=message.free_workers,
         gpus=message.gpus,
         limits=decode_limits(message.limits),
+        local_socket=message.local_socket,
     )

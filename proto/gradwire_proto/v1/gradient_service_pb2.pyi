@@ -111,7 +111,7 @@ class Function(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., output_leaf: _Optional[int] = ...) -> None: ...
 
 class ComputeGradientsRequest(_message.Message):
-    __slots__ = ("name", "function", "batch", "wrt", "no_parameter_gradients", "input_gradients", "outputs", "eval_mode", "seed", "gradient_dtype", "max_inline_bytes", "per_example", "vectors")
+    __slots__ = ("name", "function", "batch", "wrt", "no_parameter_gradients", "input_gradients", "outputs", "eval_mode", "seed", "gradient_dtype", "max_inline_bytes", "per_example", "vectors", "top_k")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class ComputeGradientsRequest(_message.Message):
     MAX_INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PER_EXAMPLE_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
     name: str
     function: Function
     batch: _tensor_pb2.Batch
@@ -138,10 +139,23 @@ class ComputeGradientsRequest(_message.Message):
     max_inline_bytes: int
     per_example: bool
     vectors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
-    def __init__(self, name: _Optional[str] = ..., function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., outputs: bool = ..., eval_mode: bool = ..., seed: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_inline_bytes: _Optional[int] = ..., per_example: bool = ..., vectors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ...) -> None: ...
+    top_k: float
+    def __init__(self, name: _Optional[str] = ..., function: _Optional[_Union[Function, _Mapping]] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., wrt: _Optional[_Iterable[str]] = ..., no_parameter_gradients: bool = ..., input_gradients: bool = ..., outputs: bool = ..., eval_mode: bool = ..., seed: _Optional[int] = ..., gradient_dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., max_inline_bytes: _Optional[int] = ..., per_example: bool = ..., vectors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., top_k: _Optional[float] = ...) -> None: ...
+
+class SparseTensor(_message.Message):
+    __slots__ = ("name", "shape", "indices", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    indices: _tensor_pb2.Tensor
+    values: _tensor_pb2.Tensor
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ComputeGradientsResponse(_message.Message):
-    __slots__ = ("loss", "step", "num_examples", "gradients", "input_gradients", "outputs", "timing", "rank_rows")
+    __slots__ = ("loss", "step", "num_examples", "gradients", "input_gradients", "outputs", "timing", "rank_rows", "sparse_gradients")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +164,7 @@ class ComputeGradientsResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     loss: float
     step: int
     num_examples: int
@@ -158,7 +173,8 @@ class ComputeGradientsResponse(_message.Message):
     outputs: _tensor_pb2.Value
     timing: _model_pb2.Timing
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., input_gradients: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    sparse_gradients: _containers.RepeatedCompositeFieldContainer[SparseTensor]
+    def __init__(self, loss: _Optional[float] = ..., step: _Optional[int] = ..., num_examples: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., input_gradients: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., outputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., sparse_gradients: _Optional[_Iterable[_Union[SparseTensor, _Mapping]]] = ...) -> None: ...
 
 class DifferentiateFunctionRequest(_message.Message):
     __slots__ = ("function", "batch", "derivative", "wrt", "differentiated_outputs", "vectors", "chunk_size", "strict", "seed", "max_inline_bytes")
@@ -620,20 +636,22 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "torch_version", "workers", "free_workers", "gpus", "limits")
+    __slots__ = ("version", "torch_version", "workers", "free_workers", "gpus", "limits", "local_socket")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     FREE_WORKERS_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     version: str
     torch_version: str
     workers: int
     free_workers: int
     gpus: float
     limits: Limits
-    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    local_socket: str
+    def __init__(self, version: _Optional[str] = ..., torch_version: _Optional[str] = ..., workers: _Optional[int] = ..., free_workers: _Optional[int] = ..., gpus: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., local_socket: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("message_bytes", "tensor_bytes", "graph_nodes", "model_bytes", "models", "requests_in_flight", "requests_per_model", "held_bytes", "variants", "held_seconds", "retained_bytes", "retained_forwards", "retained_seconds")

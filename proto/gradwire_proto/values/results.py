@@ -12,6 +12,7 @@ class GradientQuery:
     """What compute_gradients should return. `wrt`: names or globs, None for all that require gradients.
 
     per_example: each row's own gradients. They, and products with vectors, come without input gradients and outputs.
+    top_k: the fraction of each parameter's gradient to return; None for all of it.
     """
 
     wrt: tuple[str, ...] | None = None
@@ -21,6 +22,7 @@ class GradientQuery:
     seed: int | None = None
     gradient_dtype: str | None = None
     per_example: bool = False
+    top_k: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientResult:
-    """What compute_gradients answers: `gradients` by name, `input_gradients` nested as the inputs, `outputs`."""
+    """What compute_gradients answers: `gradients` by name, `input_gradients` nested as the inputs, `outputs`.
+
+    Where the largest elements alone were asked for, a gradient is (shape, row-major indices, values); in the SDK it is
+    a sparse tensor.
+    """
 
     loss: float
     step: int
@@ -175,7 +181,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """Versions, capacity and limits of a service."""
+    """Versions, capacity and limits of a service. local_socket: where clients on its machine share memory with it."""
 
     version: str
     torch_version: str
@@ -183,3 +189,4 @@ class ServerInfo:
     free_workers: int
     gpus: float
     limits: Limits
+    local_socket: str = ""

@@ -26,7 +26,9 @@ ITEM_SIZE: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes in a file that the service made in its own private folder (usually in shared memory)."""
+    """Bytes in a file that the service made in its own private folder (usually in shared memory), or has open: a sealed
+    one of a client's.
+    """
 
     path: str
     offset: int

@@ -18,7 +18,7 @@ from gradwire_proto.v1 import dataset_pb2
 from gradwire_proto.values import Batch, DatasetInfo, Segment, TensorData, leaves, map_leaves
 from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.durable_files import replace_file, sync_file, sync_folder
-from gradwire_server.tensors.held_files import ALIGNMENT
+from gradwire_server.storage.tensor_files import ALIGNMENT
 
 _DATA = "data"
 _DESCRIPTION = "dataset.json"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gradwire_proto.errors import ModelNotFound, ResourceExhausted
+from gradwire_proto.errors import FailedPrecondition, ModelNotFound, ResourceExhausted
+from gradwire_proto.local_wire import close_files
 from gradwire_proto.values import Handle, Limits, Segment, TensorData, leaves, map_leaves
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import remove_files, segment_paths, write_tensors
-
-CHUNK_BYTES = 1 << 20
-"""Bytes of one message of a download: the fastest size that was measured."""
+from gradwire_server.tensors.lent_files import LentFiles
 
 
 @dataclass(slots=True)
@@ -30,6 +30,23 @@ class _Download:
     readers: int = 0
 
 
+class LentPlace(NamedTuple):
+    """Where a tensor lies: in which file, from where on, and how many bytes."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Descriptors of a download's files, which are the caller's to close. taken: to be called when they were sent."""
+
+    files: list[int]
+    places: list[LentPlace]
+    taken: Callable[[], None]
+
+
 class Downloads:
     """Downloads by name, in files of `folder`. Each waits `limits.held_seconds` to be fetched."""
 
@@ -37,6 +54,7 @@ class Downloads:
         self._folder = folder
         self._limits = limits
         self._held = held
+        self._lent = LentFiles(limits.held_bytes // 2)
         self._waiting: dict[str, _Download] = {}
 
     async def deliver(self, value: Any, max_inline_bytes: int | None) -> Any:
@@ -77,7 +95,8 @@ class Downloads:
             remove_files(paths)
             raise
         try:
-            segments = await move_bytes(total, self._as_segments, tensors)
+            in_memory = sum(0 if isinstance(tensor.data, Segment) else tensor.nbytes for tensor in tensors)
+            segments = await move_bytes(in_memory, self._as_segments, tensors)
         except BaseException:
             self._held.release(total)
             remove_files(paths)
@@ -90,11 +109,35 @@ class Downloads:
         ]
 
     def _as_segments(self, tensors: list[TensorData]) -> list[Segment]:
-        written = iter(write_tensors(self._folder, [t for t in tensors if not isinstance(t.data, Segment)]))
+        in_memory = [t for t in tensors if not isinstance(t.data, Segment)]
+        written = iter(write_tensors(self._folder, in_memory) if in_memory else ())
         return [t.data if isinstance(t.data, Segment) else next(written) for t in tensors]
 
-    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
-        """The bytes of all tensors of a download, in chunks. Fetched to the end, it is gone."""
+    def lend(self, name: str) -> Lent:
+        """The files of a download, for a client that maps them. It is gone when `taken` is called.
+
+        Raises ModelNotFound DOWNLOAD_NOT_FOUND, and ResourceExhausted where clients keep too much already.
+        """
+        download = self._find(name)
+        if download.readers:
+            raise FailedPrecondition("it is being fetched by DownloadTensors", reason="DOWNLOAD_IN_USE")
+        paths = sorted({segment.path for segment in download.segments})
+        self._lent.check_room(download.nbytes, len(paths))
+        files = []
+        try:
+            for path in paths:
+                files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except BaseException:
+            close_files(files)
+            raise
+        places = [LentPlace(paths.index(each.path), each.offset, each.nbytes) for each in download.segments]
+
+        def taken() -> None:
+            self._drop(name, is_lent=True)
+
+        return Lent(files, places, taken)
+
+    def _find(self, name: str) -> _Download:
         download = self._waiting.get(name)
         if download is None:
             raise ModelNotFound(
@@ -103,11 +146,16 @@ class Downloads:
                 field="name",
                 reason="DOWNLOAD_NOT_FOUND",
             )
+        return download
+
+    async def chunks(self, name: str) -> AsyncGenerator[list[memoryview], None]:
+        """The bytes of all tensors of a download, in chunks of some pieces each. Fetched to the end, it is gone."""
+        download = self._find(name)
         download.readers += 1
         complete = False
         try:
-            async for chunk in _read_chunks(download.segments):
-                yield chunk
+            async for pieces in _read_chunks(download.segments):
+                yield pieces
             complete = True
         finally:
             download.readers -= 1
@@ -121,11 +169,14 @@ class Downloads:
         else:
             self._drop(name)
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, name: str, *, is_lent: bool = False) -> None:
         download = self._waiting.pop(name)
         download.timer.cancel()
         self._held.release(download.nbytes)
-        remove_files({segment.path for segment in download.segments})
+        for path in {segment.path for segment in download.segments}:
+            # Nobody waits to write again to what was written here.
+            if (not is_lent and Path(path).parent == self._folder) or not self._lent.lend(path):
+                remove_files((path,))
 
     def _timer(self, name: str) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.held_seconds, self._expire, name)
@@ -134,6 +185,7 @@ class Downloads:
         """Remove every download."""
         for name in list(self._waiting):
             self._drop(name)
+        self._lent.close()
 
 
 def _load(tensors: Sequence[TensorData]) -> list[TensorData]:
@@ -152,28 +204,31 @@ def _load(tensors: Sequence[TensorData]) -> list[TensorData]:
             os.close(descriptor)
 
 
-async def _read_chunks(segments: Sequence[Segment]) -> AsyncGenerator[bytes, None]:
-    """The bytes of segments, CHUNK_BYTES at a time; small neighbours share a chunk."""
-    gathered: list[bytes] = []
+async def _read_chunks(segments: Sequence[Segment]) -> AsyncGenerator[list[memoryview], None]:
+    """The bytes of segments, CHUNK_BYTES at a time, as views of their files; small neighbours share a chunk."""
+    gathered: list[memoryview] = []
     room = CHUNK_BYTES
-    files: dict[str, int] = {}
-    try:
-        for segment in segments:
-            if segment.path not in files:
-                files[segment.path] = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
-            offset, end = segment.offset, segment.offset + segment.nbytes
-            while offset < end:
-                piece = os.pread(files[segment.path], min(room, end - offset), offset)
-                if not piece:
-                    raise OSError("a held file is shorter than its tensors")
-                gathered.append(piece)
-                offset += len(piece)
-                room -= len(piece)
-                if not room:
-                    yield gathered[0] if len(gathered) == 1 else b"".join(gathered)
-                    gathered, room = [], CHUNK_BYTES
-        if gathered:
-            yield b"".join(gathered)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
+    files: dict[str, memoryview] = {}
+    for segment in segments:
+        if not segment.nbytes:
+            continue
+        if segment.path not in files:
+            files[segment.path] = _mapped(segment.path)
+        rest = files[segment.path][segment.offset : segment.offset + segment.nbytes]
+        if len(rest) != segment.nbytes:
+            raise OSError("a held file is shorter than its tensors")
+        while rest:
+            piece, rest = rest[:room], rest[room:]
+            gathered.append(piece)
+            room -= len(piece)
+            if not room:
+                yield gathered
+                gathered, room = [], CHUNK_BYTES
+    if gathered:
+        yield gathered
+
+
+def _mapped(path: str) -> memoryview:
+    # Nobody else has the file: it is not lent while it is read, and was lent to nobody who still has it.
+    with open(path, "rb", buffering=0) as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

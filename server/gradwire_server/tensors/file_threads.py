@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+CHUNK_BYTES = 1 << 20
+"""Bytes of one message of a stream: the fastest size that was measured."""
+
 THREAD_BYTES = 256 << 10
 """Below this, handing the work to a thread costs more than the work."""
 

@@ -14,10 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
+from gradwire_proto.local_wire import aligned
 from gradwire_proto.values import Segment, TensorData
-
-ALIGNMENT = 64
-"""Tensors start at multiples of this many bytes in an upload's file, so that torch can use them where they lie."""
 
 UPLOAD_PREFIX = "upload-"
 DOWNLOAD_PREFIX = "download-"
@@ -79,19 +77,19 @@ class UploadFile:
     def __init__(self, folder: Path, types: Sequence[TensorType]) -> None:
         sizes = [kind.nbytes for kind in types]
         self._ends = list(accumulate(sizes))
-        self._offsets = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        self._offsets, file_size = aligned(sizes)
         self._types = types
         self._received = 0
         self._current = 0
         self._file = HeldFile(folder, UPLOAD_PREFIX)
-        self._file.truncate(self._offsets[-1])
+        self._file.truncate(file_size)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are to come in all."""
         return self._ends[-1] if self._ends else 0
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes. InvalidArgument if they are more than announced, or a bool is neither 0 nor 1."""
         if self._received + len(chunk) > self.nbytes:
             raise InvalidArgument(
@@ -111,12 +109,8 @@ class UploadFile:
             self._received += len(piece)
 
     def _check(self, piece: memoryview) -> None:
-        if self._types[self._current].dtype == "bool" and bytes(piece).translate(None, b"\x00\x01"):
-            raise InvalidArgument(
-                "expected bool elements of 0 or 1",
-                field=f"manifest.tensors[{self._current}]",
-                reason="TENSOR_NOT_BOOL",
-            )
+        if self._types[self._current].dtype == "bool":
+            check_bools(bytes(piece), self._current)
 
     def finish(self) -> list[TensorData]:
         """The tensors, once every byte is there. InvalidArgument UPLOAD_TOO_SHORT before."""
@@ -130,12 +124,20 @@ class UploadFile:
         path = str(self._file.path)
         return [
             TensorData(kind.dtype, kind.shape, Segment(path, offset, kind.nbytes))
-            for kind, offset in zip(self._types, self._offsets, strict=False)
+            for kind, offset in zip(self._types, self._offsets, strict=True)
         ]
 
     def discard(self) -> None:
         """Remove the file."""
         self._file.discard()
+
+
+def check_bools(piece: bytes, index: int) -> None:
+    """InvalidArgument TENSOR_NOT_BOOL where bytes of tensor `index` of a manifest are no bools."""
+    if piece.translate(None, b"\x00\x01"):
+        raise InvalidArgument(
+            "expected bool elements of 0 or 1", field=f"manifest.tensors[{index}]", reason="TENSOR_NOT_BOOL"
+        )
 
 
 def write_tensors(folder: Path, tensors: Sequence[TensorData]) -> list[Segment]:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gradwire_proto.errors import InvalidArgument, ModelNotFound
 from gradwire_proto.values import Handle, Limits, TensorData, leaves, map_leaves
-from gradwire_server.tensors.file_threads import move_bytes
+from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
-from gradwire_server.tensors.held_files import TensorType, UploadFile, remove_files, segment_paths
+from gradwire_server.tensors.held_files import TensorType, UploadFile
+from gradwire_server.tensors.sealed_files import SealedFile
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Upload:
-    """An upload that is complete. Its file goes when each tensor was used, or it expired, and no claim is open."""
+    """An upload that is complete. It is discarded when each tensor was used, or it expired, and no claim is open."""
 
     tensors: list[TensorData]
     nbytes: int
     unused: set[int]
     timer: asyncio.TimerHandle
+    discard: Callable[[], None]
     claims: int = 0
 
 
@@ -62,7 +64,9 @@ class Uploads:
         self._held = held
         self._complete: dict[str, _Upload] = {}
 
-    async def take(self, types: Sequence[TensorType], chunks: AsyncIterator[bytes], name: str | None = None) -> str:
+    async def take(
+        self, types: Sequence[TensorType], chunks: AsyncIterator[memoryview], name: str | None = None
+    ) -> str:
         """Take the bytes of tensors; returns "uploads/{upload}". Whatever goes wrong, nothing of it stays.
 
         name: what it is to be called; one of that name that is complete is answered as it is, without reading `chunks`.
@@ -75,7 +79,8 @@ class Uploads:
         try:
             file = UploadFile(self._folder, types)
             async for chunk in chunks:
-                await move_bytes(len(chunk), file.write, chunk)
+                # Where it comes in pieces of the usual size, a hop to a thread costs more than the write.
+                await move_bytes(len(chunk) if len(chunk) > CHUNK_BYTES else 0, file.write, chunk)
             tensors = file.finish()
         except BaseException:
             if file is not None:
@@ -85,11 +90,33 @@ class Uploads:
         name = name or f"uploads/{secrets.token_hex(16)}"
         if name in self._complete:
             # A repeat came while the first one, whose client is gone, was not known to be cut off; or the other way.
-            remove_files(segment_paths(tensors))
+            file.discard()
             self._held.release(nbytes)
             return name
-        self._complete[name] = _Upload(tensors, nbytes, set(range(len(tensors))), self._timer(name))
+        self._add(name, tensors, nbytes, file.discard)
         return name
+
+    def adopt(self, types: Sequence[TensorType], file: SealedFile, name: str, discarded: Callable[[], None]) -> None:
+        """Make an upload of tensors that are complete in their file, which it takes over; `discarded` tells its end.
+
+        One of that name that is complete stays as it is.
+        """
+
+        def discard() -> None:
+            file.close()
+            discarded()
+
+        try:
+            if self._is_repeat(name, types):
+                return discard()
+            self._held.reserve(file.nbytes)
+        except BaseException:
+            discard()
+            raise
+        self._add(name, file.tensors, file.nbytes, discard)
+
+    def _add(self, name: str, tensors: list[TensorData], nbytes: int, discard: Callable[[], None]) -> None:
+        self._complete[name] = _Upload(tensors, nbytes, set(range(len(tensors))), self._timer(name), discard)
 
     def _is_repeat(self, name: str, types: Sequence[TensorType]) -> bool:
         upload = self._complete.get(name)
@@ -172,7 +199,7 @@ class Uploads:
         del self._complete[name]
         upload.timer.cancel()
         self._held.release(upload.nbytes)
-        remove_files(segment_paths(upload.tensors))
+        upload.discard()
 
     def _timer(self, name: str) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.held_seconds, self._expire, name)

@@ -16,7 +16,7 @@ from gradwire_server.storage.manifest import FILES, Manifest, StoredFile, decode
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return Manifest.of(saved_model(tmp_path), {name: StoredFile(3, "ab" * 32) for name in FILES})
+    return Manifest.of(saved_model(tmp_path), {name: StoredFile(3, "ab" * 32) for name in FILES}, "")
 
 
 def refusal(content: bytes) -> FailedPrecondition:

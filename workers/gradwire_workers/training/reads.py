@@ -18,6 +18,7 @@ from gradwire_workers.training.gradient_readers import ParameterNames, gradient_
 from gradwire_workers.training.passes import take
 from gradwire_workers.training.rank_model import RankModel
 from gradwire_workers.training.reports import DerivativeReport, ForwardReport, GradientReport
+from gradwire_workers.training.top_k import largest
 
 
 class Reads(RankModel):
@@ -39,11 +40,14 @@ class Reads(RankModel):
             # Read only: it is for the caller to judge a loss that is not finite.
             loss = Agreement(refuses_nan=False).reach(self._groups, found.value)
         is_whole = self._groups is None or self._groups.rank == 0
+        gradients: dict[str, Any] = found.gradients if is_whole or query.per_example else {}
+        if query.top_k is not None:
+            gradients = {name: largest(each, query.top_k) for name, each in gradients.items()}
         return GradientReport(
             loss=loss,
             step=self.step,
             rows=found.rows,
-            gradients=found.gradients if is_whole or query.per_example else {},
+            gradients=gradients,
             input_gradients=found.input_gradients,
             outputs=found.outputs,
             seconds=clock.computed(),

@@ -39,7 +39,8 @@ class StepReport:
 class GradientReport:
     """Gradients over the whole batch.
 
-    gradients: rank 0's alone hold anything, or, of each example, those of this rank's rows. input_gradients: of this
+    gradients: rank 0's alone hold anything, or, of each example, those of this rank's rows; of each a tensor or, of its
+    largest elements, (shape, row-major indices, values). input_gradients: of this
     rank's rows (of leaves without rows: of all), None for leaves that have none. outputs: of this rank's rows. Both
     None where not asked for, and on idle ranks.
     """
@@ -47,7 +48,7 @@ class GradientReport:
     loss: float
     step: int
     rows: int
-    gradients: dict[str, Tensor]
+    gradients: dict[str, Any]
     input_gradients: list[Tensor | None] | None
     outputs: list[Any] | None
     seconds: Seconds

@@ -1,0 +1,82 @@
+from gradwire_proto.v1 import gradient_service_pb2 as _gradient_service_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LocalRequest(_message.Message):
+    __slots__ = ("hello", "upload", "download")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
+    hello: LocalHello
+    upload: LocalUpload
+    download: LocalDownload
+    def __init__(self, hello: _Optional[_Union[LocalHello, _Mapping]] = ..., upload: _Optional[_Union[LocalUpload, _Mapping]] = ..., download: _Optional[_Union[LocalDownload, _Mapping]] = ...) -> None: ...
+
+class LocalHello(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LocalUpload(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: _gradient_service_pb2.UploadManifest
+    def __init__(self, manifest: _Optional[_Union[_gradient_service_pb2.UploadManifest, _Mapping]] = ...) -> None: ...
+
+class LocalDownload(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class LocalReply(_message.Message):
+    __slots__ = ("welcome", "uploaded", "downloaded", "refusal")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    UPLOADED_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOADED_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    welcome: LocalWelcome
+    uploaded: LocalUploaded
+    downloaded: LocalDownloaded
+    refusal: LocalRefusal
+    def __init__(self, welcome: _Optional[_Union[LocalWelcome, _Mapping]] = ..., uploaded: _Optional[_Union[LocalUploaded, _Mapping]] = ..., downloaded: _Optional[_Union[LocalDownloaded, _Mapping]] = ..., refusal: _Optional[_Union[LocalRefusal, _Mapping]] = ...) -> None: ...
+
+class LocalWelcome(_message.Message):
+    __slots__ = ("service",)
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    def __init__(self, service: _Optional[str] = ...) -> None: ...
+
+class LocalUploaded(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class LocalDownloaded(_message.Message):
+    __slots__ = ("places",)
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    places: _containers.RepeatedCompositeFieldContainer[LocalPlace]
+    def __init__(self, places: _Optional[_Iterable[_Union[LocalPlace, _Mapping]]] = ...) -> None: ...
+
+class LocalPlace(_message.Message):
+    __slots__ = ("file", "offset", "nbytes")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    file: int
+    offset: int
+    nbytes: int
+    def __init__(self, file: _Optional[int] = ..., offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class LocalRefusal(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,184 @@
+"""One client that shares memory with the service: its requests, answered one after another.
+
+Nothing that a client sends is waited for, and nothing that it does to its own files afterwards reaches anybody else:
+uploads are sealed, and downloads are the client's alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire_proto.codec import refuse_unknown_fields
+from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted
+from gradwire_proto.local_wire import PacketError, close_files, receive_packet, send_packet
+from gradwire_proto.v1 import local_pb2 as pb
+from gradwire_proto.values import Limits
+from gradwire_server.tensors.file_threads import THREAD_BYTES, in_thread
+from gradwire_server.tensors.held_files import TensorType
+from gradwire_server.tensors.sealed_files import SealedFile
+from gradwire_server.tensors.tensor_store import TensorStore
+from gradwire_server.tensors.tensor_streams import decode_manifest
+
+logger = logging.getLogger(__name__)
+
+MOST_UPLOADS = 32
+"""Uploads of one connection that are held at once, each with an open file."""
+
+MOST_OPEN_FILES = 256
+"""The same of all connections together, those that have ended included."""
+
+
+@dataclass(slots=True)
+class Held:
+    """How many uploads are held."""
+
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    file: SealedFile
+    types: Sequence[TensorType]
+    name: str
+
+
+class LocalConnection:
+    """One client. Its requests are answered one after another."""
+
+    def __init__(
+        self,
+        peer: socket.socket,
+        tensors: TensorStore,
+        limits: Limits,
+        service: str,
+        all_held: Held,
+        ended: Callable[[LocalConnection], None],
+    ) -> None:
+        self._peer = peer
+        self._tensors = tensors
+        self._limits = limits
+        self._service = service
+        self._ended = ended
+        self._held = Held()
+        self._all_held = all_held
+        self._loop = asyncio.get_running_loop()
+        self._checking: asyncio.Task[None] | None = None
+        self._loop.add_reader(peer, self._read)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._peer.fileno() >= 0:
+            self._loop.remove_reader(self._peer)
+            self._peer.close()
+            self._ended(self)
+
+    def _read(self) -> None:
+        try:
+            request, files = receive_packet(self._peer, pb.LocalRequest)
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, EOFError):
+            self.close()
+            return
+        try:
+            with self._refusals():
+                self._do(request, files)
+        finally:
+            close_files(files)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Inside, errors become answers."""
+        try:
+            yield
+        except GradwireError as error:
+            self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=error.message)))
+        except Exception:
+            logger.exception("a request for shared memory failed")
+            self.close()
+
+    def _do(self, request: pb.LocalRequest, files: list[int]) -> None:
+        refuse_unknown_fields(request)
+        match request.WhichOneof("kind"):
+            case "hello":
+                self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
+            case "upload":
+                self._upload(request.upload, files)
+            case "download":
+                self._download(request.download.name)
+            case _:
+                raise InvalidArgument("expected a request", field="kind", reason="FIELD_MISSING")
+
+    def _upload(self, request: pb.LocalUpload, files: list[int]) -> None:
+        """Takes the one file over, out of `files`."""
+        types, name = decode_manifest(request.manifest, self._limits)
+        if name is None or len(files) != 1:
+            raise InvalidArgument("expected an upload_id and one file", field="manifest", reason="FIELD_MISSING")
+        if self._held.count >= MOST_UPLOADS or self._all_held.count >= MOST_OPEN_FILES:
+            message = f"{self._held.count} uploads of this client, and {self._all_held.count} of all, wait to be used"
+            raise ResourceExhausted(message, reason="TOO_MANY_UPLOADS", retryable=True)
+        upload = _Upload(SealedFile(files.pop(), types), types, name)
+        for held in (self._held, self._all_held):
+            held.count += 1
+        if upload.file.bool_bytes < THREAD_BYTES:
+            with self._discarded_on_error(upload):
+                upload.file.check_bools()
+            self._adopt(upload)
+        else:
+            # The next request is read when this one is answered: nothing piles up here.
+            self._loop.remove_reader(self._peer)
+            self._checking = asyncio.ensure_future(self._check(upload))
+
+    async def _check(self, upload: _Upload) -> None:
+        with self._refusals():
+            with self._discarded_on_error(upload):
+                await in_thread(upload.file.check_bools)
+            self._adopt(upload)
+        if self._peer.fileno() >= 0:
+            self._loop.add_reader(self._peer, self._read)
+
+    @contextmanager
+    def _discarded_on_error(self, upload: _Upload) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            upload.file.close()
+            self._discarded()
+            raise
+
+    def _adopt(self, upload: _Upload) -> None:
+        self._tensors.uploads.adopt(upload.types, upload.file, upload.name, self._discarded)
+        self._say(pb.LocalReply(uploaded=pb.LocalUploaded(name=upload.name)))
+
+    def _discarded(self) -> None:
+        for held in (self._held, self._all_held):
+            held.count -= 1
+
+    def _download(self, name: str) -> None:
+        lent = self._tensors.downloads.lend(name)
+        places = [pb.LocalPlace(file=each.file, offset=each.offset, nbytes=each.nbytes) for each in lent.places]
+        try:
+            if self._say(pb.LocalReply(downloaded=pb.LocalDownloaded(places=places)), lent.files):
+                lent.taken()
+        finally:
+            close_files(lent.files)
+
+    def _say(self, reply: Any, files: list[int] | None = None) -> bool:
+        """Answer. False: the client hears of it that this does not fit, or is gone, or does not listen."""
+        try:
+            send_packet(self._peer, reply, files or ())
+        except PacketError as error:
+            refusal = pb.LocalRefusal(reason="PACKET_TOO_LARGE", message=str(error))
+            with suppress(OSError):
+                send_packet(self._peer, pb.LocalReply(refusal=refusal))
+            return False
+        except OSError:
+            self.close()
+            return False
+        return True

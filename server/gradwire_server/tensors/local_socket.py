@@ -1,0 +1,109 @@
+"""The Unix socket over which clients of this machine share memory with the service: local.proto, from this side.
+
+Whoever connects must run as the same user as the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import socket
+from pathlib import Path
+
+from gradwire_proto.local_wire import MOST_PATH_BYTES, new_socket, peer_user, service_of
+from gradwire_proto.values import Limits
+from gradwire_server.tensors.local_connection import Held, LocalConnection
+from gradwire_server.tensors.tensor_store import TensorStore
+
+logger = logging.getLogger(__name__)
+
+MOST_CONNECTIONS = 64
+"""Clients that are connected at once. Further ones use gRPC alone."""
+
+SOCKET_PREFIX = "clients-"
+"""What the names of such sockets begin with."""
+
+# Of Linux's prctl.h.
+_PR_GET_DUMPABLE = 3
+
+
+class LocalSocket:
+    """Listens at `path`, in a private folder, once it was started. All methods belong to the event loop's thread."""
+
+    def __init__(self, path: Path, tensors: TensorStore, limits: Limits) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._limits = limits
+        self._listener: socket.socket | None = None
+        self._connections: set[LocalConnection] = set()
+        self._held = Held()
+
+    @property
+    def path(self) -> str:
+        """Where clients find it; "" where it does not listen."""
+        return "" if self._listener is None else str(self._path)
+
+    def start(self) -> None:
+        """Listen, where the system lets it: otherwise there is no such socket."""
+        self._sweep()
+        if len(os.fsencode(self._path)) > MOST_PATH_BYTES:
+            logger.warning("no shared memory with clients: the path %s is too long for a socket", self._path)
+            return
+        listener = new_socket()
+        try:
+            if not _is_open_to_ranks():
+                raise PermissionError("the system hides this process's files from others of its user")
+            listener.bind(str(self._path))
+            os.chmod(self._path, 0o600)
+            listener.listen(MOST_CONNECTIONS)
+            listener.setblocking(False)
+        except OSError as error:
+            logger.warning("no shared memory with clients: %s", error)
+            listener.close()
+            return
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._accept)
+
+    def close(self) -> None:
+        """End every connection, and remove the socket. Uploads that came by it stay."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+            self._path.unlink(missing_ok=True)
+        for connection in list(self._connections):
+            connection.close()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:  # It has left again, or there are too many open files.
+            return
+        if len(self._connections) >= MOST_CONNECTIONS or peer_user(peer) != os.geteuid():
+            peer.close()
+            return
+        peer.setblocking(False)
+        service = service_of(self.path)
+        self._connections.add(LocalConnection(peer, self._tensors, self._limits, service, self._held, self._ended))
+
+    def _ended(self, connection: LocalConnection) -> None:
+        self._connections.discard(connection)
+
+    def _sweep(self) -> None:
+        """Remove the sockets of services that were killed: nobody listens at them any more."""
+        for path in self._path.parent.glob(f"{SOCKET_PREFIX}*.sock"):
+            with new_socket() as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink(missing_ok=True)
+                except OSError:
+                    pass
+
+
+def _is_open_to_ranks() -> bool:
+    """Whether other processes of this user may open this one's files below /proc."""
+    return ctypes.CDLL(None).prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1
