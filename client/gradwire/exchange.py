@@ -60,10 +60,13 @@ class Exchange:
     repeat: bool = True
     kept: float = 0.0
 
-    def run(self, sender: Sender, deadline: Deadline) -> Any:
-        """The result, by `deadline` less the seconds `kept`. What `finish` fetches may take longer, if it moves."""
+    def run(self, sender: Sender, deadline: Deadline, *, may_have_arrived: bool = False) -> Any:
+        """The result, by `deadline` less the seconds `kept`. What `finish` fetches may take longer, if it moves.
+
+        may_have_arrived: whether the request was sent before, by another way, and may have been carried out.
+        """
         with deadline.running():
-            return _Running(self, sender, deadline).run()
+            return _Running(self, sender, deadline, may_have_arrived).run()
 
     @property
     def request_id(self) -> str | None:
@@ -86,13 +89,13 @@ class _Running:
     is_upload_gone: whether the tensors that the request names must be brought again before it.
     """
 
-    def __init__(self, exchange: Exchange, sender: Sender, deadline: Deadline) -> None:
+    def __init__(self, exchange: Exchange, sender: Sender, deadline: Deadline, may_have_arrived: bool) -> None:
         self._exchange = exchange
         self._sender = sender
         self._deadline = deadline
         self._kept_for_asking = outcome.reserve(deadline.left)
         self._attempts = Attempts(deadline, sender.closed, exchange.kept + self._kept_for_asking)
-        self._may_have_arrived = False
+        self._may_have_arrived = may_have_arrived
         self._is_upload_gone = False
         self._is_answered = False
         self._reply: Any = None
@@ -173,7 +176,7 @@ class _Running:
         """The error of the last attempt, with what the service says about the command."""
         if isinstance(failure, _Unfetched):
             return self._as_answered(failure.error)
-        if self._sender.closed.is_set() and (isinstance(failure, Lost) or is_passing(failure)):
+        if self._sender.closed.is_set() and (isinstance(failure, Lost) or self._is_cut_short(failure)):
             message = "the client was closed before the service had answered"
             return Cancelled(message, reason="CLIENT_CLOSED", **self._standing(self._unasked()))
         if isinstance(failure, Lost):
@@ -182,6 +185,10 @@ class _Running:
             return failure
         # An earlier attempt may have been carried out.
         return _with(failure, self._standing(self._ask().outcome))
+
+    def _is_cut_short(self, failure: GradwireError) -> bool:
+        """Whether a client that was closed kept the call from being sent again."""
+        return is_passing(failure) or (failure.reason == "CLIENT_CLOSED" and self._may_have_arrived)
 
     def _explain_loss(self, error: GradwireError) -> GradwireError:
         """`error`, with what became of the command; Unavailable where the service is dead, not slow."""

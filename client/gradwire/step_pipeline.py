@@ -31,6 +31,8 @@ class StepPipeline:
         self._unanswered: deque[Exchange] = deque()
         self._unsent: list[bytes] = []
         self._refusal: GradwireError | None = None
+        self._may_have_arrived = False
+        """Whether steps that are not answered were in a stream that broke."""
 
     def __len__(self) -> int:
         """Steps that are not answered yet."""
@@ -62,6 +64,7 @@ class StepPipeline:
             assert self._stream is not None, "steps were sent"
             found = self._stream.receive(deadline.left - kept)
             if found is None or isinstance(found, GradwireError):
+                self._may_have_arrived |= found is None or found.reason != "NOT_CONNECTED"
                 break
             if (results := self._take(found)) or (wakes and not found):
                 return results
@@ -122,9 +125,11 @@ class StepPipeline:
         if refusal is not None and not _may_pass(refusal, step):
             refusal.request_id = refusal.request_id or step.request_id
             raise refusal
-        result = step.run(self._rpc, deadline)
+        self._may_have_arrived |= refusal is not None and refusal.outcome == "unknown"
+        result = step.run(self._rpc, deadline, may_have_arrived=self._may_have_arrived)
         self._unanswered.popleft()
         self._unsent = [each.body for each in self._unanswered]
+        self._may_have_arrived &= bool(self._unanswered)
         return result
 
 

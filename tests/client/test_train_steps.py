@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
-from client.one_model import RESULT, batch
+from client.one_model import RESULT, batch, net
 
-from gradwire.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
+import gradwire
+from gradwire import optim
+from gradwire.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.status import to_status
@@ -206,12 +208,7 @@ def test_another_variant_is_added_when_those_before_are_answered(model, steps, s
 
 
 def test_no_result_is_waited_for_longer_than_the_timeout(scripted, hosted, start_scripted):
-    import gradwire
-    from gradwire import optim
-
     with gradwire.connect(scripted.target, timeout=0.6) as sdk:
-        from client.one_model import net
-
         made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
         steps = Steps(scripted)
         steps.gate.clear()
@@ -222,6 +219,39 @@ def test_no_result_is_waited_for_longer_than_the_timeout(scripted, hosted, start
             next(made.train_steps([batch()]))
         assert time.monotonic() - start < 3
         steps.gate.set()
+
+
+def test_a_step_whose_service_died_with_it_may_have_been_applied(scripted, hosted):
+    with gradwire.connect(scripted.target, timeout=1.5) as sdk:
+        made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
+        steps = Steps(scripted)
+        answer = steps.outcome
+
+        def apply_and_die(request):
+            outcome = answer(request)
+            threading.Thread(target=scripted.stop, daemon=True).start()
+            time.sleep(0.3)
+            return outcome
+
+        steps.outcome = apply_and_die
+        with pytest.raises(Unavailable) as caught:
+            next(made.train_steps([batch()]))
+        assert len(steps.applied) == 1 and caught.value.outcome == "unknown"
+
+
+def test_a_future_that_a_closed_client_gives_up_may_have_been_applied(scripted, hosted):
+    sdk = gradwire.connect(scripted.target, timeout=5)
+    made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
+    steps = Steps(scripted)
+    steps.gate.clear()
+    future = made.futures.train_step(*batch())
+    while not steps.messages:
+        time.sleep(0.01)
+    sdk.close()
+    with pytest.raises(Cancelled) as caught:
+        future.result(5)
+    steps.gate.set()
+    assert caught.value.outcome == "unknown"
 
 
 def test_futures_share_a_stream_and_each_has_its_own_result(model, steps):
