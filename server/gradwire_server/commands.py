@@ -23,7 +23,7 @@ from gradwire_server.tensors.uploads import resolve
 from gradwire_server.work_queue import Job, Unsettled, WorkQueue
 
 if TYPE_CHECKING:
-    from gradwire_server.step_runs import StepJob
+    from gradwire_server.step_jobs import StepJob
 
 T = TypeVar("T")
 

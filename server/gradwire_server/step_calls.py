@@ -10,8 +10,8 @@ from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
+from gradwire_server.step_jobs import Chain
 from gradwire_server.step_requests import StepRequests
-from gradwire_server.step_runs import Chain
 from gradwire_server.step_stream import StepStream
 from gradwire_server.stored_replies import encode_reply
 

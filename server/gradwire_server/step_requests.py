@@ -14,7 +14,7 @@ from gradwire_proto.values import Limits
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fingerprint
 from gradwire_server.request_parsing import parse
-from gradwire_server.step_runs import LoneStep
+from gradwire_server.step_jobs import LoneStep
 
 _METHOD = "TrainStep"
 _MOST_KNOWN, _MOST_SEEN = 256, 4096

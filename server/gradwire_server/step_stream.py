@@ -20,8 +20,8 @@ from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
+from gradwire_server.step_jobs import Chain, StepJob, behind_refused
 from gradwire_server.step_requests import StepRequest, StepRequests
-from gradwire_server.step_runs import Chain, StepJob, behind_refused
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.work_queue import Job
 

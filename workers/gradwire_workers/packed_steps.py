@@ -1,9 +1,9 @@
 """Training steps as one message to each rank: what they have in common once, and each one's numbers and bytes.
 
-The message has three fields. `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
+Of the message's fields, `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
 number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
 first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
-tensor. `part_seconds`: see RankServer.
+tensor. `part_seconds` and `part_rows`: see RankServer.
 """
 
 from __future__ import annotations
@@ -124,4 +124,6 @@ def pack_steps(
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
     text = to_json({"layouts": described, "steps": rows})
-    return {"steps": text.encode(), "data": [b"".join(small), *large], "part_seconds": part_seconds}
+    # Half of them early: what is done about these is done while the rank computes the rest.
+    parts = {"part_seconds": part_seconds, "part_rows": max(2, len(steps) // 2)}
+    return {"steps": text.encode(), "data": [b"".join(small), *large], **parts}

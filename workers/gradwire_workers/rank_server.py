@@ -93,9 +93,8 @@ class RankServer:
     def _serve_rows(
         self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
     ) -> None:
-        """Answer a command with its rows, in parts: one when the field `part_seconds` has passed since the last.
-
-        The last one says that it is over, and how.
+        """Answer a command with its rows, in parts: one when `part_seconds` have passed since the last, or so many rows
+        are there as `part_rows` says; both are its fields. The last part says that it is over, and how.
         """
         rows: list[StepRow] = []
         sent = time.perf_counter()
@@ -103,7 +102,8 @@ class RankServer:
         try:
             for row in self._commands.answer(kind, fields):
                 rows.append(row)  # pyright: ignore[reportArgumentType]
-                if (now := time.perf_counter()) - sent >= fields["part_seconds"]:
+                now = time.perf_counter()
+                if now - sent >= fields["part_seconds"] or len(rows) == fields["part_rows"]:
                     self._socket.send_multipart(packed({"rows": encode_rows(rows)}))
                     rows, sent = [], now
         except GradwireError as error:

@@ -1,0 +1,103 @@
+"""Training steps as they wait in a model's queue, each with its place among those of its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from gradwire_proto.batch_form import FormedStep
+from gradwire_proto.errors import FailedPrecondition, GradwireError
+from gradwire_proto.values import Batch, StepResult
+from gradwire_server.calls import Call
+from gradwire_server.tensors.uploads import Claim
+from gradwire_server.work_queue import Job, Unsettled
+
+
+@dataclass(frozen=True, slots=True)
+class LoneStep:
+    """A step some of whose tensors travel apart."""
+
+    batch: Batch
+    lr: float | None
+
+
+class Chain:
+    """The steps of one stream, which have places in it: once one was refused, those behind it are refused too."""
+
+    def __init__(self) -> None:
+        self._refused: float = inf
+        self._joined: list[tuple[int, Job[Any]]] = []
+
+    def refuses(self, place: float) -> bool:
+        """Whether a step before this place was refused."""
+        return self._refused < place or any(before < place and job.has_failed for before, job in self._joined)
+
+    def refused(self, place: int) -> None:
+        """The step at this place was refused."""
+        self._refused = min(self._refused, place)
+
+    def joined(self, place: int, job: Job[Any]) -> None:
+        """The step at this place is a request of somebody else, which it repeats."""
+        self._joined = [each for each in self._joined if each[1].has_failed or not each[1].ended]
+        self._joined.append((place, job))
+
+
+def behind_refused() -> GradwireError:
+    """The error of a step behind one that was refused."""
+    return FailedPrecondition(
+        "a step before this one in its stream was refused, so this one was not tried",
+        reason="STEP_BEFORE_REFUSED",
+        retryable=True,
+    )
+
+
+class StepJob(Job[StepResult]):
+    """A step that waits, runs or has ended: at `place` in `chain`.
+
+    `formed`: None where it must go to the ranks alone. `recovery`: the seconds that it waited already for ranks that
+    were lost. `ended_first` is called at its end, before all others.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        claim: Claim[Any],
+        work: Callable[[Any], Awaitable[StepResult | Unsettled[StepResult]]],
+        failed: Callable[[GradwireError], None],
+        ended_first: Callable[[Call], None],
+        *,
+        formed: FormedStep | None,
+        chain: Chain,
+        place: int,
+    ) -> None:
+        super().__init__(call, claim, work, failed)
+        self.call = call
+        self.formed = formed
+        self.chain = chain
+        self.place = place
+        self.submitted = time.monotonic()
+        self.recovery = 0.0
+        self._ended_first = ended_first
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called at the end, at once: sooner than by `on_end`, which takes a turn of the loop."""
+        self._watchers.append(callback)
+
+    async def wait(self) -> None:
+        """Wait for the end; sooner than by the future of all jobs, whose callbacks take turns of the loop."""
+        if self.ended:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self.watch(lambda: None if waiter.done() else waiter.set_result(None))
+        await waiter
+
+    def _end(self) -> None:
+        super()._end()
+        self._ended_first(self.call)
+        for callback in self._watchers:
+            callback()
