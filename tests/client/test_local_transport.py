@@ -217,7 +217,9 @@ def test_forked_child_leaves_its_parents_connection_alone(service, transport):
     child = os.fork()
     if not child:
         os._exit(
-            transport.is_connected or transport.upload("child", two()) or transport.download("a", two()) is not None
+            transport.is_connected
+            or transport.upload("child", two(), Deadline(5))
+            or transport.download("a", two()) is not None
         )
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert transport.is_connected and not service.requests
