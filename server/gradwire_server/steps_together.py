@@ -1,4 +1,4 @@
-"""Training steps that the ranks are handed at once: each recorded and answered as soon as all ranks have applied it."""
+"""Training steps that the ranks are handed at once: each recorded and answered as soon as it is applied."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StepsTogether:
             await workers.train_steps(steps, command=self._commands.number + 1, took=self._took)
 
     def _took(self, results: Sequence[StepResult]) -> None:
-        """The next steps were applied by all ranks: record and answer them."""
+        """The next steps were applied: record and answer them."""
         jobs = self._jobs[self._done : self._done + len(results)]
         self._ranks.caught_up()
         told = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cutting_proxy import Proxy
+from cutting_proxy import CuttingProxy
 from torch import nn
 
 import gradwire
@@ -167,7 +167,7 @@ def test_a_frontend_that_is_killed_in_the_middle(mortal, calm):
 
 
 def test_a_connection_that_is_cut_in_the_middle(mortal, calm):
-    proxy = Proxy(int(mortal.target.rpartition(":")[2]))
+    proxy = CuttingProxy(mortal.target)
     model = made(mortal, 1)
     cuts = [lambda: setattr(proxy, "up_left", 900), lambda: setattr(proxy, "down_left", 70), proxy.cut]
     with gradwire.connect(proxy.target, timeout=60) as cut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from gradwire_proto.errors import Unavailable
 from gradwire_proto.status import from_rpc_error, from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+from gradwire_server.storage.segment_writer import SegmentWriter
 
 
 def values(workers: Any) -> list[bytes]:
@@ -85,6 +87,27 @@ async def test_steps_that_wait_go_to_the_ranks_together_and_are_answered_in_orde
     # A step of a stream is the same command as one that comes alone.
     assert [(await frontend.stub.TrainStep(request)).result for request in requests] == results
     assert len(workers.calls) == 5
+
+
+async def test_a_model_shows_no_step_of_a_stream_before_it_is_durable(
+    frontend: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    workers, may_sync, sync = await frontend.create(durability="disk"), threading.Event(), SegmentWriter.sync
+
+    def slow(self: SegmentWriter) -> None:
+        assert may_sync.wait(5)
+        sync(self)
+
+    monkeypatch.setattr(SegmentWriter, "sync", slow)
+    stream = Stream(frontend)
+    await stream.send(*steps(frontend, fakes, b"a", b"b"))
+    await frontend.until(lambda: values(workers) == [b"a", b"b"])
+    assert workers.dispatches == [2]
+    assert (await frontend.stub.GetModel(pb.GetModelRequest(name="models/m"))).step == 0
+    may_sync.set()
+    await stream.outcomes(2)
+    await stream.end()
+    assert (await frontend.stub.GetModel(pb.GetModelRequest(name="models/m"))).step == 2
 
 
 async def test_requests_between_steps_keep_their_place(frontend: Any, fakes: Any) -> None:
