@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradwire.deadline import Deadline
 from gradwire.export import ModuleExporter
 from gradwire.variants import Variants
 from gradwire_proto.errors import ExportError, FailedPrecondition
@@ -101,7 +102,7 @@ def test_variants_tell_that_the_module_changed_rather_than_blame_the_batch():
     exported = exporter.export_model(torch.randn(4, 4))
     variants = Variants(
         exported.program.variants,
-        refresh=lambda: (),
+        refresh=lambda deadline: (),
         add=lambda *_: None,
         exporter=exporter,
         exported=exported.variants,
@@ -109,7 +110,7 @@ def test_variants_tell_that_the_module_changed_rather_than_blame_the_batch():
     module.scale = 2.0
     given = Batch(torch.randn(8, 4))
     with pytest.raises(FailedPrecondition) as caught:
-        variants.choose(Batch(from_nested(given.inputs, "inputs")), given, training=True, targets=False)
+        variants.choose(Batch(from_nested(given.inputs, "inputs")), given, Deadline(5), training=True, targets=False)
     assert caught.value.reason == "MODULE_CHANGED"
 
 
