@@ -13,7 +13,7 @@ from typing import Any
 from gradwire import outcome
 from gradwire.attempts import is_passing
 from gradwire.deadline import Deadline
-from gradwire.errors import GradwireError
+from gradwire.errors import Cancelled, GradwireError, Unimplemented
 from gradwire.exchange import Exchange
 from gradwire.rpc import Rpc
 from gradwire.step_stream import StepStream
@@ -46,6 +46,11 @@ class StepPipeline:
     def flush(self) -> None:
         """Send what was added, together."""
         if self._unsent and self._refusal is None:
+            if self._rpc.closed.is_set():
+                word = "unknown" if self._may_have_arrived else "not_applied"
+                message = "the client was closed before the service had answered"
+                self._refusal = Cancelled(message, reason="CLIENT_CLOSED", outcome=word)
+                return
             if self._stream is None:
                 self._stream = StepStream(self._rpc)
             self._stream.send(self._unsent)
@@ -64,7 +69,7 @@ class StepPipeline:
             assert self._stream is not None, "steps were sent"
             found = self._stream.receive(deadline.left - kept)
             if found is None or isinstance(found, GradwireError):
-                self._may_have_arrived |= found is None or found.reason != "NOT_CONNECTED"
+                self._may_have_arrived |= found is None or not _says_that_none_arrived(found)
                 break
             if (results := self._take(found)) or (wakes and not found):
                 return results
@@ -131,6 +136,11 @@ class StepPipeline:
         self._unsent = [each.body for each in self._unanswered]
         self._may_have_arrived &= bool(self._unanswered)
         return result
+
+
+def _says_that_none_arrived(error: GradwireError) -> bool:
+    """Whether a stream that ended so brought the service nothing: one that is not there, or knows no streams."""
+    return error.reason == "NOT_CONNECTED" or isinstance(error, Unimplemented)
 
 
 def _may_pass(refusal: GradwireError, step: Exchange) -> bool:
