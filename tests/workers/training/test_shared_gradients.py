@@ -73,3 +73,31 @@ def test_updates_with_clipping_equal_torch(module, ranks, make_group):
             optimizer.step()
     for name, value in module.state_dict().items():
         torch.testing.assert_close(group.state_dict()[name], value, rtol=1e-10, atol=1e-12)
+
+
+class Stacked(nn.Module):
+    """backward() leaves both parameters' gradients in the same memory: parts of one expanded tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.stack([self.one, self.other]).sum(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_that_torch_leaves_in_one_memory_are_clipped_once(ranks, make_group):
+    module = Stacked().double()
+    x = torch.randn(6, 4).double()
+    y = torch.randn_like(x)
+    group = make_group(copy.deepcopy(module), nn.MSELoss(), (x, y), ranks=ranks, sgd={"lr": 0.1}, clip_grad_norm=0.05)
+    group.train_step(x, y)
+    nn.MSELoss()(module(x), y).backward()
+    for each in module.parameters():
+        each.grad = each.grad.clone()
+    nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    trained = group.state_dict()
+    for name, expected in module.state_dict().items():
+        torch.testing.assert_close(trained[name], expected, rtol=1e-12, atol=1e-14)

@@ -104,7 +104,8 @@ class Passes:
     def summed(self, shard: Shard, command: int) -> Pass:
         """The gradients of the whole batch with respect to the trainable parameters, on every rank."""
         groups = self.groups
-        if groups is not None and not shard.whole:
+        # The sum is written where backward() has left a gradient, which of a custom function may be a parameter.
+        if groups is not None and not shard.whole and not self._replica.program.has_functions(shard.variant):
             return self._overlapped(shard, command, groups)
         if groups is None:
             return self._alone(shard, command)
@@ -112,7 +113,7 @@ class Passes:
         return Pass(value=done.value, gradients=add_up(done.gradients, self._trainable, groups))
 
     def _alone(self, shard: Shard, command: int) -> Pass:
-        """The same on the only rank: backward() leaves gradients in memory of their own, sooner than `local`."""
+        """The same on the only rank, where backward() is sooner done than what `local` does."""
         replica = self._replica
         replica.seed(shard, command)
         try:
@@ -120,13 +121,12 @@ class Passes:
             _check_learns(loss.differentiable)
             _backward(loss.differentiable)
             gradients = [each.grad for each in self._trainable]
-            _unscale(gradients, replica.scale)
         finally:
             for each in self._trainable:
                 each.grad = None
-        if replica.program.has_functions(shard.variant):
-            # A custom function may hand out what it has saved, a parameter or the batch itself.
-            gradients = apart(gradients, self._trainable, copy=True)
+        # backward() leaves two of them in the same memory where an operator hands out parts, or the same thing twice.
+        gradients = apart(gradients, self._trainable, copy=replica.program.has_functions(shard.variant))
+        _unscale(gradients, replica.scale)
         return Pass(value=loss.value, gradients=gradients)
 
     def _overlapped(self, shard: Shard, command: int, groups: ProcessGroups) -> Pass:
@@ -138,7 +138,7 @@ class Passes:
             _check_learns(loss)
             waited = self._summing.backward(loss, _cotangent(shard, loss))
             value = self._replica.take_value()
-            gradients = [each.grad for each in self._trainable]
+            gradients = apart([each.grad for each in self._trainable], self._trainable, copy=False)
             _unscale(gradients, self._replica.scale)
             return Pass(value=value, gradients=gradients, waited=waited)
         except BaseException:
