@@ -86,20 +86,14 @@ class StepPipeline:
         self._unanswered.popleft()
         self._unsent = [each.body for each in self._unanswered]
 
-    def drain(self) -> list[StepResult]:
-        """The results of all steps that were added."""
-        results: list[StepResult] = []
-        while self._unanswered:
-            results += self.results()
-        return results
-
     def finish(self) -> None:
         """Wait until what was sent is applied, or refused; what was not sent is given up."""
         while self._unsent:
             self._unsent.pop()
             self._unanswered.pop()
         with suppress(GradwireError):
-            self.drain()
+            while self._unanswered:
+                self.results()
         self.cancel()
 
     def cancel(self) -> None:
