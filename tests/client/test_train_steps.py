@@ -230,6 +230,20 @@ def test_no_result_is_waited_for_longer_than_the_timeout(scripted, hosted, start
         steps.gate.set()
 
 
+def test_no_future_is_waited_for_longer_because_others_are_submitted(scripted, hosted):
+    with gradwire.connect(scripted.target, timeout=0.6) as sdk:
+        made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
+        steps = Steps(scripted)
+        steps.gate.clear()
+        first = made.futures.train_step(*batch())
+        start = time.monotonic()
+        while not first.done() and time.monotonic() - start < 5:
+            made.futures.train_step(*batch())
+            time.sleep(0.05)
+        steps.gate.set()
+        assert first.done() and steps.alone, "settled alone, as its stream stood still"
+
+
 def test_a_step_whose_service_died_with_it_may_have_been_applied(scripted, hosted):
     with gradwire.connect(scripted.target, timeout=1.5) as sdk:
         made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
