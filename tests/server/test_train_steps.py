@@ -14,7 +14,9 @@ from gradwire_proto.errors import Unavailable
 from gradwire_proto.status import from_rpc_error, from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+from gradwire_server.fingerprints import fingerprint
 from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.stored_replies import EndedCommand
 
 
 def values(workers: Any) -> list[bytes]:
@@ -219,6 +221,20 @@ async def test_steps_behind_a_repeat_of_a_refused_one_are_not_applied(frontend: 
     await stream.send(bad, behind)
     assert [each.reason for each in await stream.outcomes(2)] == ["SHAPE_MISMATCH", "STEP_BEFORE_REFUSED"]
     assert values(workers) == [b"held"]
+
+
+async def test_steps_behind_one_whose_reply_is_not_known_are_not_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    known, behind = steps(frontend, fakes, b"a", b"b")
+    log = frontend.service._models._hosted["m"].life.commands.log
+    body = fingerprint("TrainStep", known.SerializeToString())
+    log.restore(known.request_id, body, EndedCommand(1, "TrainStep", None))
+    stream = Stream(frontend)
+    await stream.send(known, behind)
+    forgotten, after = await stream.outcomes(2)
+    assert (forgotten.reason, forgotten.outcome) == ("REPLY_FORGOTTEN", "applied")
+    assert (after.reason, after.outcome) == ("STEP_BEFORE_REFUSED", "not_applied")
+    assert not values(workers)
 
 
 @pytest.mark.parametrize("durability", ["process", "disk"])
