@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gradwire_proto import codec
@@ -26,14 +26,14 @@ _KEPT = 256
 """Commands of a fit whose replies are kept for a client that comes back: half a minute."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Command:
-    """Steps to before `end`; None: they are those of an earlier call. loss: told before them."""
+    """Steps to before `end`; None: they are those of another call. loss: told before them."""
 
     call: Call
     end: int | None
     loss: float | None
-    result: asyncio.Future[StepsResult]
+    result: asyncio.Future[StepsResult] = field(init=False)
 
 
 class Fit:
@@ -95,6 +95,8 @@ class Fit:
                 current = under_way[0]
                 if current.loss is not None:
                     yield self._told(done, current.loss)
+                # It is in the queue then, or it is known that another call was sooner.
+                await asyncio.sleep(0)
                 if current.end is not None and self._may_look_ahead(current.end):
                     ahead = await self._begin(current.end, ahead=True)
                     under_way.extend([] if ahead is None else [ahead])
@@ -134,7 +136,9 @@ class Fit:
                 self._reached.step = first
             end = first + self._count(first)
             call = await self._with_steps(call, first, end, loss)
-        return _Command(call, end, loss, asyncio.ensure_future(self._run(call, first)))
+        command = _Command(call, end, loss)
+        command.result = asyncio.ensure_future(self._run(command, first))
+        return command
 
     def _check_goes_on(self, first: int) -> None:
         """Refuse to apply steps once more whose losses are not stored any more, and to leave some out."""
@@ -196,9 +200,11 @@ class Fit:
         epoch, position = divmod(step, self._per_epoch)
         return epoch * self._dataset.info.num_examples + position * self._batch_size
 
-    async def _run(self, call: Call, first: int) -> StepsResult:
+    async def _run(self, command: _Command, first: int) -> StepsResult:
         try:
-            result = await self._fitting.apply(call, self._dataset, self._reached)
+            if self._commands.log.find(command.call) is not None:
+                command.end = None
+            result = await self._fitting.apply(command.call, self._dataset, self._reached)
         except GradwireError as error:
             raise self._refusal(error, first) from None
         timing = result.timing

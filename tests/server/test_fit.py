@@ -234,6 +234,35 @@ async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, f
     assert error is not None and error.field == "completed_steps"
 
 
+async def test_call_of_a_fit_that_comes_while_another_still_runs_hears_every_step_too(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradwire_server.fit_pace.SECONDS", 1.0)
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation(bytes(800), rows=100))
+    run, may_end = workers.fitting.run, asyncio.Event()
+    begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def held(dataset: Any, steps: Any, **how: Any) -> Any:
+        # The last command of the first epoch: what follows is begun by whoever is first.
+        if steps.first_step + steps.steps == 100:
+            begun.set_result(steps.first_step)
+            await may_end.wait()
+        return await run(dataset, steps, **how)
+
+    workers.fitting.run = held
+    request = fit(fakes.request_id(), batch_size=1, validation_dataset="datasets/d")
+    old = asyncio.ensure_future(told(frontend, request))
+    request.completed_steps = first = await asyncio.wait_for(begun, 5)
+    new = asyncio.ensure_future(told(frontend, request))
+    await asyncio.sleep(0.05)
+    may_end.set()
+    heard, again = await asyncio.gather(old, new)
+    assert (heard[1], again[1]) == (None, None)
+    assert losses(heard[0]) == [float(step) for step in range(300)] and losses(again[0]) == losses(heard[0])[first:]
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(300))
+
+
 async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_stay(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     await frontend.stub.CreateDataset(creation())
