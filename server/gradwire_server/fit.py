@@ -66,6 +66,8 @@ class Fit:
         self._batch_size = min(plan.batch_size or examples, examples)
         self._per_epoch = -(-examples // self._batch_size)
         self._total = plan.epochs * self._per_epoch
+        self._may_bring_variant = examples % self._batch_size != 0
+        """Whether no command of this call has begun with a batch that is smaller than the others."""
         if plan.completed_steps > self._total:
             raise InvalidArgument(
                 f"the fit has {self._total} steps, got {plan.completed_steps}",
@@ -174,10 +176,15 @@ class Fit:
 
     def _count(self, first: int) -> int:
         steps = min(self._pace.steps, self._total - first)
+        rest = self._per_epoch - first % self._per_epoch
+        if self._may_bring_variant:
+            # The epoch's last batch is the first of its size: where a step before it is refused, the record must not
+            # miss a variant that the ranks have got.
+            steps, self._may_bring_variant = min(steps, rest - 1) or steps, rest > 1
         if self._validation is None:
             return steps
         # Not beyond the epoch: the loss after it comes first.
-        return min(steps, self._per_epoch - first % self._per_epoch)
+        return min(steps, rest)
 
     async def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
         rows = b""

@@ -113,13 +113,21 @@ async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(f
     messages, error = await told(frontend, fit(fakes.request_id()))
     assert error is None
     assert losses(messages) == [float(step) for step in range(9)]
-    assert [message.first_step for message in messages] == [0, 1, 6, 9]
+    assert [message.first_step for message in messages] == [0, 1, 2, 7, 9]
     assert messages[-1].done and not messages[-2].done
     assert [(number, step) for number, step, _ in workers.fitting.applied] == [(2 + step, step) for step in range(9)]
     await frontend.stub.TrainStep(frontend.train(b"b"))
     assert workers.calls[-1][2] == 11
     assert (await frontend.model()).step == 11
     assert ("forget",) in workers.calls
+
+
+async def test_first_smaller_batch_begins_a_command_since_it_may_bring_a_variant(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    await told(frontend, fit(fakes.request_id(), epochs=5))
+    found = [call[1:] for call in workers.calls if call[0] == "fit"]
+    assert found == [(0, 1), (1, 1), (2, 5), (7, 5), (12, 3)]
 
 
 async def test_shuffled_fit_takes_each_epochs_rows_in_the_order_of_its_seed(frontend: Any, fakes: Any) -> None:
@@ -182,7 +190,7 @@ async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
         await frontend.stub.CreateDataset(creation())
         request = fit(fakes.request_id(), epochs=20)
         messages, _ = await told(frontend, request)
-        request.completed_steps = 6
+        request.completed_steps = 7
         again, error = await told(frontend, request)
         assert error is not None and (again, error.reason, error.outcome) == ([], "REPLY_FORGOTTEN", "applied")
         assert len(workers.fitting.applied) == 60
@@ -192,7 +200,7 @@ async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
         ]
     async with start() as frontend:
         workers = await ready(frontend)
-        request.completed_steps = 2
+        request.completed_steps = 3
         assert (await told(frontend, request))[1].reason == "REPLY_FORGOTTEN"
         assert len(workers.fitting.applied) == 60
 

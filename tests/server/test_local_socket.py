@@ -148,6 +148,14 @@ async def test_upload_that_comes_again_by_either_way_is_held_once(local, peer, f
     assert open_files() == before + 1
 
 
+async def test_upload_that_was_brought_by_grpc_and_used_meanwhile_is_not_kept(local, peer, fakes, open_files):
+    before = open_files()
+    upload_id = fakes.request_id()
+    await local.stub.LoadStateDict(load(await local.upload(TENSOR, upload_id=upload_id)))
+    assert (await peer.upload(upload_id, memory_file(TENSOR), TENSOR)).uploaded.name == f"uploads/{upload_id}"
+    assert open_files() == before and not local.files
+
+
 @pytest.mark.parametrize("missing", [fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL])
 async def test_file_that_its_sender_could_still_change_is_refused(local, peer, fakes, missing, open_files):
     before = open_files()
