@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradwire_proto.errors import AlreadyExists, DatasetNotFound, GradwireError, InvalidArgument
@@ -36,6 +36,14 @@ MOST_EXAMPLES = 2**31 - 1
 """Rows are numbered with 32 bits."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A dataset that is being written, and the request that asked for it."""
+
+    call: Call
+    task: asyncio.Task[StoredDataset]
+
+
 class Datasets:
     """See the module. Their bytes count as held: the setting held_bytes bounds them too.
 
@@ -47,7 +55,7 @@ class Datasets:
         self._tensors = tensors
         self._durable = durable
         self._stored: dict[str, StoredDataset] = {}
-        self._making: dict[str, asyncio.Task[StoredDataset]] = {}
+        self._making: dict[str, _Making] = {}
         self._made_by: dict[str, StoredDataset] = {}
         self._used: Counter[Path] = Counter()
         self._gone: set[Path] = set()
@@ -85,27 +93,23 @@ class Datasets:
         Raises InvalidArgument for tensors that have no rows, or others than the first; AlreadyExists;
         ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage.
         """
-        made = self._made_by.get(call.request_id) if call.request_id is not None else None
-        if made is not None:
-            if not fits(made.body, call.body, call.method, call.raw):
-                raise InvalidArgument(
-                    f"{call.request_id} was the id of another request; each needs its own",
-                    field="request_id",
-                    reason="REQUEST_ID_REUSED",
-                )
-            return made.info
-        dataset_id = dataset_id or f"dataset-{secrets.token_hex(6)}"
-        making = self._making.get(check_dataset_id(dataset_id))
-        if making is not None and (call.request_id is None or making.get_name() != call.request_id):
+        if call.request_id is not None:
+            if (made := self._made_by.get(call.request_id)) is not None:
+                _check_same(made.body, call)
+                return made.info
+            # Whatever id it chose.
+            for making in self._making.values():
+                if making.call.request_id == call.request_id:
+                    _check_same(making.call.body, call)
+                    return (await asyncio.shield(making.task)).info
+        dataset_id = check_dataset_id(dataset_id or f"dataset-{secrets.token_hex(6)}")
+        if dataset_id in self._making or dataset_id in self._stored:
             raise _exists(dataset_id)
-        if making is None:
-            if dataset_id in self._stored:
-                raise _exists(dataset_id)
-            info = _described(dataset_id, batch)
-            making = asyncio.create_task(self._make(info, batch, call), name=call.request_id)
-            self._making[dataset_id] = making
-            making.add_done_callback(lambda _: self._making.pop(dataset_id))
-        return (await asyncio.shield(making)).info
+        info = _described(dataset_id, batch)
+        task = asyncio.create_task(self._make(info, batch, call))
+        self._making[dataset_id] = _Making(call, task)
+        task.add_done_callback(lambda _: self._making.pop(dataset_id))
+        return (await asyncio.shield(task)).info
 
     async def _make(self, info: DatasetInfo, batch: Batch, call: Call) -> StoredDataset:
         """To its end, whoever waits: a repeat of the request finds it."""
@@ -203,6 +207,16 @@ class Datasets:
             self._gone.add(stored.path)
         else:
             await in_thread(stored.remove)
+
+
+def _check_same(body: bytes, call: Call) -> None:
+    """InvalidArgument where the request whose fingerprint is `body` was another than `call`, with the same id."""
+    if not fits(body, call.body, call.method, call.raw):
+        raise InvalidArgument(
+            f"{call.request_id} was the id of another request; each needs its own",
+            field="request_id",
+            reason="REQUEST_ID_REUSED",
+        )
 
 
 def _exists(dataset_id: str) -> AlreadyExists:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import grpc
@@ -14,7 +15,9 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
+from gradwire_server import datasets
 from gradwire_server import fit as fit_module
+from gradwire_server.storage.dataset_files import write_dataset
 
 EXAMPLES = bytes(range(80))
 """Ten rows of two floats."""
@@ -101,6 +104,31 @@ async def test_repeat_of_a_creation_finds_the_dataset_also_after_a_restart(start
         assert await frontend.stub.CreateDataset(request) == first
         other = creation(bytes(80), dataset_id="", request_id=request.request_id)
         assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize("dataset_id", ["", "d"])
+async def test_repeat_of_a_creation_joins_the_one_that_is_still_writing(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch, dataset_id: str
+) -> None:
+    go_on, writing = threading.Event(), []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        assert go_on.wait(10.0)
+        return write_dataset(*arguments, **how)
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    request = creation(dataset_id=dataset_id, request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.until(lambda: writing)
+    other = creation(bytes(80), dataset_id=dataset_id, request_id=request.request_id)
+    assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+    repeat = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.stub.ListDatasets(pb.ListDatasetsRequest())
+    go_on.set()
+    made = await first
+    assert await repeat == made
+    assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
 
 
 # --- fits ------------------------------------------------------------------------------------------------------------
