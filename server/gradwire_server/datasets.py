@@ -52,6 +52,7 @@ class Datasets:
 
     def __init__(self, storage: ModelStorage, tensors: TensorStore, *, durable: bool, stored_replies: int) -> None:
         self._folder = storage.datasets
+        self._check_fence = storage.check_fence
         self._tensors = tensors
         self._durable = durable
         self._stored: dict[str, StoredDataset] = {}
@@ -91,7 +92,7 @@ class Datasets:
         """Keep the examples of `batch`; `dataset_id` "" lets the service choose. A repeat of the request joins it.
 
         Raises InvalidArgument for tensors that have no rows, or others than the first; AlreadyExists;
-        ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage.
+        ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage, and FailedPrecondition MODEL_FENCED.
         """
         if call.request_id is not None:
             if (made := self._made_by.get(call.request_id)) is not None:
@@ -148,6 +149,7 @@ class Datasets:
     def _write(self, draft: Path, stored: StoredDataset, batch: Batch) -> StoredDataset:
         draft.mkdir(mode=0o700)
         stored = write_dataset(draft, stored, batch, durable=self._durable)
+        self._check_fence()
         os.rename(draft, stored.folder)
         if self._durable:
             sync_folder(self._folder)
@@ -183,7 +185,8 @@ class Datasets:
     async def delete(self, dataset_id: str, call: Call) -> None:
         """Delete a dataset: nobody finds it any more. Fits that use it go on, and journals keep what they need of it.
 
-        A repeat of a request id leaves alone what was made since. Raises DatasetNotFound.
+        A repeat of a request id leaves alone what was made since. Raises DatasetNotFound, and FailedPrecondition
+        MODEL_FENCED.
         """
         if await self._deletions.is_repeated(call):
             return
@@ -196,7 +199,7 @@ class Datasets:
 
     async def _delete(self, stored: StoredDataset) -> None:
         try:
-            await in_thread(stored.forget, self._durable)
+            await in_thread(self._forget, stored)
         except OSError as error:
             raise storage_error(error, f"let go of {dataset_name(stored.info.id)}") from error
         del self._stored[stored.info.id]
@@ -207,6 +210,10 @@ class Datasets:
             self._gone.add(stored.path)
         else:
             await in_thread(stored.remove)
+
+    def _forget(self, stored: StoredDataset) -> None:
+        self._check_fence()
+        stored.forget(self._durable)
 
 
 def _check_same(body: bytes, call: Call) -> None:
