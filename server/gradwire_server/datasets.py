@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,14 +71,23 @@ class Datasets:
         self._deletions.restore(deletions)
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            for path in sorted(self._folder.iterdir()):
+            found: list[StoredDataset] = []
+            for path in self._folder.iterdir():
                 if is_unfinished(path):
                     shutil.rmtree(path, ignore_errors=True)
                     continue
                 try:
-                    self._take_in(read_dataset(path))
+                    found.append(read_dataset(path))
                 except GradwireError as error:
                     logger.error("%s", error)
+            for stored in sorted(found, key=lambda each: each.info.created_at, reverse=True):
+                if stored.info.id in self._stored or stored.made_by in self._made_by:
+                    # Its making failed, and it could not be removed; what was made after that is what clients know.
+                    logger.warning("%s is there in a newer version: %s is removed", stored.info.id, stored.folder)
+                    stored.forget(self._durable)
+                    stored.remove()
+                else:
+                    self._take_in(stored)
         except OSError as error:
             raise storage_error(error, f"be opened ({self._folder})") from error
 
@@ -137,7 +146,6 @@ class Datasets:
         except BaseException as error:
             claim.give_back()
             self._tensors.held.release(counted)
-            shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, OSError):
                 raise storage_error(error, f"hold datasets/{info.id}") from error
             raise
@@ -147,12 +155,20 @@ class Datasets:
         return stored
 
     def _write(self, draft: Path, stored: StoredDataset, batch: Batch) -> StoredDataset:
-        draft.mkdir(mode=0o700)
-        stored = write_dataset(draft, stored, batch, durable=self._durable)
-        self._check_fence()
-        os.rename(draft, stored.folder)
-        if self._durable:
-            sync_folder(self._folder)
+        try:
+            draft.mkdir(mode=0o700)
+            stored = write_dataset(draft, stored, batch, durable=self._durable)
+            self._check_fence()
+            os.rename(draft, stored.folder)
+            if self._durable:
+                sync_folder(self._folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            # Where all that failed is the last fsync, a restart would find it.
+            with suppress(OSError):
+                stored.forget(self._durable)
+            stored.remove()
+            raise
         return stored
 
     def get(self, dataset_id: str, field: str = "name") -> StoredDataset:
@@ -194,7 +210,8 @@ class Datasets:
         await self._deletions.run(dataset_id, lambda: self._delete(stored), call)
 
     async def close(self) -> None:
-        """Wait for what is being deleted."""
+        """Wait for what is being made or deleted."""
+        await asyncio.gather(*(each.task for each in self._making.values()), return_exceptions=True)
         await self._deletions.close()
 
     async def _delete(self, stored: StoredDataset) -> None:

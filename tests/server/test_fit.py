@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -129,6 +132,53 @@ async def test_repeat_of_a_creation_joins_the_one_that_is_still_writing(
     made = await first
     assert await repeat == made
     assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
+
+
+async def test_dataset_whose_making_failed_at_the_last_fsync_is_not_there_after_a_restart(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = creation(dataset_id="", request_id=fakes.request_id())
+    async with start(durability="disk") as frontend:
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets, "sync_folder", lambda _: os.fstat(-1))
+            error = await frontend.error(frontend.stub.CreateDataset(request))
+        assert error.reason == "STORAGE_UNREACHABLE"
+    async with start(durability="disk") as frontend:
+        assert not (await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets
+
+
+async def test_of_two_datasets_with_one_id_in_the_storage_the_newer_one_comes_back(start: Any, storage: Path) -> None:
+    async with start() as frontend:
+        await frontend.stub.CreateDataset(creation())
+        # As if its making had failed, and nothing of it could be removed.
+        (older,) = (storage / "datasets").iterdir()
+        older.rename(storage / "kept")
+    async with start() as frontend:
+        newer = await frontend.stub.CreateDataset(creation(rows=5, data=EXAMPLES[:40]))
+        (storage / "kept").rename(older)
+    async with start(held_bytes=80) as frontend:
+        assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [newer]
+        assert not older.exists()
+        await frontend.stub.CreateDataset(creation(dataset_id="e", rows=5, data=EXAMPLES[:40]))
+
+
+async def test_service_that_ends_waits_for_the_dataset_that_it_writes(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, written = [], []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        time.sleep(0.2)
+        written.append(stored := write_dataset(*arguments, **how))
+        return stored
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    async with start() as frontend:
+        creating = asyncio.ensure_future(frontend.stub.CreateDataset(creation()))
+        await frontend.until(lambda: writing)
+    assert written and written[0].folder.exists()
+    await asyncio.gather(creating, return_exceptions=True)
 
 
 # --- fits ------------------------------------------------------------------------------------------------------------
