@@ -387,7 +387,8 @@ async def test_fit_goes_on_after_a_restart_and_its_dataset_may_be_deleted(start:
         workers = await ready(frontend)
         assert workers.fitting.applied == before
         assert set(workers.fitting.examples) == {EXAMPLES}
-        assert workers.calls[-1][2] == 10
+        assert workers.calls[-2][2] == 10
+        assert workers.calls[-1] == ("forget",)
     # What the client had not heard yet is told, and applied no more: the dataset is another of that name by now.
     async with start() as frontend:
         await ready(frontend)
