@@ -18,7 +18,7 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
-from gradwire_server import datasets
+from gradwire_server import datasets, request_log
 from gradwire_server import fit as fit_module
 from gradwire_server.storage.dataset_files import write_dataset
 
@@ -413,6 +413,28 @@ async def test_repeat_after_a_restart_hears_the_losses_that_it_missed(start: Any
         assert losses(again) == losses(messages)[1:]
         assert [each.validation_loss for each in again if each.HasField("validation_loss")] == [103.0, 106.0, 109.0]
         assert len(workers.fitting.applied) == count
+
+
+async def test_fit_of_which_a_checkpoint_tells_goes_on_where_it_was(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_KEPT", 1)
+    request = fit(fakes.request_id())
+    async with start(checkpoint_commands=1) as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        await told(frontend, request)
+        checkpoints = frontend.service._storage.checkpoints
+        await frontend.until(lambda: checkpoints.automatic("m")[0] == 9)
+    async with start() as frontend:
+        workers = await ready(frontend)
+        # Nothing but that request's own replies is looked at, on the event loop.
+        monkeypatch.setattr(request_log, "stored_reply_of", None)
+        request.completed_steps = 2
+        again, error = await told(frontend, request)
+        assert error is not None and (again, error.reason) == ([], "REPLY_FORGOTTEN")
+        assert losses((await told(frontend, fit(fakes.request_id())))[0]) == [float(step) for step in range(9)]
+        assert len(workers.fitting.applied) == 9
 
 
 async def test_lost_ranks_are_replaced_in_the_middle_of_a_fit(frontend: Any, fakes: Any) -> None:
