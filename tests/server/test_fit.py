@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +18,9 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
+from gradwire_server import datasets, request_log
 from gradwire_server import fit as fit_module
+from gradwire_server.storage.dataset_files import write_dataset
 
 EXAMPLES = bytes(range(80))
 """Ten rows of two floats."""
@@ -101,6 +107,78 @@ async def test_repeat_of_a_creation_finds_the_dataset_also_after_a_restart(start
         assert await frontend.stub.CreateDataset(request) == first
         other = creation(bytes(80), dataset_id="", request_id=request.request_id)
         assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize("dataset_id", ["", "d"])
+async def test_repeat_of_a_creation_joins_the_one_that_is_still_writing(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch, dataset_id: str
+) -> None:
+    go_on, writing = threading.Event(), []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        assert go_on.wait(10.0)
+        return write_dataset(*arguments, **how)
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    request = creation(dataset_id=dataset_id, request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.until(lambda: writing)
+    other = creation(bytes(80), dataset_id=dataset_id, request_id=request.request_id)
+    assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+    repeat = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.stub.ListDatasets(pb.ListDatasetsRequest())
+    go_on.set()
+    made = await first
+    assert await repeat == made
+    assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
+
+
+async def test_dataset_whose_making_failed_at_the_last_fsync_is_not_there_after_a_restart(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = creation(dataset_id="", request_id=fakes.request_id())
+    async with start(durability="disk") as frontend:
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets, "sync_folder", lambda _: os.fstat(-1))
+            error = await frontend.error(frontend.stub.CreateDataset(request))
+        assert error.reason == "STORAGE_UNREACHABLE"
+    async with start(durability="disk") as frontend:
+        assert not (await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets
+
+
+async def test_of_two_datasets_with_one_id_in_the_storage_the_newer_one_comes_back(start: Any, storage: Path) -> None:
+    async with start() as frontend:
+        await frontend.stub.CreateDataset(creation())
+        # As if its making had failed, and nothing of it could be removed.
+        (older,) = (storage / "datasets").iterdir()
+        older.rename(storage / "kept")
+    async with start() as frontend:
+        newer = await frontend.stub.CreateDataset(creation(rows=5, data=EXAMPLES[:40]))
+        (storage / "kept").rename(older)
+    async with start(held_bytes=80) as frontend:
+        assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [newer]
+        assert not older.exists()
+        await frontend.stub.CreateDataset(creation(dataset_id="e", rows=5, data=EXAMPLES[:40]))
+
+
+async def test_service_that_ends_waits_for_the_dataset_that_it_writes(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, written = [], []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        time.sleep(0.2)
+        written.append(stored := write_dataset(*arguments, **how))
+        return stored
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    async with start() as frontend:
+        creating = asyncio.ensure_future(frontend.stub.CreateDataset(creation()))
+        await frontend.until(lambda: writing)
+    assert written and written[0].folder.exists()
+    await asyncio.gather(creating, return_exceptions=True)
 
 
 # --- fits ------------------------------------------------------------------------------------------------------------
@@ -346,7 +424,8 @@ async def test_fit_goes_on_after_a_restart_and_its_dataset_may_be_deleted(start:
         workers = await ready(frontend)
         assert workers.fitting.applied == before
         assert set(workers.fitting.examples) == {EXAMPLES}
-        assert workers.calls[-1][2] == 10
+        assert workers.calls[-2][2] == 10
+        assert workers.calls[-1] == ("forget",)
     # What the client had not heard yet is told, and applied no more: the dataset is another of that name by now.
     async with start() as frontend:
         await ready(frontend)
@@ -371,6 +450,28 @@ async def test_repeat_after_a_restart_hears_the_losses_that_it_missed(start: Any
         assert losses(again) == losses(messages)[1:]
         assert [each.validation_loss for each in again if each.HasField("validation_loss")] == [103.0, 106.0, 109.0]
         assert len(workers.fitting.applied) == count
+
+
+async def test_fit_of_which_a_checkpoint_tells_goes_on_where_it_was(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_KEPT", 1)
+    request = fit(fakes.request_id())
+    async with start(checkpoint_commands=1) as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        await told(frontend, request)
+        checkpoints = frontend.service._storage.checkpoints
+        await frontend.until(lambda: checkpoints.automatic("m")[0] == 9)
+    async with start() as frontend:
+        workers = await ready(frontend)
+        # Nothing but that request's own replies is looked at, on the event loop.
+        monkeypatch.setattr(request_log, "stored_reply_of", None)
+        request.completed_steps = 2
+        again, error = await told(frontend, request)
+        assert error is not None and (again, error.reason) == ([], "REPLY_FORGOTTEN")
+        assert losses((await told(frontend, fit(fakes.request_id())))[0]) == [float(step) for step in range(9)]
+        assert len(workers.fitting.applied) == 9
 
 
 async def test_lost_ranks_are_replaced_in_the_middle_of_a_fit(frontend: Any, fakes: Any) -> None:
