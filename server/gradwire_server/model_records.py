@@ -203,6 +203,7 @@ class ModelRecords:
         behind = {job for job, its_number in self._unsaved.items() if its_number > number}
         for job in behind:
             del self._unsaved[job]
+            job.undo()
         self._doubtful |= behind
         if self.journal is None or not self._doubtful:
             return
