@@ -57,6 +57,7 @@ class Commands:
         self._records = records
         self._released = released
         self._applied = applied
+        self._on_undone: list[Callable[[int], None]] = []
         self._splits: Mapping[str, SplitDecision] = {}
         """How batches were spread before the command that runs."""
 
@@ -82,6 +83,16 @@ class Commands:
         if request is None:
             request = self._begin(call, tensors, work, deliver, dataset)
         return await request.result(call.deadline)
+
+    def on_undone(self, callback: Callable[[int], None]) -> None:
+        """Have `callback(number)` called when the commands behind that number are undone, before others run."""
+        self._on_undone.append(callback)
+
+    def goes_back_to(self, number: int) -> None:
+        """Commands behind this number are undone."""
+        self.log.goes_back_to(number)
+        for callback in self._on_undone:
+            callback(number)
 
     def is_settled(self, request_id: str) -> bool:
         """Whether a request with that id is known, and what became of it if it has ended."""

@@ -46,8 +46,8 @@ class ModelRecords:
         """The newest record that does not outlive yet what it should; what was answered before does."""
         self._save = save
         self._take_turn = take_turn
-        self._unsaved: dict[Job[Any], int] = {}
-        """Jobs whose record is not what it should be, and may never be, with the numbers of their commands."""
+        self._unsaved: dict[Job[Any], tuple[int, bool]] = {}
+        """Jobs whose record is not what it should be, and may never be: Entry.number and Entry.unnumbered of each."""
         self._doubtful: set[Job[Any]] = set()
         """Jobs whose commands are undone, and whose records a restart may find all the same."""
         self._undone: set[Job[Any]] = set()
@@ -134,17 +134,21 @@ class ModelRecords:
         try:
             written = self.journal.append_all(entries)
         except GradwireError as error:
-            self._unsaved.update(zip(jobs, (entry.number for entry in entries), strict=True))
+            self._wait_for(entries, jobs)
             return [asyncio.ensure_future(self._mended(error, job)) for job in jobs]
         if written is None:
             return [None] * len(jobs)
-        self._unsaved.update(zip(jobs, (entry.number for entry in entries), strict=True))
+        self._wait_for(entries, jobs)
         settled: list[asyncio.Future[None] | None] = []
         for job in jobs:
             self.unsettled = asyncio.ensure_future(self._settled(written, job))
             self.unsettled.add_done_callback(self._forget)
             settled.append(self.unsettled)
         return settled
+
+    def _wait_for(self, entries: Sequence[Entry], jobs: Sequence[Job[Any]]) -> None:
+        for entry, job in zip(entries, jobs, strict=True):
+            self._unsaved[job] = (entry.number, entry.unnumbered)
 
     def _forget(self, settled: asyncio.Future[None]) -> None:
         if self.unsettled is settled:
@@ -193,16 +197,18 @@ class ModelRecords:
 
     def saved(self, number: int) -> None:
         """A checkpoint holds all commands up to this number."""
-        for job in [job for job, its_number in self._unsaved.items() if its_number <= number]:
+        # What has no number of its own came behind the command of that number, perhaps later than the checkpoint.
+        for job in [job for job, its in self._unsaved.items() if its <= (number, False)]:
             del self._unsaved[job]
             if job.ended:
                 job.confirm()
 
     async def goes_back_to(self, number: int) -> None:
         """Commands behind this number are undone: they may be tried again, once no restart finds a record of them."""
-        behind = {job for job, its_number in self._unsaved.items() if its_number > number}
+        behind = {job for job, (its_number, _) in self._unsaved.items() if its_number > number}
         for job in behind:
             del self._unsaved[job]
+            job.undo()
         self._doubtful |= behind
         if self.journal is None or not self._doubtful:
             return

@@ -172,7 +172,7 @@ class ModelRecovery:
                 raise copy.copy(lost) from None
             self._description.check_usable()
         self._ranks.caught_up()
-        self._commands.log.goes_back_to(self.number)
+        self._commands.goes_back_to(self.number)
         await self._records.goes_back_to(self.number)
         self._description.ready()
         with suppress(RankLost):

@@ -26,7 +26,7 @@ class LoneStep:
 
 
 class Chain:
-    """The steps of one stream, which have places in it: once one was refused, those behind it are refused too."""
+    """The steps of one stream, which have places in it: those behind one that was refused, or undone, are refused."""
 
     def __init__(self) -> None:
         self._refused: float = inf
@@ -37,7 +37,7 @@ class Chain:
         return self._refused < place or any(before < place and job.has_failed for before, job in self._joined)
 
     def refused(self, place: int) -> None:
-        """The step at this place was refused."""
+        """The step at this place was refused, or undone."""
         self._refused = min(self._refused, place)
 
     def joined(self, place: int, job: Job[Any]) -> None:
@@ -95,6 +95,11 @@ class StepJob(Job[StepResult]):
         waiter = asyncio.get_running_loop().create_future()
         self.watch(lambda: None if waiter.done() else waiter.set_result(None))
         await waiter
+
+    def undo(self) -> None:
+        super().undo()
+        # Those behind it must not go on without it; it has not ended yet.
+        self.chain.refused(self.place)
 
     def _end(self) -> None:
         super()._end()

@@ -89,6 +89,8 @@ class StepRuns:
             self._description.check_usable()
 
             def work(_: Any, number: int) -> Awaitable[StepResult]:
+                if chain.refuses(place):
+                    raise behind_refused()  # One before it was undone when the journal was mended, or ranks were lost.
                 return self._step_alone(step, values, number)
 
             queue = time.monotonic() - job.submitted

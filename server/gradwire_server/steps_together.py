@@ -60,6 +60,8 @@ class StepsTogether:
 
     async def _work(self, recovery: float) -> None:
         self._recovery = recovery
+        if any(job.chain.refuses(job.place) for job in self._jobs):
+            return  # Steps before them were undone meanwhile: others go together then.
         workers = self._ranks.workers
         # Other ranks than those that were asked before, where some were lost since.
         steps = self._steps[: workers.together(self._steps)]

@@ -55,6 +55,7 @@ class Job(Generic[T]):
         self._begun: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = None
         self._result: T | None = None
         self._settled_error: GradwireError | None = None
+        self._is_undone = False
         self._waiters = 0
         self._awaited = False
         self._deadline: float | None = None
@@ -186,7 +187,11 @@ class Job(Generic[T]):
     @property
     def has_failed(self) -> bool:
         """Whether it has ended, or will once it is settled, with an error."""
-        return self.error is not None or self._settled_error is not None
+        return self.error is not None or self._settled_error is not None or self._is_undone
+
+    def undo(self) -> None:
+        """What it did is undone before it could be settled: it will end with an error."""
+        self._is_undone = True
 
     @property
     def value(self) -> T:

@@ -261,6 +261,26 @@ async def test_command_that_kills_its_ranks_is_refused_although_its_record_canno
         assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
 
 
+async def test_command_that_kills_its_ranks_is_not_called_refused_for_a_checkpoint_that_was_taken_before(
+    start: Any, fakes: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.0)
+    async with start() as frontend:
+        await frontend.create()
+        frontend.cluster.deadly = b"x"
+        request = frontend.train(b"x", request_id=fakes.request_id())
+        command = pb.GetCommandRequest(name=f"models/m/commands/{request.request_id}")
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentWriter, "write", once(SegmentWriter.write))
+            patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+            assert (await frontend.error(frontend.stub.TrainStep(request))).outcome == "unknown"
+            await lose_ranks(frontend)
+            assert (await frontend.error(frontend.stub.GetCommand(command))).outcome == "unknown"
+        assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
+    async with start() as frontend:
+        assert (await frontend.error(frontend.stub.TrainStep(request))).reason == "COMMAND_KILLS_RANKS"
+
+
 # --- requests that are remembered ---------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from gradwire_proto.values import Batch, Handle, TensorData
 from gradwire_server import datasets, request_log
 from gradwire_server import fit as fit_module
 from gradwire_server.storage.dataset_files import write_dataset
+from gradwire_server.storage.segment_writer import SegmentWriter
 
 EXAMPLES = bytes(range(80))
 """Ten rows of two floats."""
@@ -376,6 +378,35 @@ async def test_what_was_begun_ahead_of_a_refused_step_is_not_applied(frontend: A
     assert [step for _, step, _ in workers.fitting.applied] == list(range(40))
     await frontend.stub.TrainStep(frontend.train(b"a"))
     assert workers.calls[-1][2] == 41
+
+
+@pytest.mark.parametrize("step", [1, 20])
+async def test_command_of_a_fit_that_is_undone_comes_again_before_those_behind_it(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    workers, write = await frontend.create(), SegmentWriter.write
+    await frontend.stub.CreateDataset(creation())
+    lost = RankLost("rank 0 died", outcome="unknown")
+
+    async def dead() -> Any:
+        raise lost
+
+    def fails(self: SegmentWriter, parts: Any) -> int:
+        if len(workers.fitting.applied) < step or workers.error is not None:
+            return write(self, parts)
+        workers.error, workers.state = lost, dead
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(SegmentWriter, "write", fails)
+    request = fit(fakes.request_id(), epochs=20)
+    messages, error = await told(frontend, request)
+    assert error is not None and (error.outcome, error.retryable) == ("not_applied", True)
+    request.completed_steps = len(losses(messages))
+    assert request.completed_steps < len(workers.fitting.applied)
+    rest, error = await told(frontend, request)
+    assert error is None
+    assert losses([*messages, *rest]) == [float(step) for step in range(60)]
+    assert [step for _, step, _ in frontend.cluster.groups["m"].fitting.applied] == list(range(60))
 
 
 async def test_request_id_of_a_fit_is_good_for_that_fit_alone(frontend: Any, fakes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import tracemalloc
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 
 from gradwire_proto import codec
-from gradwire_proto.errors import Unavailable
+from gradwire_proto.errors import RankLost, Unavailable
 from gradwire_proto.status import from_rpc_error, from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
@@ -307,6 +308,37 @@ async def test_steps_whose_ranks_are_lost_go_on_and_the_one_that_kills_them_is_r
     # Once in company, and twice alone.
     assert len(frontend.cluster.started) == 4
     assert values(frontend.cluster.groups["m"]) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("together", [5, 3, 1])
+async def test_steps_behind_one_that_is_undone_are_not_applied_before_it_comes_again(
+    frontend: Any, fakes: Any, monkeypatch: Any, together: int
+) -> None:
+    workers, write = await frontend.create(), SegmentWriter.write
+    lost = RankLost("rank 0 died", outcome="unknown")
+
+    async def dead() -> Any:
+        raise lost
+
+    def fails(self: SegmentWriter, parts: Any) -> int:
+        if len(values(workers)) != 3 or workers.error is not None:
+            return write(self, parts)
+        workers.error, workers.state = lost, dead
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(SegmentWriter, "write", fails)
+    workers.most_together = together
+    requests = steps(frontend, fakes, b"a", b"b", b"c", b"d", b"e")
+    stream = Stream(frontend)
+    await stream.send(*requests)
+    *applied, undone, behind, last = await stream.outcomes(5)
+    assert [result.step for result in applied] == [1, 2]
+    assert (undone.outcome, undone.retryable) == ("not_applied", True)
+    assert behind.reason == last.reason == "STEP_BEFORE_REFUSED"
+    stream = Stream(frontend)
+    await stream.send(*requests[2:])
+    assert [result.step for result in await stream.outcomes(3)] == [3, 4, 5]
+    assert values(frontend.cluster.groups["m"])[-3:] == [b"c", b"d", b"e"]
 
 
 async def test_a_client_that_does_not_read_holds_up_neither_the_model_nor_memory(start: Any, fakes: Any) -> None:
