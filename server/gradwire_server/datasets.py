@@ -7,17 +7,17 @@ import logging
 import os
 import secrets
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from gradwire_proto.errors import AlreadyExists, DatasetNotFound, GradwireError, InvalidArgument
 from gradwire_proto.names import check_dataset_id, dataset_name
-from gradwire_proto.values import Batch, DatasetInfo, TensorData, Value, leaves, map_leaves
+from gradwire_proto.values import Batch, DatasetInfo
 from gradwire_server.calls import Call
+from gradwire_server.dataset_description import described
 from gradwire_server.deletions import Deletion, Deletions
 from gradwire_server.fingerprints import fits
 from gradwire_server.model_storage import ModelStorage
@@ -31,9 +31,6 @@ from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.tensors.tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
-
-MOST_EXAMPLES = 2**31 - 1
-"""Rows are numbered with 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ class Datasets:
         dataset_id = check_dataset_id(dataset_id or f"dataset-{secrets.token_hex(6)}")
         if dataset_id in self._making or dataset_id in self._stored:
             raise _exists(dataset_id)
-        info = _described(dataset_id, batch)
+        info = described(dataset_id, batch)
         task = asyncio.create_task(self._make(info, batch, call))
         self._making[dataset_id] = _Making(call, task)
         task.add_done_callback(lambda _: self._making.pop(dataset_id))
@@ -250,34 +247,3 @@ def _exists(dataset_id: str) -> AlreadyExists:
         reason="DATASET_EXISTS",
         resource=dataset_name(dataset_id),
     )
-
-
-def _described(dataset_id: str, batch: Batch) -> DatasetInfo:
-    """What is known of a dataset of these examples. InvalidArgument where they are none."""
-    examples, nbytes = None, 0
-    for path, leaf in (*leaves(batch.inputs, "batch.inputs"), *leaves(batch.targets, "batch.targets")):
-        if not isinstance(leaf, TensorData):
-            continue
-        if not leaf.shape:
-            raise InvalidArgument("expected a tensor with a row for each example", field=path, reason="DATASET_ROWS")
-        if examples is None:
-            examples = leaf.shape[0]
-        if leaf.shape[0] != examples or not 0 < examples <= MOST_EXAMPLES:
-            expected = f"{examples} rows, as the first tensor has" if examples else "at least one row"
-            expected = expected if examples <= MOST_EXAMPLES else f"at most {MOST_EXAMPLES} rows"
-            raise InvalidArgument(f"expected {expected}, got {leaf.shape[0]}", field=path, reason="DATASET_ROWS")
-        nbytes += leaf.nbytes
-    if examples is None:
-        raise InvalidArgument("expected at least one tensor", field="batch.inputs", reason="DATASET_ROWS")
-    return DatasetInfo(
-        id=dataset_id,
-        inputs=_without_bytes(batch.inputs),
-        targets=_without_bytes(batch.targets),
-        num_examples=examples,
-        nbytes=nbytes,
-        created_at=time.time(),
-    )
-
-
-def _without_bytes(value: Value) -> Value:
-    return map_leaves(lambda leaf: replace(leaf, data=b"") if isinstance(leaf, TensorData) else leaf, value)

@@ -25,9 +25,6 @@ from gradwire_server.tensors.held_files import remove_files, segment_paths
 T = TypeVar("T")
 
 
-_TIMED = (StepResult, StepsResult, GradientResult, DerivativeResult, ForwardResult, BackwardResult)
-
-
 def timed(call: Call, work: Callable[[Any], Awaitable[T]]) -> Callable[[Any], Awaitable[T]]:
     """`work`, whose result tells how long it waited from now until it began, and took in all."""
     submitted = time.monotonic()

@@ -193,8 +193,8 @@ class RequestLog(Generic[R]):
         for old in self._entries.values():
             if self._room >= 0:
                 break
-            # What runs has no record yet: its repeat must not hear that it was applied.
-            if old.reply_bytes and old.request is not None and old.request.ended:
+            # What runs has no record yet, or none that holds: its repeat must not hear that it was applied.
+            if old.reply_bytes and old.request is not None and _is_settled(old.request):
                 self._room += old.reply_bytes
                 old.request, old.reply_bytes = None, 0
                 if old.stored is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ModelNotFound
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ModelNotFound, Unavailable
 from gradwire_server.aging import REMEMBER_SECONDS
 from gradwire_server.calls import Call
 from gradwire_server.request_log import RequestLog
@@ -124,3 +124,15 @@ def test_request_that_was_applied_after_it_was_refused_is_known_as_applied() -> 
     log.restore("a", b"a", EndedCommand(2, "ZeroGrad", b"reply"))
     found = log.find(call("a"))
     assert isinstance(found, EndedCommand) and found.error is None
+
+
+def test_reply_of_a_request_of_which_nobody_knows_what_became_of_it_is_not_forgotten() -> None:
+    log: RequestLog[Any] = RequestLog(10, 100)
+    unknown = SimpleNamespace(ended=True, error=Unavailable("the disk is away", outcome="unknown"))
+    log.add(call("unknown"), unknown)
+    log.weigh(call("unknown"), 80)
+    end(log, "applied")
+    log.weigh(call("applied"), 80)
+    assert log.find(call("unknown")) is unknown
+    with pytest.raises(FailedPrecondition, match="its reply is no longer stored"):
+        log.find(call("applied"))
