@@ -76,13 +76,22 @@ class Commands:
         """
         if call.replay is not None:
             return await self._run_again(call, tensors, work, deliver)
-        request = self.log.find(call)
-        if request is not None and _is_unknown(request):
-            await self._records.try_to_mend()
-            request = self.log.find(call)
+        request = await self._find(call)
         if request is None:
             request = self._begin(call, tensors, work, deliver, dataset)
         return await request.result(call.deadline)
+
+    async def join(self, call: Call) -> Any:
+        """The reply to the request that `call` repeats; None where it must be asked for as a new one."""
+        request = await self._find(call)
+        return None if request is None else await request.result(call.deadline)
+
+    async def _find(self, call: Call) -> Job[Any] | EndedCommand | None:
+        request = self.log.find(call)
+        if request is None or not _is_unknown(request):
+            return request
+        await self._records.try_to_mend()
+        return self.log.find(call)
 
     def on_undone(self, callback: Callable[[int], None]) -> None:
         """Have `callback(number)` called when the commands behind that number are undone, before others run."""

@@ -33,7 +33,7 @@ class _Command:
     call: Call
     end: int | None
     loss: float | None
-    result: asyncio.Future[StepsResult] = field(init=False)
+    result: asyncio.Future[StepsResult | None] = field(init=False)
 
 
 class Fit:
@@ -104,6 +104,8 @@ class Fit:
                     under_way.extend([] if ahead is None else [ahead])
                 result = await current.result
                 under_way.popleft()
+                if result is None:
+                    continue  # It was there when it was looked for, and has not been applied.
                 if current.loss is None and result.validation_loss is not None:
                     yield self._told(done, result.validation_loss)
                 yield self._applied(done, result)
@@ -207,13 +209,20 @@ class Fit:
         epoch, position = divmod(step, self._per_epoch)
         return epoch * self._dataset.info.num_examples + position * self._batch_size
 
-    async def _run(self, command: _Command, first: int) -> StepsResult:
+    async def _run(self, command: _Command, first: int) -> StepsResult | None:
+        """None: it was begun by another call, and is to be begun again."""
+        call = command.call
         try:
-            if self._commands.log.find(command.call) is not None:
+            if self._commands.log.find(call) is not None:
                 command.end = None
-            result = await self._fitting.apply(command.call, self._dataset, self._reached)
+            if call.raw:
+                result = await self._fitting.apply(call, self._dataset, self._reached)
+            else:
+                result = await self._fitting.join(call)
         except GradwireError as error:
             raise self._refusal(error, first) from None
+        if result is None:
+            return None
         timing = result.timing
         self._pace.took(len(result.losses), timing.compute + timing.all_reduce + timing.optimizer)
         return result

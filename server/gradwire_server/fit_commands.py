@@ -97,6 +97,10 @@ class FitCommands:
 
         return await self._commands.run(call, None, work, dataset=dataset)
 
+    async def join(self, call: Call) -> StepsResult | None:
+        """The result of a command that was seen before; None where it must be begun as a new one."""
+        return await self._commands.join(call)
+
     def _examples(self, call: Call, dataset: StoredDataset | None) -> Batch:
         if dataset is not None:
             return dataset.batch

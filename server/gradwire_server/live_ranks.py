@@ -111,7 +111,8 @@ class LiveRanks:
     async def run_together(self, work: Callable[[float], Awaitable[None]]) -> float:
         """Several commands at once, which change the model; `work` is told how long ranks had to be waited for, and
         calls `caught_up` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
-        they were back, as after what was noted: the rest should be tried again one by one.
+        they were back, as after what was noted: the rest should be tried again one by one. That loss is counted
+        against none of them: ranks tell of several at once, so that nobody knows which of the rest they were at.
 
         Raises what `work` raises, where the model is as after what was noted.
         """

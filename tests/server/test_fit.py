@@ -409,6 +409,30 @@ async def test_command_of_a_fit_that_is_undone_comes_again_before_those_behind_i
     assert [step for _, step, _ in frontend.cluster.groups["m"].fitting.applied] == list(range(60))
 
 
+async def test_command_of_a_fit_that_turns_out_to_be_undone_is_begun_anew_by_the_call_that_found_it(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("gradwire_server.model_records.PAUSE", 0.0)
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    request = fit(fakes.request_id())
+    with monkeypatch.context() as patch:
+        patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)
+        patch.setattr(SegmentWriter, "write", broken)
+        patch.setattr(SegmentWriter, "cut", broken)
+        messages, error = await told(frontend, request)
+        assert error is not None and (messages, error.outcome) == ([], "unknown")
+        workers.on_lost(RankLost("rank 0 died"))
+        await frontend.until(lambda: frontend.cluster.groups["m"] is not workers)
+        workers = await ready(frontend)
+    rest, error = await told(frontend, request)
+    assert (losses(rest), error) == ([float(step) for step in range(9)], None)
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(9))
+
+
 async def test_request_id_of_a_fit_is_good_for_that_fit_alone(frontend: Any, fakes: Any) -> None:
     await frontend.create()
     await frontend.stub.CreateDataset(creation())
