@@ -13,7 +13,7 @@ from gradwire.arguments import as_bool, as_count, as_function, as_int, wrong_typ
 from gradwire.attempts import Attempts, is_passing
 from gradwire.datasets import Dataset, Lent
 from gradwire.deadline import Deadline
-from gradwire.errors import GradwireError, Interrupted
+from gradwire.errors import Cancelled, GradwireError, InternalError, Interrupted
 from gradwire.fit_progress import ProgressLine
 from gradwire.fit_results import FitResult, FitStatus
 from gradwire.rpc import Rpc, new_request_id
@@ -123,6 +123,8 @@ class _Fit:
         self._validation_losses: list[float] = []
         self._step = 0
         self._timing = Timing()
+        self._is_unsure = False
+        """Whether steps may have been applied of which nothing was heard."""
 
     def run(self, callbacks: Sequence[Callback]) -> FitResult:
         """Train to the end, or until a callback returns False or raises."""
@@ -159,13 +161,28 @@ class _Fit:
         """Read the stream to its end; whether the fit is done."""
         plan = replace(self._plan, completed_steps=len(self._losses), stop=stop)
         request = codec.encode_fit_plan(plan, self._model_id, self._request_id)
-        with closing(self._rpc.stream("Fit", request)) as messages:
-            for message in messages:
-                news = codec.decode_fit_progress(message)
-                self._hear(news, callbacks)
-                if news.done:
-                    return True
+        is_heard = False
+        try:
+            with closing(self._rpc.stream("Fit", request)) as messages:
+                for message in messages:
+                    is_heard = True
+                    news = codec.decode_fit_progress(message)
+                    self._hear(news, callbacks)
+                    if news.done:
+                        return True
+        except GradwireError as error:
+            self._note_end(error, is_heard)
+            raise
         return False
+
+    def _note_end(self, error: GradwireError, is_heard: bool) -> None:
+        """Note what the error of a stream, of which something was heard or not, leaves open."""
+        is_cut = error.reason in _LOST or error.outcome == "unknown" or isinstance(error, (Cancelled, InternalError))
+        if is_cut or (is_heard and is_passing(error)):
+            self._is_unsure = True
+        elif is_heard or "were applied" in error.message:
+            # Before it refuses a step for good, the service tells of all that were applied.
+            self._is_unsure = False
 
     def _hear(self, news: FitProgress, callbacks: Sequence[Callback]) -> None:
         self._losses += news.losses
@@ -193,6 +210,7 @@ class _Fit:
 
     def _settle(self, seconds: float) -> None:
         """Have no more steps begun, and hear of those that were."""
+        self._is_unsure = True
         attempts = Attempts(Deadline.begun(seconds), self._rpc.closed)
         while True:
             try:
@@ -216,7 +234,7 @@ class _Fit:
     def _explained(self, error: GradwireError) -> GradwireError:
         count = len(self._losses)
         attributes: dict[str, Any] = error.attributes() | {"request_id": self._request_id}
-        if error.reason in _LOST:
+        if self._is_unsure:
             attributes["outcome"] = "unknown"
             return type(error)(f"{error.message}; at least {count} steps of the fit were applied", **attributes)
         if count:
@@ -239,7 +257,7 @@ class _Fit:
 
 
 _LOST = {"CONNECTION_LOST", "NO_ANSWER"}
-"""Reasons of errors after which nobody knows what else was applied."""
+"""Reasons of errors of streams that the service did not end."""
 
 
 def _sum(one: Timing, other: Timing) -> Timing:

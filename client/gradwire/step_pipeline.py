@@ -31,6 +31,8 @@ class StepPipeline:
         self._unanswered: deque[Exchange] = deque()
         self._unsent: list[bytes] = []
         self._refusal: GradwireError | None = None
+        self._deadline: Deadline | None = None
+        """That of the next step, where `results` has begun to wait for it."""
         self._may_have_arrived = False
         """Whether steps that are not answered were in a stream that broke."""
 
@@ -57,23 +59,17 @@ class StepPipeline:
             self._unsent = []
 
     def results(self, *, wakes: bool = False) -> list[StepResult]:
-        """The results of the next steps, at least one. Waits for them within the client's timeout.
+        """The results of the next steps, at least one. Waits for the first within the client's timeout.
 
-        wakes: none, where `wake` was called. Raises the error of the next step: `skip` it, or `cancel` all.
+        wakes: none, where `wake` was called; the next call waits for what was left. Raises the error of the next step:
+        `skip` it, or `cancel` all.
         """
-        deadline = Deadline.begun(self._rpc.timeout)
-        # What is left then is enough for asking what became of the step.
-        kept = outcome.reserve(deadline.seconds)
-        self.flush()
-        while self._refusal is None:
-            assert self._stream is not None, "steps were sent"
-            found = self._stream.receive(deadline.left - kept)
-            if found is None or isinstance(found, GradwireError):
-                self._may_have_arrived |= found is None or not _says_that_none_arrived(found)
-                break
-            if (results := self._take(found)) or (wakes and not found):
-                return results
-        return [self._settle(deadline)]
+        deadline, self._deadline = self._deadline or Deadline(self._rpc.timeout), None
+        with deadline.running():
+            results = self._receive(deadline, wakes)
+        if not results:
+            self._deadline = deadline
+        return results
 
     def wake(self) -> None:
         """Have `results` return, if it waits. Any thread may call it."""
@@ -86,20 +82,14 @@ class StepPipeline:
         self._unanswered.popleft()
         self._unsent = [each.body for each in self._unanswered]
 
-    def drain(self) -> list[StepResult]:
-        """The results of all steps that were added."""
-        results: list[StepResult] = []
-        while self._unanswered:
-            results += self.results()
-        return results
-
     def finish(self) -> None:
         """Wait until what was sent is applied, or refused; what was not sent is given up."""
         while self._unsent:
             self._unsent.pop()
             self._unanswered.pop()
         with suppress(GradwireError):
-            self.drain()
+            while self._unanswered:
+                self.results()
         self.cancel()
 
     def cancel(self) -> None:
@@ -109,6 +99,23 @@ class StepPipeline:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()
+
+    def _receive(self, deadline: Deadline, wakes: bool) -> list[StepResult]:
+        """See `results`."""
+        # What is left then is enough for asking what became of the step.
+        kept = outcome.reserve(deadline.seconds)
+        self.flush()
+        while self._refusal is None:
+            assert self._stream is not None, "steps were sent"
+            found = self._stream.receive(deadline.left - kept)
+            if found is None or isinstance(found, GradwireError):
+                self._may_have_arrived |= found is None or not _says_that_none_arrived(found)
+                break
+            if results := self._take(found):
+                return results
+            if wakes and not found and deadline.left > kept:
+                return []
+        return [self._settle(deadline)]
 
     def _take(self, outcomes: Any) -> list[StepResult]:
         """The results among the next outcomes, up to the first error, which is kept."""

@@ -24,7 +24,13 @@ def train_steps(
     is_over = False
 
     def drain() -> None:
-        ready.extend(pipeline.drain())
+        try:
+            while len(pipeline):
+                ready.extend(pipeline.results())
+        except Exception:
+            # It ends the training, after the results of the steps before it.
+            pipeline.cancel()
+            raise
 
     try:
         after()

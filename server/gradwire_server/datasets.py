@@ -10,8 +10,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradwire_proto.errors import AlreadyExists, DatasetNotFound, GradwireError, InvalidArgument
@@ -36,6 +36,14 @@ MOST_EXAMPLES = 2**31 - 1
 """Rows are numbered with 32 bits."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A dataset that is being written, and the request that asked for it."""
+
+    call: Call
+    task: asyncio.Task[StoredDataset]
+
+
 class Datasets:
     """See the module. Their bytes count as held: the setting held_bytes bounds them too.
 
@@ -44,10 +52,11 @@ class Datasets:
 
     def __init__(self, storage: ModelStorage, tensors: TensorStore, *, durable: bool, stored_replies: int) -> None:
         self._folder = storage.datasets
+        self._check_fence = storage.check_fence
         self._tensors = tensors
         self._durable = durable
         self._stored: dict[str, StoredDataset] = {}
-        self._making: dict[str, asyncio.Task[StoredDataset]] = {}
+        self._making: dict[str, _Making] = {}
         self._made_by: dict[str, StoredDataset] = {}
         self._used: Counter[Path] = Counter()
         self._gone: set[Path] = set()
@@ -62,14 +71,23 @@ class Datasets:
         self._deletions.restore(deletions)
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            for path in sorted(self._folder.iterdir()):
+            found: list[StoredDataset] = []
+            for path in self._folder.iterdir():
                 if is_unfinished(path):
                     shutil.rmtree(path, ignore_errors=True)
                     continue
                 try:
-                    self._take_in(read_dataset(path))
+                    found.append(read_dataset(path))
                 except GradwireError as error:
                     logger.error("%s", error)
+            for stored in sorted(found, key=lambda each: each.info.created_at, reverse=True):
+                if stored.info.id in self._stored or stored.made_by in self._made_by:
+                    # Its making failed, and it could not be removed; what was made after that is what clients know.
+                    logger.warning("%s is there in a newer version: %s is removed", stored.info.id, stored.folder)
+                    stored.forget(self._durable)
+                    stored.remove()
+                else:
+                    self._take_in(stored)
         except OSError as error:
             raise storage_error(error, f"be opened ({self._folder})") from error
 
@@ -83,29 +101,25 @@ class Datasets:
         """Keep the examples of `batch`; `dataset_id` "" lets the service choose. A repeat of the request joins it.
 
         Raises InvalidArgument for tensors that have no rows, or others than the first; AlreadyExists;
-        ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage.
+        ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage, and FailedPrecondition MODEL_FENCED.
         """
-        made = self._made_by.get(call.request_id) if call.request_id is not None else None
-        if made is not None:
-            if not fits(made.body, call.body, call.method, call.raw):
-                raise InvalidArgument(
-                    f"{call.request_id} was the id of another request; each needs its own",
-                    field="request_id",
-                    reason="REQUEST_ID_REUSED",
-                )
-            return made.info
-        dataset_id = dataset_id or f"dataset-{secrets.token_hex(6)}"
-        making = self._making.get(check_dataset_id(dataset_id))
-        if making is not None and (call.request_id is None or making.get_name() != call.request_id):
+        if call.request_id is not None:
+            if (made := self._made_by.get(call.request_id)) is not None:
+                _check_same(made.body, call)
+                return made.info
+            # Whatever id it chose.
+            for making in self._making.values():
+                if making.call.request_id == call.request_id:
+                    _check_same(making.call.body, call)
+                    return (await asyncio.shield(making.task)).info
+        dataset_id = check_dataset_id(dataset_id or f"dataset-{secrets.token_hex(6)}")
+        if dataset_id in self._making or dataset_id in self._stored:
             raise _exists(dataset_id)
-        if making is None:
-            if dataset_id in self._stored:
-                raise _exists(dataset_id)
-            info = _described(dataset_id, batch)
-            making = asyncio.create_task(self._make(info, batch, call), name=call.request_id)
-            self._making[dataset_id] = making
-            making.add_done_callback(lambda _: self._making.pop(dataset_id))
-        return (await asyncio.shield(making)).info
+        info = _described(dataset_id, batch)
+        task = asyncio.create_task(self._make(info, batch, call))
+        self._making[dataset_id] = _Making(call, task)
+        task.add_done_callback(lambda _: self._making.pop(dataset_id))
+        return (await asyncio.shield(task)).info
 
     async def _make(self, info: DatasetInfo, batch: Batch, call: Call) -> StoredDataset:
         """To its end, whoever waits: a repeat of the request finds it."""
@@ -132,7 +146,6 @@ class Datasets:
         except BaseException as error:
             claim.give_back()
             self._tensors.held.release(counted)
-            shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, OSError):
                 raise storage_error(error, f"hold datasets/{info.id}") from error
             raise
@@ -142,11 +155,20 @@ class Datasets:
         return stored
 
     def _write(self, draft: Path, stored: StoredDataset, batch: Batch) -> StoredDataset:
-        draft.mkdir(mode=0o700)
-        stored = write_dataset(draft, stored, batch, durable=self._durable)
-        os.rename(draft, stored.folder)
-        if self._durable:
-            sync_folder(self._folder)
+        try:
+            draft.mkdir(mode=0o700)
+            stored = write_dataset(draft, stored, batch, durable=self._durable)
+            self._check_fence()
+            os.rename(draft, stored.folder)
+            if self._durable:
+                sync_folder(self._folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            # Where all that failed is the last fsync, a restart would find it.
+            with suppress(OSError):
+                stored.forget(self._durable)
+            stored.remove()
+            raise
         return stored
 
     def get(self, dataset_id: str, field: str = "name") -> StoredDataset:
@@ -179,7 +201,8 @@ class Datasets:
     async def delete(self, dataset_id: str, call: Call) -> None:
         """Delete a dataset: nobody finds it any more. Fits that use it go on, and journals keep what they need of it.
 
-        A repeat of a request id leaves alone what was made since. Raises DatasetNotFound.
+        A repeat of a request id leaves alone what was made since. Raises DatasetNotFound, and FailedPrecondition
+        MODEL_FENCED.
         """
         if await self._deletions.is_repeated(call):
             return
@@ -187,12 +210,13 @@ class Datasets:
         await self._deletions.run(dataset_id, lambda: self._delete(stored), call)
 
     async def close(self) -> None:
-        """Wait for what is being deleted."""
+        """Wait for what is being made or deleted."""
+        await asyncio.gather(*(each.task for each in self._making.values()), return_exceptions=True)
         await self._deletions.close()
 
     async def _delete(self, stored: StoredDataset) -> None:
         try:
-            await in_thread(stored.forget, self._durable)
+            await in_thread(self._forget, stored)
         except OSError as error:
             raise storage_error(error, f"let go of {dataset_name(stored.info.id)}") from error
         del self._stored[stored.info.id]
@@ -203,6 +227,20 @@ class Datasets:
             self._gone.add(stored.path)
         else:
             await in_thread(stored.remove)
+
+    def _forget(self, stored: StoredDataset) -> None:
+        self._check_fence()
+        stored.forget(self._durable)
+
+
+def _check_same(body: bytes, call: Call) -> None:
+    """InvalidArgument where the request whose fingerprint is `body` was another than `call`, with the same id."""
+    if not fits(body, call.body, call.method, call.raw):
+        raise InvalidArgument(
+            f"{call.request_id} was the id of another request; each needs its own",
+            field="request_id",
+            reason="REQUEST_ID_REUSED",
+        )
 
 
 def _exists(dataset_id: str) -> AlreadyExists:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gradwire_proto import codec
@@ -26,14 +26,14 @@ _KEPT = 256
 """Commands of a fit whose replies are kept for a client that comes back: half a minute."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Command:
-    """Steps to before `end`; None: they are those of an earlier call. loss: told before them."""
+    """Steps to before `end`; None: they are those of another call. loss: told before them."""
 
     call: Call
     end: int | None
     loss: float | None
-    result: asyncio.Future[StepsResult | None]
+    result: asyncio.Future[StepsResult | None] = field(init=False)
 
 
 class Fit:
@@ -66,6 +66,8 @@ class Fit:
         self._batch_size = min(plan.batch_size or examples, examples)
         self._per_epoch = -(-examples // self._batch_size)
         self._total = plan.epochs * self._per_epoch
+        self._may_bring_variant = examples % self._batch_size != 0
+        """Whether no command of this call has begun with a batch that is smaller than the others."""
         if plan.completed_steps > self._total:
             raise InvalidArgument(
                 f"the fit has {self._total} steps, got {plan.completed_steps}",
@@ -95,6 +97,8 @@ class Fit:
                 current = under_way[0]
                 if current.loss is not None:
                     yield self._told(done, current.loss)
+                # It is in the queue then, or it is known that another call was sooner.
+                await asyncio.sleep(0)
                 if current.end is not None and self._may_look_ahead(current.end):
                     ahead = await self._begin(current.end, ahead=True)
                     under_way.extend([] if ahead is None else [ahead])
@@ -136,7 +140,9 @@ class Fit:
                 self._reached.step = first
             end = first + self._count(first)
             call = await self._with_steps(call, first, end, loss)
-        return _Command(call, end, loss, asyncio.ensure_future(self._run(call, first)))
+        command = _Command(call, end, loss)
+        command.result = asyncio.ensure_future(self._run(command, first))
+        return command
 
     def _check_goes_on(self, first: int) -> None:
         """Refuse to apply steps once more whose losses are not stored any more, and to leave some out."""
@@ -172,10 +178,15 @@ class Fit:
 
     def _count(self, first: int) -> int:
         steps = min(self._pace.steps, self._total - first)
+        rest = self._per_epoch - first % self._per_epoch
+        if self._may_bring_variant:
+            # The epoch's last batch is the first of its size: where a step before it is refused, the record must not
+            # miss a variant that the ranks have got.
+            steps, self._may_bring_variant = min(steps, rest - 1) or steps, rest > 1
         if self._validation is None:
             return steps
         # Not beyond the epoch: the loss after it comes first.
-        return min(steps, self._per_epoch - first % self._per_epoch)
+        return min(steps, rest)
 
     async def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
         rows = b""
@@ -198,9 +209,12 @@ class Fit:
         epoch, position = divmod(step, self._per_epoch)
         return epoch * self._dataset.info.num_examples + position * self._batch_size
 
-    async def _run(self, call: Call, first: int) -> StepsResult | None:
+    async def _run(self, command: _Command, first: int) -> StepsResult | None:
         """None: it was begun by another call, and is to be begun again."""
+        call = command.call
         try:
+            if self._commands.log.find(call) is not None:
+                command.end = None
             if call.raw:
                 result = await self._fitting.apply(call, self._dataset, self._reached)
             else:

@@ -10,13 +10,12 @@ from typing import Any
 
 from gradwire_proto import codec
 from gradwire_proto.errors import Cancelled, GradwireError, InternalError
-from gradwire_proto.v1.dataset_pb2 import FitStepsRequest
+from gradwire_proto.v1.dataset_pb2 import FitStepsRequest, FitStepsResponse
 from gradwire_proto.values import Batch, FitSteps, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
-from gradwire_server.fit_records import FIT_STEPS
+from gradwire_server.fit_records import FIT_STEPS, decode_steps_result
 from gradwire_server.storage.dataset_files import StoredDataset, batch_of
-from gradwire_server.stored_replies import decode_reply
 from gradwire_server.workers import Workers
 
 _FITS = 256
@@ -54,9 +53,8 @@ class FitCommands:
         if (end := self._ends.get(fit)) is not None:
             return end.step
         # Of one that came back with a checkpoint, the replies alone tell.
-        ended = (each for each in self._commands.log.stored()() if each.method == FIT_STEPS)
-        stored = (decode_reply(each.method, each.reply) for each in ended if each.reply is not None)
-        return max((each.end for each in stored if each.fit == fit), default=None)
+        stored = map(FitStepsResponse.FromString, self._commands.log.replies_of(FIT_STEPS))
+        return max((decode_steps_result(each).end for each in stored if each.fit == fit), default=None)
 
     def _note(self, result: StepsResult, number: int) -> None:
         self._ends[result.fit] = _End(result.end, number)

@@ -247,6 +247,10 @@ class ModelRecovery:
         """Let go of retained forwards on ranks to which commands are applied once more."""
         await self._autograd.release_again(names)
 
+    async def let_go_of_datasets(self) -> None:
+        """Have the ranks let go of what fits that were applied once more have mapped."""
+        await self._ranks.workers.fitting.forget()
+
     def wants_answer(self, entry: Entry) -> bool:
         """Whether somebody may still ask what this command answered, and it is not known here."""
         return entry.request_id is not None and not self._over.is_set() and entry.request_id not in self._commands.log

@@ -85,7 +85,7 @@ class ModelStorage:
 
     def make(self, model_id: str, made_by: StoredReply | None) -> None:
         """A new model, whose first checkpoint is there, is there from now on."""
-        self._check_fence()
+        self.check_fence()
         draft = self._models / f".new-{secrets.token_hex(8)}"
         try:
             draft.mkdir(mode=0o700)
@@ -105,7 +105,7 @@ class ModelStorage:
 
         An error has the outcome "unknown" once the model itself is gone: then it comes back no more.
         """
-        self._check_fence()
+        self.check_fence()
         gone = self._models / f".deleted-{secrets.token_hex(8)}"
         try:
             os.rename(self.folder(model_id), gone)
@@ -121,7 +121,7 @@ class ModelStorage:
             error.outcome = "unknown"
             raise
 
-    def _check_fence(self) -> None:
+    def check_fence(self) -> None:
         """Raises where another frontend has taken over: what has this name is another's."""
         try:
             self._lock.check()

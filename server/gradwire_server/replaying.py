@@ -59,13 +59,18 @@ class Replayer:
 async def apply_again(model: Restored, replayer: Replayer, journal: Journal, entries: Iterator[Entry]) -> None:
     """Apply the entries to a model's ranks, in order. Raises RankLost, and why one cannot be applied any more."""
     newest: deque[Entry] = deque()
+    has_fits = False
     # In a thread: every byte of a journal is looked at.
     while read := await in_thread(lambda: list(islice(entries, READ_AHEAD))):
         newest.extend(read)
+        has_fits |= any(entry.method == FIT_STEPS for entry in read)
         while len(newest) > ANSWERED:
             await _apply_one(model, replayer, journal, newest.popleft(), answered=False)
     for entry in newest:
         await _apply_one(model, replayer, journal, entry, answered=True)
+    if has_fits:
+        # The next checkpoint removes the blobs.
+        await model.let_go_of_datasets()
 
 
 async def _apply_one(model: Restored, replayer: Replayer, journal: Journal, entry: Entry, *, answered: bool) -> None:

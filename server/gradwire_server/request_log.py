@@ -178,6 +178,11 @@ class RequestLog(Generic[R]):
             if entry.stored is not None
         )
 
+    def replies_of(self, method: str) -> list[bytes]:
+        """The replies that are stored of the requests of one method, oldest first."""
+        known = (entry.stored for entry in (*self._older.values(), *self._entries.values()))
+        return [each.reply for each in known if each is not None and each.method == method and each.reply is not None]
+
     def weigh(self, call: Call, reply_bytes: int) -> None:
         """Count the bytes of the reply of `call`, and forget the oldest replies if they are too many together."""
         entry = self._entries.get(call.request_id) if call.request_id is not None else None

@@ -52,6 +52,10 @@ class Restored(Protocol):
         """Let go of retained forwards, as was done before."""
         ...
 
+    async def let_go_of_datasets(self) -> None:
+        """Have the ranks let go of what fits have mapped: a file that is mapped takes room even when it is removed."""
+        ...
+
     def wants_answer(self, entry: Entry) -> bool:
         """Whether somebody may still ask what this command answered, and it is not known here."""
         ...

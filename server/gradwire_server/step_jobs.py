@@ -19,7 +19,7 @@ from gradwire_server.work_queue import Job, Unsettled
 
 @dataclass(frozen=True, slots=True)
 class LoneStep:
-    """A step some of whose tensors travel apart."""
+    """A step that goes to the ranks alone: some of its tensors travel apart, or there is much besides them."""
 
     batch: Batch
     lr: float | None

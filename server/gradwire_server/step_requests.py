@@ -19,6 +19,11 @@ from gradwire_server.step_jobs import LoneStep
 _METHOD = "TrainStep"
 _MOST_KNOWN, _MOST_SEEN = 256, 4096
 
+_FIXED_BYTES, _KEPT_BYTES = 8 << 10, 256 << 10
+"""Of requests with more bytes besides their tensors nothing is kept, and of all together no more. Parsed, they take up
+to thirty times as much.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class StepRequest:
@@ -48,6 +53,8 @@ class StepRequests:
         self._known: dict[Hashable, _Known] = {}
         self._seen: set[Hashable] = set()
         self._forms: dict[Hashable, BatchForm] = {}
+        self._kept = 0
+        """Bytes of the requests that brought the forms, less their tensors."""
 
     def read(self, raw: bytes, *, arrived: float, deadline: float | None = None) -> StepRequest:
         """Raises InvalidArgument or ResourceExhausted."""
@@ -76,15 +83,21 @@ class StepRequests:
         if formed is None:
             return StepRequest(request.name, LoneStep(batch, lr), call)
         key, data = formed
-        form = self._form(key, batch)
+        fixed = len(raw) - sum(memoryview(each).nbytes for each in data)
+        if fixed > _FIXED_BYTES:
+            return StepRequest(request.name, LoneStep(batch, lr), call)
+        form = self._form(key, batch, fixed)
         self._learn(kind, request, raw, form, lr)
         return StepRequest(request.name, FormedStep(form, data, lr), call)
 
-    def _form(self, key: Hashable, batch: Any) -> BatchForm:
+    def _form(self, key: Hashable, batch: Any, fixed: int) -> BatchForm:
         form = self._forms.get(key)
         if form is None:
-            if len(self._forms) >= _MOST_KNOWN:
+            self._kept += fixed
+            if len(self._forms) >= _MOST_KNOWN or self._kept > _KEPT_BYTES:
                 self._forms.clear()
+                self._known.clear()  # They hold forms.
+                self._kept = fixed
             form = self._forms[key] = BatchForm(batch)
         return form
 

@@ -140,7 +140,10 @@ class StepStream:
         try:
             request = self._requests.read(raw, arrived=arrived)
             model = await self._model_of(request)
-            return await model.steps.submit(request.call, request.step, self._chain, self._place)
+            item = await model.steps.submit(request.call, request.step, self._chain, self._place)
+            if isinstance(item, EndedCommand) and item.is_forgotten:
+                raise item.forgotten()
+            return item
         except Exception as error:
             refusal = public_error(error, self._requests.request_id)
             refusal.request_id = refusal.request_id or self._requests.request_id
@@ -189,8 +192,5 @@ def _outcome(item: Item) -> bytes:
         return _outcome(item.error)
     if item.reply is not None:
         return item.reply
-    if isinstance(item, Job):
-        return encode_reply("TrainStep", item.value).SerializeToString()
-    if item.answer is not None:
-        return encode_reply("TrainStep", item.answer).SerializeToString()
-    return _outcome(item.forgotten())
+    result = item.value if isinstance(item, Job) else item.answer
+    return encode_reply("TrainStep", result).SerializeToString()

@@ -51,6 +51,7 @@ class StepsTogether:
         rest = self._jobs[self._done :]
         for job in rest:
             job.put_back()
+        rest = [job for job in rest if job.waits]
         if not self._lost:
             return 0
         if rest:

@@ -72,6 +72,11 @@ class EndedCommand:
     answer: Any = None
     ended: bool = True
 
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether it was applied, and what it answered is not known."""
+        return self.error is None and self.reply is None and self.answer is None
+
     async def wait(self) -> None:
         """It has ended."""
 

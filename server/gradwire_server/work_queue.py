@@ -164,8 +164,10 @@ class Job(Generic[T]):
         self._begun, self._work = self._work, None
 
     def put_back(self) -> None:
-        """It was not carried out after all, and waits again."""
+        """It was not carried out after all, and waits again, where somebody still does for it."""
         self._work, self._begun = self._begun, None
+        if not self._waiters:
+            self.refuse(_given_up())
 
     def take(self, outcome: T | Unsettled[T]) -> None:
         """It is done."""

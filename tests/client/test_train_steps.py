@@ -207,6 +207,15 @@ def test_another_variant_is_added_when_those_before_are_answered(model, steps, s
     assert len(steps.applied) == 2 and not added
 
 
+def test_a_step_refused_ahead_of_another_variant_ends_the_training_as_any_other(model, steps):
+    steps.refuse[3] = InvalidArgument("no", field="batch.targets", reason="TARGET_OUT_OF_RANGE")
+    batches = [batch(), batch(), batch(), batch(), (torch.randn(2, 4, 3), torch.randint(0, 2, (2, 3)))]
+    found = []
+    with pytest.raises(InvalidArgument) as caught:
+        found.extend(result.step for result in model.train_steps(batches))
+    assert found == [1, 2] and (caught.value.reason, caught.value.outcome) == ("TARGET_OUT_OF_RANGE", "not_applied")
+
+
 def test_no_result_is_waited_for_longer_than_the_timeout(scripted, hosted, start_scripted):
     with gradwire.connect(scripted.target, timeout=0.6) as sdk:
         made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
@@ -219,6 +228,20 @@ def test_no_result_is_waited_for_longer_than_the_timeout(scripted, hosted, start
             next(made.train_steps([batch()]))
         assert time.monotonic() - start < 3
         steps.gate.set()
+
+
+def test_no_future_is_waited_for_longer_because_others_are_submitted(scripted, hosted):
+    with gradwire.connect(scripted.target, timeout=0.6) as sdk:
+        made = sdk.create_model(net(), loss="cross_entropy", optimizer=optim.SGD(lr=0.5), example=batch())
+        steps = Steps(scripted)
+        steps.gate.clear()
+        first = made.futures.train_step(*batch())
+        start = time.monotonic()
+        while not first.done() and time.monotonic() - start < 5:
+            made.futures.train_step(*batch())
+            time.sleep(0.05)
+        steps.gate.set()
+        assert first.done() and steps.alone, "settled alone, as its stream stood still"
 
 
 def test_a_step_whose_service_died_with_it_may_have_been_applied(scripted, hosted):

@@ -11,6 +11,7 @@ import torch
 from end_to_end.local_twin import Pair, batch
 
 from gradwire import retained_releases
+from gradwire.deadline import Deadline
 from gradwire.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import BackwardQuery
 
@@ -33,7 +34,7 @@ def test_graphs_that_are_dropped_are_freed_although_nothing_else_is_called(make_
 
     def is_gone() -> bool:
         try:
-            pair.model._autograd.backward(query, cotangents).run(pair.model._rpc)
+            pair.model._autograd.backward(query, cotangents, Deadline(10.0)).run(pair.model._rpc)
         except FailedPrecondition as error:
             return error.reason == "RETAINED_GONE"
         return False
@@ -61,7 +62,7 @@ def test_a_backward_that_is_refused_for_its_cotangents_leaves_the_forward(make_p
     wrong = [torch.ones(7, 4, dtype=torch.float64)]
     query = BackwardQuery(retained=outputs[0].grad_fn.step.name)
     with pytest.raises(InvalidArgument) as caught:
-        pair.model._autograd.backward(query, wrong).run(pair.model._rpc)
+        pair.model._autograd.backward(query, wrong, Deadline(10.0)).run(pair.model._rpc)
     assert (caught.value.field, caught.value.reason) == ("cotangents[0]", "COTANGENT_MISMATCH")
     for output in outputs:
         output.sum().backward()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +19,9 @@ from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
+from gradwire_server import datasets, request_log
 from gradwire_server import fit as fit_module
+from gradwire_server.storage.dataset_files import write_dataset
 from gradwire_server.storage.segment_writer import SegmentWriter
 
 EXAMPLES = bytes(range(80))
@@ -105,6 +111,78 @@ async def test_repeat_of_a_creation_finds_the_dataset_also_after_a_restart(start
         assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
 
 
+@pytest.mark.parametrize("dataset_id", ["", "d"])
+async def test_repeat_of_a_creation_joins_the_one_that_is_still_writing(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch, dataset_id: str
+) -> None:
+    go_on, writing = threading.Event(), []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        assert go_on.wait(10.0)
+        return write_dataset(*arguments, **how)
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    request = creation(dataset_id=dataset_id, request_id=fakes.request_id())
+    first = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.until(lambda: writing)
+    other = creation(bytes(80), dataset_id=dataset_id, request_id=request.request_id)
+    assert (await frontend.error(frontend.stub.CreateDataset(other))).reason == "REQUEST_ID_REUSED"
+    repeat = asyncio.ensure_future(frontend.stub.CreateDataset(request))
+    await frontend.stub.ListDatasets(pb.ListDatasetsRequest())
+    go_on.set()
+    made = await first
+    assert await repeat == made
+    assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
+
+
+async def test_dataset_whose_making_failed_at_the_last_fsync_is_not_there_after_a_restart(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = creation(dataset_id="", request_id=fakes.request_id())
+    async with start(durability="disk") as frontend:
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets, "sync_folder", lambda _: os.fstat(-1))
+            error = await frontend.error(frontend.stub.CreateDataset(request))
+        assert error.reason == "STORAGE_UNREACHABLE"
+    async with start(durability="disk") as frontend:
+        assert not (await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets
+
+
+async def test_of_two_datasets_with_one_id_in_the_storage_the_newer_one_comes_back(start: Any, storage: Path) -> None:
+    async with start() as frontend:
+        await frontend.stub.CreateDataset(creation())
+        # As if its making had failed, and nothing of it could be removed.
+        (older,) = (storage / "datasets").iterdir()
+        older.rename(storage / "kept")
+    async with start() as frontend:
+        newer = await frontend.stub.CreateDataset(creation(rows=5, data=EXAMPLES[:40]))
+        (storage / "kept").rename(older)
+    async with start(held_bytes=80) as frontend:
+        assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [newer]
+        assert not older.exists()
+        await frontend.stub.CreateDataset(creation(dataset_id="e", rows=5, data=EXAMPLES[:40]))
+
+
+async def test_service_that_ends_waits_for_the_dataset_that_it_writes(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, written = [], []
+
+    def slowly(*arguments: Any, **how: Any) -> Any:
+        writing.append(arguments)
+        time.sleep(0.2)
+        written.append(stored := write_dataset(*arguments, **how))
+        return stored
+
+    monkeypatch.setattr(datasets, "write_dataset", slowly)
+    async with start() as frontend:
+        creating = asyncio.ensure_future(frontend.stub.CreateDataset(creation()))
+        await frontend.until(lambda: writing)
+    assert written and written[0].folder.exists()
+    await asyncio.gather(creating, return_exceptions=True)
+
+
 # --- fits ------------------------------------------------------------------------------------------------------------
 
 
@@ -115,13 +193,21 @@ async def test_fit_applies_every_step_once_numbered_like_commands_of_their_own(f
     messages, error = await told(frontend, fit(fakes.request_id()))
     assert error is None
     assert losses(messages) == [float(step) for step in range(9)]
-    assert [message.first_step for message in messages] == [0, 1, 6, 9]
+    assert [message.first_step for message in messages] == [0, 1, 2, 7, 9]
     assert messages[-1].done and not messages[-2].done
     assert [(number, step) for number, step, _ in workers.fitting.applied] == [(2 + step, step) for step in range(9)]
     await frontend.stub.TrainStep(frontend.train(b"b"))
     assert workers.calls[-1][2] == 11
     assert (await frontend.model()).step == 11
     assert ("forget",) in workers.calls
+
+
+async def test_first_smaller_batch_begins_a_command_since_it_may_bring_a_variant(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    await told(frontend, fit(fakes.request_id(), epochs=5))
+    found = [call[1:] for call in workers.calls if call[0] == "fit"]
+    assert found == [(0, 1), (1, 1), (2, 5), (7, 5), (12, 3)]
 
 
 async def test_shuffled_fit_takes_each_epochs_rows_in_the_order_of_its_seed(frontend: Any, fakes: Any) -> None:
@@ -184,7 +270,7 @@ async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
         await frontend.stub.CreateDataset(creation())
         request = fit(fakes.request_id(), epochs=20)
         messages, _ = await told(frontend, request)
-        request.completed_steps = 6
+        request.completed_steps = 7
         again, error = await told(frontend, request)
         assert error is not None and (again, error.reason, error.outcome) == ([], "REPLY_FORGOTTEN", "applied")
         assert len(workers.fitting.applied) == 60
@@ -194,7 +280,7 @@ async def test_step_whose_loss_is_stored_no_more_is_not_applied_once_more(
         ]
     async with start() as frontend:
         workers = await ready(frontend)
-        request.completed_steps = 2
+        request.completed_steps = 3
         assert (await told(frontend, request))[1].reason == "REPLY_FORGOTTEN"
         assert len(workers.fitting.applied) == 60
 
@@ -234,6 +320,35 @@ async def test_stop_tells_what_was_under_way_and_begins_no_more(frontend: Any, f
     request.completed_steps, request.stop = count + 1, False
     _, error = await told(frontend, request)
     assert error is not None and error.field == "completed_steps"
+
+
+async def test_call_of_a_fit_that_comes_while_another_still_runs_hears_every_step_too(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradwire_server.fit_pace.SECONDS", 1.0)
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation(bytes(800), rows=100))
+    run, may_end = workers.fitting.run, asyncio.Event()
+    begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def held(dataset: Any, steps: Any, **how: Any) -> Any:
+        # The last command of the first epoch: what follows is begun by whoever is first.
+        if steps.first_step + steps.steps == 100:
+            begun.set_result(steps.first_step)
+            await may_end.wait()
+        return await run(dataset, steps, **how)
+
+    workers.fitting.run = held
+    request = fit(fakes.request_id(), batch_size=1, validation_dataset="datasets/d")
+    old = asyncio.ensure_future(told(frontend, request))
+    request.completed_steps = first = await asyncio.wait_for(begun, 5)
+    new = asyncio.ensure_future(told(frontend, request))
+    await asyncio.sleep(0.05)
+    may_end.set()
+    heard, again = await asyncio.gather(old, new)
+    assert (heard[1], again[1]) == (None, None)
+    assert losses(heard[0]) == [float(step) for step in range(300)] and losses(again[0]) == losses(heard[0])[first:]
+    assert [step for _, step, _ in workers.fitting.applied] == list(range(300))
 
 
 async def test_refused_step_ends_the_fit_with_epoch_and_batch_and_those_before_stay(frontend: Any, fakes: Any) -> None:
@@ -364,7 +479,8 @@ async def test_fit_goes_on_after_a_restart_and_its_dataset_may_be_deleted(start:
         workers = await ready(frontend)
         assert workers.fitting.applied == before
         assert set(workers.fitting.examples) == {EXAMPLES}
-        assert workers.calls[-1][2] == 10
+        assert workers.calls[-2][2] == 10
+        assert workers.calls[-1] == ("forget",)
     # What the client had not heard yet is told, and applied no more: the dataset is another of that name by now.
     async with start() as frontend:
         await ready(frontend)
@@ -389,6 +505,28 @@ async def test_repeat_after_a_restart_hears_the_losses_that_it_missed(start: Any
         assert losses(again) == losses(messages)[1:]
         assert [each.validation_loss for each in again if each.HasField("validation_loss")] == [103.0, 106.0, 109.0]
         assert len(workers.fitting.applied) == count
+
+
+async def test_fit_of_which_a_checkpoint_tells_goes_on_where_it_was(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_KEPT", 1)
+    request = fit(fakes.request_id())
+    async with start(checkpoint_commands=1) as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        await told(frontend, request)
+        checkpoints = frontend.service._storage.checkpoints
+        await frontend.until(lambda: checkpoints.automatic("m")[0] == 9)
+    async with start() as frontend:
+        workers = await ready(frontend)
+        # Nothing but that request's own replies is looked at, on the event loop.
+        monkeypatch.setattr(request_log, "stored_reply_of", None)
+        request.completed_steps = 2
+        again, error = await told(frontend, request)
+        assert error is not None and (again, error.reason) == ([], "REPLY_FORGOTTEN")
+        assert losses((await told(frontend, fit(fakes.request_id())))[0]) == [float(step) for step in range(9)]
+        assert len(workers.fitting.applied) == 9
 
 
 async def test_lost_ranks_are_replaced_in_the_middle_of_a_fit(frontend: Any, fakes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import mmap
 import os
@@ -147,6 +148,14 @@ async def test_upload_that_comes_again_by_either_way_is_held_once(local, peer, f
     assert open_files() == before + 1
 
 
+async def test_upload_that_was_brought_by_grpc_and_used_meanwhile_is_not_kept(local, peer, fakes, open_files):
+    before = open_files()
+    upload_id = fakes.request_id()
+    await local.stub.LoadStateDict(load(await local.upload(TENSOR, upload_id=upload_id)))
+    assert (await peer.upload(upload_id, memory_file(TENSOR), TENSOR)).uploaded.name == f"uploads/{upload_id}"
+    assert open_files() == before and not local.files
+
+
 @pytest.mark.parametrize("missing", [fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL])
 async def test_file_that_its_sender_could_still_change_is_refused(local, peer, fakes, missing, open_files):
     before = open_files()
@@ -211,6 +220,38 @@ async def test_all_connections_together_hold_only_so_many_files(local, fakes, mo
         reasons.append((await peer.upload(fakes.request_id(), memory_file(TENSOR), TENSOR)).refusal.reason)
         peer.socket.close()
     assert reasons == ["", "", "TOO_MANY_UPLOADS"]
+
+
+async def test_client_that_comes_when_no_file_can_be_opened_is_let_in_later_and_keeps_nobody_busy(local, monkeypatch):
+    monkeypatch.setattr("gradwire_server.tensors.local_socket._PAUSE_SECONDS", 0.1)
+    path = await socket_of(local)
+    tries: list[int] = []
+
+    class Full:
+        """A listener of a process that has too many open files."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self._listener = listener
+
+        def fileno(self) -> int:
+            return self._listener.fileno()
+
+        def close(self) -> None:
+            self._listener.close()
+
+        def accept(self) -> Any:
+            tries.append(1)
+            if len(tries) == 1:
+                raise OSError(errno.EMFILE, "too many open files")
+            return self._listener.accept()
+
+    at = local.service._local
+    monkeypatch.setattr(at, "_listener", Full(at._listener))
+    peer = Peer(path)
+    await asyncio.sleep(0.05)
+    assert len(tries) == 1
+    assert (await peer.ask(local_pb2.LocalRequest(hello=local_pb2.LocalHello())))[0].welcome.service
+    peer.socket.close()
 
 
 async def test_socket_of_a_service_that_was_killed_is_removed(start, tmp_path):

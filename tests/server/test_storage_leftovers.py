@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition, Unavailable
+from gradwire_proto.v1 import dataset_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.values import Batch, TensorData
 from gradwire_server.storage.checkpoint_store import CheckpointStore
 
 SAVE = pb.CreateCheckpointRequest(parent="models/m", checkpoint_id="best")
@@ -23,6 +26,12 @@ def take_over(storage: Path) -> None:
     """As another frontend does, where the lock does not reach."""
     (storage / "other").write_text("100\n")
     os.replace(storage / "other", storage / "epoch")
+
+
+def dataset(dataset_id: str) -> dataset_pb2.CreateDatasetRequest:
+    request = dataset_pb2.CreateDatasetRequest(dataset_id=dataset_id)
+    codec.encode_batch(Batch(TensorData("float32", (1, 2), bytes(8))), request.batch)
+    return request
 
 
 def fetched(storage: Path) -> list[Path]:
@@ -54,6 +63,21 @@ async def test_frontend_whose_storage_was_taken_over_deletes_and_makes_no_model(
     async with start() as frontend:
         assert [model.name for model in (await frontend.stub.ListModels(pb.ListModelsRequest())).models] == ["models/m"]
         assert (await frontend.stub.TrainStep(frontend.train(b"b"))).result.step == 2
+
+
+async def test_frontend_whose_storage_was_taken_over_deletes_and_makes_no_dataset(start: Any, storage: Path) -> None:
+    async with start() as frontend:
+        made = await frontend.stub.CreateDataset(dataset("kept"))
+        take_over(storage)
+        for refused in (
+            frontend.stub.DeleteDataset(dataset_pb2.DeleteDatasetRequest(name=made.name)),
+            frontend.stub.CreateDataset(dataset("other")),
+        ):
+            error = await frontend.error(refused)
+            assert (error.reason, error.outcome) == ("MODEL_FENCED", "not_applied")
+        assert await frontend.stub.GetDataset(dataset_pb2.GetDatasetRequest(name=made.name)) == made
+    async with start() as frontend:
+        assert list((await frontend.stub.ListDatasets(dataset_pb2.ListDatasetsRequest())).datasets) == [made]
 
 
 async def test_deletion_that_failed_when_the_model_was_gone_does_not_say_that_nothing_was_done(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+import tracemalloc
 from typing import Any
 
 import grpc
 import pytest
 from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 
+from gradwire_proto import codec
 from gradwire_proto.errors import RankLost, Unavailable
 from gradwire_proto.status import from_rpc_error, from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import Batch, Limits
+from gradwire_server.fingerprints import fingerprint
+from gradwire_server.step_requests import StepRequests
 from gradwire_server.storage.segment_writer import SegmentWriter
+from gradwire_server.stored_replies import EndedCommand
 
 
 def values(workers: Any) -> list[bytes]:
@@ -172,6 +178,37 @@ async def test_a_step_that_cannot_be_read_is_refused_in_its_place(frontend: Any,
     assert values(workers) == [b"a", b"b"]
 
 
+@pytest.mark.parametrize(("size", "count"), [(1 << 20, 16), (7 << 10, 250)])
+def test_little_is_kept_of_requests_with_much_besides_their_tensors(fakes: Any, size: int, count: int) -> None:
+    requests = StepRequests(Limits())
+
+    def read(number: int) -> Any:
+        batch = Batch((fakes.two_floats(), str(number).ljust(size)))
+        request = pb.TrainStepRequest(name="models/m", request_id=fakes.request_id())
+        codec.encode_batch(batch, request.batch)
+        return requests.read(request.SerializeToString(), arrived=0.0).step
+
+    read(0)
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            read(number)
+        assert tracemalloc.get_traced_memory()[0] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_step_with_much_besides_its_tensors_is_applied_like_any_other(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    requests = steps(frontend, fakes, b"a", b"b", b"c")
+    requests[1].batch.Clear()
+    codec.encode_batch(Batch(fakes.two_floats(b"b".ljust(8, b"\0")), "x" * (1 << 14)), requests[1].batch)
+    stream = Stream(frontend)
+    await stream.send(*requests)
+    assert [result.step for result in await stream.outcomes(3)] == [1, 2, 3]
+    assert values(workers) == [b"a", b"b", b"c"] and numbers(workers) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("message", "reason"), [(b"\x0a\x05ab", "MALFORMED_MESSAGE"), (b"\x18\x01", "UNKNOWN_FIELD")])
 async def test_a_message_that_is_none_ends_the_stream(frontend: Any, message: bytes, reason: str) -> None:
     call = frontend.channel.stream_stream("/gradwire.v1.GradientService/TrainSteps")()
@@ -220,6 +257,20 @@ async def test_steps_behind_a_repeat_of_a_refused_one_are_not_applied(frontend: 
     await stream.send(bad, behind)
     assert [each.reason for each in await stream.outcomes(2)] == ["SHAPE_MISMATCH", "STEP_BEFORE_REFUSED"]
     assert values(workers) == [b"held"]
+
+
+async def test_steps_behind_one_whose_reply_is_not_known_are_not_applied(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    known, behind = steps(frontend, fakes, b"a", b"b")
+    log = frontend.service._models._hosted["m"].life.commands.log
+    body = fingerprint("TrainStep", known.SerializeToString())
+    log.restore(known.request_id, body, EndedCommand(1, "TrainStep", None))
+    stream = Stream(frontend)
+    await stream.send(known, behind)
+    forgotten, after = await stream.outcomes(2)
+    assert (forgotten.reason, forgotten.outcome) == ("REPLY_FORGOTTEN", "applied")
+    assert (after.reason, after.outcome) == ("STEP_BEFORE_REFUSED", "not_applied")
+    assert not values(workers)
 
 
 @pytest.mark.parametrize("durability", ["process", "disk"])

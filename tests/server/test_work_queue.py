@@ -89,6 +89,19 @@ async def test_work_is_begun_only_while_somebody_waits(uploads: Uploads) -> None
     assert log == [1] and isinstance(job.error, Cancelled)
 
 
+async def test_work_that_comes_back_from_the_ranks_is_not_begun_again_where_nobody_waits(uploads: Uploads) -> None:
+    queue, log = Queue(uploads), []
+    jobs = [queue.put(returning(n, log)) for n in range(2)]
+    for job in jobs:
+        job.join()
+        job.begin()
+    jobs[0].leave()
+    for job in jobs:
+        job.put_back()
+    await queue.idle(1)
+    assert log == [1] and isinstance(jobs[0].error, Cancelled) and jobs[0].error.outcome == "not_applied"
+
+
 async def test_refused_work_makes_room_at_once(uploads: Uploads) -> None:
     queue, log = Queue(uploads, 2), []
     first = asyncio.ensure_future(queue.put(returning(1, log)).result(None))

@@ -117,7 +117,9 @@ class RankCommands:
         carries out each step when its row is asked for.
         """
         if kind == "train_steps":
-            return RankSteps(fields).carry_out(self._model, self._carry_out_step)
+            with self._together("train_step"):
+                steps = RankSteps(fields)
+            return steps.carry_out(self._model, self._carry_out_step)
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")

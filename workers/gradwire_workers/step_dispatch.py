@@ -10,13 +10,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gradwire_proto.errors import RankLost
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.step_rows import StepRow
-
-PATIENCE = 10.0
-"""Seconds that ranks have to end when one has ended with an error: they may wait for it in a collective."""
 
 Took = Callable[[Sequence[Sequence[StepRow]], float], None]
 """Called with the rows of the next steps that were applied, of each rank that told, and the seconds that no rank was at
@@ -51,25 +47,13 @@ class StepDispatch:
         await self._ranks.end("train_step", calls, even=not any(self._rows))
 
     async def _until_over(self, calls: Sequence[asyncio.Future[Answer]]) -> None:
-        deadline: float | None = None
-        loop = asyncio.get_running_loop()
+        # Where one has failed, the others do at their next collective, however long they take to come to it.
         while True:
             self._take(min(map(len, self._rows)))
-            over = [call for call in calls if call.done()]
-            if len(over) == len(calls):
+            if all(call.done() for call in calls):
                 return
-            if deadline is None and any(_failed(call) for call in over):
-                deadline = loop.time() + PATIENCE
-            elif deadline is not None and loop.time() >= deadline:
-                self._ranks.give_up(RankLost("ranks did not end when another had failed", outcome="unknown"))
-                deadline = None
-            self._woken = loop.create_future()
-            handle = None if deadline is None else loop.call_at(deadline, self._wake)
-            try:
-                await self._woken
-            finally:
-                if handle is not None:
-                    handle.cancel()
+            self._woken = asyncio.get_running_loop().create_future()
+            await self._woken
 
     def _wake(self) -> None:
         if self._woken is not None and not self._woken.done():
@@ -85,7 +69,3 @@ class StepDispatch:
         idle, self._marked = max(0.0, now - self._marked - busy) / count, now
         self._ranks.applied += count
         self._took(steps, idle)
-
-
-def _failed(call: asyncio.Future[Answer]) -> bool:
-    return call.exception() is not None or call.result().error is not None

@@ -73,6 +73,13 @@ class Blobs:
             if file not in self._waiting and file not in self._named_by:
                 self.path(file).unlink(missing_ok=True)
 
+    def give_up_waiting(self) -> None:
+        """No command that `keep` was called for will be recorded any more: the next `cut` removes what none names."""
+        with self._change:
+            for file in self._waiting:
+                self._named_by.setdefault(file, 0)  # Before the first command.
+            self._waiting.clear()
+
     def cut(self, first: int) -> None:
         """Remove the blobs that only records before command `first` named, which are gone. May block."""
         with self._change:

@@ -268,9 +268,10 @@ class Journal:
     def restart(self, after: int) -> None:
         """Go on after a failure, in a new segment, behind a checkpoint that holds all up to command `after`.
 
-        That checkpoint holds every command that was carried out, also those whose record failed. FailedPrecondition
-        MODEL_FENCED for ever once another frontend has taken over; errors of `storage_error` leave things as they are.
-        Blocks until nothing of before is synced any more: a thread may call it, while nothing but `cut` is called here.
+        That checkpoint holds every command that was carried out, also those whose record failed, and no other is being
+        carried out: the uploads that were kept for them go. FailedPrecondition MODEL_FENCED for ever once another
+        frontend has taken over; errors of `storage_error` leave things as they are. Blocks until nothing of before is
+        synced any more: a thread may call it, while nothing but `cut` is called here.
         """
         assert after >= self.last, f"the checkpoint at {after} lacks commands up to {self.last}"
         with self._cutting:
@@ -289,6 +290,7 @@ class Journal:
         self._synced = after
         self._sizes = RecordSizes(self._next)
         self._refused.clear()
+        self.blobs.give_up_waiting()
         with suppress(GradwireError):  # The next cut tries again.
             self._files.remove(self._cut(after))
 

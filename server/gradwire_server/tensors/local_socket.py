@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import logging
 import os
 import socket
@@ -24,6 +25,12 @@ MOST_CONNECTIONS = 64
 
 SOCKET_PREFIX = "clients-"
 """What the names of such sockets begin with."""
+
+_PAUSE_SECONDS = 1.0
+"""How long nobody is let in where the process has too many open files: those who come would wake it all the time."""
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""What `accept` says then, and goes on saying."""
 
 # Of Linux's prctl.h.
 _PR_GET_DUMPABLE = 3
@@ -64,7 +71,11 @@ class LocalSocket:
             listener.close()
             return
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def close(self) -> None:
         """End every connection, and remove the socket. Uploads that came by it stay."""
@@ -80,8 +91,12 @@ class LocalSocket:
         assert self._listener is not None
         try:
             peer, _ = self._listener.accept()
-        except OSError:  # It has left again, or there are too many open files.
-            return
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._listener)
+                loop.call_later(_PAUSE_SECONDS, self._listen)
+            return  # Otherwise it has left again.
         if len(self._connections) >= MOST_CONNECTIONS or peer_user(peer) != os.geteuid():
             peer.close()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any, Generic, TypeVar
 
 from gradwire_proto.errors import InvalidArgument, ModelNotFound
 from gradwire_proto.values import Handle, Limits, TensorData, leaves, map_leaves
+from gradwire_server.aging import Aging
 from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import TensorType, UploadFile
 from gradwire_server.tensors.sealed_files import SealedFile
 
 T = TypeVar("T")
+
+_MOST_USED = 4096
+"""Names that are remembered of uploads that were used."""
 
 
 @dataclass(slots=True)
@@ -28,6 +33,7 @@ class _Upload:
     unused: set[int]
     timer: asyncio.TimerHandle
     discard: Callable[[], None]
+    is_streamed: bool = False
     claims: int = 0
 
 
@@ -63,6 +69,8 @@ class Uploads:
         self._limits = limits
         self._held = held
         self._complete: dict[str, _Upload] = {}
+        self._used: Aging[None] = Aging(_MOST_USED, time.time)
+        """Names of those that came in a stream, and were used."""
 
     async def take(
         self, types: Sequence[TensorType], chunks: AsyncIterator[memoryview], name: str | None = None
@@ -94,12 +102,14 @@ class Uploads:
             self._held.release(nbytes)
             return name
         self._add(name, tensors, nbytes, file.discard)
+        self._complete[name].is_streamed = True
         return name
 
     def adopt(self, types: Sequence[TensorType], file: SealedFile, name: str, discarded: Callable[[], None]) -> None:
         """Make an upload of tensors that are complete in their file, which it takes over; `discarded` tells its end.
 
-        One of that name that is complete stays as it is.
+        One of that name that is complete stays as it is. Nothing is kept of what was late: was brought again in a
+        stream meanwhile, and used.
         """
 
         def discard() -> None:
@@ -107,7 +117,7 @@ class Uploads:
             discarded()
 
         try:
-            if self._is_repeat(name, types):
+            if self._is_repeat(name, types) or name in self._used:
                 return discard()
             self._held.reserve(file.nbytes)
         except BaseException:
@@ -186,6 +196,8 @@ class Uploads:
                 upload.timer.cancel()
                 upload.timer = self._timer(name)
             elif not upload.unused:
+                if upload.is_streamed:
+                    self._used.add(name, None, time.time())
                 self._drop(name)
 
     def _expire(self, name: str) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gradwire_proto.errors import FailedPrecondition
+from gradwire_proto.errors import FailedPrecondition, Unavailable
 from gradwire_server.fingerprints import file_fingerprint
 from gradwire_server.storage.records import StoredTensor, StoredUpload
+from gradwire_server.storage.segment_writer import SegmentWriter
 
 
 @pytest.fixture
@@ -103,6 +104,30 @@ def test_blob_that_a_command_waits_for_stays(open_journal, upload, record, model
     assert blobs(model) == ["a", "b"]
     record(journal, 3, "a", "b")
     assert len(open_journal(2)[1]) == 1
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_blob_of_a_command_whose_record_failed_goes_when_the_journal_is_started_anew(
+    open_journal, upload, record, model, monkeypatch, before
+):
+    journal, _ = open_journal()
+    for number in range(before):
+        journal.keep_upload(upload("a"), "uploads/a")
+        record(journal, number + 1, "a")
+    for name in "ab":
+        journal.keep_upload(upload(name), f"uploads/{name}")
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentWriter, "write", lambda *_: os.fstat(-1))
+        with pytest.raises(Unavailable):
+            record(journal, before + 1, "a", "b")
+    assert blobs(model) == ["a", "b"]
+    journal.restart(before + 1)
+    assert blobs(model) == []
+    # What is kept from then on stays, as ever.
+    journal.keep_upload(upload("a"), "uploads/a")
+    record(journal, before + 2, "a")
+    journal.cut(before + 1)()
+    assert blobs(model) == ["a"]
 
 
 @pytest.mark.parametrize("linked", [True, False])
