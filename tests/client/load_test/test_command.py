@@ -111,6 +111,8 @@ def test_search_halves_the_levels_for_the_highest_within_the_limit(served) -> No
     assert "highest within the limit: concurrency 4" in outcome.stdout
     measured = re.findall(r"^(concurrency \d):", outcome.stderr, re.MULTILINE)
     assert measured == ["concurrency 6", "concurrency 4"]
+    # Shown in the order of the levels, not in that of the search.
+    assert outcome.stdout.index("concurrency 4") < outcome.stdout.index("concurrency 6")
 
 
 def test_floor_is_a_bare_echo_of_the_same_reply(served, tmp_path: Path) -> None:
