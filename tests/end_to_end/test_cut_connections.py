@@ -70,7 +70,7 @@ def test_training_over_a_connection_that_is_cut_is_that_over_one_that_is_not(cli
             future.add_done_callback(cutter.arm)
         results += [future.result(60) for future in futures]
         proxy.up_left = proxy.down_left = None
-    assert proxy.cuts >= 20
+    assert proxy.cuts >= 15
     assert [result.step for result in results] == list(range(1, STEPS + 1))
     assert [result.loss for result in results] == expected
     after, as_expected = cut.state_dict(), calm.state_dict()

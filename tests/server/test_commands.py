@@ -263,9 +263,10 @@ async def test_defect_tells_its_request_id_and_nothing_else(frontend: Any, fakes
 async def test_timing_tells_the_wait_in_the_queue(frontend: Any) -> None:
     workers = await frontend.create()
     workers.gate.clear()
-    calls = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())) for _ in range(2)]
+    calls = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train()))]
     await frontend.until(lambda: workers.busy)
-    await asyncio.sleep(0.1)
+    calls.append(asyncio.ensure_future(frontend.stub.TrainStep(frontend.train())))
+    await asyncio.sleep(0.2)
     workers.gate.set()
     times = [reply.result.timing for reply in await asyncio.gather(*calls)]
     assert sorted(time.queue > 0.05 for time in times) == [False, True]
