@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +10,7 @@ from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import SplitDecision, StepResult, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
-from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.live_ranks import LiveRanks, Wait
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.replies import with_times, without_tensors
@@ -124,17 +123,17 @@ class Commands:
 
     def begin(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> Job[T]:
         """Let `work(tensors)`, which changes nothing, run in its turn."""
-        submitted = time.monotonic()
+        wait = Wait(self._ranks)
 
         async def look(values: Any) -> T | Unsettled[T]:
-            queue = time.monotonic() - submitted
-            result, recovery = await self._ranks.run(lambda: work(values), changes=False)
+            wait.turn_begins()
+            result = await self._ranks.run(lambda: work(values), changes=False)
             seen = self.number
             # Of a journal that is broken nothing outlives what it should before it is mended.
             await self._records.usable()
             if self.number < seen:
-                result, recovery = await self._ranks.run(lambda: work(values), changes=False)
-            result = with_times(result, call, queue, recovery)
+                result = await self._ranks.run(lambda: work(values), changes=False)
+            result = with_times(result, call, wait.queue, wait.recovery)
             # What was seen must outlive what the commands before outlive.
             return result if self._records.unsettled is None else Unsettled(result, self._records.unsettled)
 
@@ -168,10 +167,10 @@ class Commands:
         deliver: Deliver[T] | None,
         dataset: StoredDataset | None,
     ) -> Job[T]:
-        submitted = time.monotonic()
+        wait = Wait(self._ranks)
 
         async def apply(values: Any) -> T | Unsettled[T]:
-            return await self.apply(call, job, values, work, deliver, dataset, time.monotonic() - submitted)
+            return await self.apply(call, job, wait, values, work, deliver, dataset)
 
         job = self.take_turn(call, tensors, apply, self._description.met)
         self.log.add(call, job)
@@ -182,16 +181,14 @@ class Commands:
         self,
         call: Call,
         job: Job[T],
+        wait: Wait,
         values: Any,
         work: Callable[[Any, int], Awaitable[T]],
-        deliver: Deliver[T] | None,
-        dataset: StoredDataset | None,
-        queue: float,
-        recovery_before: float = 0.0,
+        deliver: Deliver[T] | None = None,
+        dataset: StoredDataset | None = None,
     ) -> T | Unsettled[T]:
-        """Carry out a command in its turn. `queue`: the seconds that it waited for that, and `recovery_before` for lost
-        ranks.
-        """
+        """Carry out a command, whose turn begins."""
+        wait.turn_begins()
         # All that can be refused for want of room is refused here, before the model changes.
         await self._records.usable()
         uploads = await self._records.keep(job.uploads, dataset)
@@ -202,7 +199,7 @@ class Commands:
 
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
-            result, recovery = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
+            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
         except GradwireError as error:
             if error.outcome == "applied":
                 return await self.end_with(error, call, job, uploads, self._description.info.step)
@@ -218,7 +215,7 @@ class Commands:
         commands = result.commands if isinstance(result, StepsResult) else 1
         try:
             result = result if deliver is None else await deliver(result)
-            result = with_times(result, call, queue, recovery_before + recovery)
+            result = with_times(result, call, wait.queue, wait.recovery)
             reply = job.reply = stored_reply(call.method, result)
         except Exception as error:
             return await self.end_with(_after_applied(error, call), call, job, uploads, before, commands)

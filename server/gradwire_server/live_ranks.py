@@ -36,6 +36,8 @@ class LiveRanks:
         self._workers: Workers | None = None
         self._lost: RankLost | None = None
         self._left = False
+        self._without = 0.0
+        self._without_since: float | None = None
         self.applied = 0
         """What the ranks counted when the last request ended: whoever counted more was in the middle of one."""
 
@@ -49,6 +51,12 @@ class LiveRanks:
     def there(self) -> bool:
         """Whether there are ranks, lost or not."""
         return self._workers is not None
+
+    @property
+    def seconds_without(self) -> float:
+        """For how long, all in all, the model has been without the ranks that it should have."""
+        since = self._without_since
+        return self._without if since is None else self._without + time.monotonic() - since
 
     def adopt(self, workers: Workers) -> None:
         """These are the model's ranks from now on."""
@@ -73,59 +81,55 @@ class LiveRanks:
     async def ensure(self) -> None:
         """Return when no rank is lost."""
         if self._lost is not None:
-            await self._regain(self._lost, True)
+            await self._replace(self._lost, True)
 
-    async def _ensure_timed(self) -> float:
-        if self._lost is None:
-            return 0.0
-        started = time.monotonic()
-        await self.ensure()
-        return time.monotonic() - started
+    async def _replace(self, lost: RankLost, salvage: bool) -> None:
+        self._without_since = time.monotonic()
+        try:
+            await self._regain(lost, salvage)
+        finally:
+            self._without, self._without_since = self.seconds_without, None
 
-    async def run(
-        self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None
-    ) -> tuple[T, float]:
-        """What `work` returns, and the seconds that it had to wait for ranks. `changes`: whether it changes the model.
+    async def run(self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None) -> T:
+        """What `work` returns, on ranks of which none is lost. `changes`: whether it changes the model.
 
         Raises what `work` raises, where the model is as before, and InvalidArgument COMMAND_KILLS_RANKS where it loses
         the ranks twice. Ranks that are lost before it has reached them are not its own doing: RankLost, outcome
         "not_applied", where that happens again and again.
         """
-        recovery, kills, losses = await self._ensure_timed(), 0, 0
+        await self.ensure()
+        kills, losses = 0, 0
         while True:
             try:
-                return await self._try(work, changes, request_id), recovery
+                return await self._try(work, changes, request_id)
             except RankLost as error:
                 if self._left:
                     raise
                 lost = error
-            started = time.monotonic()
-            await self._regain(lost, True)
-            recovery += time.monotonic() - started
+            await self._replace(lost, True)
             losses, kills = losses + 1, kills + (lost.outcome != "not_applied")
             if kills == KILLS:
                 raise kills_ranks(f"it ended the processes of its ranks twice ({lost}), and was not applied")
             if losses == LOSSES:
                 raise RankLost(lost.message, reason=lost.reason, retryable=True, outcome="not_applied")
 
-    async def run_together(self, work: Callable[[float], Awaitable[None]]) -> float:
-        """Several commands at once, which change the model; `work` is told how long ranks had to be waited for, and
-        calls `caught_up` for what was applied. Returns 0, or, where ranks were lost meanwhile, the seconds until
-        they were back, as after what was noted: the rest should be tried again one by one. That loss is counted
-        against none of them: ranks tell of several at once, so that nobody knows which of the rest they were at.
+    async def run_together(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Several commands at once, which change the model; `work` calls `caught_up` for what was applied. False where
+        ranks were lost meanwhile; they are back, as after what was noted: the rest should be tried again one by
+        one. That loss is counted against none of them: ranks tell of several at once, so that nobody knows which of
+        the rest they were at.
 
         Raises what `work` raises, where the model is as after what was noted.
         """
-        recovery = await self._ensure_timed()
+        await self.ensure()
         try:
-            await self._try(lambda: work(recovery), True, None)
-            return 0.0
+            await self._try(work, True, None)
+            return True
         except RankLost as lost:
             if self._left:
                 raise
-            started = time.monotonic()
-            await self._regain(lost, True)
-            return time.monotonic() - started
+            await self._replace(lost, True)
+            return False
 
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:
@@ -140,6 +144,30 @@ class LiveRanks:
                 raise
             refusal = public_error(error, request_id, outcome="unknown")
         # Nobody knows what it left behind: no rank's state can be trusted.
-        await self._regain(RankLost(f"a command failed halfway: {refusal}", outcome="unknown"), False)
+        await self._replace(RankLost(f"a command failed halfway: {refusal}", outcome="unknown"), False)
         refusal.outcome = "not_applied"
         raise refusal
+
+
+class Wait:
+    """How long a request waits from now on: `queue` seconds for its turn, `recovery` for ranks that were lost.
+
+    Ranks are lost while others run, or none does, too: whoever waits then waits for that, not for its turn.
+    """
+
+    __slots__ = ("_came", "_ranks", "_without", "queue")
+
+    def __init__(self, ranks: LiveRanks) -> None:
+        self._ranks = ranks
+        self._came = time.monotonic()
+        self._without = ranks.seconds_without
+        self.queue = 0.0
+
+    def turn_begins(self) -> None:
+        """It is its turn now."""
+        self.queue = max(0.0, time.monotonic() - self._came - self.recovery)
+
+    @property
+    def recovery(self) -> float:
+        """For how long it has waited until now for ranks that were lost, before its turn and in it."""
+        return self._ranks.seconds_without - self._without

@@ -111,7 +111,7 @@ class ModelCheckpoints:
                 await self._release()
             return await self._ranks.workers.state()
 
-        state, _ = await self._ranks.run(look, changes=False)
+        state = await self._ranks.run(look, changes=False)
         replies = self._commands.log.stored()
         try:
             spec = await in_thread(self._description.spec.encoded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from math import inf
@@ -13,6 +12,7 @@ from gradwire_proto.batch_form import FormedStep
 from gradwire_proto.errors import FailedPrecondition, GradwireError
 from gradwire_proto.values import Batch, StepResult
 from gradwire_server.calls import Call
+from gradwire_server.live_ranks import Wait
 from gradwire_server.tensors.uploads import Claim
 from gradwire_server.work_queue import Job, Unsettled
 
@@ -58,8 +58,7 @@ def behind_refused() -> GradwireError:
 class StepJob(Job[StepResult]):
     """A step that waits, runs or has ended: at `place` in `chain`.
 
-    `formed`: None where it must go to the ranks alone. `recovery`: the seconds that it waited already for ranks that
-    were lost. `ended_first` is called at its end, before all others.
+    `formed`: None where it must go to the ranks alone. `ended_first` is called at its end, before all others.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class StepJob(Job[StepResult]):
         failed: Callable[[GradwireError], None],
         ended_first: Callable[[Call], None],
         *,
+        wait: Wait,
         formed: FormedStep | None,
         chain: Chain,
         place: int,
@@ -79,8 +79,7 @@ class StepJob(Job[StepResult]):
         self.formed = formed
         self.chain = chain
         self.place = place
-        self.submitted = time.monotonic()
-        self.recovery = 0.0
+        self.waited = wait
         self._ended_first = ended_first
         self._watchers: list[Callable[[], None]] = []
 

@@ -7,7 +7,6 @@ were lost, so that a step that kills its ranks is found.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from gradwire_proto.errors import Cancelled, GradwireError
 from gradwire_proto.values import Batch, StepResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
-from gradwire_server.live_ranks import LiveRanks
+from gradwire_server.live_ranks import LiveRanks, Wait
 from gradwire_server.model_description import ModelDescription
 from gradwire_server.model_records import AHEAD_BYTES, ModelRecords
 from gradwire_server.step_jobs import Chain, LoneStep, StepJob, behind_refused
@@ -93,8 +92,7 @@ class StepRuns:
                     raise behind_refused()  # One before it was undone when the journal was mended, or ranks were lost.
                 return self._step_alone(step, values, number)
 
-            queue = time.monotonic() - job.submitted
-            return await self._commands.apply(call, job, values, work, None, None, queue, job.recovery)
+            return await self._commands.apply(call, job, job.waited, values, work)
 
         tensors = None
         if isinstance(step, LoneStep):
@@ -110,6 +108,7 @@ class StepRuns:
             alone,
             self._description.met,
             self._ended,
+            wait=Wait(self._ranks),
             formed=step if isinstance(step, FormedStep) and len(call.raw) <= AHEAD_BYTES else None,
             chain=chain,
             place=place,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from gradwire_proto.errors import GradwireError
@@ -31,17 +30,16 @@ class StepsTogether:
         self._description = description
         self._jobs = jobs
         self._steps = [job.formed for job in jobs if job.formed is not None]
-        self._lost = 0.0
+        self._kept_ranks = True
         self._done = 0
-        self._began = time.monotonic()
-        self._recovery = 0.0
 
     async def run(self) -> int:
         """Apply them; how many must run again, each alone."""
         for job in self._jobs:
             job.begin()
+            job.waited.turn_begins()
         try:
-            self._lost = await self._ranks.run_together(self._work)
+            self._kept_ranks = await self._ranks.run_together(self._work)
         except Exception as error:
             await self._fail(error)
         except BaseException:
@@ -51,15 +49,9 @@ class StepsTogether:
         rest = self._jobs[self._done :]
         for job in rest:
             job.put_back()
-        rest = [job for job in rest if job.waits]
-        if not self._lost:
-            return 0
-        if rest:
-            rest[0].recovery = self._lost
-        return len(rest)
+        return 0 if self._kept_ranks else sum(job.waits for job in rest)
 
-    async def _work(self, recovery: float) -> None:
-        self._recovery = recovery
+    async def _work(self) -> None:
         if any(job.chain.refuses(job.place) for job in self._jobs):
             return  # Steps before them were undone meanwhile: others go together then.
         workers = self._ranks.workers
@@ -73,10 +65,9 @@ class StepsTogether:
         jobs = self._jobs[self._done : self._done + len(results)]
         self._ranks.caught_up()
         told = [
-            with_times(result, job.call, max(0.0, self._began - job.submitted), self._recovery)
+            with_times(result, job.call, job.waited.queue, job.waited.recovery)
             for job, result in zip(jobs, results, strict=True)
         ]
-        self._recovery = 0.0
         before = self._description.info.step
         self._description.applied(results[-1])
         settled = self._commands.record_steps(jobs, told)

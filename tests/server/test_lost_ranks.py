@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gradwire_proto.errors import RankLost
+from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
 
 
@@ -98,3 +100,32 @@ async def test_salvaged_state_is_kept_for_as_long_as_ranks_are_lost_while_they_a
         frontend.cluster.error = None
         new = await replaced(frontend, old)
         assert (new.step, new.calls) == (1, [])
+
+
+async def test_whoever_waits_for_ranks_that_nobody_ran_on_is_told_that_it_waited_for_them(
+    frontend: Any, fakes: Any
+) -> None:
+    old = await frontend.create()
+    frontend.cluster.gate.clear()
+    old.on_lost(RankLost("rank 0 died"))
+    await frontend.until(lambda: frontend.cluster.starting)
+    await asyncio.sleep(0.1)
+    step = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"a")))
+    stream = frontend.stub.TrainSteps()
+    together = [frontend.train(each, request_id=fakes.request_id()) for each in (b"b", b"c")]
+    await stream.write(pb.TrainStepsRequest(steps=together))
+    query = pb.ComputeGradientsRequest(name="models/m")
+    query.batch.CopyFrom(frontend.train(b"e").batch)
+    look = asyncio.ensure_future(frontend.stub.ComputeGradients(query))
+    await asyncio.sleep(0.3)
+    frontend.cluster.gate.set()
+    outcomes: list[Any] = []
+    while len(outcomes) < 2:
+        outcomes.extend((await stream.read()).outcomes)
+    times = [each.result.timing for each in (await step, *outcomes)] + [(await look).timing]
+    assert len(times) == 4
+    for timing in times:
+        assert 0.25 < timing.recovery < timing.total < 0.4 + timing.recovery
+        assert timing.queue < 0.1
+    await stream.done_writing()
+    assert (await frontend.stub.TrainStep(frontend.train(b"d"))).result.timing.recovery == 0
