@@ -19,8 +19,8 @@ from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, r
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import GradientResult, Handle, TensorData
-from gradwire_server.tensors.local_connection import MOST_UPLOADS
-from gradwire_server.tensors.local_socket import MOST_CONNECTIONS
+from gradwire_server.local.local_connection import MOST_UPLOADS
+from gradwire_server.local.local_socket import MOST_CONNECTIONS
 
 W = b"\0\0\0\0\0\0\x40\x40"
 TENSOR = TensorData("float32", (1, 2), W)
@@ -212,7 +212,7 @@ async def test_connection_holds_only_so_many_files(local, peer, fakes, open_file
 
 
 async def test_all_connections_together_hold_only_so_many_files(local, fakes, monkeypatch):
-    monkeypatch.setattr("gradwire_server.tensors.local_connection.MOST_OPEN_FILES", 2)
+    monkeypatch.setattr("gradwire_server.local.local_connection.MOST_OPEN_FILES", 2)
     reasons = []
     for _ in range(3):
         # Each leaves what it has brought behind.
@@ -223,7 +223,7 @@ async def test_all_connections_together_hold_only_so_many_files(local, fakes, mo
 
 
 async def test_client_that_comes_when_no_file_can_be_opened_is_let_in_later_and_keeps_nobody_busy(local, monkeypatch):
-    monkeypatch.setattr("gradwire_server.tensors.local_socket._PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("gradwire_server.local.local_socket._PAUSE_SECONDS", 0.1)
     path = await socket_of(local)
     tries: list[int] = []
 
