@@ -59,7 +59,8 @@ class Rpc:
     ) -> None:
         self.target = target
         self.local = LocalTransport(self._local_socket, enabled=shared_memory, timeout=timeout)
-        self._local_calls = LocalCalls(self.local, target)
+        # Which carries no tokens.
+        self._local_calls = None if token else LocalCalls(self.local, target)
         self.timeout = timeout
         self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -160,7 +161,7 @@ class Rpc:
     def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
         call: Any = None
-        if method in SMALL_CALLS and not options:
+        if method in SMALL_CALLS and self._local_calls is not None and not options:
             self.check_usable()
             reply = self._local_calls.ask(method, body, timeout, command)
             if reply is not None:
@@ -195,7 +196,8 @@ class Rpc:
             self.closed.set()
             self._channel.close()
             self.local.close()
-            self._local_calls.close()
+            if self._local_calls is not None:
+                self._local_calls.close()
 
     @property
     def is_owner(self) -> bool:

@@ -8,14 +8,14 @@ import fcntl
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from server.local_peer import Peer, socket_of, upload
 
 from gradwire_proto import codec
-from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, receive_packet, send_packet, service_of
+from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, send_packet, service_of
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import GradientResult, Handle, TensorData
@@ -37,78 +37,16 @@ def memory_file(*tensors: TensorData, seals: int = SEALS) -> int:
     return file
 
 
-def upload(upload_id: str, *tensors: TensorData) -> local_pb2.LocalRequest:
-    manifest = pb.UploadManifest(upload_id=upload_id)
-    for tensor in tensors:
-        message = codec.encode_tensor(tensor)
-        manifest.tensors.add(dtype=message.dtype, shape=message.shape)
-    return local_pb2.LocalRequest(upload=local_pb2.LocalUpload(manifest=manifest))
-
-
 def load(name: str, shape: tuple[int, ...] = (1, 2)) -> pb.LoadStateDictRequest:
     request = pb.LoadStateDictRequest(name="models/m")
     codec.encode_named_tensors({"w": TensorData("float32", shape, Handle(f"{name}/tensors/0"))}, request.tensors)
     return request
 
 
-class Peer:
-    """A client by hand."""
-
-    def __init__(self, path: str) -> None:
-        self.socket = new_socket()
-        self.socket.settimeout(5)
-        self.socket.connect(path)
-
-    async def ask(self, request: Any, *files: int) -> tuple[local_pb2.LocalReply, list[int]]:
-        """The reply and its files."""
-        send_packet(self.socket, request, files)
-        return await asyncio.to_thread(receive_packet, self.socket, local_pb2.LocalReply)
-
-    async def upload(self, upload_id: str, file: int, *tensors: TensorData) -> local_pb2.LocalReply:
-        """Send a file, which is closed here."""
-        try:
-            return (await self.ask(upload(upload_id, *tensors), file))[0]
-        finally:
-            os.close(file)
-
-    async def download(self, name: str) -> tuple[local_pb2.LocalReply, list[int]]:
-        """Ask for a download."""
-        return await self.ask(local_pb2.LocalRequest(download=local_pb2.LocalDownload(name=name)))
-
-    async def is_cut_off(self) -> bool:
-        """Whether the service has hung up, or does so within a second."""
-        self.socket.settimeout(1)
-        try:
-            return not await asyncio.to_thread(self.socket.recv, 1)
-        except ConnectionError:
-            return True
-        except TimeoutError:
-            return False
-
-
-@pytest.fixture
-async def local(start: Callable[..., Any], tmp_path: Path) -> AsyncIterator[Any]:
-    """A frontend that listens for clients of its own machine, with a model."""
-    async with start(sockets=tmp_path) as frontend:
-        await frontend.create()
-        yield frontend
-
-
-@pytest.fixture
-async def peer(local: Any) -> AsyncIterator[Peer]:
-    peer = Peer(await socket_of(local))
-    yield peer
-    peer.socket.close()
-
-
 @pytest.fixture
 def open_files() -> Callable[[], int]:
     """How many files this process, which is the frontend too, has open."""
     return lambda: len(os.listdir("/proc/self/fd"))
-
-
-async def socket_of(frontend: Any) -> str:
-    return (await frontend.stub.GetServerInfo(pb.GetServerInfoRequest())).local_socket
 
 
 async def test_service_says_who_it_is(local, peer):

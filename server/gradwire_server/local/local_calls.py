@@ -61,6 +61,11 @@ def _parsed(servicer: Any, name: str, message_bytes: int) -> Method:
 
     async def method(raw: bytes, call: Call) -> bytes:
         request, call = parse(kind, raw, name, call, message_bytes)
-        return (await answer(request, call)).SerializeToString()
+        try:
+            return (await answer(request, call)).SerializeToString()
+        except Exception as error:
+            refusal = public_error(error, call.request_id)
+            refusal.request_id = refusal.request_id or call.request_id
+            raise refusal from None
 
     return method

@@ -108,7 +108,7 @@ class LocalConnection:
         try:
             yield
         except GradwireError as error:
-            self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=error.message)))
+            self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=str(error))))
         except Exception:
             logger.exception("a request for shared memory failed")
             self.close()
