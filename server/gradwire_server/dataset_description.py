@@ -29,6 +29,10 @@ def described(dataset_id: str, batch: Batch) -> DatasetInfo:
         nbytes += leaf.nbytes
     if examples is None:
         raise InvalidArgument("expected at least one tensor", field="batch.inputs", reason="DATASET_ROWS")
+    if nbytes < examples:
+        # All that is kept of a row beside it, such as its place in an order, is bounded by its bytes.
+        message = f"expected at least a byte in each of {examples} rows, got {nbytes} bytes"
+        raise InvalidArgument(message, field="batch.inputs", reason="DATASET_ROWS")
     return DatasetInfo(
         id=dataset_id,
         inputs=_without_bytes(batch.inputs),

@@ -83,6 +83,10 @@ async def test_dataset_is_refused_where_rows_differ_or_its_name_is_taken(fronten
     )
     error = await frontend.error(frontend.stub.CreateDataset(request))
     assert (error.reason, error.field) == ("DATASET_ROWS", "batch.targets")
+    request.Clear()
+    codec.encode_batch(Batch(TensorData("float32", (1 << 20, 0), b"")), request.batch)
+    error = await frontend.error(frontend.stub.CreateDataset(request))
+    assert (error.reason, error.field) == ("DATASET_ROWS", "batch.inputs") and "at least a byte in each" in str(error)
     await frontend.stub.CreateDataset(creation())
     assert (await frontend.error(frontend.stub.CreateDataset(creation()))).reason == "DATASET_EXISTS"
 
@@ -461,6 +465,19 @@ async def test_fit_is_refused_by_the_field_that_is_wrong(frontend: Any, fakes: A
     await frontend.stub.CreateDataset(creation())
     _, error = await told(frontend, fit(fakes.request_id(), **how))
     assert error is not None and error.field == field
+
+
+async def test_no_more_rows_are_shuffled_than_their_orders_have_room_for(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    monkeypatch.setattr("gradwire_server.row_orders.MOST_ROWS", 9)
+    _, error = await told(frontend, fit(fakes.request_id(), shuffle=True))
+    assert error is not None and error.field == "shuffle" and "at most 9 rows to shuffle, got 10" in str(error)
+    assert not workers.calls
+    _, error = await told(frontend, fit(fakes.request_id()))
+    assert error is None
 
 
 # --- what outlives what ----------------------------------------------------------------------------------------------
