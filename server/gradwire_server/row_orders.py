@@ -13,7 +13,10 @@ MOST_ROWS = 1 << 27
 
 
 class RowOrders:
-    """See the module. Raises InvalidArgument where there are too many rows. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch."""
+    """See the module. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch.
+
+    Raises InvalidArgument where there are too many rows.
+    """
 
     def __init__(
         self, orders: Callable[[int, Sequence[int]], Awaitable[list[bytes]]], *, rows: int, epochs: int, seed: int
