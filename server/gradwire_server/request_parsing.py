@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -36,13 +37,15 @@ def parse(kind: type[Message], raw: bytes, method: str, call: Call, message_byte
     )
 
 
-def parse_one(kind: type[Message], raw: bytes) -> Any:
-    """The message, none of whose fields are unknown."""
+def parse_one(kind: type[Message], raw: bytes, check: Callable[[Any], None] | None = None) -> Any:
+    """The message, none of whose fields are unknown. check: called before that is looked for."""
     try:
         request = kind.FromString(raw)
     except DecodeError:
         raise InvalidArgument(
             f"the bytes are no {kind.DESCRIPTOR.full_name} message", reason="MALFORMED_MESSAGE"
         ) from None
+    if check is not None:
+        check(request)
     refuse_unknown_fields(request)
     return request
