@@ -12,7 +12,7 @@ MOST_EXAMPLES = 2**31 - 1
 """Rows are numbered with 32 bits."""
 
 
-def described(dataset_id: str, batch: Batch) -> DatasetInfo:
+def described(dataset_id: str, batch: Batch, ttl: float | None) -> DatasetInfo:
     """What is known of a dataset of these examples. InvalidArgument where they are none."""
     examples, nbytes = None, 0
     for path, leaf in (*leaves(batch.inputs, "batch.inputs"), *leaves(batch.targets, "batch.targets")):
@@ -40,6 +40,7 @@ def described(dataset_id: str, batch: Batch) -> DatasetInfo:
         num_examples=examples,
         nbytes=nbytes,
         created_at=time.time(),
+        ttl=ttl,
     )
 
 
