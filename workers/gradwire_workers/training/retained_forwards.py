@@ -61,11 +61,10 @@ class RetainedForwards:
 
     def release_connected(self) -> None:
         """Let go of those whose backward has collectives over the connections between ranks: these are no more."""
-        program = self._replica.program
         self._kept = {
             name: each
             for name, each in self._kept.items()
-            if each.shard.whole or not program.has_batch_norm(each.shard.variant)
+            if each.shard.whole or not self._replica.synchronises(each.shard.variant)
         }
 
     def keep(self, name: str, retained: Retained) -> None:
