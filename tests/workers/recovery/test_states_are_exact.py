@@ -364,7 +364,7 @@ CASES = [
     (sgd, 1, 2, 3),
     (adam_with_dropout, 1, 3),
     (batch_norm, 1, 2),
-    (batch_norm_of_own_rows, 2, 3),
+    (batch_norm_of_own_rows, 2),
     (recurrent, 2),
     (composed_schedule, 1),
     (chained_schedule, 2),
