@@ -15,6 +15,7 @@ from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import ArchitectureSpec, Limits, ModelSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.architectures.build import build_architecture
+from gradwire_workers.device_copies import to_device
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram, build_program
 from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
@@ -221,4 +222,4 @@ class Replica(nn.Module):
 
     def moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Leaves on this rank's device."""
-        return tuple(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return tuple(to_device(leaf, self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
