@@ -91,6 +91,7 @@ class ModelDescription:
             checkpoint_every=spec.checkpoint_every,
             keep_checkpoints=spec.keep_checkpoints,
             deterministic=spec.deterministic,
+            sync_batch_norm=spec.sync_batch_norm,
         )
 
     @property

@@ -246,6 +246,19 @@ def test_batch_norm_over_one_value_per_channel_is_refused_as_in_torch(client):
     assert tuple(model.train_step(x[:2], y[:2]).rank_rows) == (1, 1)
 
 
+def test_batch_norm_of_each_ranks_own_rows_is_shown_and_one_row_is_too_few_for_a_rank(client):
+    net, (x, y) = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), (torch.randn(6, 4), torch.randn(6, 3))
+    settings = {"optimizer": optim.SGD(**SGD), "workers": 2, "sync_batch_norm": False, "require_sharding": True}
+    model = client.create_model(net, loss=nn.MSELoss(), example=(x, y), **settings)
+    info = client.get_model(model.id).info()
+    assert not info.sync_batch_norm and info.sharding.mode == "rows"
+    assert "sync_batch_norm=False" in info.sharding.reason
+    outputs = torch.cat([net(x[:3]), net(x[3:])])
+    assert model.train_step(x, y).loss == pytest.approx(nn.functional.mse_loss(outputs, y).item(), rel=1e-5)
+    with pytest.raises(gradwire.errors.InvalidArgument, match="sync_batch_norm=False"):
+        model.train_step(x[:2], y[:2])
+
+
 class Power(nn.Module):
     """Real numbers of complex ones."""
 

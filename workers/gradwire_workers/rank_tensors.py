@@ -10,6 +10,7 @@ import torch
 from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import TensorData, leaves, map_leaves
+from gradwire_workers.device_copies import on_host
 from gradwire_workers.segments import INLINE_BYTES, SegmentWriter
 from gradwire_workers.shard import Shard
 
@@ -67,7 +68,7 @@ def outgoing(answer: Mapping[str, Any], segments: SegmentWriter) -> Mapping[str,
                 field="batch",
                 reason="OUTPUT_UNSUPPORTED",
             )
-    encoded = (from_torch(tensor) for tensor in found)
+    encoded = (from_torch(tensor) for tensor in on_host(found))
     if sum(tensor.nbytes for tensor in found) >= INLINE_BYTES:
         encoded = iter(segments.write(encoded, [tensor.nbytes for tensor in found]))
     return map_leaves(lambda leaf: next(encoded) if isinstance(leaf, torch.Tensor) else leaf, dict(answer))

@@ -168,12 +168,16 @@ class Passes:
             self._summing = None
 
     def shared_buffers(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, the value that it takes) for those that rank 0 alone has changed, in a batch that was not split."""
-        if self.groups is None or not shard.whole:
+        """(tensor, the value that it takes) for those that rank 0 has changed otherwise than this rank.
+
+        In a batch that was not split, and where batch norm has seen each rank's own rows: all have rank 0's then, as
+        with DDP's broadcast_buffers.
+        """
+        if self.groups is None or not (shard.whole or self._replica.normalises_apart(shard.variant)):
             return []
         mutated = self._replica.program.mutated_buffers(shard.variant)
         received = broadcast(mutated, self.groups)
-        return list(zip(mutated, received, strict=True)) if shard.idle else []
+        return list(zip(mutated, received, strict=True)) if self.groups.rank else []
 
 
 def own_rows(tensor: Tensor, shard: Shard) -> Tensor:
