@@ -261,7 +261,7 @@ class WorkerGroup:
                 reason="ROWS_NOT_OPEN",
                 field="per_example",
             )
-        extra = {"query": asdict(query), "command": command, "vectors": dict(vectors or {})}
+        extra = {"query": _query_fields(query), "command": command, "vectors": dict(vectors or {})}
         answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
         return await gradient_result(answers, variant, shards, rows, self._writer, per_example=query.per_example)
 
@@ -345,6 +345,11 @@ class WorkerGroup:
         fields = [{"shard": shard_fields(shard), **extra} for shard in shards]
         with self._variants.carried_out():
             return await self._ranks.call(kind, fields, changes=changes, any_will_do=any_will_do)
+
+
+def _query_fields(query: GradientQuery) -> dict[str, Any]:
+    """Not asdict: it copies what cannot change."""
+    return {name: getattr(query, name) for name in GradientQuery.__slots__}
 
 
 def _packed_result(of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
