@@ -199,7 +199,7 @@ class Commands:
 
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
-            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
+            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id, kills=job.kills)
         except GradwireError as error:
             if error.outcome == "applied":
                 return await self.end_with(error, call, job, uploads, self._description.info.step)

@@ -48,6 +48,8 @@ class Job(Generic[T]):
         self.error: GradwireError | None = None
         self.reply: bytes | None = None
         """The bytes of its response, where they are at hand."""
+        self.kills = 0
+        """How often ranks were lost in the middle of it, which had nothing else to do."""
         self._request_id = call.request_id
         self._claim = claim
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
@@ -250,6 +252,7 @@ class WorkQueue:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._runner: asyncio.Task[None] | None = None
+        self._running: Job[Any] | None = None
         self._closed: GradwireError | None = None
 
     def submit(
@@ -300,8 +303,8 @@ class WorkQueue:
         self._in_turns += change
 
     def is_last(self, job: Job[Any]) -> bool:
-        """Whether it waits, and nothing behind it."""
-        return bool(self._jobs) and self._jobs[-1] is job
+        """Whether it waits or runs, and nothing waits behind it."""
+        return self._jobs[-1] is job if self._jobs else self._running is job
 
     def _forget(self, job: Job[Any]) -> None:
         self._count -= 1
@@ -313,9 +316,10 @@ class WorkQueue:
     async def _run(self) -> None:
         try:
             while self._jobs:
-                await self._jobs.popleft().run()
+                self._running = self._jobs.popleft()
+                await self._running.run()
         finally:
-            self._runner = None
+            self._runner = self._running = None
 
     async def close(self, error: GradwireError, patience: float) -> bool:
         """Refuse what waits and what still comes with `error`. Says whether what runs ended in `patience` seconds."""

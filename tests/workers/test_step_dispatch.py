@@ -62,8 +62,12 @@ class Run:
 
     def __init__(self, ranks: Ranks) -> None:
         self.steps: list[tuple[int, int]] = []
-        dispatch = StepDispatch(ranks, lambda rows, idle: self.steps.extend((each[0].step, len(each)) for each in rows))
-        self.task = asyncio.ensure_future(dispatch.run([{}, {}]))
+        self.dispatch = StepDispatch(ranks, self._took)
+        self.dispatch.send([{}, {}], 4)
+        self.task = asyncio.ensure_future(self.dispatch.ended())
+
+    def _took(self, steps: Any, idle: float) -> None:
+        self.steps.extend((of_ranks[0].step, len(of_ranks)) for of_ranks in steps)
 
     async def settle(self) -> None:
         for _ in range(5):
@@ -171,4 +175,4 @@ async def test_a_dispatch_that_is_given_up_loses_the_ranks(two, ranks):
         await run.task
     assert ranks.lost is not None
     with pytest.raises(RankLost):
-        await StepDispatch(ranks, lambda rows, idle: None).run([{}, {}])
+        StepDispatch(ranks, lambda rows, idle: None).send([{}, {}], 1)
