@@ -19,7 +19,7 @@ from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
 from gradwire_server.live_ranks import LiveRanks, Wait
 from gradwire_server.model_description import ModelDescription
-from gradwire_server.model_records import AHEAD_BYTES, ModelRecords
+from gradwire_server.model_records import ModelRecords, takes_long
 from gradwire_server.step_jobs import Chain, LoneStep, StepJob, behind_refused
 from gradwire_server.steps_together import StepsTogether
 from gradwire_server.stored_replies import EndedCommand, room_for_reply
@@ -35,8 +35,8 @@ class _Run:
     in the queue, `together` what the ranks are at.
     """
 
-    def __init__(self) -> None:
-        self.jobs: deque[StepJob] = deque()
+    def __init__(self, first: StepJob) -> None:
+        self.jobs: deque[StepJob] = deque([first])
         self.turn: Job[None] | None = None
         self.together: StepsTogether | None = None
 
@@ -60,7 +60,10 @@ class _Run:
 
     def over(self, turn: Job[None]) -> None:
         """The turn has ended, or will never begin: so will the steps that were not begun."""
-        error = turn.error or Cancelled("the service stopped")
+        self.refuse(turn.error or Cancelled("the service stopped"))
+
+    def refuse(self, error: GradwireError) -> None:
+        """End the steps that wait with this error."""
         for job in self.jobs:
             job.refuse(error)
 
@@ -84,11 +87,13 @@ class StepRuns:
         self._records = records
         self._uploads = uploads
         self._last: _Run | None = None
+        self._running: _Run | None = None
 
     async def submit(
-        self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int
+        self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int, *, at_once: bool = False
     ) -> Job[Any] | EndedCommand:
-        """Let a step run behind all that came before; of one that was seen before, what became of it.
+        """Let a step run behind all that came before; of one that was seen before, what became of it. at_once: no other
+        comes with it.
 
         Raises what `Commands.run` raises before the step is in the queue.
         """
@@ -97,12 +102,17 @@ class StepRuns:
             await self._records.try_to_mend()
             found = self._commands.log.find(call)
         if found is None:
-            return self._begin(call, step, chain, place)
+            return self._begin(call, step, chain, place, at_once)
         if isinstance(found, Job):
             chain.joined(place, found)
         return found
 
-    def _begin(self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int) -> StepJob:
+    def refuse(self, error: GradwireError) -> None:
+        """End the steps that wait in a turn which runs with this error."""
+        if self._running is not None:
+            self._running.refuse(error)
+
+    def _begin(self, call: Call, step: FormedStep | LoneStep, chain: Chain, place: int, at_once: bool) -> StepJob:
         self._description.check_usable()
         self._queue.enter()
 
@@ -131,12 +141,12 @@ class StepRuns:
             self._description.met,
             self._ended,
             wait=Wait(self._ranks),
-            formed=step if isinstance(step, FormedStep) and len(call.raw) <= AHEAD_BYTES else None,
+            formed=step if isinstance(step, FormedStep) and not takes_long(len(call.raw)) else None,
             chain=chain,
             place=place,
         )
-        self._run_to_join().add(job)
         self._commands.log.add(call, job)
+        self._place(job, at_once)
         return job
 
     def _ended(self, call: Call) -> None:
@@ -155,25 +165,24 @@ class StepRuns:
         await flow.ended()
         return results[0]
 
-    def _run_to_join(self) -> _Run:
-        """That of the queue's last turn, or else a new one."""
+    def _place(self, job: StepJob, at_once: bool) -> None:
+        """Let it run in the queue's last turn, where that is one of steps, or else in a new one."""
         run = self._last
         if run is not None and run.turn is not None and self._queue.is_last(run.turn):
-            return run
-        run = _Run()
+            run.add(job)
+            return
+        run = self._last = _Run(job)
 
         async def turn(_: Any) -> None | Unsettled[None]:
             return await self._carry_out(run)
 
-        run.turn = self._commands.take_turn(Call(), None, turn, limited=False, counted=False)
+        run.turn = self._commands.take_turn(Call(), None, turn, limited=False, counted=False, at_once=at_once)
         run.turn.on_end(run.over)
-        self._last = run
-        return run
 
     # --- the turn -------------------------------------------------------------------------------------------------
 
     async def _carry_out(self, run: _Run) -> None | Unsettled[None]:
-        alone = 0
+        self._running, alone = run, 0
         try:
             while run.next() is not None:
                 self._description.check_usable()
@@ -187,7 +196,7 @@ class StepRuns:
                         job.chain.refused(job.place)
         finally:
             # Whoever comes now takes another turn.
-            self._last = None if self._last is run else self._last
+            self._last, self._running = None if self._last is run else self._last, None
         unsettled = self._records.unsettled
         return None if unsettled is None else Unsettled(None, unsettled)
 
@@ -205,6 +214,7 @@ class StepRuns:
 
         def more(at_ranks: Sequence[StepJob]) -> list[StepJob]:
             with suppress(GradwireError):
+                self._description.check_usable()
                 return self._next_together(run, at_ranks)
             return []
 

@@ -80,6 +80,10 @@ class StepsTogether:
             self._flow = flow
         try:
             await flow.ended()
+        except Exception as error:
+            # A defect, too, is the doing of the first that is not applied.
+            request_id = self._jobs[0].call.request_id if self._jobs else None
+            raise public_error(error, request_id, outcome="unknown") from None
         finally:
             self._flow = None
 
