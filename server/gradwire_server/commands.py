@@ -148,6 +148,7 @@ class Commands:
         *,
         limited: bool = True,
         counted: bool = True,
+        at_once: bool = False,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -157,7 +158,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted)
+        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted, at_once=at_once)
 
     def _begin(
         self,
@@ -199,7 +200,7 @@ class Commands:
 
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
-            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
+            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id, kills=job.kills)
         except GradwireError as error:
             if error.outcome == "applied":
                 return await self.end_with(error, call, job, uploads, self._description.info.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -193,6 +194,30 @@ class FakeFitting:
         return 100.0 + self._workers.step
 
 
+class FakeFlow:
+    """Steps that are handed to FakeWorkers, which are at one message at a time, or at `most_ahead` more steps."""
+
+    def __init__(self, workers: FakeWorkers, took: Any) -> None:
+        self.workers = workers
+        self.took = took
+        self.sent: deque[tuple[int, Any]] = deque()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.sent) <= self.workers.most_ahead
+
+    def send(self, steps: Any, *, command: int) -> None:
+        self.workers.dispatches.append(len(steps))
+        self.sent.extend(enumerate(steps, start=command))
+
+    async def ended(self) -> None:
+        while self.sent:
+            number, step = self.sent[0]
+            result = await self.workers.train_step(step.form.batch(step.data), command=number, lr=step.lr)
+            self.sent.popleft()
+            self.took([result])
+
+
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
@@ -215,6 +240,7 @@ class FakeWorkers:
         self.gate.set()
         self.calls: list[tuple[Any, ...]] = []
         self.most_together = 1000
+        self.most_ahead = 0
         self.dispatches: list[int] = []
         self.refused: bytes | None = None
         self.weights = two_floats()
@@ -293,10 +319,8 @@ class FakeWorkers:
     def together(self, steps: Any) -> int:
         return min(len(steps), self.most_together)
 
-    async def train_steps(self, steps: Any, *, command: int, took: Any) -> None:
-        self.dispatches.append(len(steps))
-        for number, step in enumerate(steps, start=command):
-            took([await self.train_step(step.form.batch(step.data), command=number, lr=step.lr)])
+    def step_flow(self, took: Any) -> FakeFlow:
+        return FakeFlow(self, took)
 
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         await self._call("forward_backward", command)
