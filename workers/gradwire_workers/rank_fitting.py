@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ def report_of(run: StepRun, step: int, error: Fields | None, *, needs_rejoin: bo
         "losses": run.losses,
         "step": step,
         "rows": run.rows,
-        "seconds": asdict(run.seconds),
+        "seconds": run.seconds._asdict(),
         "error": error,
         "needs_rejoin": needs_rejoin,
     }

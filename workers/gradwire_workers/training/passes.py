@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,14 @@ from gradwire_workers.training.gradients import SummingModule, add_up, apart, br
 from gradwire_workers.training.replica import Replica
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pass:
+class Pass(NamedTuple):
     """A pass over a shard. value: what the rank adds to the loss. gradients: of the tensors that were asked for.
 
     outputs: None on an idle rank, or where nobody wants them. waited: seconds spent waiting for the summed gradients.
     """
 
-    value: Tensor | float = 0.0
     gradients: list[Tensor | None]
+    value: Tensor | float = 0.0
     outputs: list[Any] | None = None
     waited: float = 0.0
 

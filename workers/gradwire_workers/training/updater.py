@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ Evaluate = Callable[[], tuple[float, Gradients]]
 """Computes loss and gradients of the batch once more, with the parameters as they are now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """What an update used. `grad_norm`: before clipping; None where nothing is clipped.
 
     skipped: gradients had overflowed, so that nothing changed but the loss scale.
