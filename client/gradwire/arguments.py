@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from gradwire_proto.errors import InvalidArgument
+
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 def as_bool(value: Any, field: str) -> bool:
@@ -18,10 +21,16 @@ def as_bool(value: Any, field: str) -> bool:
 
 
 def as_int(value: Any, field: str) -> int:
-    """`value` as an int: NumPy's integers are taken, bools are not."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    raise wrong_type(value, field, "an int")
+    """`value` as an int of 64 bits, as all are on the wire: NumPy's integers are taken, bools are not."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise wrong_type(value, field, "an int")
+    number = int(value)
+    if not _INT64_MIN <= number <= _INT64_MAX:
+        # Python does not print one of thousands of digits.
+        given = number if number.bit_length() < 1000 else f"one of {number.bit_length()} bits"
+        message = f"expected an int from {_INT64_MIN} to {_INT64_MAX}, got {given}"
+        raise InvalidArgument(message, field=field, reason="INTEGER_OUT_OF_RANGE")
+    return number
 
 
 def as_count(value: Any, field: str = "chunk_size") -> int | None:
@@ -70,6 +79,19 @@ def as_function(value: Any, field: str) -> Callable[..., Any]:
     if callable(value):
         return value
     raise wrong_type(value, field, "a function")
+
+
+def as_iterator(value: Any, field: str, expected: str) -> Iterator[Any]:
+    """An iterator over `value`, which must be iterable. What its own `__iter__` raises is its own."""
+    if isinstance(value, Iterable) or hasattr(type(value), "__getitem__"):
+        return iter(value)
+    raise wrong_type(value, field, expected)
+
+
+def argument_of(field: str | None, names: Mapping[str, str]) -> str | None:
+    """The path of a field as its user knows it. names: of fields of a request, the arguments that they come from."""
+    head = "" if field is None else re.split(r"[.\[]", field, maxsplit=1)[0]
+    return names[head] + field[len(head) :] if field is not None and head in names else field
 
 
 def is_finite_number(value: Any) -> bool:

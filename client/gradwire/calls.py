@@ -15,7 +15,7 @@ from gradwire.arguments import as_bool, as_mapping
 from gradwire.checkpoints import creation_request
 from gradwire.deadline import Deadline
 from gradwire.errors import InvalidArgument
-from gradwire.fit import FitArguments
+from gradwire.fit_arguments import FitArguments
 from gradwire.fit_results import FitResult
 from gradwire.forward_requests import forward_request
 from gradwire.gradient_queries import check_keeps_imaginary_parts, dense_or_sparse, gradient_query

@@ -20,6 +20,11 @@ from gradwire_proto.values import Batch, DatasetInfo, TensorData, Value, map_lea
 
 _SAMPLE_ROWS = 256
 
+_LENT_SECONDS, _LENT_MOST = 600, 30 * 86_400
+"""How long a dataset of one fit alone stays behind it, should its client be killed before it deletes it: at least, and
+as long as the service allows. One that comes back within its timeout finds it.
+"""
+
 
 class Dataset:
     """Examples that stay on the service, for `Model.fit`. Made by `Client.upload_dataset` and `Client.get_dataset`.
@@ -91,13 +96,15 @@ class Dataset:
         return f"<gradwire.Dataset {self.id!r} of {self.num_examples} examples>"
 
 
-def upload_dataset(rpc: Rpc, inputs: Any, targets: Any, dataset_id: str | None) -> Dataset:
-    """See `Client.upload_dataset`."""
+def upload_dataset(rpc: Rpc, inputs: Any, targets: Any, dataset_id: str | None, *, ttl: int | None = None) -> Dataset:
+    """See `Client.upload_dataset`. ttl: seconds that it stays while no fit uses it, if it shall not stay for good."""
     rpc.check_usable()
     given = Batch(normalize(inputs, "batch.inputs"), normalize(targets, "batch.targets"))
     batch = from_nested(given.inputs, "batch.inputs"), from_nested(given.targets, "batch.targets")
     name = "" if dataset_id is None else check_dataset_id(dataset_id)
     request = pb.CreateDatasetRequest(dataset_id=name, request_id=new_request_id())
+    if ttl is not None:
+        request.ttl.FromSeconds(ttl)
     uploads = Uploads(rpc)
     codec.encode_batch(Batch(*uploads.send_apart(batch)), request.batch)
     reply = rpc.call("CreateDataset", request, send_again=uploads.send_again)
@@ -134,7 +141,8 @@ class Lent:
         if isinstance(self._given, Dataset):
             return self._given
         inputs, targets = _inputs_and_targets(self._given, self._field)
-        self._own = upload_dataset(self._rpc, inputs, targets, None)
+        ttl = int(min(max(_LENT_SECONDS, 2 * self._rpc.timeout), _LENT_MOST))
+        self._own = upload_dataset(self._rpc, inputs, targets, None, ttl=ttl)
         return self._own
 
     def __exit__(self, *_: object) -> None:

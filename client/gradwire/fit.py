@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, fields, replace
+from contextlib import closing, suppress
+from dataclasses import fields, replace
 from typing import Any
 
-from gradwire.arguments import as_bool, as_count, as_function, as_int, wrong_type
+from gradwire.arguments import argument_of
 from gradwire.attempts import Attempts, is_passing
-from gradwire.datasets import Dataset, Lent
 from gradwire.deadline import Deadline
 from gradwire.errors import Cancelled, GradwireError, InternalError, Interrupted
-from gradwire.fit_progress import ProgressLine
 from gradwire.fit_results import FitResult, FitStatus
 from gradwire.rpc import Rpc, new_request_id
-from gradwire.variants import Variants
 from gradwire_proto import codec
 from gradwire_proto.values import FitPlan, FitProgress, Timing
 
@@ -27,88 +23,11 @@ _INTERRUPT_PATIENCE = 5.0
 """Seconds that Ctrl-C waits to learn how many steps were applied. A second Ctrl-C ends the wait."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitArguments:
-    """The arguments of `Model.fit`, checked."""
-
-    data: Any
-    epochs: int
-    batch_size: int | None
-    shuffle: bool
-    seed: int
-    validation: Any
-    callbacks: Sequence[Callback]
-    progress: bool
-
-    @classmethod
-    def checked(
-        cls,
-        data: Any,
-        *,
-        epochs: int,
-        batch_size: int | None,
-        shuffle: bool,
-        seed: int,
-        validation: Any,
-        callbacks: Sequence[Callback],
-        progress: bool,
-    ) -> FitArguments:
-        """The same, or InvalidArgument for what cannot be one of them."""
-        count = as_count(epochs, "epochs")
-        if count is None:
-            raise wrong_type(epochs, "epochs", "an int")
-        return cls(
-            data=data,
-            epochs=count,
-            batch_size=as_count(batch_size, "batch_size"),
-            shuffle=as_bool(shuffle, "shuffle"),
-            seed=as_int(seed, "seed"),
-            validation=validation,
-            callbacks=[as_function(each, f"callbacks[{index}]") for index, each in enumerate(callbacks)],
-            progress=as_bool(progress, "progress"),
-        )
-
-    def run(self, rpc: Rpc, model_id: str, variants: Variants) -> FitResult:
-        """Bring the data where it is needed, and train."""
-        with ExitStack() as lent:
-            dataset = lent.enter_context(Lent(rpc, self.data, "data"))
-            validation = None
-            if self.validation is not None:
-                validation = lent.enter_context(Lent(rpc, self.validation, "validation"))
-            size = min(self.batch_size or len(dataset), len(dataset))
-            deadline = Deadline(rpc.timeout)
-            _bring_variants(variants, dataset, size, deadline, training=True)
-            if validation is not None:
-                _bring_variants(variants, validation, size, deadline, training=False)
-            plan = FitPlan(
-                dataset=dataset.id,
-                epochs=self.epochs,
-                batch_size=size,
-                shuffle=self.shuffle,
-                seed=self.seed,
-                validation=None if validation is None else validation.id,
-            )
-            fit = _Fit(rpc, model_id, plan, per_epoch=-(-len(dataset) // size))
-            callbacks = list(self.callbacks)
-            if self.progress and sys.stderr.isatty():
-                callbacks.append(lent.enter_context(ProgressLine(fit.total)))
-            return fit.run(callbacks)
-
-
-def _bring_variants(
-    variants: Variants, dataset: Dataset, batch_size: int, deadline: Deadline, *, training: bool
-) -> None:
-    """See that the service has a graph for every size of batch that comes."""
-    rest = len(dataset) % batch_size
-    for rows in dict.fromkeys(each for each in (min(batch_size, len(dataset)), rest) if each):
-        variants.ensure(dataset.described(rows), lambda rows=rows: dataset.example(rows), deadline, training=training)
-
-
 class _Stopped(Exception):
     """A callback has said that it is enough."""
 
 
-class _Fit:
+class Fit:
     """A fit under way: what is known of it, however often its connection breaks."""
 
     def __init__(self, rpc: Rpc, model_id: str, plan: FitPlan, *, per_epoch: int) -> None:
@@ -118,7 +37,7 @@ class _Fit:
         self._plan = plan
         self._per_epoch = per_epoch
         self._request_id = new_request_id()
-        self._began = time.monotonic()
+        self._began = self._heard_at = time.monotonic()
         self._losses: list[float] = []
         self._validation_losses: list[float] = []
         self._step = 0
@@ -145,15 +64,20 @@ class _Fit:
         return self._result()
 
     def _until_done(self, callbacks: Sequence[Callback]) -> None:
-        attempts = Attempts(Deadline.begun(self._rpc.timeout), self._rpc.closed)
+        deadline = Deadline.begun(self._rpc.timeout)
+        attempts = Attempts(deadline, self._rpc.closed)
         while True:
-            before = len(self._losses)
+            before, began = len(self._losses), time.monotonic()
             try:
                 if self._attempt(callbacks):
                     return
             except GradwireError as error:
                 if len(self._losses) > before:
-                    attempts = Attempts(Deadline.begun(self._rpc.timeout), self._rpc.closed)
+                    deadline = Deadline.begun(self._rpc.timeout)
+                    attempts = Attempts(deadline, self._rpc.closed)
+                elif self._heard_at > began:
+                    # A validation came on, however long it took.
+                    deadline.give_back(self._heard_at - began)
                 if not is_passing(error) or not attempts.wait(error, self._rpc.until_connected):
                     raise self._explained(error) from None
 
@@ -165,7 +89,7 @@ class _Fit:
         try:
             with closing(self._rpc.stream("Fit", request)) as messages:
                 for message in messages:
-                    is_heard = True
+                    is_heard, self._heard_at = True, time.monotonic()
                     news = codec.decode_fit_progress(message)
                     self._hear(news, callbacks)
                     if news.done:
@@ -193,7 +117,7 @@ class _Fit:
         if validated is not None and news.epoch == len(self._validation_losses):
             self._validation_losses.append(validated)
         elif not news.losses:
-            # A repeat has told once more what is known.
+            # A repeat has told once more what is known, or a validation goes on.
             return
         status = FitStatus(
             steps=len(self._losses),
@@ -233,7 +157,8 @@ class _Fit:
 
     def _explained(self, error: GradwireError) -> GradwireError:
         count = len(self._losses)
-        attributes: dict[str, Any] = error.attributes() | {"request_id": self._request_id}
+        field = argument_of(error.field, {"dataset": "data", "validation_dataset": "validation"})
+        attributes: dict[str, Any] = error.attributes() | {"request_id": self._request_id, "field": field}
         if self._is_unsure:
             attributes["outcome"] = "unknown"
             return type(error)(f"{error.message}; at least {count} steps of the fit were applied", **attributes)

@@ -7,12 +7,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
-from gradwire.arguments import as_count, wrong_type
+from gradwire.arguments import as_count, as_iterator, wrong_type
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
 from gradwire.deadline import Deadline
 from gradwire.errors import GradwireError
-from gradwire.fit import Callback, FitArguments
+from gradwire.fit import Callback
+from gradwire.fit_arguments import FitArguments
 from gradwire.fit_results import FitResult
 from gradwire.futures import CallQueue
 from gradwire.gradient_queries import names_of
@@ -120,7 +121,8 @@ class Model:
         if count is None:
             raise wrong_type(in_flight, "in_flight", "an int")
         self._rpc.check_usable()
-        return train_steps(self._rpc, self._steps, self._queue, iter(batches), count)
+        iterator = as_iterator(batches, "batches", "an iterable of batches")
+        return train_steps(self._rpc, self._steps, self._queue, iterator, count)
 
     def fit(
         self,
@@ -145,7 +147,7 @@ class Model:
         shuffle: take epoch e's rows in the order of `torch.randperm(n, generator=g)`, with
             `g = torch.Generator().manual_seed(seed + e)`, for any number of workers.
         validation: a Dataset or (inputs, targets), whose mean loss in evaluation mode is computed after each epoch,
-            over batches of batch_size rows. Changes nothing.
+            over batches of batch_size rows. Changes nothing. What other calls change meanwhile counts for the rest.
         callbacks: called with a FitStatus after some steps, at most so many as take a tenth of a second, and after each
             validation. One that returns False ends the fit; what one raises does too, and is raised here.
         progress: show how far it is, where stderr is a terminal.

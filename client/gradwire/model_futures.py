@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwire.autograd_calls import AutogradCalls
 from gradwire.calls import Call, ModelCalls
-from gradwire.fit import Callback, FitArguments
+from gradwire.fit import Callback
+from gradwire.fit_arguments import FitArguments
 from gradwire.fit_results import FitResult
 from gradwire.futures import CallQueue, Future
 from gradwire.gradient_queries import names_of

@@ -117,12 +117,12 @@ class Commands:
         await self._records.try_to_mend()
         return self.log.get(request_id)
 
-    async def read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> T:
+    async def read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]], *, limited: bool = True) -> T:
         """Run `work(tensors)`, which changes nothing, in its turn."""
-        return await self.begin(call, tensors, work).result(call.deadline)
+        return await self.begin(call, tensors, work, limited=limited).result(call.deadline)
 
-    def begin(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]]) -> Job[T]:
-        """Let `work(tensors)`, which changes nothing, run in its turn."""
+    def begin(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]], *, limited: bool = True) -> Job[T]:
+        """Let `work(tensors)`, which changes nothing, run in its turn. limited: see WorkQueue.submit."""
         wait = Wait(self._ranks)
 
         async def look(values: Any) -> T | Unsettled[T]:
@@ -137,7 +137,7 @@ class Commands:
             # What was seen must outlive what the commands before outlive.
             return result if self._records.unsettled is None else Unsettled(result, self._records.unsettled)
 
-        return self.take_turn(call, tensors, look)
+        return self.take_turn(call, tensors, look, limited=limited)
 
     def take_turn(
         self,

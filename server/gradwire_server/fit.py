@@ -8,17 +8,18 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 from gradwire_proto.values import FitPlan, FitProgress, FitSteps, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
+from gradwire_server.evaluation import Validation
 from gradwire_server.fingerprints import fingerprint
 from gradwire_server.fit_commands import FitCommands, Reached
 from gradwire_server.fit_pace import Pace
 from gradwire_server.fit_records import FIT_STEPS
+from gradwire_server.fit_refusals import step_refusal
 from gradwire_server.row_orders import RowOrders
 from gradwire_server.storage.dataset_files import StoredDataset
 
@@ -61,7 +62,6 @@ class Fit:
         self._fitting = fitting
         self._plan = plan
         self._dataset = dataset
-        self._validation = validation
         examples = dataset.info.num_examples
         self._batch_size = min(plan.batch_size or examples, examples)
         self._per_epoch = -(-examples // self._batch_size)
@@ -78,6 +78,7 @@ class Fit:
             RowOrders(fitting.orders, rows=examples, epochs=plan.epochs, seed=plan.seed) if plan.shuffle else None
         )
         self._pace = Pace()
+        self._validation = Validation(fitting, validation, self._batch_size, self._per_epoch)
         self._reached = Reached(-1)
         self._heard: deque[Call] = deque()
         # Whatever was asked of it, but for where a repeat goes on: the same id with another is another fit.
@@ -90,8 +91,16 @@ class Fit:
         under_way: deque[_Command] = deque()
         try:
             while done < self._total:
-                if not under_way and (found := await self._begin(done)) is not None:
-                    under_way.append(found)
+                if not under_way:
+                    loss = None
+                    if self._validation.comes_after(done):
+                        evaluation = self._validation.after(done)
+                        # Where another call of the fit was sooner, its steps have the loss, and the model is another.
+                        while (loss := evaluation.loss) is None and self._may_begin(done):
+                            await evaluation.go_on()
+                            yield self._told(done)
+                    found = await self._begin(done, loss)
+                    under_way.extend([] if found is None else [found])
                 if not under_way:
                     return
                 current = under_way[0]
@@ -100,7 +109,7 @@ class Fit:
                 # It is in the queue then, or it is known that another call was sooner.
                 await asyncio.sleep(0)
                 if current.end is not None and self._may_look_ahead(current.end):
-                    ahead = await self._begin(current.end, ahead=True)
+                    ahead = await self._begin(current.end, None, ahead=True)
                     under_way.extend([] if ahead is None else [ahead])
                 result = await current.result
                 under_way.popleft()
@@ -112,37 +121,53 @@ class Fit:
                 self._forget_old(current.call)
                 done += len(result.losses)
                 if result.error is not None:
-                    raise self._refusal(result.error, done)
+                    raise step_refusal(result.error, done, self._per_epoch)
         finally:
             # What has not begun yet is given up, where nobody else waits for it.
             for each in under_way:
                 each.result.cancel()
             await asyncio.gather(*(each.result for each in under_way), return_exceptions=True)
-        loss = None if self.stopped else await self._validated(done)
-        yield FitProgress(first_step=done, epoch=self._plan.epochs - 1, validation_loss=loss, done=True)
+        loss = None
+        if self._validation.comes_after(done):
+            evaluation = self._validation.after(done)
+            while not self.stopped and loss is None:
+                await evaluation.go_on()
+                yield self._told(done)
+                loss = evaluation.loss
+                if loss is None:
+                    self._check_not_draining()
+        yield replace(self._told(done, loss), done=True)
 
-    async def _begin(self, first: int, *, ahead: bool = False) -> _Command | None:
+    async def _begin(self, first: int, loss: float | None, *, ahead: bool = False) -> _Command | None:
         """The command whose first step is `first`: found, or begun. None: no more are to begin.
 
-        ahead: it follows one that still runs.
+        loss: that is told before it. ahead: it follows one that still runs.
         """
-        call = self._call(first)
-        loss, end = None, None
-        if self._commands.log.find(call) is None:
+        call, end = self._call(first), None
+        if self._may_begin(first, ahead=ahead):
             if not ahead:
-                self._check_goes_on(first)
-            if self.stopped:
-                return None
-            if self.draining:
-                raise Unavailable("the service is stopping", reason="DRAINING", retry_after=1.0)
-            if not ahead:
-                loss = await self._validated(first)
                 self._reached.step = first
             end = first + self._count(first)
             call = await self._with_steps(call, first, end, loss)
-        command = _Command(call, end, loss)
+        elif self._commands.log.find(call) is None:
+            return None
+        command = _Command(call, end, None if end is None else loss)
         command.result = asyncio.ensure_future(self._run(command, first))
         return command
+
+    def _may_begin(self, first: int, *, ahead: bool = False) -> bool:
+        """Whether the command whose first step is `first` is to begin, and has not begun yet."""
+        if self._commands.log.find(self._call(first)) is not None:
+            return False
+        if not ahead:
+            self._check_goes_on(first)
+        if not self.stopped:
+            self._check_not_draining()
+        return not self.stopped
+
+    def _check_not_draining(self) -> None:
+        if self.draining:
+            raise Unavailable("the service is stopping", reason="DRAINING", retry_after=1.0)
 
     def _check_goes_on(self, first: int) -> None:
         """Refuse to apply steps once more whose losses are not stored any more, and to leave some out."""
@@ -163,9 +188,9 @@ class Fit:
 
     def _may_look_ahead(self, end: int) -> bool:
         """Whether the ranks need not wait for what is told of a command that ends there before they have the next."""
-        ends_epoch = self._validation is not None and end % self._per_epoch == 0
+        is_told_first = self._validation.comes_after(end)
         is_last = end >= self._total
-        return self._pace.is_known and not (is_last or ends_epoch or self.stopped or self.draining)
+        return self._pace.is_known and not (is_last or is_told_first or self.stopped or self.draining)
 
     def _call(self, first: int) -> Call:
         """The command that begins with step `first`; how many steps it has may differ between repeats."""
@@ -183,10 +208,8 @@ class Fit:
             # The epoch's last batch is the first of its size: where a step before it is refused, the record must not
             # miss a variant that the ranks have got.
             steps, self._may_bring_variant = min(steps, rest - 1) or steps, rest > 1
-        if self._validation is None:
-            return steps
-        # Not beyond the epoch: the loss after it comes first.
-        return min(steps, rest)
+        # Not beyond the epoch, where the loss after it comes first.
+        return min(steps, rest) if self._validation.is_wanted else steps
 
     async def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
         rows = b""
@@ -220,20 +243,15 @@ class Fit:
             else:
                 result = await self._fitting.join(call)
         except GradwireError as error:
-            raise self._refusal(error, first) from None
+            raise step_refusal(error, first, self._per_epoch) from None
         if result is None:
             return None
         timing = result.timing
         self._pace.took(len(result.losses), timing.compute + timing.all_reduce + timing.optimizer)
         return result
 
-    async def _validated(self, done: int) -> float | None:
-        """The loss after the epoch that has just ended, if one has."""
-        if self._validation is None or not done or done % self._per_epoch:
-            return None
-        return await self._fitting.evaluate(self._validation, self._batch_size)
-
-    def _told(self, done: int, loss: float) -> FitProgress:
+    def _told(self, done: int, loss: float | None = None) -> FitProgress:
+        """The loss after the epoch that has just ended; None: that it is being computed."""
         return FitProgress(first_step=done, epoch=done // self._per_epoch - 1, validation_loss=loss)
 
     def _applied(self, first: int, result: StepsResult) -> FitProgress:
@@ -244,14 +262,3 @@ class Fit:
             epoch=(first + len(result.losses) - 1) // self._per_epoch,
             timing=result.timing,
         )
-
-    def _refusal(self, error: GradwireError, step: int) -> GradwireError:
-        """The error of a step, as one of the fit; those that are not about its batch are as they are."""
-        field = error.field or ""
-        if not field.startswith("batch"):
-            return error
-        epoch, position = divmod(step, self._per_epoch)
-        attributes: dict[str, Any] = error.attributes() | {"field": f"dataset{field.removeprefix('batch')}"}
-        attributes["outcome"] = "applied" if step else error.outcome
-        where = f"epoch {epoch}, batch {position} (step {step} of the fit)"
-        return type(error)(f"{where}: {error.message}; the {step} steps before it were applied", **attributes)

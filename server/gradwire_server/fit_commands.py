@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from gradwire_proto import codec
 from gradwire_proto.errors import Cancelled, GradwireError, InternalError
 from gradwire_proto.v1.dataset_pb2 import FitStepsRequest, FitStepsResponse
-from gradwire_proto.values import Batch, FitSteps, StepsResult
+from gradwire_proto.values import Batch, BatchLosses, FitSteps, StepsResult
 from gradwire_server.calls import Call
 from gradwire_server.commands import Commands
 from gradwire_server.fit_records import FIT_STEPS, decode_steps_result
@@ -118,7 +118,12 @@ class FitCommands:
         with suppress(GradwireError):  # Of a model that is on its way out.
             self._commands.begin(Call(), None, lambda _: self._workers().fitting.forget())
 
-    async def evaluate(self, dataset: StoredDataset, batch_size: int) -> float:
+    async def evaluate(self, dataset: StoredDataset, batch_size: int, *, first: int, most: int) -> BatchLosses:
         """See FitWorkers.evaluate."""
         batch = dataset.batch
-        return await self._commands.read(Call(), None, lambda _: self._workers().fitting.evaluate(batch, batch_size))
+
+        def work(_: Any) -> Awaitable[BatchLosses]:
+            return self._workers().fitting.evaluate(batch, batch_size, first=first, most=most)
+
+        # Where there was room for the first of them, the others need not begin anew for want of it.
+        return await self._commands.read(Call(), None, work, limited=first == 0)

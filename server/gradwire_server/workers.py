@@ -12,6 +12,7 @@ from gradwire_proto.values import (
     BackwardQuery,
     BackwardResult,
     Batch,
+    BatchLosses,
     DerivativeQuery,
     DerivativeResult,
     FitSteps,
@@ -68,8 +69,10 @@ class FitWorkers(Protocol):
         """Let go of the dataset that was used last."""
         ...
 
-    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
-        """The mean over rows of the losses of its batches, in evaluation mode. Changes nothing."""
+    async def evaluate(self, dataset: Batch, batch_size: int, *, first: int, most: int) -> BatchLosses:
+        """The losses of its batches in evaluation mode, `most` of them from the `first`-th on. Changes nothing. An
+        error names the batch that it is about.
+        """
         ...
 
 

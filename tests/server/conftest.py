@@ -27,6 +27,7 @@ from gradwire_proto.values import (
     ArchitectureSpec,
     BackwardResult,
     Batch,
+    BatchLosses,
     DerivativeResult,
     ForwardResult,
     GradientResult,
@@ -189,9 +190,10 @@ class FakeFitting:
     async def forget(self) -> None:
         await self._workers._call("forget")
 
-    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
-        await self._workers._call("evaluate", batch_size)
-        return 100.0 + self._workers.step
+    async def evaluate(self, dataset: Batch, batch_size: int, *, first: int, most: int) -> BatchLosses:
+        await self._workers._call("evaluate", first, most)
+        count = min(most, -(-dataset.inputs.shape[0] // batch_size) - first)
+        return BatchLosses(losses=(100.0 + self._workers.step,) * count, seconds=0.02 * count)
 
 
 class FakeFlow:

@@ -21,7 +21,7 @@ from gradwire.export import ModuleExporter
 from gradwire_proto.codec import encode_model_spec
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.tensors import from_any, from_nested, to_torch
-from gradwire_proto.values import Batch, DatasetInfo, FitSteps, Limits, ModelSpec, OptimizerSpec
+from gradwire_proto.values import Batch, DatasetInfo, FitSteps, GradientQuery, Limits, ModelSpec, OptimizerSpec
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import RankChannel
@@ -218,12 +218,59 @@ async def test_most_bounds_what_is_applied_once_more(make_group, tmp_path):
     assert (len(rest.losses), rest.step, group.applied) == (3, 5, 2)
 
 
-async def test_validation_is_the_mean_over_rows_and_changes_nothing(make_group, tmp_path):
-    (x, y), net = examples(), network()
-    group = await make_group(net, nn.CrossEntropyLoss(), x, y, 2)
-    before = await weights_of(group)
-    loss = await group.fitting.evaluate(stored(tmp_path, x, y), 5)
+class Centred(nn.Module):
+    """Mixes the rows of a batch: one rank computes it whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.inner(x)
+        return found - found.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "net", "loss"),
+    [
+        (1, network(0.2), nn.CrossEntropyLoss()),
+        (2, network(0.2), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))),
+        (2, network(), nn.CrossEntropyLoss(reduction="sum")),
+        (2, Centred(), nn.CrossEntropyLoss()),
+    ],
+)
+async def test_evaluation_gives_the_bits_of_reads_one_by_one_and_changes_nothing(
+    make_group, tmp_path, ranks, net, loss
+):
+    x, y = examples()
+    group = await make_group(net, loss, x, y, ranks)
+    await group.train_step(Batch(from_any(x[:9]), from_any(y[:9])), command=1)
+    before, dataset, found, expected, rows = await weights_of(group), stored(tmp_path, x, y), [], [], []
+    for part in torch.arange(len(x)).split(5):
+        read = await group.compute_gradients(
+            Batch(from_any(x[part]), from_any(y[part])), GradientQuery(wrt=(), training=False)
+        )
+        expected.append(read.loss)
+        rows.append(part)
+    for first, most in ((0, 2), (2, 1), (3, 9)):  # The last batch has 3 rows.
+        evaluated = await group.fitting.evaluate(dataset, 5, first=first, most=most)
+        assert evaluated.seconds > 0
+        found += evaluated.losses
+    assert found == expected and group.sharding.mode == ("whole" if isinstance(net, Centred) else "rows")
+    net.load_state_dict(before)
     with torch.no_grad():
-        expected = nn.functional.cross_entropy(net.eval()(x), y).item()
-    assert loss == pytest.approx(expected, rel=1e-6)
+        of_torch = [loss(net.eval()(x[part]), y[part]).item() for part in rows]
+    assert found == (of_torch if ranks == 1 else pytest.approx(of_torch, rel=1e-6))
     assert same_bits(await weights_of(group), before)
+
+
+async def test_refused_evaluation_names_its_batch_and_leaves_the_ranks_together(make_group, tmp_path):
+    x, y = examples()
+    wrong = y.clone()
+    wrong[3 * 5] = 7
+    group = await make_group(network(), nn.CrossEntropyLoss(), x, y, 2)
+    with pytest.raises(GradwireError, match="batch 3: ") as caught:
+        await group.fitting.evaluate(stored(tmp_path, x, wrong), 5, first=1, most=4)
+    assert (caught.value.reason, caught.value.outcome) == ("TARGET_OUT_OF_RANGE", "not_applied")
+    assert caught.value.field is not None and caught.value.field.startswith("batch.targets")
+    assert len((await group.fitting.evaluate(stored(tmp_path, x, y), 5, first=1, most=4)).losses) == 4

@@ -1,17 +1,16 @@
-"""Fits on the ranks of one model: steps on batches of a dataset, each split as a batch of its own is."""
+"""Fits on the ranks of one model: steps and evaluations on batches of a dataset, each split as one of its own is."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gradwire_proto.batch_check import flatten
 from gradwire_proto.errors import RankLost
 from gradwire_proto.values import (
     Batch,
+    BatchLosses,
     FitSteps,
-    GradientQuery,
-    GradientResult,
     StepsResult,
     TensorData,
     Value,
@@ -27,17 +26,11 @@ from gradwire_workers.sharding import has_rows, rows_of, split
 
 
 class FitGroup:
-    """See the module. compute: a model's own gradients."""
+    """See the module."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        variants: GroupVariants,
-        compute: Callable[[Batch, GradientQuery], Awaitable[GradientResult]],
-    ) -> None:
+    def __init__(self, ranks: Ranks, variants: GroupVariants) -> None:
         self._ranks = ranks
         self._variants = variants
-        self._compute = compute
 
     async def run(self, dataset: Batch, steps: FitSteps, *, most: int | None = None, command: int) -> StepsResult:
         """Apply these steps, numbered from `command` on, as far as they go: `error` of the result says what ended them.
@@ -49,7 +42,8 @@ class FitGroup:
         per_epoch = -(-examples // steps.batch_size)
         first = steps.first_step % per_epoch
         kinds = [
-            await self._kind(dataset, rows) for rows in _sizes(first, count, per_epoch, steps.batch_size, examples)
+            await self._kind(dataset, rows, training=True)
+            for rows in _sizes(first, count, per_epoch, steps.batch_size, examples)
         ]
         fields = [
             {
@@ -76,19 +70,32 @@ class FitGroup:
         """Let go of the dataset that was used last: mapped, its file takes room even when it is removed."""
         await self._ranks.call("forget_dataset", [{}] * len(self._ranks), changes=False)
 
-    async def evaluate(self, dataset: Batch, batch_size: int) -> float:
-        """The mean over rows of the losses of its batches of so many rows, in evaluation mode. Changes nothing."""
-        examples, total = examples_of(dataset), 0.0
-        for start in range(0, examples, batch_size):
-            stop = min(start + batch_size, examples)
-            result = await self._compute(between(dataset, start, stop), GradientQuery(wrt=(), training=False))
-            total += result.loss * (stop - start)
-        return total / examples
+    async def evaluate(self, dataset: Batch, batch_size: int, *, first: int, most: int) -> BatchLosses:
+        """The losses of its batches of so many rows, `most` of them from the `first`-th on, in evaluation mode.
 
-    async def _kind(self, dataset: Batch, rows: int) -> list[dict[str, Any]]:
+        Changes nothing. An error names the batch that it is about.
+        """
+        examples = examples_of(dataset)
+        full, rest = divmod(examples, batch_size)
+        losses, seconds, position, end = [], 0.0, first, min(first + most, full + (rest > 0))
+        while position < end:
+            rows, stop = (batch_size, min(end, full)) if position < full else (rest, end)
+            of_rank = await self._kind(dataset, rows, training=False)
+            fields = {"examples": examples, "batch_size": batch_size, "first": position, "batches": stop - position}
+            with self._variants.carried_out():
+                answers = await self._ranks.call(
+                    "evaluate", [{**fields, "kinds": [kind]} for kind in of_rank], changes=False
+                )
+            timing = timing_of(answers)
+            losses += answers.fields[0]["losses"]
+            seconds += timing.compute + timing.all_reduce
+            position = stop
+        return BatchLosses(losses=tuple(losses), seconds=seconds)
+
+    async def _kind(self, dataset: Batch, rows: int, *, training: bool) -> list[dict[str, Any]]:
         """How batches of so many rows are computed, on each rank."""
         batch = between(dataset, 0, rows)
-        variant, size, whole = await self._variants.choose_rows(batch)
+        variant, size, whole = await self._variants.choose_rows(batch, training=training)
         shards = split(variant, size, batch, ranks=len(self._ranks), whole=whole)
         inputs = tuple(flatten(variant.input_structure, dataset.inputs, "dataset.inputs"))
         targets = ()

@@ -187,9 +187,12 @@ class GroupVariants:
         )
         return variant, split(variant, rows, batch, ranks=len(self._ranks), whole=whole), rows
 
-    async def choose_rows(self, batch: Batch) -> tuple[Variant, int, bool]:
-        """(the variant that a batch to train on fits, its rows, whether one rank computes it whole)."""
-        variant, rows = await self._fitting(batch, training=True, targets=True, reads=False)
+    async def choose_rows(self, batch: Batch, *, training: bool) -> tuple[Variant, int, bool]:
+        """(the variant that a batch fits, its rows, whether one rank computes it whole).
+
+        training: it is trained on; else the model is read only, in evaluation mode.
+        """
+        variant, rows = await self._fitting(batch, training=training, targets=True, reads=not training)
         rows = rows if varies(variant) else examples_in(batch)
         return variant, rows, self._decisions.get(variant.name, _SPLIT).whole is not None
 

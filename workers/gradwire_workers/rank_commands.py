@@ -56,6 +56,7 @@ _COLLECTIVE = frozenset(
         "backward",
         "held_gradients",
         "fit",
+        "evaluate",
     }
 )
 
@@ -105,6 +106,7 @@ class RankCommands:
             "add_variant": self._add_variant,
             "compute_function": self._functions.compute_gradients,
             "fit": self._fit,
+            "evaluate": lambda fields: self._fitting.evaluate(self._model, fields),
             "row_orders": orders_of,
             "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,

@@ -1,4 +1,4 @@
-"""A rank's part of a fit: steps on a dataset that it maps once, and the orders of its rows."""
+"""A rank's part of a fit: steps and evaluations on datasets that it maps once, and the orders of their rows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,49 @@ class RankFitting:
     """See the module. What was mapped for one command stays mapped for the next."""
 
     def __init__(self) -> None:
-        self._mapped: dict[TensorData, torch.Tensor] = {}
+        self._trained_on = _Mapped()
+        self._evaluated = _Mapped()
 
     def run(self, trainer: Trainer, fields: Fields) -> StepRun:
         """The steps that a command asks for, yet to go."""
-        before, self._mapped = self._mapped, {}
-        kinds = [
+        order = fields["order"]
+        batches = DatasetBatches(
+            self._trained_on.kinds(fields["kinds"]),
+            examples=fields["examples"],
+            batch_size=fields["batch_size"],
+            first=fields["first"],
+            steps=fields["steps"],
+            order=None if order is None else torch.from_numpy(np.frombuffer(order, "<i4").astype(np.int64)),
+        )
+        return StepRun(trainer, batches, fields["command"])
+
+    def evaluate(self, trainer: Trainer, fields: Fields) -> Fields:
+        """The losses of the batches that are asked for."""
+        batches = DatasetBatches(
+            self._evaluated.kinds(fields["kinds"]),
+            examples=fields["examples"],
+            batch_size=fields["batch_size"],
+            first=fields["first"],
+            steps=fields["batches"],
+            order=None,
+        )
+        return asdict(trainer.evaluate(batches, first=fields["first"]))
+
+    def forget(self) -> None:
+        """Let go of what is mapped."""
+        self._trained_on, self._evaluated = _Mapped(), _Mapped()
+
+
+class _Mapped:
+    """The tensors of the dataset that was used last."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[TensorData, torch.Tensor] = {}
+
+    def kinds(self, fields: Sequence[Fields]) -> list[BatchKind]:
+        """The kinds of batches that a command describes. What they do not have is let go of."""
+        before, self._tensors = self._tensors, {}
+        return [
             BatchKind(
                 shard=Shard(
                     **{
@@ -39,31 +76,17 @@ class RankFitting:
                 split_inputs=kind["split_inputs"],
                 split_targets=kind["split_targets"],
             )
-            for kind in fields["kinds"]
+            for kind in fields
         ]
-        order = fields["order"]
-        batches = DatasetBatches(
-            kinds,
-            examples=fields["examples"],
-            batch_size=fields["batch_size"],
-            first=fields["first"],
-            steps=fields["steps"],
-            order=None if order is None else torch.from_numpy(np.frombuffer(order, "<i4").astype(np.int64)),
-        )
-        return StepRun(trainer, batches, fields["command"])
-
-    def forget(self) -> None:
-        """Let go of what is mapped."""
-        self._mapped = {}
 
     def _leaves(self, values: Sequence[Any], before: Mapping[TensorData, torch.Tensor]) -> tuple[Any, ...]:
         return tuple(self._map(value, before) if isinstance(value, TensorData) else value for value in values)
 
     def _map(self, value: TensorData, before: Mapping[TensorData, torch.Tensor]) -> torch.Tensor:
-        tensor = self._mapped.get(value)
+        tensor = self._tensors.get(value)
         if tensor is None:
             tensor = before.get(value)
-            self._mapped[value] = tensor = to_torch(value) if tensor is None else tensor
+            self._tensors[value] = tensor = to_torch(value) if tensor is None else tensor
         return tensor
 
 

@@ -79,7 +79,7 @@ class WorkerGroup:
         self._releasing: asyncio.Future[None] | None = None
         self.retained = RetainedGroup(ranks, writer, variants)
         """Its forwards that are retained, and the gradients that its ranks hold."""
-        self.fitting = FitGroup(ranks, variants, self.compute_gradients)
+        self.fitting = FitGroup(ranks, variants)
         """Its steps on datasets."""
 
     @property

@@ -4,7 +4,7 @@
 the edges speaks these.
 """
 
-from gradwire_proto.values.datasets import DatasetInfo, FitPlan, FitProgress, FitSteps, StepsResult
+from gradwire_proto.values.datasets import BatchLosses, DatasetInfo, FitPlan, FitProgress, FitSteps, StepsResult
 from gradwire_proto.values.models import (
     FunctionSpec,
     GraphLossSpec,
@@ -85,6 +85,7 @@ __all__ = [
     "BackwardQuery",
     "BackwardResult",
     "Batch",
+    "BatchLosses",
     "Bytes",
     "Checkpoint",
     "CommandInfo",

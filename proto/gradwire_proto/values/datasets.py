@@ -85,8 +85,16 @@ class StepsResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLosses:
+    """The losses of some batches. seconds: that the slowest rank took for them."""
+
+    losses: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitProgress:
-    """Some steps of a fit as they are told, or the validation loss after `epoch`; see FitResponse."""
+    """Some steps of a fit as they are told, the validation loss after `epoch`, or neither; see FitResponse."""
 
     first_step: int
     losses: tuple[float, ...] = ()

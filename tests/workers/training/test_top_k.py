@@ -32,6 +32,9 @@ def test_nan_counts_as_infinite():
     gradient = torch.tensor([1.0, torch.nan, 3.0, -torch.inf, 2.0])
     _, indices, values = largest(gradient, 0.4)
     assert indices.tolist() == [1, 3] and values[0].isnan() and values[1] == -torch.inf
+    # As large as any infinity, and larger than the largest number.
+    gradient = torch.tensor([torch.inf, 1.0, torch.nan, torch.finfo().max, -torch.inf])
+    assert [largest(gradient, fraction)[1].tolist() for fraction in (0.2, 0.6)] == [[0], [0, 2, 4]]
 
 
 @pytest.mark.parametrize(("shape", "count"), [((), 1), ((0, 3), 0), ((1,), 1)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from gradwire_proto.errors import GradwireError
 from gradwire_proto.values import DerivativeQuery, GradientQuery
 from gradwire_workers.shard import Shard
 from gradwire_workers.training import tensor_names
@@ -17,7 +18,7 @@ from gradwire_workers.training.derivatives import derive
 from gradwire_workers.training.gradient_readers import ParameterNames, gradient_reader
 from gradwire_workers.training.passes import take
 from gradwire_workers.training.rank_model import RankModel
-from gradwire_workers.training.reports import DerivativeReport, ForwardReport, GradientReport
+from gradwire_workers.training.reports import DerivativeReport, EvaluationReport, ForwardReport, GradientReport
 from gradwire_workers.training.top_k import largest
 
 
@@ -52,6 +53,23 @@ class Reads(RankModel):
             outputs=found.outputs,
             seconds=clock.computed(),
         )
+
+    def evaluate(self, shards: Iterable[Shard], *, first: int) -> EvaluationReport:
+        """The losses of batches, one after another, as `compute_gradients` gives them. Changes nothing.
+
+        first: the number of the first; an error names the batch that it is about.
+        """
+        clock, agreement = Clock(self._groups), Agreement(refuses_nan=False)
+        self._replica.check_has_loss()
+        losses: list[float] = []
+        try:
+            for shard in shards:
+                with Attempt(self._groups, self._program.mutated_buffers(shard.variant), changes=False):
+                    done = self._passes.local(self._localised(shard), (), 0)
+                    losses.append(agreement.reach(self._groups, done.value))
+        except GradwireError as error:
+            raise type(error)(f"batch {first + len(losses)}: {error.message}", **error.attributes()) from error
+        return EvaluationReport(losses=losses, seconds=clock.computed())
 
     def differentiate(self, shard: Shard, query: DerivativeQuery, vectors: Sequence[Tensor]) -> DerivativeReport:
         """Derivatives of the outputs with respect to the inputs. For functions, which have no other rank."""

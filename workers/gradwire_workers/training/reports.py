@@ -60,6 +60,14 @@ class GradientReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """`losses`: over each whole batch, in evaluation mode."""
+
+    losses: list[float]
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardReport:
     """The outputs of this rank's rows; None on idle ranks."""
 

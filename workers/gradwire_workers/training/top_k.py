@@ -17,7 +17,7 @@ def largest(gradient: Tensor, fraction: float) -> tuple[tuple[int, ...], Tensor,
     if count == flat.numel():
         indices = torch.arange(count, device=flat.device)
     else:
-        magnitude = flat.abs().nan_to_num(nan=torch.inf)
+        magnitude = flat.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
         bound = magnitude.kthvalue(flat.numel() - count + 1).values
         above = (magnitude > bound).nonzero().view(-1)
         level = (magnitude == bound).nonzero().view(-1)[: count - above.numel()]
