@@ -86,7 +86,8 @@ def against_parameters(client: gradwire.Client, rounds: int) -> Row:
         figure=taken.over(str(PARAMETERS[-1]), str(PARAMETERS[0])),
         unit="x that at 10^3",
         at_most=FLAT,
-        detail="\n" + text({count: taken.median(str(count)) for count in PARAMETERS}, "parameters", 1),
+        detail="a train_step of two rows, its rank's freeing of gradients included\n"
+        + text({count: taken.median(str(count)) for count in PARAMETERS}, "parameters", 1),
     )
 
 

@@ -45,7 +45,7 @@ class Report:
     def as_markdown(self) -> str:
         lines = [f"| {' | '.join(row.cells)} |" for row in self.rows]
         head = [f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]
-        return "\n".join([f"{self.where}: {self.summary}.", "", *head, *lines])
+        return "\n".join([f"{self.where}. {self.summary}.", "", *head, *lines])
 
     def details(self) -> str:
         """What the figures were made of, as a block of Markdown."""
@@ -54,13 +54,14 @@ class Report:
 
 
 def here() -> str:
-    """Machine, versions, date, commit, and how busy the machine is with other things: say it before a run."""
+    """Machine, versions, date, commit, and how busy the machine is with other things: asked before a run."""
     info = Path("/proc/cpuinfo").read_text()
     model = next(iter(re.findall(r"^model name\s*: (.*)$", info, re.MULTILINE)), platform.machine())
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    load = f"load average {os.getloadavg()[0]:.1f} before"
+    load = os.getloadavg()[0]
+    busy = f"load average {load:.1f} before" + " (busy with other work: these figures say little)" * (load > 1.0)
     versions = f"CPython {platform.python_version()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} cores ({model}){gpu}, {versions}, {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {load}"
+    return f"{os.cpu_count()} cores ({model}){gpu}, {versions}, {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {busy}"
 
 
 def commit() -> str:

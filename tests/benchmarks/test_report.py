@@ -26,8 +26,8 @@ def test_bar_is_held_on_its_own_side():
 
 
 def test_missed_bars_and_what_could_not_be_measured_are_counted():
-    report = Report(where="here", rows=[SLOW, QUICK, CURVE], failed=["load could not be measured"])
-    assert report.summary == "1 of 2 bars held, 1 missed; load could not be measured"
+    report = Report(where="here", rows=[SLOW, SLOW, QUICK, CURVE], failed=["load could not be measured"])
+    assert report.summary == "1 of 3 bars held, 2 missed; load could not be measured"
     assert "here" in report.as_text() and "0.314 x local steps/s" in report.as_text()
 
 
@@ -52,13 +52,14 @@ def test_page_without_markers_is_refused():
 def test_calls_take_turns_and_the_first_round_does_not_count():
     order: list[str] = []
 
-    def call(name: str, seconds: float) -> float:
+    def call(name: str) -> float:
         order.append(name)
-        return seconds * (100 if len(order) <= 2 else 1)
+        return float(len(order))
 
-    taken = in_turn(2, {"local": lambda: call("local", 2.0), "remote": lambda: call("remote", 3.0)})
-    assert order == ["remote", "local", "local", "remote", "remote", "local"]
-    assert taken.over("remote", "local") == 1.5
+    taken = in_turn(3, {"local": lambda: call("local"), "remote": lambda: call("remote")})
+    assert order == ["remote", "local", "local", "remote", "remote", "local", "local", "remote"]
+    assert taken.seconds == {"local": [3.0, 6.0, 7.0], "remote": [4.0, 5.0, 8.0]}
+    assert taken.over("remote", "local") == 8.0 / 7.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
