@@ -48,8 +48,8 @@ def connect(
     service runs it once. What is exported here, or waits behind futures of the model, does not count yet. Tensors above
     4 MiB together travel in a stream of their own, before the request or after the reply: that may take longer, as long
     as it moves. Before, it may stand still while the call has time; after, for `timeout` seconds. shared_memory:
-    whether tensors may travel through memory that a service on this machine shares with this process, where it offers
-    that; nothing else changes by it.
+    whether tensors may travel through memory that a service on this machine shares with this process, and small steps
+    over its socket, where it offers that; nothing else changes by it.
 
     Raises Unavailable where no service answers: this does not wait for one; Unauthenticated where it asks for another
     token; InvalidArgument where an argument cannot be one: its `field` names it, and no text shows the token.

@@ -7,7 +7,8 @@ import concurrent.futures
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from gradwire_proto.errors import Cancelled, FailedPrecondition
@@ -72,6 +73,18 @@ class CallQueue:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._last: Future | None = None
+        self._streams: list[tuple[int, Callable[[], None]]] = []
+        """Threads whose calls come behind steps of a stream, and what waits for those."""
+
+    @contextmanager
+    def behind(self, settle: Callable[[], None]) -> Iterator[None]:
+        """Inside, this thread's calls begin after `settle` has returned, which they call."""
+        stream = (threading.get_ident(), settle)
+        self._streams.append(stream)
+        try:
+            yield
+        finally:
+            self._streams.remove(stream)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` after every call that was submitted before."""
@@ -83,6 +96,7 @@ class CallQueue:
 
     def _submit(self, call: Any, *, is_step: bool) -> Future[Any]:
         self._check_process()
+        self._settle_streams()
         future: Future[Any] = Future()
         with self._changed:
             self._waiting.append((future, call, is_step))
@@ -102,6 +116,7 @@ class CallQueue:
         self._check_process()
         if threading.current_thread() is self._thread:
             return
+        self._settle_streams()
         last = self._last
         if last is not None and not last.done():
             concurrent.futures.wait((last,))
@@ -115,6 +130,11 @@ class CallQueue:
         for future, _, _ in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(Cancelled("given up before the call was sent", reason="CLIENT_CLOSED"))
+
+    def _settle_streams(self) -> None:
+        for thread, settle in tuple(self._streams):
+            if thread == threading.get_ident():
+                settle()
 
     def _check_process(self) -> None:
         # Before any lock: a fork may have copied one that is held.

@@ -62,6 +62,7 @@ class LocalTransport:
         self._enabled = enabled
         self._process = os.getpid()
         self._lock = threading.Lock()
+        self._path = ""
         self._socket: socket.socket | None = None
         self._unread = 0
         """Requests whose answers were not read yet."""
@@ -98,9 +99,13 @@ class LocalTransport:
         with self._lock:
             if self._enabled:
                 self._is_offered = True
-                self._socket, connection, self._unread = connection, self._socket, 0
+                self._path, self._socket, connection, self._unread = path, connection, self._socket, 0
         if connection is not None:
             connection.close()
+
+    def connect_once_more(self) -> socket.socket | None:
+        """Another connection to the service that memory is shared with, the caller's own; None where there is none."""
+        return _connect(self._path, _LOOK_SECONDS) if self.is_connected else None
 
     def upload(self, upload_id: str, tensors: Sequence[TensorData], deadline: Deadline) -> bool:
         """Bring tensors to the service under that id. False: they are not there; half of the time is left at least.

@@ -112,15 +112,15 @@ class Model:
 
         What a step raises ends the iterator, as does an exception of `batches` itself; the results of all steps before
         come first. Steps behind one that was refused are not applied. Closing the iterator early leaves those that were
-        sent applied, and waits for them. Another call of the model, from the loop's body, runs after those that were
-        sent. The client's timeout bounds the wait for each result. After Ctrl-C, `info().step` tells how many of the
-        steps on their way were applied.
+        sent applied, and waits for them. So does another call of the model from the loop's body: it runs after them.
+        The client's timeout bounds the wait for each result. After Ctrl-C, `info().step` tells how many of the steps on
+        their way were applied.
         """
         count = as_count(in_flight, "in_flight")
         if count is None:
             raise wrong_type(in_flight, "in_flight", "an int")
         self._rpc.check_usable()
-        return train_steps(self._rpc, self._steps, self._queue.wait, iter(batches), count)
+        return train_steps(self._rpc, self._steps, self._queue, iter(batches), count)
 
     def fit(
         self,

@@ -8,16 +8,19 @@ from typing import Any
 
 from gradwire.arguments import wrong_type
 from gradwire.exchange import Exchange
+from gradwire.futures import CallQueue
 from gradwire.rpc import Rpc
 from gradwire.step_pipeline import StepPipeline
 from gradwire.step_requests import StepRequests
 from gradwire_proto.values import StepResult
 
+_OVER = object()
+
 
 def train_steps(
-    rpc: Rpc, requests: StepRequests, after: Callable[[], None], batches: Iterator[Any], in_flight: int
+    rpc: Rpc, requests: StepRequests, calls: CallQueue, batches: Iterator[Any], in_flight: int
 ) -> Generator[StepResult]:
-    """See `Model.train_steps`. after: returns when the calls before it have ended."""
+    """See `Model.train_steps`. calls: the other calls of the model."""
     pipeline = StepPipeline(rpc)
     ready: deque[StepResult] = deque()
     failure: BaseException | None = None
@@ -32,13 +35,21 @@ def train_steps(
             pipeline.cancel()
             raise
 
+    def settle() -> None:
+        nonlocal failure, is_over
+        try:
+            drain()
+        except Exception as error:
+            failure, is_over = error, True
+
     try:
-        after()
+        calls.wait()
         while True:
             try:
-                while not is_over and len(pipeline) < in_flight:
-                    batch = next(batches, None)
-                    if batch is None:
+                # Of results that wait for the loop, neither, where its body makes calls.
+                while not is_over and len(pipeline) < in_flight and len(ready) < in_flight:
+                    batch = next(batches, _OVER)
+                    if batch is _OVER:
                         is_over = True
                     else:
                         step = _step(requests, batch, drain)
@@ -50,7 +61,9 @@ def train_steps(
                 ready.extend(pipeline.results())
             if not ready:
                 break
-            yield ready.popleft()
+            result = ready.popleft()
+            with calls.behind(settle):
+                yield result
     except GeneratorExit:
         pipeline.finish()
         raise

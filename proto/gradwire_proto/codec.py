@@ -29,6 +29,7 @@ from gradwire_proto.encoding.dataset_codec import (
     decode_fit_plan,
     decode_fit_progress,
     decode_fit_steps,
+    decode_ttl,
     encode_dataset,
     encode_fit_plan,
     encode_fit_progress,
@@ -84,6 +85,7 @@ from gradwire_proto.encoding.result_codec import (
     encode_timing,
 )
 from gradwire_proto.encoding.scalar_codec import (
+    refuse_many_parts,
     refuse_unknown_fields,
 )
 from gradwire_proto.encoding.service_codec import (
@@ -173,6 +175,7 @@ __all__ = [
     "decode_tensor",
     "decode_tensor_type",
     "decode_timing",
+    "decode_ttl",
     "decode_value",
     "decode_variant",
     "encode_argument",
@@ -217,5 +220,6 @@ __all__ = [
     "encode_timing",
     "encode_value",
     "encode_variant",
+    "refuse_many_parts",
     "refuse_unknown_fields",
 ]

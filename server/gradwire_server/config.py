@@ -85,7 +85,9 @@ class ServerConfig(BaseSettings):
         None, description="private folder in shared memory for large tensors; none: a temporary one in /dev/shm"
     )
     shared_memory: bool = Field(
-        True, description="whether clients on this machine may share memory; only of a service that listens on loopback"
+        True,
+        description="whether clients on this machine may share memory and make small calls past gRPC; only of a service"
+        " that listens on loopback",
     )
     weights_folder: Folder | None = Field(
         None,

@@ -12,7 +12,7 @@ MOST_EXAMPLES = 2**31 - 1
 """Rows are numbered with 32 bits."""
 
 
-def described(dataset_id: str, batch: Batch) -> DatasetInfo:
+def described(dataset_id: str, batch: Batch, ttl: float | None) -> DatasetInfo:
     """What is known of a dataset of these examples. InvalidArgument where they are none."""
     examples, nbytes = None, 0
     for path, leaf in (*leaves(batch.inputs, "batch.inputs"), *leaves(batch.targets, "batch.targets")):
@@ -29,6 +29,10 @@ def described(dataset_id: str, batch: Batch) -> DatasetInfo:
         nbytes += leaf.nbytes
     if examples is None:
         raise InvalidArgument("expected at least one tensor", field="batch.inputs", reason="DATASET_ROWS")
+    if nbytes < examples:
+        # All that is kept of a row beside it, such as its place in an order, is bounded by its bytes.
+        message = f"expected at least a byte in each of {examples} rows, got {nbytes} bytes"
+        raise InvalidArgument(message, field="batch.inputs", reason="DATASET_ROWS")
     return DatasetInfo(
         id=dataset_id,
         inputs=_without_bytes(batch.inputs),
@@ -36,6 +40,7 @@ def described(dataset_id: str, batch: Batch) -> DatasetInfo:
         num_examples=examples,
         nbytes=nbytes,
         created_at=time.time(),
+        ttl=ttl,
     )
 
 

@@ -57,6 +57,9 @@ class Datasets:
         self._made_by: dict[str, StoredDataset] = {}
         self._used: Counter[Path] = Counter()
         self._gone: set[Path] = set()
+        self._expiring: dict[Path, asyncio.TimerHandle] = {}
+        """Those that nobody uses, and that go if it stays so."""
+        self._expirations: set[asyncio.Task[None]] = set()
         seen: RequestLog[Deletion] = RequestLog(stored_replies, 0)
         self._deletions = Deletions("DeleteDataset", seen, storage.deletions)
 
@@ -93,9 +96,12 @@ class Datasets:
         self._tensors.held.count += stored.info.nbytes
         if stored.made_by is not None:
             self._made_by[stored.made_by] = stored
+        self._expire_later(stored)
 
-    async def create(self, dataset_id: str, batch: Batch, call: Call) -> DatasetInfo:
+    async def create(self, dataset_id: str, batch: Batch, call: Call, *, ttl: float | None = None) -> DatasetInfo:
         """Keep the examples of `batch`; `dataset_id` "" lets the service choose. A repeat of the request joins it.
+
+        ttl: seconds after which it goes if no fit uses it; None: it stays.
 
         Raises InvalidArgument for tensors that have no rows, or others than the first; AlreadyExists;
         ResourceExhausted HELD_BYTES_EXHAUSTED; errors of the storage, and FailedPrecondition MODEL_FENCED.
@@ -112,7 +118,7 @@ class Datasets:
         dataset_id = check_dataset_id(dataset_id or f"dataset-{secrets.token_hex(6)}")
         if dataset_id in self._making or dataset_id in self._stored:
             raise _exists(dataset_id)
-        info = described(dataset_id, batch)
+        info = described(dataset_id, batch, ttl)
         task = asyncio.create_task(self._make(info, batch, call))
         self._making[dataset_id] = _Making(call, task)
         task.add_done_callback(lambda _: self._making.pop(dataset_id))
@@ -185,6 +191,7 @@ class Datasets:
     def used(self, stored: StoredDataset) -> Iterator[None]:
         """Inside, the dataset's files stay, even when it is deleted."""
         self._used[stored.path] += 1
+        self._expires_no_more(stored)
         try:
             yield
         finally:
@@ -194,6 +201,31 @@ class Datasets:
                 if stored.path in self._gone:
                     self._gone.discard(stored.path)
                     stored.remove()
+                else:
+                    self._expire_later(stored)
+
+    def _expire_later(self, stored: StoredDataset) -> None:
+        if stored.info.ttl is not None:
+            later = asyncio.get_running_loop().call_later(stored.info.ttl, self._expire, stored)
+            self._expiring[stored.path] = later
+
+    def _expires_no_more(self, stored: StoredDataset) -> None:
+        if (later := self._expiring.pop(stored.path, None)) is not None:
+            later.cancel()
+
+    def _expire(self, stored: StoredDataset) -> None:
+        async def delete() -> None:
+            try:
+                await self.delete(stored.info.id, Call())
+                logger.info("%s was not used for %g s and is deleted", dataset_name(stored.info.id), stored.info.ttl)
+            except GradwireError as error:
+                logger.warning("%s cannot be deleted: %s", dataset_name(stored.info.id), error)
+                if self._stored.get(stored.info.id) is stored:
+                    self._expire_later(stored)
+
+        del self._expiring[stored.path]
+        self._expirations.add(task := asyncio.get_running_loop().create_task(delete()))
+        task.add_done_callback(self._expirations.discard)
 
     async def delete(self, dataset_id: str, call: Call) -> None:
         """Delete a dataset: nobody finds it any more. Fits that use it go on, and journals keep what they need of it.
@@ -208,6 +240,10 @@ class Datasets:
 
     async def close(self) -> None:
         """Wait for what is being made or deleted."""
+        for later in self._expiring.values():
+            later.cancel()
+        self._expiring.clear()
+        await asyncio.gather(*self._expirations)
         await asyncio.gather(*(each.task for each in self._making.values()), return_exceptions=True)
         await self._deletions.close()
 
@@ -217,6 +253,7 @@ class Datasets:
         except OSError as error:
             raise storage_error(error, f"let go of {dataset_name(stored.info.id)}") from error
         del self._stored[stored.info.id]
+        self._expires_no_more(stored)
         if stored.made_by is not None:
             self._made_by.pop(stored.made_by, None)
         self._tensors.held.release(stored.info.nbytes)

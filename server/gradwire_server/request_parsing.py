@@ -6,11 +6,14 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from gradwire_proto.codec import refuse_unknown_fields
+from gradwire_proto.codec import refuse_many_parts, refuse_unknown_fields
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.names import check_request_id
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fingerprint
+
+_FEW_PARTS_BYTES = 64 << 10
+"""A request of fewer bytes cannot have many parts: each takes two."""
 
 
 def parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
@@ -44,5 +47,7 @@ def parse_one(kind: type[Message], raw: bytes) -> Any:
         raise InvalidArgument(
             f"the bytes are no {kind.DESCRIPTOR.full_name} message", reason="MALFORMED_MESSAGE"
         ) from None
+    if len(raw) > _FEW_PARTS_BYTES:
+        refuse_many_parts(request)
     refuse_unknown_fields(request)
     return request

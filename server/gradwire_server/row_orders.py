@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
+from gradwire_proto.errors import InvalidArgument
+
 ROW_BYTES = 4
+
+MOST_ROWS = 1 << 27
+"""Those whose order can be known: two epochs' orders, the next one's too, take a gibibyte then."""
 
 
 class RowOrders:
-    """See the module. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch."""
+    """See the module. `orders(rows, seeds)` gives an epoch's order for each seed, which is `seed` + epoch.
+
+    Raises InvalidArgument where there are too many rows.
+    """
 
     def __init__(
         self, orders: Callable[[int, Sequence[int]], Awaitable[list[bytes]]], *, rows: int, epochs: int, seed: int
     ) -> None:
+        if rows > MOST_ROWS:
+            message = f"expected at most {MOST_ROWS} rows to shuffle, got {rows}"
+            raise InvalidArgument(message, field="shuffle", reason="DATASET_ROWS")
         self._ask = orders
         self._rows = rows
         self._epochs = epochs

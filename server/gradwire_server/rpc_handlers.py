@@ -20,7 +20,7 @@ from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.request_parsing import parse, parse_one
-from gradwire_server.tensors.tensor_streams import UPLOAD_CHUNKS
+from gradwire_server.tensors.tensor_streams import parse_upload
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
@@ -140,10 +140,9 @@ async def _parse_each(
     kind: type[Message], chunks: AsyncIterator[bytes], stall_seconds: float
 ) -> AsyncGenerator[Any, None]:
     following = aiter(chunks)
-    chunks_of = UPLOAD_CHUNKS if kind is gradient_service_pb2.UploadTensorsRequest else None
+    is_upload = kind is gradient_service_pb2.UploadTensorsRequest
     while (raw := await _in_time(anext(following, None), stall_seconds)) is not None:
-        chunk = None if chunks_of is None else chunks_of.chunk(raw)
-        yield parse_one(kind, raw) if chunk is None else chunk
+        yield parse_upload(raw) if is_upload else parse_one(kind, raw)
 
 
 async def _in_time(step: Awaitable[T], stall_seconds: float) -> T:

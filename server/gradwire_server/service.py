@@ -16,6 +16,8 @@ from gradwire_server.fits import Fits
 from gradwire_server.function_host import FunctionHost
 from gradwire_server.grpc_server import GrpcServer
 from gradwire_server.hosting import Hosting
+from gradwire_server.local.local_calls import LocalCalls
+from gradwire_server.local.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.model_storage import ModelStorage
 from gradwire_server.replaying import Replayer
@@ -23,7 +25,6 @@ from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
 from gradwire_server.step_calls import StepCalls
-from gradwire_server.tensors.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.tensors.tensor_store import TensorStore
 from gradwire_server.workers import Cluster
 
@@ -54,8 +55,6 @@ class Service:
         self._models = ModelRegistry(hosting)
         self._functions = FunctionHost(cluster, self._tensors, limits, config.delete_seconds)
         self._local: LocalSocket | None = None
-        if sockets is not None and config.shares_memory:
-            self._local = LocalSocket(sockets / f"{SOCKET_PREFIX}{secrets.token_hex(8)}.sock", self._tensors, limits)
         facts = ServerFacts(cluster, limits, lambda: self._local.path if self._local else "")
         self._storage = storage
         self._checkpoints = checkpoints = CheckpointList(storage, self._models, config.stored_replies)
@@ -72,6 +71,10 @@ class Service:
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
         hosting.replayer.servicer = Servicer(*parts, taken)
         steps = StepCalls(self._models.get, limits, self._admission, config.stall_seconds)
+        if sockets is not None and config.shares_memory:
+            path = sockets / f"{SOCKET_PREFIX}{secrets.token_hex(8)}.sock"
+            calls = LocalCalls(servicer, {"TrainStep": steps.train_step}, self._admission, limits.message_bytes)
+            self._local = LocalSocket(path, self._tensors, limits, calls)
         own = {"TrainStep": steps.train_step, "TrainSteps": steps.train_steps}
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds, own)
         self._server = GrpcServer(handler, limits.message_bytes)

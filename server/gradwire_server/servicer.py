@@ -252,7 +252,8 @@ class Servicer:
 
     async def CreateDataset(self, request: dataset_pb2.CreateDatasetRequest, call: Call) -> dataset_pb2.Dataset:
         batch = codec.decode_batch(request.batch, "batch", self._limits)
-        return codec.encode_dataset(await self._datasets.create(request.dataset_id, batch, call))
+        ttl = codec.decode_ttl(request)
+        return codec.encode_dataset(await self._datasets.create(request.dataset_id, batch, call, ttl=ttl))
 
     async def GetDataset(self, request: dataset_pb2.GetDatasetRequest, call: Call) -> dataset_pb2.Dataset:
         return codec.encode_dataset(self._datasets.get(parse_dataset_name(request.name)).info)

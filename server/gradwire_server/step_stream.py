@@ -28,6 +28,9 @@ from gradwire_server.work_queue import Job
 BYTES_AHEAD = 16 << 20
 """Requests of one stream that wait or run have about so many bytes at most: more are not read before."""
 
+MOST_STEPS = 4096
+"""Of one message: nobody else is answered while they are told apart."""
+
 Item = Job[Any] | EndedCommand | GradwireError
 
 
@@ -178,10 +181,14 @@ class StepStream:
 
 def _steps_of(message: bytes) -> list[bytes]:
     try:
-        return split_items(message)
+        steps = split_items(message)
     except DecodeError:
         kind = pb.TrainStepsRequest.DESCRIPTOR.full_name
         raise InvalidArgument(f"the bytes are no {kind} message", reason="MALFORMED_MESSAGE") from None
+    if len(steps) > MOST_STEPS:
+        message = f"expected at most {MOST_STEPS} steps in a message, got {len(steps)}"
+        raise InvalidArgument(message, field="steps", reason="MESSAGE_TOO_LARGE")
+    return steps
 
 
 def _outcome(item: Item) -> bytes:

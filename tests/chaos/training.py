@@ -100,7 +100,7 @@ class Training:
     What is refused and was not applied is asked for again.
     """
 
-    def __init__(self, subject: Subject, target: str, ranks: int, *, rate: float) -> None:
+    def __init__(self, subject: Subject, target: str, ranks: int, *, rate: float, by_grpc: bool) -> None:
         self.subject = subject
         self.made: list[Made] = []
         self.refused: list[GradwireError] = []
@@ -108,7 +108,7 @@ class Training:
         """Seconds of the longest call, one that failed included."""
         self.in_flight = False
         self.failure: BaseException | None = None
-        self._client = gradwire.connect(target, timeout=TIMEOUT)
+        self._client = gradwire.connect(target, timeout=TIMEOUT, shared_memory=not by_grpc)
         self.model = subject.create(self._client, ranks)
         self._period = 1.0 / rate
         self._ended = threading.Event()

@@ -3,74 +3,28 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from client.local_service import LocalService
 
 from gradwire.deadline import Deadline
 from gradwire.local_transport import LocalTransport
 from gradwire.memory_files import MappedFile, sealed_file
 from gradwire.transfer import Uploads
 from gradwire_proto.errors import Unavailable
-from gradwire_proto.local_wire import SEALS, close_files, new_socket, receive_packet, send_packet
+from gradwire_proto.local_wire import SEALS, close_files, new_socket
 from gradwire_proto.tensors import from_torch
 from gradwire_proto.v1 import gradient_service_pb2 as service_pb
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import TensorData
 
-Answer = Callable[[pb.LocalRequest, list[int]], tuple[pb.LocalReply, list[int]] | None]
-
 UPLOADED = pb.LocalReply(uploaded=pb.LocalUploaded(name="uploads/a"))
-REFUSED = pb.LocalReply(refusal=pb.LocalRefusal(reason="NO", message="no"))
-
-
-class LocalService:
-    """A socket that answers what `answer` says; None hangs up. `requests`: those that came besides hellos."""
-
-    def __init__(self, folder: Path, says: str = "clients-a") -> None:
-        self.path = str(folder / "clients-a.sock")
-        self.answer: Answer = lambda request, files: (REFUSED, [])
-        self.requests: list[pb.LocalRequest] = []
-        self._welcome = pb.LocalReply(welcome=pb.LocalWelcome(service=says))
-        self._listener = new_socket()
-        self._listener.bind(self.path)
-        self._listener.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
-
-    def _serve(self, peer: socket.socket) -> None:
-        with peer:
-            while True:
-                try:
-                    request, files = receive_packet(peer, pb.LocalRequest)
-                except (EOFError, OSError):
-                    return
-                if request.WhichOneof("kind") == "hello":
-                    send_packet(peer, self._welcome)
-                    continue
-                self.requests.append(request)
-                answer = self.answer(request, files)
-                close_files(files)
-                if answer is None:
-                    return
-                send_packet(peer, *answer)
 
 
 @pytest.fixture

@@ -189,6 +189,65 @@ def test_a_batch_that_cannot_be_sent_comes_last(model, steps):
         list(model.train_steps([torch.randn(6, 3)]))
 
 
+def test_a_batch_that_is_none_is_no_end_of_the_data(model, steps):
+    found = []
+    with pytest.raises(InvalidArgument, match="pairs of inputs and targets"):
+        found.extend(result.step for result in model.train_steps([batch(), None, batch()]))
+    assert found == [1]
+
+
+@pytest.mark.parametrize("call", ["train_step", "zero_grad", "futures"])
+def test_a_call_from_the_body_comes_behind_all_steps_that_were_sent(model, steps, scripted, call):
+    sent, seen = [], []
+    calls = {
+        "train_step": lambda: seen.append(model.train_step(*batch()).step - 1),
+        "zero_grad": model.zero_grad,
+        "futures": lambda: model.futures.zero_grad().result(5),
+    }
+    scripted.answers["ZeroGrad"] = lambda request, context: seen.append(len(steps.applied)) or pb.ZeroGradResponse()
+
+    def batches():
+        for _ in range(30):
+            sent.append(None)
+            yield batch()
+
+    expected, most = [], 0
+    for number, _ in enumerate(model.train_steps(batches(), in_flight=6), start=1):
+        expected.append(len(sent) + (len(expected) if call == "train_step" else 0))
+        most = max(most, len(sent) - number)
+        calls[call]()
+    assert seen == expected and len(seen) == 30
+    assert most <= 2 * 6, "results that wait for the loop do not pile up"
+
+
+def test_a_step_that_is_refused_while_the_body_waits_ends_the_training_after_the_results_before(model, steps, scripted):
+    scripted.answers["ZeroGrad"] = lambda request, context: pb.ZeroGradResponse()
+    steps.refuse[4] = InvalidArgument("no", field="batch", reason="NO")
+    found = []
+
+    def train() -> None:
+        for result in model.train_steps([batch() for _ in range(9)], in_flight=6):
+            found.append(result.step)
+            model.zero_grad()
+
+    with pytest.raises(InvalidArgument):
+        train()
+    assert found == [1, 2, 3] and len(steps.applied) == 3
+
+
+def test_a_call_of_another_thread_does_not_wait_for_the_loop(model, steps, scripted):
+    scripted.answers["ZeroGrad"] = lambda request, context: pb.ZeroGradResponse()
+    results = model.train_steps([batch() for _ in range(9)], in_flight=2)
+    next(results)
+    steps.gate.clear()
+    other = threading.Thread(target=model.zero_grad)
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
+    steps.gate.set()
+    assert len(list(results)) == 8
+
+
 @pytest.mark.parametrize(("in_flight", "reason"), [(0, "NUMBER_OUT_OF_RANGE"), (None, "ARGUMENT_TYPE_INVALID")])
 def test_arguments_are_checked_at_once(model, in_flight, reason):
     with pytest.raises(InvalidArgument) as caught:

@@ -237,6 +237,21 @@ def test_an_iterator_that_is_closed_leaves_what_was_sent_applied(client):
     assert model.info().step == len(taken) <= 3 + 2 * 4
 
 
+def test_a_step_alone_from_the_body_comes_behind_more_steps_than_the_service_reads_ahead(client):
+    model, sent = made(client, 1), []
+
+    def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for each in batches(1) * 600:
+            sent.append(None)
+            yield each
+
+    results = model.train_steps(counted(), in_flight=500)
+    next(results)
+    assert len(sent) >= 500
+    assert model.train_step(*batches(1)[0]).step == len(sent) + 1
+    results.close()
+
+
 def test_batches_of_other_shapes_and_large_ones_are_steps_as_well(client):
     net = nn.Sequential(nn.Flatten(), nn.Linear(8, 2))
     model = client.create_model(

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from server.local_peer import Peer, socket_of
 
 from gradwire_proto import codec
 from gradwire_proto.errors import GradwireError, InvalidArgument, RankLost
@@ -541,6 +542,21 @@ async def frontend(start: Callable[..., Any]) -> AsyncIterator[Frontend]:
     """A frontend with the default settings."""
     async with start() as running:
         yield running
+
+
+@pytest.fixture
+async def local(start: Callable[..., Any], tmp_path: Path) -> AsyncIterator[Any]:
+    """A frontend that listens for clients of its own machine, with a model."""
+    async with start(sockets=tmp_path) as frontend:
+        await frontend.create()
+        yield frontend
+
+
+@pytest.fixture
+async def peer(local: Any) -> AsyncIterator[Peer]:
+    peer = Peer(await socket_of(local))
+    yield peer
+    peer.socket.close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from gradwire_proto.v1 import gradient_service_pb2, model_pb2
 from gradwire_proto.values import Batch, Handle, TensorData
 from gradwire_server import datasets, request_log
 from gradwire_server import fit as fit_module
-from gradwire_server.storage.dataset_files import write_dataset
+from gradwire_server.storage.dataset_files import StoredDataset, write_dataset
 from gradwire_server.storage.segment_writer import SegmentWriter
 
 EXAMPLES = bytes(range(80))
@@ -76,6 +76,60 @@ async def test_dataset_is_described_listed_and_gone_once_deleted(frontend: Any) 
     assert isinstance(error, DatasetNotFound) and error.resource == "datasets/d"
 
 
+async def test_dataset_with_a_time_goes_when_no_fit_used_it_for_so_long(start: Any, fakes: Any) -> None:
+    request = creation()
+    request.ttl.FromMilliseconds(400)
+    async with start() as frontend:
+        workers = await frontend.create()
+        made = await frontend.stub.CreateDataset(request)
+        assert made.ttl.ToMilliseconds() == 400
+        await asyncio.sleep(0.2)
+        workers.gate.clear()
+        running = asyncio.ensure_future(told(frontend, fit(fakes.request_id())))
+        await frontend.until(lambda: workers.busy)
+        await asyncio.sleep(0.6)
+        assert await frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")) == made
+        workers.gate.set()
+        assert (await running)[1] is None
+        await asyncio.sleep(0.2)
+        assert await frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")) == made
+    async with start() as frontend:
+        # From its start on it stays as long again.
+        assert await frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")) == made
+        held = frontend.service._tensors.held
+        await frontend.until(lambda: not frontend.service._datasets._stored)
+        assert held.count == 0
+        error = await frontend.error(frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")))
+        assert isinstance(error, DatasetNotFound)
+
+
+async def test_dataset_whose_time_is_over_and_cannot_be_deleted_is_tried_again(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = creation()
+    request.ttl.FromMilliseconds(100)
+    tries, forget = [], StoredDataset.forget
+
+    def fails_twice(self: StoredDataset, durable: bool) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.EIO, "the disk is ill")
+        forget(self, durable)
+
+    monkeypatch.setattr(StoredDataset, "forget", fails_twice)
+    await frontend.stub.CreateDataset(request)
+    await frontend.until(lambda: len(tries) == 3)
+    await frontend.until(lambda: not frontend.service._datasets._stored)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 30 * 86_400 + 1])
+async def test_time_of_a_dataset_has_bounds(frontend: Any, seconds: int) -> None:
+    request = creation()
+    request.ttl.FromSeconds(seconds)
+    error = await frontend.error(frontend.stub.CreateDataset(request))
+    assert (error.reason, error.field) == ("NUMBER_OUT_OF_RANGE", "ttl") and "2592000" in str(error)
+
+
 async def test_dataset_is_refused_where_rows_differ_or_its_name_is_taken(frontend: Any) -> None:
     request = pb.CreateDatasetRequest()
     codec.encode_batch(
@@ -83,6 +137,10 @@ async def test_dataset_is_refused_where_rows_differ_or_its_name_is_taken(fronten
     )
     error = await frontend.error(frontend.stub.CreateDataset(request))
     assert (error.reason, error.field) == ("DATASET_ROWS", "batch.targets")
+    request.Clear()
+    codec.encode_batch(Batch(TensorData("float32", (1 << 20, 0), b"")), request.batch)
+    error = await frontend.error(frontend.stub.CreateDataset(request))
+    assert (error.reason, error.field) == ("DATASET_ROWS", "batch.inputs") and "at least a byte in each" in str(error)
     await frontend.stub.CreateDataset(creation())
     assert (await frontend.error(frontend.stub.CreateDataset(creation()))).reason == "DATASET_EXISTS"
 
@@ -461,6 +519,19 @@ async def test_fit_is_refused_by_the_field_that_is_wrong(frontend: Any, fakes: A
     await frontend.stub.CreateDataset(creation())
     _, error = await told(frontend, fit(fakes.request_id(), **how))
     assert error is not None and error.field == field
+
+
+async def test_no_more_rows_are_shuffled_than_their_orders_have_room_for(
+    frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = await frontend.create()
+    await frontend.stub.CreateDataset(creation())
+    monkeypatch.setattr("gradwire_server.row_orders.MOST_ROWS", 9)
+    _, error = await told(frontend, fit(fakes.request_id(), shuffle=True))
+    assert error is not None and error.field == "shuffle" and "at most 9 rows to shuffle, got 10" in str(error)
+    assert not workers.calls
+    _, error = await told(frontend, fit(fakes.request_id()))
+    assert error is None
 
 
 # --- what outlives what ----------------------------------------------------------------------------------------------

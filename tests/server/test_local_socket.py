@@ -8,19 +8,19 @@ import fcntl
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from server.local_peer import Peer, socket_of, upload
 
 from gradwire_proto import codec
-from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, receive_packet, send_packet, service_of
+from gradwire_proto.local_wire import SEALS, aligned, close_files, new_socket, send_packet, service_of
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 from gradwire_proto.values import GradientResult, Handle, TensorData
-from gradwire_server.tensors.local_connection import MOST_UPLOADS
-from gradwire_server.tensors.local_socket import MOST_CONNECTIONS
+from gradwire_server.local.local_connection import MOST_UPLOADS
+from gradwire_server.local.local_socket import MOST_CONNECTIONS
 
 W = b"\0\0\0\0\0\0\x40\x40"
 TENSOR = TensorData("float32", (1, 2), W)
@@ -37,78 +37,16 @@ def memory_file(*tensors: TensorData, seals: int = SEALS) -> int:
     return file
 
 
-def upload(upload_id: str, *tensors: TensorData) -> local_pb2.LocalRequest:
-    manifest = pb.UploadManifest(upload_id=upload_id)
-    for tensor in tensors:
-        message = codec.encode_tensor(tensor)
-        manifest.tensors.add(dtype=message.dtype, shape=message.shape)
-    return local_pb2.LocalRequest(upload=local_pb2.LocalUpload(manifest=manifest))
-
-
 def load(name: str, shape: tuple[int, ...] = (1, 2)) -> pb.LoadStateDictRequest:
     request = pb.LoadStateDictRequest(name="models/m")
     codec.encode_named_tensors({"w": TensorData("float32", shape, Handle(f"{name}/tensors/0"))}, request.tensors)
     return request
 
 
-class Peer:
-    """A client by hand."""
-
-    def __init__(self, path: str) -> None:
-        self.socket = new_socket()
-        self.socket.settimeout(5)
-        self.socket.connect(path)
-
-    async def ask(self, request: Any, *files: int) -> tuple[local_pb2.LocalReply, list[int]]:
-        """The reply and its files."""
-        send_packet(self.socket, request, files)
-        return await asyncio.to_thread(receive_packet, self.socket, local_pb2.LocalReply)
-
-    async def upload(self, upload_id: str, file: int, *tensors: TensorData) -> local_pb2.LocalReply:
-        """Send a file, which is closed here."""
-        try:
-            return (await self.ask(upload(upload_id, *tensors), file))[0]
-        finally:
-            os.close(file)
-
-    async def download(self, name: str) -> tuple[local_pb2.LocalReply, list[int]]:
-        """Ask for a download."""
-        return await self.ask(local_pb2.LocalRequest(download=local_pb2.LocalDownload(name=name)))
-
-    async def is_cut_off(self) -> bool:
-        """Whether the service has hung up, or does so within a second."""
-        self.socket.settimeout(1)
-        try:
-            return not await asyncio.to_thread(self.socket.recv, 1)
-        except ConnectionError:
-            return True
-        except TimeoutError:
-            return False
-
-
-@pytest.fixture
-async def local(start: Callable[..., Any], tmp_path: Path) -> AsyncIterator[Any]:
-    """A frontend that listens for clients of its own machine, with a model."""
-    async with start(sockets=tmp_path) as frontend:
-        await frontend.create()
-        yield frontend
-
-
-@pytest.fixture
-async def peer(local: Any) -> AsyncIterator[Peer]:
-    peer = Peer(await socket_of(local))
-    yield peer
-    peer.socket.close()
-
-
 @pytest.fixture
 def open_files() -> Callable[[], int]:
     """How many files this process, which is the frontend too, has open."""
     return lambda: len(os.listdir("/proc/self/fd"))
-
-
-async def socket_of(frontend: Any) -> str:
-    return (await frontend.stub.GetServerInfo(pb.GetServerInfoRequest())).local_socket
 
 
 async def test_service_says_who_it_is(local, peer):
@@ -212,7 +150,7 @@ async def test_connection_holds_only_so_many_files(local, peer, fakes, open_file
 
 
 async def test_all_connections_together_hold_only_so_many_files(local, fakes, monkeypatch):
-    monkeypatch.setattr("gradwire_server.tensors.local_connection.MOST_OPEN_FILES", 2)
+    monkeypatch.setattr("gradwire_server.local.local_connection.MOST_OPEN_FILES", 2)
     reasons = []
     for _ in range(3):
         # Each leaves what it has brought behind.
@@ -223,7 +161,7 @@ async def test_all_connections_together_hold_only_so_many_files(local, fakes, mo
 
 
 async def test_client_that_comes_when_no_file_can_be_opened_is_let_in_later_and_keeps_nobody_busy(local, monkeypatch):
-    monkeypatch.setattr("gradwire_server.tensors.local_socket._PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("gradwire_server.local.local_socket._PAUSE_SECONDS", 0.1)
     path = await socket_of(local)
     tries: list[int] = []
 

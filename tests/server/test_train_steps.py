@@ -133,6 +133,15 @@ async def test_requests_between_steps_keep_their_place(frontend: Any, fakes: Any
     assert [call[0] for call in workers.calls] == ["train_step", "train_step", "train_step", "zero_grad", "train_step"]
 
 
+async def test_message_of_too_many_steps_ends_its_stream(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    stream = Stream(frontend)
+    await stream.send(*[pb.TrainStepRequest()] * 4097)
+    error = await error_of(stream)
+    assert (error.reason, error.field) == ("MESSAGE_TOO_LARGE", "steps") and "at most 4096 steps" in str(error)
+    assert not workers.calls
+
+
 async def test_steps_behind_a_refused_one_are_not_applied_and_told_so(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     workers.refused = b"bad"

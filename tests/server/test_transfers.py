@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,29 @@ async def test_upload_round_trips_however_it_is_cut(frontend: Any, cut: int) -> 
     assert name.startswith("uploads/") and len(frontend.files) == 1
     assert (await frontend.stub.LoadStateDict(load(name, index=2))).step == 0
     assert bytes(workers.weights.data) == W
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(65_537, "at most 65536 tensors, got 65537"), (2 << 20, "at most 2097152")]
+)
+async def test_upload_of_too_many_tensors_is_refused_before_they_are_looked_at(
+    frontend: Any, count: int, words: str
+) -> None:
+    raw = b"\x0a\x00" * count  # A tensor of which nothing is said takes two bytes.
+    manifest = pb.UploadManifest.FromString(raw)
+    assert len(manifest.tensors) == count
+
+    async def messages() -> Any:
+        yield pb.UploadTensorsRequest(manifest=manifest)
+
+    begin = time.process_time()
+    error = await frontend.error(frontend.stub.UploadTensors(messages()))
+    assert (error.reason, error.field) in [
+        ("MANIFEST_TOO_LARGE", "manifest.tensors"),
+        ("MANIFEST_TOO_LARGE", "manifest"),
+    ]
+    assert words in str(error)
+    assert time.process_time() - begin < 1.0
 
 
 async def test_upload_has_the_name_that_the_client_chose_and_a_repeat_is_answered_at_once(

@@ -37,7 +37,7 @@ from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
 from gradwire_workers.training.determinism import compute_as_torch_does, compute_repeatably
 from gradwire_workers.training.out_of_memory import out_of_memory_told
-from gradwire_workers.training.reports import BackwardReport, RetainedReport, StepReport
+from gradwire_workers.training.reports import BackwardReport, RetainedReport
 
 Fields = Mapping[str, Any]
 
@@ -119,7 +119,7 @@ class RankCommands:
         if kind == "train_steps":
             with self._together("train_step"):
                 steps = RankSteps(fields)
-            return steps.carry_out(self._model, self._carry_out_step)
+            return steps.carry_out(self._model, self._step_applied, self._step_failed)
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
@@ -127,20 +127,16 @@ class RankCommands:
         with errors_after_applied(), out_of_memory_told():
             return outgoing(answer, self._segments)
 
-    def _carry_out_step(self, step: Callable[[], StepReport], number: int) -> StepReport:
-        """As `answer` does a command, which takes longer than to do so where it fails alone."""
-        try:
-            report = step()
-        except BaseException as error:
-            failure = error
-        else:
-            self._standing_of.applied = number
-            return report
+    def _step_applied(self, number: int) -> None:
+        self._standing_of.applied = number
 
-        def fail(_: Fields) -> StepReport:
-            raise failure
+    def _step_failed(self, number: int, error: BaseException) -> None:
+        """What `answer` does about a command that fails. It takes longer than to do so where one fails alone."""
 
-        return self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
+        def fail(_: Fields) -> None:
+            raise error
+
+        self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
 
     def _carry_out(self, kind: str, command: Callable[[Fields], T], fields: Fields) -> T:
         lifted = limits_lifted() if fields.get(AGAIN) else nullcontext()

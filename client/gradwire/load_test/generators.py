@@ -12,7 +12,7 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 from gradwire.load_test.connections import CallFailed, Connections
@@ -75,13 +75,20 @@ async def closed_loop(send: Callable[[], Coroutine[Any, Any, bool]], concurrency
 
 
 async def open_loop(
-    send: Callable[[int], Coroutine[Any, Any, bool]], due_times: Iterable[float], over: asyncio.Event
+    send: Callable[[int], Coroutine[Any, Any, bool]],
+    due_times: Iterable[float],
+    over: asyncio.Event,
+    unsent: Callable[[int], None],
 ) -> None:
-    """Send a request at each of `due_times`, in seconds from now, until `over`; returns when all are answered."""
+    """Send a request at each of `due_times`, in seconds from now, until `over`; returns when all are answered.
+
+    unsent: called for each that was due and not sent by then, with the nanoseconds that it had waited.
+    """
     in_flight: set[asyncio.Task[bool]] = set()
     start = time.monotonic_ns()
     async with asyncio.TaskGroup() as requests:
-        for seconds in due_times:
+        times = iter(due_times)
+        for seconds in times:
             due = start + round(seconds * 1e9)
             is_late = True
             while not over.is_set() and ((left := due - time.monotonic_ns()) > 0 or len(in_flight) >= MOST_IN_FLIGHT):
@@ -91,6 +98,12 @@ async def open_loop(
                 # Answers have to be read all the same.
                 await asyncio.sleep(0)
             if over.is_set():
+                now = time.monotonic_ns()
+                for each in chain([seconds], times):
+                    waited = now - start - round(each * 1e9)
+                    if waited < 0:
+                        return
+                    unsent(waited)
                 return
             task = requests.create_task(send(due))
             in_flight.add(task)

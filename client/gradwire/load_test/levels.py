@@ -86,6 +86,7 @@ class Level:
             "unstable": not self.stable,
             "tester late": is_late,
             "tester busy": self.tester_cpu > _BUSY,
+            "not sent": self.measured.unsent > 0,
             "below the rate": self.load.is_rate and self.rate < _TOO_FEW * self.load.value,
         }
         return tuple(note for note, holds in found.items() if holds)
@@ -102,7 +103,7 @@ async def measure(
     recorder, over = Recorder(timing_reader(requests[0].method)), asyncio.Event()
     sender = Sender(connections, requests, recorder, options.timeout)
     if load.is_rate:
-        generator = open_loop(sender.send, due_times(load.value, options.arrivals, options.seed), over)
+        generator = open_loop(sender.send, due_times(load.value, options.arrivals, options.seed), over, recorder.unsent)
     else:
         generator = closed_loop(sender.send, int(load.value), over)
     task = asyncio.create_task(generator)

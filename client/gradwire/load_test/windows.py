@@ -22,7 +22,8 @@ class Window:
     """What ended between two points in time. Latencies and lags are in microseconds; `parts` are sums of seconds.
 
     latencies: of requests that succeeded. lags: by how much later than due the tester sent them. errors: by reason.
-    cpu: seconds that the tester computed.
+    cpu: seconds that the tester computed. unsent: requests that were due, and have waited for too many others to be
+    answered: they are among the latencies and lags, with the time that they had waited.
     """
 
     seconds: float = 0.0
@@ -30,6 +31,7 @@ class Window:
     latencies: Histogram = field(default_factory=Histogram)
     lags: Histogram = field(default_factory=Histogram)
     errors: Counter[str] = field(default_factory=Counter)
+    unsent: int = 0
     parts: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
 
     @property
@@ -53,6 +55,7 @@ class Window:
             latencies=Histogram.merged(window.latencies for window in windows),
             lags=Histogram.merged(window.lags for window in windows),
             errors=errors,
+            unsent=sum(window.unsent for window in windows),
             parts=[sum(part) for part in zip(*(window.parts for window in windows), strict=True)],
         )
 
@@ -76,6 +79,12 @@ class Recorder:
 
     def failed(self, reason: str) -> None:
         self.window.errors[reason] += 1
+
+    def unsent(self, waited_ns: int) -> None:
+        """Note a request that was due so long ago and will not be sent: its latency would be longer."""
+        self.window.latencies.record(waited_ns // 1000)
+        self.window.lags.record(waited_ns // 1000)
+        self.window.unsent += 1
 
     def turn(self) -> Window:
         """Close the open window and open the next. Returns the closed one."""

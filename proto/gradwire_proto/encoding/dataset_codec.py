@@ -5,10 +5,13 @@ from __future__ import annotations
 from gradwire_proto.encoding.result_codec import decode_timing, encode_timing
 from gradwire_proto.encoding.scalar_codec import INT64_MAX, check_integer, decode_time, encode_time, missing
 from gradwire_proto.encoding.tensor_codec import decode_tensor_type, decode_value, encode_value
+from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.names import dataset_name, model_name, parse_dataset_name
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import tensor_pb2
 from gradwire_proto.values import DatasetInfo, FitPlan, FitProgress, FitSteps, TensorData, Value
+
+LONGEST_TTL = 30 * 86_400
 
 
 def encode_dataset(value: DatasetInfo) -> pb.Dataset:
@@ -18,6 +21,8 @@ def encode_dataset(value: DatasetInfo) -> pb.Dataset:
     if value.targets is not None:
         encode_value(value.targets, message.targets, "targets")
     encode_time(value.created_at, message.create_time)
+    if value.ttl is not None:
+        message.ttl.FromNanoseconds(round(value.ttl * 1e9))
     return message
 
 
@@ -30,7 +35,19 @@ def decode_dataset(message: pb.Dataset, field: str = "dataset") -> DatasetInfo:
         num_examples=check_integer(message.num_examples, f"{field}.num_examples", minimum=1),
         nbytes=check_integer(message.size_bytes, f"{field}.size_bytes", minimum=0),
         created_at=decode_time(message.create_time),
+        ttl=decode_ttl(message, f"{field}.ttl"),
     )
+
+
+def decode_ttl(message: pb.Dataset | pb.CreateDatasetRequest, field: str = "ttl") -> float | None:
+    """The seconds of a message's `ttl`; None where it has none."""
+    if not message.HasField("ttl"):
+        return None
+    seconds = message.ttl.seconds + message.ttl.nanos / 1e9
+    if not 0 < seconds <= LONGEST_TTL:
+        expected = f"expected more than 0 and at most {LONGEST_TTL} seconds"
+        raise InvalidArgument(f"{expected}, got {seconds:g}", field=field, reason="NUMBER_OUT_OF_RANGE")
+    return seconds
 
 
 def _described(message: tensor_pb2.Value, field: str) -> Value:

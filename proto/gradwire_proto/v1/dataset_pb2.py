@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.api import field_info_pb2 as google_dot_api_dot_field__info__pb2
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from gradwire_proto.v1 import model_pb2 as gradwire__proto_dot_v1_dot_model__pb2
 from gradwire_proto.v1 import tensor_pb2 as gradwire__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradwire_proto/v1/dataset.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/api/field_info.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1dgradwire_proto/v1/model.proto\x1a\x1egradwire_proto/v1/tensor.proto\"\xa1\x02\n\x07\x44\x61taset\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12(\n\x06inputs\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ValueB\x04\xe2\x41\x01\x03\x12)\n\x07targets\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.ValueB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_examples\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:@\xea\x41=\n\x14gradwire.dev/Dataset\x12\x12\x64\x61tasets/{dataset}*\x08\x64\x61tasets2\x07\x64\x61taset\"q\n\x14\x43reateDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\'\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.BatchB\x04\xe2\x41\x01\x02\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xe2\x8c\xcf\xd7\x08\x02\x08\x01\"@\n\x11GetDatasetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListDatasetsResponse\x12&\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x14.gradwire.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"a\n\x14\x44\x65leteDatasetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xe2\x8c\xcf\xd7\x08\x02\x08\x01\"\xb0\x02\n\nFitRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xe2\x41\x01\x02\xfa\x41\x14\n\x12gradwire.dev/Model\x12.\n\x07\x64\x61taset\x18\x02 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12\x14\n\x06\x65pochs\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\nbatch_size\x18\x04 \x01(\x03\x12\x0f\n\x07shuffle\x18\x05 \x01(\x08\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x35\n\x12validation_dataset\x18\x07 \x01(\tB\x19\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12 \n\nrequest_id\x18\x08 \x01(\tB\x0c\xe2\x41\x01\x02\xe2\x8c\xcf\xd7\x08\x02\x08\x01\x12\x17\n\x0f\x63ompleted_steps\x18\t \x01(\x03\x12\x0c\n\x04stop\x18\n \x01(\x08\"\xb3\x01\n\x0b\x46itResponse\x12\x12\n\nfirst_step\x18\x01 \x01(\x03\x12\x0e\n\x06losses\x18\x02 \x03(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x1c\n\x0fvalidation_loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x42\x12\n\x10_validation_loss\"\xde\x01\n\x0f\x46itStepsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32\x14.gradwire.v1.Dataset\x12\x12\n\nfirst_step\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\x12\n\nbatch_size\x18\x05 \x01(\x03\x12\x0c\n\x04rows\x18\x06 \x01(\x0c\x12\x1c\n\x0fvalidation_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0b\n\x03\x66it\x18\t \x01(\tB\x12\n\x10_validation_loss\"\xcb\x01\n\x10\x46itStepsResponse\x12\x0e\n\x06losses\x18\x01 \x03(\x01\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x1c\n\x0fvalidation_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0b\n\x03\x66it\x18\x06 \x01(\t\x12\x12\n\nfirst_step\x18\x07 \x01(\x03\x42\x12\n\x10_validation_lossb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradwire_proto/v1/dataset.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1bgoogle/api/field_info.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1dgradwire_proto/v1/model.proto\x1a\x1egradwire_proto/v1/tensor.proto\"\xcf\x02\n\x07\x44\x61taset\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12(\n\x06inputs\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.ValueB\x04\xe2\x41\x01\x03\x12)\n\x07targets\x18\x03 \x01(\x0b\x32\x12.gradwire.v1.ValueB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_examples\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12,\n\x03ttl\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03:@\xea\x41=\n\x14gradwire.dev/Dataset\x12\x12\x64\x61tasets/{dataset}*\x08\x64\x61tasets2\x07\x64\x61taset\"\x99\x01\n\x14\x43reateDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\'\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.gradwire.v1.BatchB\x04\xe2\x41\x01\x02\x12\x1c\n\nrequest_id\x18\x03 \x01(\tB\x08\xe2\x8c\xcf\xd7\x08\x02\x08\x01\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"@\n\x11GetDatasetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListDatasetsResponse\x12&\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x14.gradwire.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"a\n\x14\x44\x65leteDatasetRequest\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\xe2\x8c\xcf\xd7\x08\x02\x08\x01\"\xb0\x02\n\nFitRequest\x12)\n\x04name\x18\x01 \x01(\tB\x1b\xe2\x41\x01\x02\xfa\x41\x14\n\x12gradwire.dev/Model\x12.\n\x07\x64\x61taset\x18\x02 \x01(\tB\x1d\xe2\x41\x01\x02\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12\x14\n\x06\x65pochs\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\nbatch_size\x18\x04 \x01(\x03\x12\x0f\n\x07shuffle\x18\x05 \x01(\x08\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x35\n\x12validation_dataset\x18\x07 \x01(\tB\x19\xfa\x41\x16\n\x14gradwire.dev/Dataset\x12 \n\nrequest_id\x18\x08 \x01(\tB\x0c\xe2\x41\x01\x02\xe2\x8c\xcf\xd7\x08\x02\x08\x01\x12\x17\n\x0f\x63ompleted_steps\x18\t \x01(\x03\x12\x0c\n\x04stop\x18\n \x01(\x08\"\xb3\x01\n\x0b\x46itResponse\x12\x12\n\nfirst_step\x18\x01 \x01(\x03\x12\x0e\n\x06losses\x18\x02 \x03(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x1c\n\x0fvalidation_loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\x42\x12\n\x10_validation_loss\"\xde\x01\n\x0f\x46itStepsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32\x14.gradwire.v1.Dataset\x12\x12\n\nfirst_step\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12\x12\n\nbatch_size\x18\x05 \x01(\x03\x12\x0c\n\x04rows\x18\x06 \x01(\x0c\x12\x1c\n\x0fvalidation_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0b\n\x03\x66it\x18\t \x01(\tB\x12\n\x10_validation_loss\"\xcb\x01\n\x10\x46itStepsResponse\x12\x0e\n\x06losses\x18\x01 \x03(\x01\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x1c\n\x0fvalidation_loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0b\n\x03\x66it\x18\x06 \x01(\t\x12\x12\n\nfirst_step\x18\x07 \x01(\x03\x42\x12\n\x10_validation_lossb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,6 +51,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASET'].fields_by_name['size_bytes']._serialized_options = b'\342A\001\003'
   _globals['_DATASET'].fields_by_name['create_time']._loaded_options = None
   _globals['_DATASET'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
+  _globals['_DATASET'].fields_by_name['ttl']._loaded_options = None
+  _globals['_DATASET'].fields_by_name['ttl']._serialized_options = b'\342A\001\003'
   _globals['_DATASET']._loaded_options = None
   _globals['_DATASET']._serialized_options = b'\352A=\n\024gradwire.dev/Dataset\022\022datasets/{dataset}*\010datasets2\007dataset'
   _globals['_CREATEDATASETREQUEST'].fields_by_name['batch']._loaded_options = None
@@ -72,24 +75,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FITREQUEST'].fields_by_name['validation_dataset']._serialized_options = b'\372A\026\n\024gradwire.dev/Dataset'
   _globals['_FITREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_FITREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\002\342\214\317\327\010\002\010\001'
-  _globals['_DATASET']._serialized_start=259
-  _globals['_DATASET']._serialized_end=548
-  _globals['_CREATEDATASETREQUEST']._serialized_start=550
-  _globals['_CREATEDATASETREQUEST']._serialized_end=663
-  _globals['_GETDATASETREQUEST']._serialized_start=665
-  _globals['_GETDATASETREQUEST']._serialized_end=729
-  _globals['_LISTDATASETSREQUEST']._serialized_start=731
-  _globals['_LISTDATASETSREQUEST']._serialized_end=791
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=793
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=880
-  _globals['_DELETEDATASETREQUEST']._serialized_start=882
-  _globals['_DELETEDATASETREQUEST']._serialized_end=979
-  _globals['_FITREQUEST']._serialized_start=982
-  _globals['_FITREQUEST']._serialized_end=1286
-  _globals['_FITRESPONSE']._serialized_start=1289
-  _globals['_FITRESPONSE']._serialized_end=1468
-  _globals['_FITSTEPSREQUEST']._serialized_start=1471
-  _globals['_FITSTEPSREQUEST']._serialized_end=1693
-  _globals['_FITSTEPSRESPONSE']._serialized_start=1696
-  _globals['_FITSTEPSRESPONSE']._serialized_end=1899
+  _globals['_DATASET']._serialized_start=291
+  _globals['_DATASET']._serialized_end=626
+  _globals['_CREATEDATASETREQUEST']._serialized_start=629
+  _globals['_CREATEDATASETREQUEST']._serialized_end=782
+  _globals['_GETDATASETREQUEST']._serialized_start=784
+  _globals['_GETDATASETREQUEST']._serialized_end=848
+  _globals['_LISTDATASETSREQUEST']._serialized_start=850
+  _globals['_LISTDATASETSREQUEST']._serialized_end=910
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=912
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=999
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1001
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1098
+  _globals['_FITREQUEST']._serialized_start=1101
+  _globals['_FITREQUEST']._serialized_end=1405
+  _globals['_FITRESPONSE']._serialized_start=1408
+  _globals['_FITRESPONSE']._serialized_end=1587
+  _globals['_FITSTEPSREQUEST']._serialized_start=1590
+  _globals['_FITSTEPSREQUEST']._serialized_end=1812
+  _globals['_FITSTEPSRESPONSE']._serialized_start=1815
+  _globals['_FITSTEPSRESPONSE']._serialized_end=2018
 # @@protoc_insertion_point(module_scope)

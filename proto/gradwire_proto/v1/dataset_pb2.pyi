@@ -1,6 +1,7 @@
 from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import field_info_pb2 as _field_info_pb2
 from google.api import resource_pb2 as _resource_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
 from gradwire_proto.v1 import model_pb2 as _model_pb2
@@ -14,30 +15,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "inputs", "targets", "num_examples", "size_bytes", "create_time")
+    __slots__ = ("name", "inputs", "targets", "num_examples", "size_bytes", "create_time", "ttl")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
     name: str
     inputs: _tensor_pb2.Value
     targets: _tensor_pb2.Value
     num_examples: int
     size_bytes: int
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., targets: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., num_examples: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    ttl: _duration_pb2.Duration
+    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., targets: _Optional[_Union[_tensor_pb2.Value, _Mapping]] = ..., num_examples: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., ttl: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CreateDatasetRequest(_message.Message):
-    __slots__ = ("dataset_id", "batch", "request_id")
+    __slots__ = ("dataset_id", "batch", "request_id", "ttl")
     DATASET_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
     dataset_id: str
     batch: _tensor_pb2.Batch
     request_id: str
-    def __init__(self, dataset_id: _Optional[str] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    ttl: _duration_pb2.Duration
+    def __init__(self, dataset_id: _Optional[str] = ..., batch: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ..., ttl: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class GetDatasetRequest(_message.Message):
     __slots__ = ("name",)

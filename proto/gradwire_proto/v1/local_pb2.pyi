@@ -1,3 +1,4 @@
+from google.rpc import status_pb2 as _status_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as _gradient_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -8,14 +9,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LocalRequest(_message.Message):
-    __slots__ = ("hello", "upload", "download")
+    __slots__ = ("hello", "upload", "download", "call")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     hello: LocalHello
     upload: LocalUpload
     download: LocalDownload
-    def __init__(self, hello: _Optional[_Union[LocalHello, _Mapping]] = ..., upload: _Optional[_Union[LocalUpload, _Mapping]] = ..., download: _Optional[_Union[LocalDownload, _Mapping]] = ...) -> None: ...
+    call: LocalCall
+    def __init__(self, hello: _Optional[_Union[LocalHello, _Mapping]] = ..., upload: _Optional[_Union[LocalUpload, _Mapping]] = ..., download: _Optional[_Union[LocalDownload, _Mapping]] = ..., call: _Optional[_Union[LocalCall, _Mapping]] = ...) -> None: ...
 
 class LocalHello(_message.Message):
     __slots__ = ()
@@ -33,17 +36,31 @@ class LocalDownload(_message.Message):
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
+class LocalCall(_message.Message):
+    __slots__ = ("method", "request", "timeout_seconds")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    request: bytes
+    timeout_seconds: float
+    def __init__(self, method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
 class LocalReply(_message.Message):
-    __slots__ = ("welcome", "uploaded", "downloaded", "refusal")
+    __slots__ = ("welcome", "uploaded", "downloaded", "refusal", "response", "error")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     UPLOADED_FIELD_NUMBER: _ClassVar[int]
     DOWNLOADED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     welcome: LocalWelcome
     uploaded: LocalUploaded
     downloaded: LocalDownloaded
     refusal: LocalRefusal
-    def __init__(self, welcome: _Optional[_Union[LocalWelcome, _Mapping]] = ..., uploaded: _Optional[_Union[LocalUploaded, _Mapping]] = ..., downloaded: _Optional[_Union[LocalDownloaded, _Mapping]] = ..., refusal: _Optional[_Union[LocalRefusal, _Mapping]] = ...) -> None: ...
+    response: bytes
+    error: _status_pb2.Status
+    def __init__(self, welcome: _Optional[_Union[LocalWelcome, _Mapping]] = ..., uploaded: _Optional[_Union[LocalUploaded, _Mapping]] = ..., downloaded: _Optional[_Union[LocalDownloaded, _Mapping]] = ..., refusal: _Optional[_Union[LocalRefusal, _Mapping]] = ..., response: _Optional[bytes] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class LocalWelcome(_message.Message):
     __slots__ = ("service",)

@@ -15,7 +15,8 @@ _NO_TIME = Timing()
 class DatasetInfo:
     """Examples that stay on the service. In `inputs` and `targets`, nested as a batch's, tensors have no bytes.
 
-    num_examples: rows of every tensor. nbytes: of all tensors. created_at: seconds since 1970.
+    num_examples: rows of every tensor. nbytes: of all tensors. created_at: seconds since 1970. ttl: seconds that it
+    stays while no fit uses it; None: for good.
     """
 
     id: str
@@ -24,6 +25,7 @@ class DatasetInfo:
     num_examples: int
     nbytes: int
     created_at: float
+    ttl: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,28 @@ from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.names import check_upload_id, upload_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
+from gradwire_server.request_parsing import parse_one
 from gradwire_server.tensors.held_files import TensorType
 
-UPLOAD_CHUNKS = ChunkFormat(pb.UploadTensorsRequest)
+MOST_TENSORS = 65_536
+"""Of one upload."""
+
+_MANIFEST_BYTES = 2 << 20
+"""Of their types and shapes: nobody else is answered while they are read."""
+
+_UPLOAD = ChunkFormat(pb.UploadTensorsRequest)
 _DOWNLOAD = ChunkFormat(pb.DownloadTensorsResponse)
+
+
+def parse_upload(raw: bytes) -> pb.UploadTensorsRequest | memoryview:
+    """A message of UploadTensors: a manifest, or the bytes of a chunk. InvalidArgument for one that is none."""
+    chunk = _UPLOAD.chunk(raw)
+    if chunk is not None:
+        return chunk
+    if len(raw) > _MANIFEST_BYTES:
+        message = f"a manifest has at most {_MANIFEST_BYTES} bytes, got {len(raw)}"
+        raise InvalidArgument(message, field="manifest", reason="MANIFEST_TOO_LARGE")
+    return parse_one(pb.UploadTensorsRequest, raw)
 
 
 async def read_manifest(
@@ -29,6 +47,9 @@ async def read_manifest(
 
 def decode_manifest(manifest: pb.UploadManifest, limits: Limits) -> tuple[list[TensorType], str | None]:
     """The tensors of an upload, and its name where the client has chosen one."""
+    if len(manifest.tensors) > MOST_TENSORS:
+        message = f"expected at most {MOST_TENSORS} tensors, got {len(manifest.tensors)}"
+        raise InvalidArgument(message, field="manifest.tensors", reason="MANIFEST_TOO_LARGE")
     types = [
         TensorType(*decode_tensor_type(header.dtype, header.shape, f"manifest.tensors[{index}]", limits))
         for index, header in enumerate(manifest.tensors)

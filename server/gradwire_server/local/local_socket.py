@@ -1,4 +1,4 @@
-"""The Unix socket over which clients of this machine share memory with the service: local.proto, from this side.
+"""The Unix socket over which clients of this machine share memory with the service and make small calls: local.proto.
 
 Whoever connects must run as the same user as the service.
 """
@@ -15,13 +15,14 @@ from pathlib import Path
 
 from gradwire_proto.local_wire import MOST_PATH_BYTES, new_socket, peer_user, service_of
 from gradwire_proto.values import Limits
-from gradwire_server.tensors.local_connection import Held, LocalConnection
+from gradwire_server.local.local_calls import LocalCalls
+from gradwire_server.local.local_connection import Held, LocalConnection
 from gradwire_server.tensors.tensor_store import TensorStore
 
 logger = logging.getLogger(__name__)
 
-MOST_CONNECTIONS = 64
-"""Clients that are connected at once. Further ones use gRPC alone."""
+MOST_CONNECTIONS = 256
+"""Connections at once, of which a client has several. Whoever gets none uses gRPC alone."""
 
 SOCKET_PREFIX = "clients-"
 """What the names of such sockets begin with."""
@@ -39,8 +40,9 @@ _PR_GET_DUMPABLE = 3
 class LocalSocket:
     """Listens at `path`, in a private folder, once it was started. All methods belong to the event loop's thread."""
 
-    def __init__(self, path: Path, tensors: TensorStore, limits: Limits) -> None:
+    def __init__(self, path: Path, tensors: TensorStore, limits: Limits, calls: LocalCalls) -> None:
         self._path = path
+        self._calls = calls
         self._tensors = tensors
         self._limits = limits
         self._listener: socket.socket | None = None
@@ -102,7 +104,9 @@ class LocalSocket:
             return
         peer.setblocking(False)
         service = service_of(self.path)
-        self._connections.add(LocalConnection(peer, self._tensors, self._limits, service, self._held, self._ended))
+        self._connections.add(
+            LocalConnection(peer, self._tensors, self._limits, service, self._calls, self._held, self._ended)
+        )
 
     def _ended(self, connection: LocalConnection) -> None:
         self._connections.discard(connection)

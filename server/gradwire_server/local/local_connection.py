@@ -1,4 +1,4 @@
-"""One client that shares memory with the service: its requests, answered one after another.
+"""One client on the machine of the service, which shares memory or makes small calls: its requests, one by one.
 
 Nothing that a client sends is waited for, and nothing that it does to its own files afterwards reaches anybody else:
 uploads are sealed, and downloads are the client's alone.
@@ -19,6 +19,7 @@ from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhaus
 from gradwire_proto.local_wire import PacketError, close_files, receive_packet, send_packet
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import Limits
+from gradwire_server.local.local_calls import LocalCalls
 from gradwire_server.tensors.file_threads import THREAD_BYTES, in_thread
 from gradwire_server.tensors.held_files import TensorType
 from gradwire_server.tensors.sealed_files import SealedFile
@@ -57,6 +58,7 @@ class LocalConnection:
         tensors: TensorStore,
         limits: Limits,
         service: str,
+        calls: LocalCalls,
         all_held: Held,
         ended: Callable[[LocalConnection], None],
     ) -> None:
@@ -64,11 +66,13 @@ class LocalConnection:
         self._tensors = tensors
         self._limits = limits
         self._service = service
+        self._calls = calls
         self._ended = ended
         self._held = Held()
         self._all_held = all_held
         self._loop = asyncio.get_running_loop()
         self._checking: asyncio.Task[None] | None = None
+        self._calling: asyncio.Task[pb.LocalReply] | None = None
         self._loop.add_reader(peer, self._read)
 
     def close(self) -> None:
@@ -76,6 +80,8 @@ class LocalConnection:
         if self._peer.fileno() >= 0:
             self._loop.remove_reader(self._peer)
             self._peer.close()
+            if self._calling is not None:
+                self._calling.cancel()
             self._ended(self)
 
     def _read(self) -> None:
@@ -87,6 +93,10 @@ class LocalConnection:
             self.close()
             return
         try:
+            if self._calling is not None:
+                # It speaks without waiting for its answer.
+                self.close()
+                return
             with self._refusals():
                 self._do(request, files)
         finally:
@@ -98,7 +108,7 @@ class LocalConnection:
         try:
             yield
         except GradwireError as error:
-            self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=error.message)))
+            self._say(pb.LocalReply(refusal=pb.LocalRefusal(reason=error.reason, message=str(error))))
         except Exception:
             logger.exception("a request for shared memory failed")
             self.close()
@@ -108,12 +118,25 @@ class LocalConnection:
         match request.WhichOneof("kind"):
             case "hello":
                 self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
+            case "call":
+                self._call(request.call)
             case "upload":
                 self._upload(request.upload, files)
             case "download":
                 self._download(request.download.name)
             case _:
                 raise InvalidArgument("expected a request", field="kind", reason="FIELD_MISSING")
+
+    def _call(self, request: pb.LocalCall) -> None:
+        """The connection is watched meanwhile: a client that hangs up gives its call up."""
+
+        def answer(calling: asyncio.Task[pb.LocalReply]) -> None:
+            self._calling = None
+            if not calling.cancelled():
+                self._say(calling.result())
+
+        self._calling = self._calls.begin(request)
+        self._calling.add_done_callback(answer)
 
     def _upload(self, request: pb.LocalUpload, files: list[int]) -> None:
         """Takes the one file over, out of `files`."""
