@@ -186,8 +186,8 @@ def _steps_of(message: bytes) -> list[bytes]:
         kind = pb.TrainStepsRequest.DESCRIPTOR.full_name
         raise InvalidArgument(f"the bytes are no {kind} message", reason="MALFORMED_MESSAGE") from None
     if len(steps) > MOST_STEPS:
-        message = f"expected at most {MOST_STEPS} steps in a message, got {len(steps)}"
-        raise InvalidArgument(message, field="steps", reason="MESSAGE_TOO_LARGE")
+        words = f"expected at most {MOST_STEPS} steps in a message, got {len(steps)}"
+        raise InvalidArgument(words, field="steps", reason="MESSAGE_TOO_LARGE")
     return steps
 
 
