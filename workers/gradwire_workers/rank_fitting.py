@@ -48,7 +48,8 @@ class RankFitting:
             steps=fields["batches"],
             order=None,
         )
-        return asdict(trainer.evaluate(batches, first=fields["first"]))
+        found = trainer.evaluate(batches, first=fields["first"])
+        return {"losses": found.losses, "seconds": found.seconds}
 
     def forget(self) -> None:
         """Let go of what is mapped."""
