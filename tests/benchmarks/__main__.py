@@ -26,7 +26,7 @@ from benchmarks import (
     weights,
 )
 from benchmarks.benchmark import Benchmark, arguments, check_device
-from benchmarks.report import Report, here, write
+from benchmarks.report import Report, busyness, here, load_average, write
 from benchmarks.rows import Row
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -55,7 +55,7 @@ def main() -> int:
     check_device(options.device)
     if options.write and options.only:
         parser.error("--write takes a whole run, whose figures have one date and commit: leave --only out")
-    where, start = here(), time.monotonic()
+    where, before, start = here(), load_average(), time.monotonic()
     names = options.only or [name for name, each in BENCHMARKS.items() if options.device in each.devices]
     if unfit := [name for name in names if options.device not in BENCHMARKS[name].devices]:
         parser.error(f"not measured on {options.device}: {', '.join(unfit)}")
@@ -70,7 +70,7 @@ def main() -> int:
             except Exception as error:
                 failed.append(f"{name} could not be measured: {type(error).__name__}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
-    report = Report(where=where, rows=rows, failed=failed)
+    report = Report(where=f"{where}, {busyness(before, load_average())}", rows=rows, failed=failed)
     print(report.as_text())
     print(f"{time.monotonic() - start:.0f} s")
     if options.write:

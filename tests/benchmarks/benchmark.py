@@ -48,9 +48,17 @@ class Benchmark:
 def arguments(description: str | None, devices: tuple[str, ...]) -> argparse.ArgumentParser:
     """Takes `--rounds` and `--device`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, metavar="N", help="measure so often, instead of each benchmark's number")
+    parser.add_argument(
+        "--rounds", type=_at_least_one, metavar="N", help="measure so often, instead of each benchmark's number"
+    )
     parser.add_argument("--device", choices=devices, default="cpu")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
 
 
 def check_device(device: str) -> None:

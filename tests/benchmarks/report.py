@@ -54,14 +54,23 @@ class Report:
 
 
 def here() -> str:
-    """Machine, versions, date, commit, and how busy the machine is with other things: asked before a run."""
+    """Machine, versions, date and commit."""
     info = Path("/proc/cpuinfo").read_text()
     model = next(iter(re.findall(r"^model name\s*: (.*)$", info, re.MULTILINE)), platform.machine())
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    load = os.getloadavg()[0]
-    busy = f"load average {load:.1f} before" + " (busy with other work: these figures say little)" * (load > 1.0)
     versions = f"CPython {platform.python_version()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} cores ({model}){gpu}, {versions}, {datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {busy}"
+    return f"{os.cpu_count()} cores ({model}){gpu}, {versions}, {datetime.now(UTC):%Y-%m-%d}, commit {commit()}"
+
+
+def load_average() -> float:
+    """How many processes compute, over the last minute: before a run, others' alone."""
+    return os.getloadavg()[0]
+
+
+def busyness(before: float, after: float) -> str:
+    """What the load averages before and after a run say of its figures."""
+    words = f"load average {before:.1f} before and {after:.1f} after"
+    return words + " (busy with other work: these figures say little)" * (before > 1.0)
 
 
 def commit() -> str:
