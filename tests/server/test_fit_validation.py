@@ -48,26 +48,31 @@ def before(workers: Any, position: int, act: Callable[[], Any]) -> None:
     workers.fitting.evaluate = wrapped
 
 
-def loss_in(messages: list[pb.FitResponse]) -> float:
-    (loss,) = [each.validation_loss for each in messages if each.HasField("validation_loss")]
-    return loss
+def losses_in(messages: list[pb.FitResponse]) -> list[float]:
+    return [each.validation_loss for each in messages if each.HasField("validation_loss")]
 
 
 async def test_validation_tells_that_it_goes_on_and_lets_others_have_their_turn(frontend: Any, fakes: Any) -> None:
     workers = await prepared(frontend)
     training: list[asyncio.Future[Any]] = []
-    before(workers, 6, lambda: training.append(asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"a")))))
-    messages, error = await told(frontend, validated(fakes.request_id()))
+
+    def train() -> None:
+        if not training:
+            training.append(asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"a"))))
+
+    before(workers, 6, train)
+    messages, error = await told(frontend, validated(fakes.request_id(), epochs=2))
     assert error is None and messages[-1].done
     await training[0]
-    kinds = [call[0] for call in workers.calls]
-    assert kinds.index("evaluate") < kinds.index("train_step") < len(kinds) - 1 - kinds[::-1].index("evaluate")
-    assert pieces(workers) == PIECES
+    asked = [call for call in workers.calls if call[0] in ("evaluate", "train_step")]
+    count = [call[0] for call in asked].index("train_step")
+    assert 3 <= count < len(PIECES) and pieces(workers)[: len(PIECES)] == PIECES
     # What a command in between changes counts from then on; rows count alike, also those of the last batch.
-    count = kinds[: kinds.index("train_step")].count("evaluate")
     rows = 4 * PIECES[count][0]
-    assert loss_in(messages) == pytest.approx((rows * 103.0 + (ROWS - rows) * 104.0) / ROWS, abs=1e-9)
-    assert len([each for each in messages if not each.losses and not each.HasField("validation_loss")]) == len(PIECES)
+    expected = (rows * 103.0 + (ROWS - rows) * 104.0) / ROWS
+    assert losses_in(messages) == [pytest.approx(expected, abs=1e-9), 107.0]
+    silent = [each for each in messages if not each.losses and not each.HasField("validation_loss")]
+    assert len(silent) == len(pieces(workers)) == 11
 
 
 async def test_piece_of_a_validation_that_loses_its_ranks_is_computed_again(frontend: Any, fakes: Any) -> None:
@@ -79,7 +84,7 @@ async def test_piece_of_a_validation_that_loses_its_ranks_is_computed_again(fron
     before(workers, 11, kill)
     messages, error = await told(frontend, validated(fakes.request_id()))
     again = frontend.cluster.groups["m"]
-    assert error is None and loss_in(messages) == 103.0
+    assert error is None and losses_in(messages) == [103.0]
     assert again is not workers and [*pieces(workers)[:-1], *pieces(again)] == PIECES
     assert pieces(workers)[-1] == pieces(again)[0]
 
@@ -96,12 +101,13 @@ async def test_validation_ends_between_two_pieces_when_the_fit_is_stopped(
     stop = pb.FitRequest()
     stop.CopyFrom(request)
     stop.completed_steps, stop.stop = 3, True
-    messages, error = await told(frontend, stop)
+    async with asyncio.timeout(5):
+        messages, error = await told(frontend, stop)
     assert error is None and not losses(messages)
     workers.gate.set()
     messages, error = await running
     assert error is None and losses(messages) == [0.0, 1.0, 2.0]
-    assert messages[-1].done == (epochs == 1) and not any(each.HasField("validation_loss") for each in messages)
+    assert messages[-1].done == (epochs == 1) and not losses_in(messages)
     assert pieces(workers) == PIECES[:3]
 
 
@@ -133,19 +139,16 @@ async def test_validation_is_not_told_of_a_model_that_another_call_of_the_fit_ha
         return may_begin(self, first, **how)
 
     monkeypatch.setattr(Fit, "_may_begin", noted)
-    old = asyncio.ensure_future(told(frontend, request))
     repeat = pb.FitRequest()
     repeat.CopyFrom(request)
     repeat.completed_steps = 3
     new: list[asyncio.Future[Any]] = []
     before(workers, 6, lambda: new or new.append(asyncio.ensure_future(told(frontend, repeat))))
-    messages, error = await old
-    again, error_again = await new[0]
+    async with asyncio.timeout(5):
+        messages, error = await told(frontend, request)
+        again, error_again = await new[0]
     assert error is None and error_again is None and len(set(fits)) == 2
-    found = [
-        [each.validation_loss for each in heard if each.HasField("validation_loss")] for heard in (messages, again)
-    ]
-    assert found == [[103.0, 106.0, 109.0]] * 2
+    assert losses_in(messages) == losses_in(again) == [103.0, 106.0, 109.0]
     assert losses(again) == losses(messages)[3:]
 
 
@@ -167,11 +170,11 @@ async def test_validation_that_had_room_to_begin_goes_on_when_the_model_has_no_m
     frontend: Any, fakes: Any
 ) -> None:
     workers = await prepared(frontend)
-    queue = frontend.service._models.get("m").commands._queue
+    queue = frontend.service._models._hosted["m"].commands._queue
 
     def fill() -> None:
         queue._limit = 0
 
     before(workers, 1, fill)
     messages, error = await told(frontend, validated(fakes.request_id()))
-    assert error is None and loss_in(messages) == 103.0
+    assert error is None and losses_in(messages) == [103.0]
