@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from gradwire_proto.values import StepResult, Timing
-from gradwire_workers.frames import to_json
+from gradwire_workers.frames import from_json, to_json
 
 
 class StepRow(NamedTuple):
@@ -35,7 +34,7 @@ def encode_rows(rows: Sequence[StepRow]) -> bytes:
 
 def decode_rows(raw: bytes | memoryview) -> list[StepRow]:
     """The rows that `encode_rows` has encoded."""
-    return [StepRow(*each) for each in json.loads(bytes(raw))]
+    return [StepRow(*each) for each in from_json(raw)]
 
 
 def step_result(of_ranks: Sequence[StepRow], rows: int, *, rank_rows: tuple[int, ...], transfer: float) -> StepResult:
