@@ -139,19 +139,19 @@ class StepRuns:
             claim,
             alone,
             self._description.met,
-            self._ended,
             wait=Wait(self._ranks),
             formed=step if isinstance(step, FormedStep) and not takes_long(len(call.raw)) else None,
             chain=chain,
             place=place,
         )
+        job.on_end(self._ended)
         self._commands.log.add(call, job)
         self._place(job, at_once)
         return job
 
-    def _ended(self, call: Call) -> None:
+    def _ended(self, job: Job[StepResult]) -> None:
         self._queue.leave()
-        self._commands.log.settle(call)
+        self._commands.log.settle(job.call)
 
     async def _step_alone(self, step: FormedStep | LoneStep, values: Any, number: int) -> StepResult:
         workers = self._ranks.workers
@@ -244,9 +244,10 @@ class StepRuns:
             if job.formed is None or (chosen and nbytes > MOST_BYTES):
                 break
             chosen.append(run.jobs.popleft())
+        if not chosen:
+            return []
         try:
-            steps = [job.formed for job in chosen if job.formed is not None]
-            count = self._ranks.workers.together(steps) if steps else 0
+            count = self._ranks.workers.together([job.formed for job in chosen if job.formed is not None])
             self._records.reserve(_room([*at_ranks, *chosen[:count]]), ())
         except BaseException:
             run.jobs.extendleft(reversed(chosen))
