@@ -144,14 +144,14 @@ class StepRuns:
             chain=chain,
             place=place,
         )
-        job.on_end(self._ended)
+        job.on_end(lambda _: self._ended(call))
         self._commands.log.add(call, job)
         self._place(job, at_once)
         return job
 
-    def _ended(self, job: Job[StepResult]) -> None:
+    def _ended(self, call: Call) -> None:
         self._queue.leave()
-        self._commands.log.settle(job.call)
+        self._commands.log.settle(call)
 
     async def _step_alone(self, step: FormedStep | LoneStep, values: Any, number: int) -> StepResult:
         workers = self._ranks.workers
