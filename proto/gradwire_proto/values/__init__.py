@@ -5,6 +5,7 @@ the edges speaks these.
 """
 
 from gradwire_proto.values.datasets import DatasetInfo, FitPlan, FitProgress, FitSteps, StepsResult
+from gradwire_proto.values.kernels import BatchShapes, CompiledKernels, LeafShape
 from gradwire_proto.values.models import (
     FunctionSpec,
     GraphLossSpec,
@@ -146,4 +147,7 @@ __all__ = [
     "leaves",
     "map_leaves",
     "unflatten",
+    "BatchShapes",
+    "CompiledKernels",
+    "LeafShape",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from gradwire_proto.values.kernels import CompiledKernels
 from gradwire_proto.values.programs import ArchitectureSpec, Program, StateTensor, Variant
 from gradwire_proto.values.tensors import NamedTensors, Value
 
@@ -84,6 +85,7 @@ class ModelSpec:
     `durability`: what an answered command outlives: "none" nothing, "process" every process, "disk" the machine; "" is
     the server's setting. `checkpoint_every`: commands from one automatic checkpoint to the next; `keep_checkpoints`:
     how many of them are kept; 0 is the server's setting. `deterministic`: the same bits on CUDA too.
+    `compile`: training steps on batches whose shapes repeat run on compiled kernels, once these are there and agree.
     """
 
     program: Program | ArchitectureSpec
@@ -104,6 +106,7 @@ class ModelSpec:
     checkpoint_every: int = 0
     keep_checkpoints: int = 0
     deterministic: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,7 @@ class ModelInfo:
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
     `architecture`: the name of the module that the ranks built; None for a model of graphs. `durability`,
     `checkpoint_every` (commands) and `keep_checkpoints` are what holds, the server's settings included.
+    `compiled`: what became of kernels, for each of the shapes that have repeated where `compile` asks for it.
     """
 
     id: str
@@ -169,6 +173,8 @@ class ModelInfo:
     checkpoint_every: int = 0
     keep_checkpoints: int = 0
     deterministic: bool = False
+    compile: bool = False
+    compiled: tuple[CompiledKernels, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
