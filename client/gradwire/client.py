@@ -114,6 +114,7 @@ class Client(FunctionTransforms):
         checkpoint_every: int | None = None,
         keep_checkpoints: int | None = None,
         deterministic: bool = False,
+        compile: bool = False,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -155,6 +156,10 @@ class Client(FunctionTransforms):
         keep_checkpoints: how many automatic checkpoints stay, the newest ones. Neither goes with durability "none".
         deterministic: the same state and command give the same bits on CUDA too, by slower kernels; an operator that
             has none fails. On the CPU they do so always.
+        compile: compile forward, loss and backward of training steps, as torch.compile does, for batches whose shapes
+            repeat. Steps go on eagerly while that is done in the background; once what was compiled gives the same
+            results but for rounding, steps of those shapes run on it, here and wherever the model comes back.
+            `Model.info().compiled` says for which shapes, or why not. Not for architectures.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -183,6 +188,7 @@ class Client(FunctionTransforms):
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             deterministic=deterministic,
+            compile=compile,
         )
         self._models.add(model)
         return model

@@ -37,6 +37,10 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "checkpoint_every": info.checkpoint_every or None,
         "keep_checkpoints": info.keep_checkpoints or None,
         "deterministic": info.deterministic,
+        "compile": info.compile,
+        "compiled": [
+            {"variant": each.batches.variant, "state": each.state, "reason": each.reason} for each in info.compiled
+        ],
         "labels": dict(info.labels),
         "created_at": info.created_at,
         "last_error": info.last_error,
