@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class ModelKernels:
     """See the module. `workers` gives the model's ranks, as they are now.
 
-    Ranks are asked in turns like those of other requests, and only after training steps, or while something is compiled.
+    Ranks are asked in turns like those of other requests, and only after commands, or while something is compiled.
     """
 
     def __init__(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from types import NoneType
 from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import BatchShapes, Checkpoint, SplitDecision, StateTensor
+from gradwire_proto.values import BatchShapes, Checkpoint, LeafShape, SplitDecision, StateTensor
 from gradwire_server.storage.records import decode_split
 from gradwire_server.storage.saved_model import SavedModel
 
@@ -182,11 +182,11 @@ def _decode(fields: dict[str, Any]) -> Manifest:
 
 
 def _shapes(fields: dict[str, Any]) -> BatchShapes:
-    inputs, targets = (
-        tuple(None if leaf is None else tuple(map(int, leaf)) for leaf in fields[name])
-        for name in ("inputs", "targets")
-    )
-    return BatchShapes(_typed(fields, "variant", str), inputs, targets)
+    return BatchShapes(_typed(fields, "variant", str), _leaves(fields["inputs"]), _leaves(fields["targets"]))
+
+
+def _leaves(shapes: Iterable[Iterable[int] | None]) -> tuple[LeafShape, ...]:
+    return tuple(None if shape is None else tuple(map(int, shape)) for shape in shapes)
 
 
 def _place(fields: dict[str, Any]) -> str:
