@@ -36,6 +36,8 @@ class Compilation:
         os.utime(self._folder)
         if self._is_there:
             return
+        if order.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise FailedPrecondition("the rank's node has no C++ compiler, such as g++", reason="NO_COMPILER")
         unfinished = self._folder / f"{inductor.ORDER}.{os.getpid()}"
         unfinished.write_bytes(order.encode())
         os.replace(unfinished, self._folder / inductor.ORDER)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gradwire_proto.codec import decode_model_spec
-from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.tensors import torch_dtype
 from gradwire_proto.v1 import model_pb2
 from gradwire_workers.kernels import inductor
@@ -56,8 +55,6 @@ def main(folder: Path) -> None:
 def _compile(order: CompileOrder, folder: Path) -> None:
     torch.set_num_threads(order.threads)
     compiler = inductor.set_up(folder)
-    if order.device == "cpu":
-        _check_has_compiler()
     form, graph, tensors = trace_order(order)
     made = compiler.standalone_compile(graph, tensors, dynamic_shapes="from_example_inputs", options=inductor.OPTIONS)
     _write(folder / inductor.FORM, json.dumps(form.encode()).encode())
@@ -101,16 +98,6 @@ def _strided(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> Ten
     """Zeros, which take no memory as long as nobody writes to them."""
     numel = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
     return torch.zeros(numel, dtype=torch_dtype(dtype)).as_strided(shape, stride)
-
-
-def _check_has_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise FailedPrecondition("the rank's node has no C++ compiler, such as g++", reason="NO_COMPILER") from None
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from gradwire_proto.autocast import AUTOCAST_TYPES
 from gradwire_workers.kernels.rank_kernels import RankKernels
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.attempt import Attempt
-from gradwire_workers.training.closeness import are_close
+from gradwire_workers.training.closeness import differing
 from gradwire_workers.training.rank_model import RankModel
 from gradwire_workers.training.snapshots import Snapshot
 
@@ -70,10 +70,11 @@ class KernelCommands(RankModel):
     def _difference(
         self, names: Sequence[str], found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
     ) -> str | None:
-        if are_close(list(zip(found, expected, strict=True)), AUTOCAST_TYPES.get(self._spec.precision)):
+        pairs = list(zip(found, expected, strict=True))
+        index = next(differing(pairs, AUTOCAST_TYPES.get(self._spec.precision)), None)
+        if index is None:
             return None
-        distance, name = max(zip(map(_distance, found, expected), names, strict=True))
-        return f"results differ from eager ones: {name} by {distance:.1e} of its norm"
+        return f"results differ from eager ones: {names[index]} by {_distance(*pairs[index]):.1e} of its norm"
 
 
 def _distance(found: Tensor | None, expected: Tensor | None) -> float:
