@@ -45,9 +45,10 @@ class Layout:
 
     def __init__(self, form: BatchForm, shards: Sequence[Shard], rows: int) -> None:
         self.form = form
+        self.variant = shards[0].variant
         self.rows = rows
         self.rank_rows = tuple(shard.count for shard in shards)
-        self.shards = [_described(shard) for shard in shards]
+        self.shards = [described(shard) for shard in shards]
         self.parts = [_parts_of(shard, form) for shard in shards]
 
 
@@ -75,7 +76,8 @@ class Layouts:
         return found
 
 
-def _described(shard: Shard) -> dict[str, Any]:
+def described(shard: Shard) -> dict[str, Any]:
+    """A shard as plain values, without its tensors' bytes."""
     fields = shard_fields(shard)
     return fields | {name: [_leaf(each) for each in fields[name]] for name in ("inputs", "targets")}
 
