@@ -20,7 +20,7 @@ from gradwire_workers.shard import Shard, shard_fields
 SMALL_BYTES = 16 << 10
 """Tensors with fewer bytes travel together: a frame of its own costs more than the copy."""
 
-PART_SECONDS = 0.002
+PART_SECONDS = 0.005
 """A rank answers in parts: what it has applied when so much time has passed since the last part."""
 
 ALIGNMENT = 64
