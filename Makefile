@@ -2,7 +2,6 @@
 PYTHON    ?= python3
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
-BENCHES   := startup idle journal steps fit transport load_tester
 PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
 # How many test files run at once: one more than the cores that are asked for, because many tests wait.
 JOBS      ?= 3
@@ -10,7 +9,7 @@ JOBS      ?= 3
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance chaos lint format stubs bench
+.PHONY: help demo test conformance chaos lint format stubs bench bench-gpu
 
 help:
 	@echo "make demo    train a small network on handwritten digits through an embedded service"
@@ -20,7 +19,9 @@ help:
 	@echo "make lint    ruff, pyright and buf"
 	@echo "make format  ruff's format and safe fixes"
 	@echo "make stubs   generate proto/gradwire_proto/v1/*_pb2* anew"
-	@echo "make bench   everything that is timed, beside baselines and floors of the same run"
+	@echo "make bench   everything that is timed, beside baselines and floors of the same run: a quarter of an hour;"
+	@echo "             ARGS='--only NAME' for a part, ARGS=--write to put the table into README.md and RESULTS.md"
+	@echo "make bench-gpu  what runs on a GPU of it"
 
 demo: $(INSTALLED)
 	@$(BIN)/gradwire demo
@@ -52,8 +53,10 @@ stubs: $(INSTALLED)
 		--python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS:proto/%=%)
 
 bench: $(INSTALLED)
-	@for each in $(BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/$$each.py || exit 1; done
-	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks.recovery
+	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: $(INSTALLED)
+	@cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m benchmarks --device cuda $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing gradwire and its tools into .venv (a few minutes the first time) ..."

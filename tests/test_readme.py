@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks.report import block
 from typer.main import get_group
 
 import gradwire
@@ -50,9 +51,15 @@ def test_every_file_has_its_line_in_the_tree():
 
 
 def test_make_targets_that_are_named_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)\b", TYPED))
-    assert {"demo", "test", "lint"} <= named <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", TYPED))
+    assert {"demo", "test", "lint", "bench-gpu"} <= named <= targets
+
+
+@pytest.mark.parametrize("target", ["make bench", "make bench-gpu"])
+def test_figures_are_those_of_the_last_run_in_the_results(target):
+    results = (ROOT / "tests/benchmarks/RESULTS.md").read_text()
+    assert block(README, target) == block(results, target) != ""
 
 
 def test_subcommands_that_are_named_exist():

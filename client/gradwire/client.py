@@ -114,6 +114,7 @@ class Client(FunctionTransforms):
         checkpoint_every: int | None = None,
         keep_checkpoints: int | None = None,
         deterministic: bool = False,
+        sync_batch_norm: bool = True,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -155,6 +156,11 @@ class Client(FunctionTransforms):
         keep_checkpoints: how many automatic checkpoints stay, the newest ones. Neither goes with durability "none".
         deterministic: the same state and command give the same bits on CUDA too, by slower kernels; an operator that
             has none fails. On the CPU they do so always.
+        sync_batch_norm: whether batch norm in training normalises over the rows of all ranks, as over one batch. With
+            False each rank's normalises over its own rows, as under DistributedDataParallel: no ranks wait for each
+            other in it, but what a step computes then depends on how many they are (`ModelInfo.sharding` says so). The
+            running statistics are those of rank 0's rows, as with DDP's broadcast_buffers. A rank with one value per
+            channel refuses the batch. One rank, and a batch that one rank computes whole, are not concerned.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -183,6 +189,7 @@ class Client(FunctionTransforms):
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             deterministic=deterministic,
+            sync_batch_norm=sync_batch_norm,
         )
         self._models.add(model)
         return model

@@ -55,6 +55,7 @@ def create_model(
     checkpoint_every: int | None,
     keep_checkpoints: int | None,
     deterministic: bool,
+    sync_batch_norm: bool,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -72,6 +73,7 @@ def create_model(
         "checkpoint_every": as_count(checkpoint_every, "model.checkpoint_every") or 0,
         "keep_checkpoints": as_count(keep_checkpoints, "model.keep_checkpoints") or 0,
         "deterministic": as_bool(deterministic, "model.deterministic"),
+        "sync_batch_norm": as_bool(sync_batch_norm, "model.sync_batch_norm"),
         "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gradwire.deadline import Deadline
 from gradwire.errors import GradwireError, InvalidArgument
 from gradwire.rpc import Rpc, new_request_id
 from gradwire.transfer import Uploads
@@ -107,7 +108,7 @@ def upload_dataset(rpc: Rpc, inputs: Any, targets: Any, dataset_id: str | None, 
         request.ttl.FromSeconds(ttl)
     uploads = Uploads(rpc)
     codec.encode_batch(Batch(*uploads.send_apart(batch)), request.batch)
-    reply = rpc.call("CreateDataset", request, send_again=uploads.send_again)
+    reply = rpc.call("CreateDataset", request, deadline=uploads.deadline, send_again=uploads.send_again)
     return Dataset(rpc, codec.decode_dataset(reply), Batch(_first(given.inputs), _first(given.targets)))
 
 
@@ -119,9 +120,9 @@ def get_dataset(rpc: Rpc, dataset_id: str) -> Dataset:
 
 def list_datasets(rpc: Rpc) -> Iterator[Dataset]:
     """See `Client.list_datasets`."""
-    request = pb.ListDatasetsRequest()
+    request, deadline = pb.ListDatasetsRequest(), Deadline(rpc.timeout)
     while True:
-        reply = rpc.call("ListDatasets", request)
+        reply = rpc.call("ListDatasets", request, deadline=deadline)
         yield from (Dataset(rpc, codec.decode_dataset(each)) for each in reply.datasets)
         if not reply.next_page_token:
             return

@@ -216,8 +216,8 @@ class Model:
             named by any of its names.
         input_gradients: gradients of the floating-point inputs too, nested as `inputs`, None where there is none.
         outputs: the module's outputs too.
-        dtype: of the gradients returned, such as torch.float16; None for the parameters' own. A real one is refused
-            for complex gradients.
+        dtype: of the gradients returned, such as torch.bfloat16, as `.to(dtype)` rounds the batch's; None for the
+            parameters' own. A real one is refused for complex gradients.
         top_k: return of each parameter's gradient only this fraction of its elements, as a sparse tensor (COO): those
             of the largest magnitude, the first ones among equals, one at least. NaN counts as infinite.
         training: whether the module runs in training mode.

@@ -37,6 +37,7 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "checkpoint_every": info.checkpoint_every or None,
         "keep_checkpoints": info.keep_checkpoints or None,
         "deterministic": info.deterministic,
+        "sync_batch_norm": info.sync_batch_norm,
         "labels": dict(info.labels),
         "created_at": info.created_at,
         "last_error": info.last_error,

@@ -85,6 +85,7 @@ from gradwire_proto.encoding.result_codec import (
     encode_timing,
 )
 from gradwire_proto.encoding.scalar_codec import (
+    refuse_many_parts,
     refuse_unknown_fields,
 )
 from gradwire_proto.encoding.service_codec import (
@@ -219,5 +220,6 @@ __all__ = [
     "encode_timing",
     "encode_value",
     "encode_variant",
+    "refuse_many_parts",
     "refuse_unknown_fields",
 ]

@@ -148,6 +148,7 @@ class Commands:
         *,
         limited: bool = True,
         counted: bool = True,
+        at_once: bool = False,
     ) -> Job[T]:
         """Let `work` run in its turn, while the model is usable. See WorkQueue.submit."""
         self._description.check_usable()
@@ -157,7 +158,7 @@ class Commands:
             self._description.check_usable()
             return await work(values)
 
-        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted)
+        return self._queue.submit(call, tensors, run, failed, limited=limited, counted=counted, at_once=at_once)
 
     def _begin(
         self,
@@ -199,10 +200,10 @@ class Commands:
 
         try:
             self._records.reserve(len(call.raw) + room_for_reply(call.method), uploads)
-            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id)
+            result = await self._ranks.run(try_once, changes=True, request_id=call.request_id, kills=job.kills)
         except GradwireError as error:
             if error.outcome == "applied":
-                return await self.end_with(error, call, job, uploads, self._description.info.step)
+                return await self.end_with(error, call, job, uploads, self._description.step)
             self._records.drop(uploads)
             if error.reason == "COMMAND_KILLS_RANKS":
                 return await self._refuse_for_good(error, call, job)
@@ -210,7 +211,7 @@ class Commands:
         except BaseException:
             self._records.drop(uploads)
             raise
-        before = self._description.info.step
+        before = self._description.step
         self._description.applied(result)
         commands = result.commands if isinstance(result, StepsResult) else 1
         try:

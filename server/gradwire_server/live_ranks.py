@@ -90,15 +90,18 @@ class LiveRanks:
         finally:
             self._without, self._without_since = self.seconds_without, None
 
-    async def run(self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None) -> T:
-        """What `work` returns, on ranks of which none is lost. `changes`: whether it changes the model.
+    async def run(
+        self, work: Callable[[], Awaitable[T]], *, changes: bool, request_id: str | None = None, kills: int = 0
+    ) -> T:
+        """What `work` returns, on ranks of which none is lost. `changes`: whether it changes the model. kills: how
+        often it has lost the ranks already.
 
         Raises what `work` raises, where the model is as before, and InvalidArgument COMMAND_KILLS_RANKS where it loses
         the ranks twice. Ranks that are lost before it has reached them are not its own doing: RankLost, outcome
         "not_applied", where that happens again and again.
         """
         await self.ensure()
-        kills, losses = 0, 0
+        losses = 0
         while True:
             try:
                 return await self._try(work, changes, request_id)
@@ -113,23 +116,25 @@ class LiveRanks:
             if losses == LOSSES:
                 raise RankLost(lost.message, reason=lost.reason, retryable=True, outcome="not_applied")
 
-    async def run_together(self, work: Callable[[], Awaitable[None]]) -> bool:
-        """Several commands at once, which change the model; `work` calls `caught_up` for what was applied. False where
-        ranks were lost meanwhile; they are back, as after what was noted: the rest should be tried again one by
-        one. That loss is counted against none of them: ranks tell of several at once, so that nobody knows which of
-        the rest they were at.
+    async def run_together(self, work: Callable[[], Awaitable[None]]) -> RankLost | None:
+        """Several commands at once, which change the model; `work` calls `caught_up` for what was applied. How ranks
+        were lost meanwhile, if they were; they are back, as after what was noted: the rest should be tried again one by
+        one. That loss is counted against none of them here: ranks tell of several at once, so that nobody knows which
+        of the rest they were at.
 
         Raises what `work` raises, where the model is as after what was noted.
         """
         await self.ensure()
         try:
             await self._try(work, True, None)
-            return True
-        except RankLost as lost:
+        except RankLost as error:
             if self._left:
                 raise
-            await self._replace(lost, True)
-            return False
+            lost = error
+        else:
+            return None
+        await self._replace(lost, True)
+        return lost
 
     async def _try(self, work: Callable[[], Awaitable[T]], changes: bool, request_id: str | None) -> T:
         try:

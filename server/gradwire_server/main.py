@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -102,6 +103,8 @@ async def _serve(
     service = Service(cluster, held, config, storage, sockets)
     try:
         port = await service.start()
+        # What is there by now stays: a collection need not go through the modules that Ray has brought.
+        gc.freeze()
         host = config.listen.rpartition(":")[0]
         print(f"gradwire listening on {host}:{port}", flush=True)
         logger.info("stopping: %s", signal.Signals(await stop.get()).name)

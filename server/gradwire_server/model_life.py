@@ -142,7 +142,9 @@ class ModelLife:
         self.ranks.leave()
         self.autograd.close()
         no_more_checkpoints = asyncio.ensure_future(self.checkpoints.close())
-        ended = await self._queue.close(deleted(self.description.name), self._hosting.delete_seconds)
+        refusal = deleted(self.description.name)
+        self.steps.refuse(refusal)
+        ended = await self._queue.close(refusal, self._hosting.delete_seconds)
         first = await self._free_ranks(reuse=ended and not self.description.has_failed)
         if not ended:
             await self._queue.cut()

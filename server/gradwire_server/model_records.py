@@ -31,6 +31,11 @@ AHEAD_BYTES = 1 << 20
 """Requests that are larger are written in a thread. A smaller one takes less time than that costs."""
 
 
+def takes_long(nbytes: int) -> bool:
+    """Whether a request of so many bytes should be written in a thread."""
+    return nbytes > AHEAD_BYTES
+
+
 class ModelRecords:
     """See the module. Without a journal, of a model that outlives nothing, nothing is recorded.
 
@@ -116,7 +121,7 @@ class ModelRecords:
 
     async def write(self, entry: Entry) -> None:
         """Do what takes long of `append`, which comes next, without holding up other models."""
-        if self.journal is not None and len(entry.request) > AHEAD_BYTES:
+        if self.journal is not None and takes_long(len(entry.request)):
             await in_thread(self.journal.write_ahead, entry)
 
     def append(self, entry: Entry, job: Job[Any]) -> asyncio.Future[None] | None:

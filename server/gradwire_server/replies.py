@@ -14,9 +14,8 @@ from gradwire_proto.values import (
     GradientResult,
     StepResult,
     StepsResult,
-    TensorData,
     Timing,
-    leaves,
+    tensors_in,
 )
 from gradwire_server.calls import Call
 from gradwire_server.tensors.downloads import Downloads
@@ -53,9 +52,11 @@ def with_times(result: T, call: Call, queue: float, recovery: float = 0.0) -> T:
         recovery=recovery,
         total=time.monotonic() - call.arrived,
     )
-    if not isinstance(result, StepResult):
-        return replace(result, timing=timing)
-    return cast(T, _timed_step(result, timing))
+    if isinstance(result, StepResult):
+        return cast(T, _timed_step(result, timing))
+    if type(result) is GradientResult:
+        return cast(T, _timed_gradients(result, timing))
+    return replace(result, timing=timing)
 
 
 def _timed_step(result: StepResult, timing: Timing) -> StepResult:
@@ -72,12 +73,26 @@ def _timed_step(result: StepResult, timing: Timing) -> StepResult:
     )
 
 
+def _timed_gradients(result: GradientResult, timing: Timing) -> GradientResult:
+    return GradientResult(
+        loss=result.loss,
+        step=result.step,
+        num_examples=result.num_examples,
+        gradients=result.gradients,
+        input_gradients=result.input_gradients,
+        outputs=result.outputs,
+        timing=timing,
+        rank_rows=result.rank_rows,
+    )
+
+
 async def deliver_gradients(
     result: GradientResult, downloads: Downloads, max_inline_bytes: int | None
 ) -> GradientResult:
     """`result` with its tensors inline or, together above `max_inline_bytes`, as handles of one download."""
     parts = {"gradients": dict(result.gradients), "input_gradients": result.input_gradients, "outputs": result.outputs}
-    return replace(result, **await downloads.deliver(parts, max_inline_bytes))
+    delivered = await downloads.deliver(parts, max_inline_bytes)
+    return result if delivered is parts else replace(result, **delivered)
 
 
 async def deliver_derivatives(
@@ -96,16 +111,15 @@ async def deliver_outputs(result: ForwardResult, downloads: Downloads, max_inlin
 def without_tensors(result: T) -> T:
     """A result that nobody asks for: its tensors' files are removed."""
     if isinstance(result, ForwardResult):
-        remove_files(segment_paths(tensor for _, tensor in leaves(result.outputs) if isinstance(tensor, TensorData)))
+        remove_files(segment_paths(tensors_in(result.outputs)))
         return replace(result, outputs=())
     if isinstance(result, BackwardResult):
-        tensors = [tensor for _, tensor in leaves(result.input_gradients) if isinstance(tensor, TensorData)]
-        remove_files(segment_paths(tensors))
+        remove_files(segment_paths(tensors_in(result.input_gradients)))
         return replace(result, input_gradients=None)
     return result
 
 
 def inline_bytes(value: Any) -> int:
     """How many bytes of tensors a delivered value holds in memory."""
-    tensors = (leaf for _, leaf in leaves(value) if isinstance(leaf, TensorData))
+    tensors = tensors_in(value)
     return sum(len(tensor.data) for tensor in tensors if isinstance(tensor.data, (bytes, bytearray, memoryview)))

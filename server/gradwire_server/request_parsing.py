@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from gradwire_proto.codec import refuse_unknown_fields
+from gradwire_proto.codec import refuse_many_parts, refuse_unknown_fields
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.names import check_request_id
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fingerprint
+
+_FEW_PARTS_BYTES = 64 << 10
+"""A request of fewer bytes cannot have many parts: each takes two."""
 
 
 def parse(kind: type[Message], raw: bytes, method: str, call: Call, message_bytes: int) -> tuple[Any, Call]:
@@ -37,15 +39,15 @@ def parse(kind: type[Message], raw: bytes, method: str, call: Call, message_byte
     )
 
 
-def parse_one(kind: type[Message], raw: bytes, check: Callable[[Any], None] | None = None) -> Any:
-    """The message, none of whose fields are unknown. check: called before that is looked for."""
+def parse_one(kind: type[Message], raw: bytes) -> Any:
+    """The message, none of whose fields are unknown."""
     try:
         request = kind.FromString(raw)
     except DecodeError:
         raise InvalidArgument(
             f"the bytes are no {kind.DESCRIPTOR.full_name} message", reason="MALFORMED_MESSAGE"
         ) from None
-    if check is not None:
-        check(request)
+    if len(raw) > _FEW_PARTS_BYTES:
+        refuse_many_parts(request)
     refuse_unknown_fields(request)
     return request

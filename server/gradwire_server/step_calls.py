@@ -41,7 +41,7 @@ class StepCalls:
             finally:
                 request_id = self._requests.request_id
             model = await self._find(parse_model_name(request.name), request.call)
-            job = await model.steps.submit(request.call, request.step, Chain(), 0)
+            job = await model.steps.submit(request.call, request.step, Chain(), 0, at_once=True)
             result = await job.result(call.deadline)
         except Exception as error:
             refusal = public_error(error, request_id)

@@ -1,10 +1,16 @@
-"""Training steps that the ranks are handed at once: each recorded and answered as soon as it is applied."""
+"""Training steps that the ranks are handed together: each recorded and answered as soon as it is applied.
+
+While the ranks are at some, they are handed those that come meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
 
-from gradwire_proto.errors import GradwireError
+from gradwire_proto.batch_form import FormedStep
+from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.values import StepResult
 from gradwire_server.commands import Commands
 from gradwire_server.failures import public_error
@@ -13,82 +19,122 @@ from gradwire_server.model_description import ModelDescription
 from gradwire_server.replies import with_times
 from gradwire_server.step_jobs import StepJob
 from gradwire_server.work_queue import Unsettled
+from gradwire_server.workers import StepFlow
+
+More = Callable[[Sequence[StepJob]], list[StepJob]]
+"""Takes the steps that are with the ranks; gives the next ones, for whose records there is room beside theirs."""
 
 
 class StepsTogether:
-    """Steps that are with the ranks at once. `jobs`: all of them; `_done`: how many were applied."""
+    """Steps that are with the ranks: `_jobs`, in order, those that are applied left out."""
 
-    def __init__(
-        self,
-        commands: Commands,
-        ranks: LiveRanks,
-        description: ModelDescription,
-        jobs: Sequence[StepJob],
-    ) -> None:
+    def __init__(self, commands: Commands, ranks: LiveRanks, description: ModelDescription, more: More) -> None:
         self._commands = commands
         self._ranks = ranks
         self._description = description
-        self._jobs = jobs
-        self._steps = [job.formed for job in jobs if job.formed is not None]
-        self._kept_ranks = True
-        self._done = 0
+        self._more = more
+        self._jobs: deque[StepJob] = deque()
+        self._flow: StepFlow | None = None
+        """Where more can be sent."""
+        self._extends_soon = False
 
-    async def run(self) -> int:
-        """Apply them; how many must run again, each alone."""
-        for job in self._jobs:
-            job.begin()
-            job.waited.turn_begins()
+    async def run(self, jobs: Sequence[StepJob]) -> tuple[list[StepJob], RankLost | None]:
+        """Apply these, and more. Those that must run again, and wait; how ranks were lost, which are back, if any."""
+        self._begin(jobs)
+        lost = None
         try:
-            self._kept_ranks = await self._ranks.run_together(self._work)
+            lost = await self._ranks.run_together(self._work)
         except Exception as error:
             await self._fail(error)
         except BaseException:
-            for job in self._jobs[self._done :]:
+            for job in self._jobs:
                 job.cut()
             raise
-        rest = self._jobs[self._done :]
-        for job in rest:
+        for job in self._jobs:
             job.put_back()
-        return 0 if self._kept_ranks else sum(job.waits for job in rest)
+        return list(self._jobs), lost
+
+    def extend_soon(self) -> None:
+        """More wait. Not at once: others may come with them."""
+        if self._flow is not None and self._flow.has_room and not self._extends_soon:
+            self._extends_soon = True
+            asyncio.get_running_loop().call_soon(self._extend)
+
+    def _begin(self, jobs: Sequence[StepJob]) -> None:
+        for job in jobs:
+            job.begin()
+            job.waited.turn_begins()
+        self._jobs.extend(jobs)
 
     async def _work(self) -> None:
         if any(job.chain.refuses(job.place) for job in self._jobs):
             return  # Steps before them were undone meanwhile: others go together then.
-        workers = self._ranks.workers
+        workers, steps = self._ranks.workers, _formed(self._jobs)
         # Other ranks than those that were asked before, where some were lost since.
-        steps = self._steps[: workers.together(self._steps)]
-        if steps:
-            await workers.train_steps(steps, command=self._commands.number + 1, took=self._took)
+        count = workers.together(steps)
+        if not count:
+            return
+        flow = workers.step_flow(self._took)
+        flow.send(steps[:count], command=self._commands.number + 1)
+        if count == len(steps):
+            self._flow = flow
+        try:
+            await flow.ended()
+        except Exception as error:
+            # A defect, too, is the doing of the first that is not applied.
+            request_id = self._jobs[0].call.request_id if self._jobs else None
+            raise public_error(error, request_id, outcome="unknown") from None
+        finally:
+            self._flow = None
+
+    def _extend(self) -> None:
+        """Hand the ranks the next steps, where they are about to be through with those that they have."""
+        self._extends_soon = False
+        flow = self._flow
+        if flow is None or not flow.has_room:
+            return
+        jobs = self._more(self._jobs)
+        if jobs:
+            command = self._commands.number + len(self._jobs) + 1
+            self._begin(jobs)
+            try:
+                flow.send(_formed(jobs), command=command)
+            except Exception:
+                # They run again when the others are over, and fail then, if it is theirs.
+                self._flow = None
 
     def _took(self, results: Sequence[StepResult]) -> None:
         """The next steps were applied: record and answer them."""
-        jobs = self._jobs[self._done : self._done + len(results)]
+        jobs = [self._jobs.popleft() for _ in results]
         self._ranks.caught_up()
         told = [
             with_times(result, job.call, job.waited.queue, job.waited.recovery)
             for job, result in zip(jobs, results, strict=True)
         ]
-        before = self._description.info.step
+        before = self._description.step
         self._description.applied(results[-1])
         settled = self._commands.record_steps(jobs, told)
         # None of them outlives what it should later than the last.
         self._description.settles(settled[-1], before)
         for job, result, its in zip(jobs, told, settled, strict=True):
             job.take(result if its is None else Unsettled(result, its))
-        self._done += len(jobs)
+        self._extend()
 
     async def _fail(self, error: Exception) -> None:
         """The next step ends with this error; those behind it were not begun."""
-        job = next((each for each in self._jobs[self._done :] if not each.ended), None)
-        if job is None:
+        if not self._jobs:
             return
-        self._done = self._jobs.index(job) + 1
+        job = self._jobs.popleft()
         job.chain.refused(job.place)
         refusal = public_error(error, job.call.request_id, outcome="unknown")
         if refusal.outcome != "applied":
             job.fail(refusal)
             return
         try:
-            job.take(await self._commands.end_with(refusal, job.call, job, (), self._description.info.step))
+            job.take(await self._commands.end_with(refusal, job.call, job, (), self._description.step))
         except GradwireError as told:
             job.fail(told)
+
+
+def _formed(jobs: Sequence[StepJob]) -> list[FormedStep]:
+    return [job.formed for job in jobs if job.formed is not None]

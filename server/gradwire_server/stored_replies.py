@@ -13,7 +13,7 @@ from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument
 from gradwire_proto.v1 import dataset_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.values import Handle, TensorData, leaves
+from gradwire_proto.values import Handle, tensors_in
 from gradwire_server.fit_records import FIT_STEPS, decode_steps_result, encode_steps_result
 from gradwire_server.storage.records import REPLY_BYTES
 from gradwire_server.storage.saved_model import StoredReply
@@ -45,7 +45,7 @@ def stored_reply(method: str, result: Any) -> bytes | None:
     """The bytes to store; None where they are too many, or name a download, which no restart survives."""
     if not _FORMS[method].large:
         return encode_reply(method, result).SerializeToString()
-    tensors = [leaf for _, leaf in leaves(_tensors_of(result)) if isinstance(leaf, TensorData)]
+    tensors = tensors_in(_tensors_of(result))
     if any(isinstance(tensor.data, Handle) for tensor in tensors) or sum(t.nbytes for t in tensors) > REPLY_BYTES:
         return None
     raw = encode_reply(method, result).SerializeToString()

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from gradwire_proto.errors import Cancelled, DeadlineExceeded, GradwireError, ResourceExhausted
 from gradwire_proto.values import TensorData
+from gradwire_server.begun import begin
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.tensors.uploads import Claim, Uploads
@@ -48,6 +49,8 @@ class Job(Generic[T]):
         self.error: GradwireError | None = None
         self.reply: bytes | None = None
         """The bytes of its response, where they are at hand."""
+        self.kills = 0
+        """How often ranks were lost in the middle of it, which had nothing else to do."""
         self._request_id = call.request_id
         self._claim = claim
         self._work: Callable[[Any], Awaitable[T | Unsettled[T]]] | None = work
@@ -59,11 +62,15 @@ class Job(Generic[T]):
         self._waiters = 0
         self._awaited = False
         self._deadline: float | None = None
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_ended = False
+        self._at_end: list[Callable[[Job[T]], None]] = []
 
     def on_end(self, callback: Callable[[Job[T]], None]) -> None:
-        """Have `callback` called soon after the end, before those who wait are woken."""
-        self._ended.add_done_callback(lambda _: callback(self))
+        """Have `callback` called at the end, before those who wait are woken; now, where that has been."""
+        if self._has_ended:
+            callback(self)
+        else:
+            self._at_end.append(callback)
 
     @property
     def uploads(self) -> dict[str, list[TensorData]]:
@@ -73,7 +80,7 @@ class Job(Generic[T]):
     @property
     def ended(self) -> bool:
         """Whether it has a result or an error."""
-        return self._ended.done()
+        return self._has_ended
 
     async def result(self, deadline: float | None) -> T:
         """Wait for the end. `deadline`: when this caller stops waiting (time.monotonic(); None: never)."""
@@ -97,8 +104,12 @@ class Job(Generic[T]):
 
     async def wait(self) -> None:
         """Wait for the end, without wanting the work done."""
-        # Shielded: work that has begun ends, whoever waits for it.
-        await asyncio.shield(self._ended)
+        if self._has_ended:
+            return
+        # One's own: work that has begun ends, whoever waits for it.
+        waiter = asyncio.get_running_loop().create_future()
+        self._at_end.append(lambda _: None if waiter.done() else waiter.set_result(None))
+        await waiter
 
     async def run(self) -> None:
         """Do the work, unless it was refused or the last caller's deadline has passed."""
@@ -123,7 +134,11 @@ class Job(Generic[T]):
             self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
 
     def _end(self) -> None:
-        self._ended.set_result(None)
+        assert not self._has_ended, "a job ends once"
+        self._has_ended = True
+        at_end, self._at_end = self._at_end, []
+        for callback in at_end:
+            callback(self)
 
     def _take(self, outcome: T | Unsettled[T]) -> None:
         if not isinstance(outcome, Unsettled):
@@ -249,7 +264,10 @@ class WorkQueue:
         """Requests in turns, less these turns."""
         self._all_ended = asyncio.Event()
         self._all_ended.set()
-        self._runner: asyncio.Task[None] | None = None
+        self._runs = False
+        self._runner: asyncio.Future[None] | None = None
+        """What runs them, or has."""
+        self._running: Job[Any] | None = None
         self._closed: GradwireError | None = None
 
     def submit(
@@ -261,12 +279,14 @@ class WorkQueue:
         *,
         limited: bool = True,
         counted: bool = True,
+        at_once: bool = False,
     ) -> Job[T]:
         """Let `work(tensors)` run in its turn, with the handles in `tensors` (nested) resolved.
 
         `failed`, of commands, hears of the work's error before the next work begins. Without `limited`, for what no
-        client asks for, there is always room. Without `counted` it is a turn of requests that `enter` counts. Raises
-        ResourceExhausted QUEUE_FULL, ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
+        client asks for, there is always room. Without `counted` it is a turn of requests that `enter` counts. at_once:
+        where nothing runs or waits, it begins before this returns; see `begin`. Raises ResourceExhausted QUEUE_FULL,
+        ModelNotFound UPLOAD_NOT_FOUND, or the error of `close`.
         """
         self._check_room(limited)
         job = Job(call, self._uploads.claim(tensors), work, failed)
@@ -277,8 +297,9 @@ class WorkQueue:
             self._count_requests(-1)
             job.on_end(lambda _: self._count_requests(1))
         self._all_ended.clear()
-        if self._runner is None:
-            self._runner = asyncio.get_running_loop().create_task(self._run())
+        if not self._runs:
+            self._runs = True
+            self._runner = begin(self._run()) if at_once else asyncio.get_running_loop().create_task(self._run())
         return job
 
     def enter(self) -> None:
@@ -300,8 +321,8 @@ class WorkQueue:
         self._in_turns += change
 
     def is_last(self, job: Job[Any]) -> bool:
-        """Whether it waits, and nothing behind it."""
-        return bool(self._jobs) and self._jobs[-1] is job
+        """Whether it waits or runs, and nothing waits behind it."""
+        return self._jobs[-1] is job if self._jobs else self._running is job
 
     def _forget(self, job: Job[Any]) -> None:
         self._count -= 1
@@ -313,14 +334,15 @@ class WorkQueue:
     async def _run(self) -> None:
         try:
             while self._jobs:
-                await self._jobs.popleft().run()
+                self._running = self._jobs.popleft()
+                await self._running.run()
         finally:
-            self._runner = None
+            self._runs, self._running = False, None
 
     async def close(self, error: GradwireError, patience: float) -> bool:
         """Refuse what waits and what still comes with `error`. Says whether what runs ended in `patience` seconds."""
         self._closed = error
-        for job in self._jobs:
+        for job in tuple(self._jobs):
             job.refuse(error)
         return await self.idle(patience)
 

@@ -76,6 +76,23 @@ class FitWorkers(Protocol):
         ...
 
 
+class StepFlow(Protocol):
+    """Steps that the ranks of a model are handed in messages, one behind the other."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more should be sent now, before the ranks are through with what they have."""
+        ...
+
+    def send(self, steps: Sequence[FormedStep], *, command: int) -> None:
+        """Hand over steps that can go together, numbered from this command on. Raises RankLost, "not_applied"."""
+        ...
+
+    async def ended(self) -> None:
+        """Return when all is applied. Raises the error of the first that is not; those behind it were not begun."""
+        ...
+
+
 class Workers(Protocol):
     """The ranks of one model, called as one. One call at a time; a call that began must not be cancelled.
 
@@ -146,12 +163,10 @@ class Workers(Protocol):
         """How many of these steps, from the first, can be handed to the ranks at once; 0: the first must go alone."""
         ...
 
-    async def train_steps(
-        self, steps: Sequence[FormedStep], *, command: int, took: Callable[[list[StepResult]], None]
-    ) -> None:
-        """`train_step` of these, from this command on. `took` is called with the results of those that are applied.
+    def step_flow(self, took: Callable[[list[StepResult]], None]) -> StepFlow:
+        """For `train_step` of steps that can go together: one call of the model's, from its first `send` to its end.
 
-        Raises the error of the first that is not; those behind it were not begun.
+        `took` is called with the results of those that are applied, in order, as they come; it may send more.
         """
         ...
 

@@ -1,24 +1,26 @@
-"""Idle cost: the service with four models of two ranks each, against bare Ray with as many idle actors, in one run.
-
-Prints CPU seconds per second (in percent of one core) of both process trees and their difference.
-The bar: at most 2% of one core more than bare Ray.
-"""
+"""Idle cost: four models of two ranks each, against bare Ray with as many idle actors, in CPU seconds per second."""
 
 from __future__ import annotations
 
-import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
-import torch
-from torch import nn
+from benchmarks.benchmark import Benchmark, Setting
+from benchmarks.networks import create, small
+from benchmarks.rows import Row
 
 import gradwire
-from gradwire import optim
+
+RANKS = 8
+SECONDS = 10.0
+"""Of one window."""
 
 BARE_RAY = """
 import sys, time, ray
@@ -43,7 +45,7 @@ def descendants_of_this_process(but: int | None) -> list[psutil.Process]:
     return [process for root in roots for process in [root, *root.children(recursive=True)]]
 
 
-def rate(processes: list[psutil.Process], seconds: float) -> float:
+def rate(processes: list[psutil.Process]) -> float:
     """CPU seconds per second of these processes while nothing is asked of them."""
 
     def used() -> float:
@@ -57,53 +59,54 @@ def rate(processes: list[psutil.Process], seconds: float) -> float:
         return total
 
     before, start = used(), time.monotonic()
-    time.sleep(seconds)
+    time.sleep(SECONDS)
     return (used() - before) / (time.monotonic() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of one window")
-    parser.add_argument("--rounds", type=int, default=3, help="windows of each kind, interleaved")
-    arguments = parser.parse_args()
-    ranks = 8
-    with tempfile.TemporaryDirectory(prefix="gwb-") as folder:
-        bare = subprocess.Popen(
-            [sys.executable, "-c", BARE_RAY, str(ranks), folder],
+def measure(setting: Setting) -> Iterator[Row]:
+    network = small()
+    with bare_ray() as bare, gradwire.launch(workers=RANKS) as client:
+        models = [create(client, network, workers=2) for _ in range(RANKS // 2)]
+        for model in models:
+            model.train_step(*network.batch)
+        time.sleep(10)  # The warm pool refills.
+        ours = descendants_of_this_process(but=bare.pid)
+        theirs = [bare, *bare.children(recursive=True)]
+        pairs = [(rate(ours), rate(theirs)) for _ in range(setting.rounds)]
+    yield Row(
+        name="idle, four models of two ranks, beside bare Ray with eight actors",
+        figure=100 * statistics.median(service - ray for service, ray in pairs),
+        unit="% of a core more",
+        at_most=2.0,
+        detail="; ".join(f"{100 * service:.2f} and {100 * ray:.2f} %" for service, ray in pairs),
+    )
+
+
+@contextmanager
+def bare_ray() -> Iterator[psutil.Process]:
+    """Ray with eight actors, in a process of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="gwb-") as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", BARE_RAY, str(RANKS), folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
-        )
-        assert bare.stdin and bare.stdout
+        ) as bare,
+    ):
+        assert bare.stdin is not None and bare.stdout is not None
         while (line := bare.stdout.readline()) and "ready" not in line:
             pass
         try:
-            with gradwire.launch(workers=ranks) as client:
-                example = (torch.randn(8, 4), torch.randn(8, 2))
-                models = [
-                    client.create_model(
-                        nn.Linear(4, 2), loss="mse_loss", optimizer=optim.SGD(lr=0.1), example=example, workers=2
-                    )
-                    for _ in range(4)
-                ]
-                for model in models:
-                    model.train_step(*example)
-                time.sleep(10)  # the warm pool refills
-                ours = descendants_of_this_process(but=bare.pid)
-                theirs = [psutil.Process(bare.pid), *psutil.Process(bare.pid).children(recursive=True)]
-                pairs = [
-                    (rate(ours, arguments.seconds), rate(theirs, arguments.seconds)) for _ in range(arguments.rounds)
-                ]
+            yield psutil.Process(bare.pid)
         finally:
             bare.stdin.close()
             bare.wait(30)
-    for service, ray in pairs:
-        print(f"service {100 * service:5.2f}%   bare Ray {100 * ray:5.2f}%   more {100 * (service - ray):+5.2f}%")
-    median = sorted(service - ray for service, ray in pairs)[len(pairs) // 2]
-    print(f"idle, four models of two ranks: {100 * median:+.2f}% of one core more than bare Ray (bar: +2%)")
 
+
+BENCHMARK = Benchmark(measure=measure, rounds=3)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone()

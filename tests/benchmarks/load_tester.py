@@ -1,30 +1,49 @@
-"""What `gradwire load-test` itself costs: requests/s and CPU time of each, beside a bare grpc.aio client in pairs.
+"""What `gradwire load-test` itself costs: CPU time of a request, beside a bare grpc.aio client's, in pairs.
 
-Both ask a bare gRPC echo of a small model's gradients; what differs is all that the tester does besides. The bar: at
-most 1.5 times the CPU of the bare client.
+Both ask a bare gRPC echo of a small model's gradients; what differs is all that the tester does besides.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 import time
+from collections.abc import Iterator
 
 import grpc
+from benchmarks.benchmark import Benchmark, Setting
+from benchmarks.rows import Row
 
 from gradwire.load_test.connections import Connections
 from gradwire.load_test.echo import echo_server
 from gradwire.load_test.generators import precise_loop
-from gradwire.load_test.levels import measure
+from gradwire.load_test.levels import measure as measure_level
 from gradwire.load_test.loads import Load
 from gradwire.load_test.options import Options
 from gradwire.load_test.requests import Prepared
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 
 SECONDS = 1.0
+LOAD = Load("concurrency", 64)
 REQUEST = Prepared("ComputeGradients", bytes(4400))
 """As many bytes as 32 rows of 32 features have."""
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    with echo_server(reply()) as target, asyncio.Runner(loop_factory=precise_loop) as runner:
+        pairs = [(runner.run(tester(target)), runner.run(bare(target))) for _ in range(setting.rounds)]
+    clients = {"the tester": [mine for mine, _ in pairs], "the bare client": [theirs for _, theirs in pairs]}
+    yield Row(
+        name=f"the load tester on a bare echo, {LOAD}",
+        figure=statistics.median(mine / theirs for (_, mine), (_, theirs) in pairs),
+        unit="x a bare grpc.aio client's CPU",
+        at_most=1.5,
+        detail=", ".join(
+            f"{who} {statistics.median(rate for rate, _ in found):.0f} requests/s, "
+            f"{1e6 * statistics.median(cpu for _, cpu in found):.0f} µs each"
+            for who, found in clients.items()
+        ),
+    )
 
 
 def reply() -> bytes:
@@ -35,15 +54,15 @@ def reply() -> bytes:
     return message.SerializeToString()
 
 
-async def tester(target: str, load: Load) -> tuple[float, float]:
+async def tester(target: str) -> tuple[float, float]:
     """(requests/s, CPU seconds of each) of the load tester."""
     async with Connections(target, count=1) as connections:
-        options = Options(loads=(load,), warm_up=0.3, window=SECONDS, max_windows=1)
-        level = await measure(load, connections, [REQUEST], options, lambda text: None)
+        options = Options(loads=(LOAD,), warm_up=0.3, window=SECONDS, max_windows=1)
+        level = await measure_level(LOAD, connections, [REQUEST], options, lambda text: None)
         return level.rate, level.tester_cpu / level.rate
 
 
-async def bare(target: str, load: Load) -> tuple[float, float]:
+async def bare(target: str) -> tuple[float, float]:
     """The same of calls in a loop."""
     count, end = 0, time.monotonic() + SECONDS
 
@@ -57,27 +76,11 @@ async def bare(target: str, load: Load) -> tuple[float, float]:
         method = channel.unary_unary(REQUEST.path)
         await method(REQUEST.body)
         began = time.process_time()
-        await asyncio.gather(*(client() for _ in range(int(load.value))))
+        await asyncio.gather(*(client() for _ in range(int(LOAD.value))))
         return count / SECONDS, (time.process_time() - began) / count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--concurrency", type=int, default=64)
-    arguments = parser.parse_args()
-    load = Load("concurrency", arguments.concurrency)
-    figures: dict[str, list[tuple[float, float]]] = {"load tester": [], "bare client": []}
-    with echo_server(reply()) as target, asyncio.Runner(loop_factory=precise_loop) as runner:
-        for _ in range(arguments.pairs):
-            figures["load tester"].append(runner.run(tester(target, load)))
-            figures["bare client"].append(runner.run(bare(target, load)))
-    cpu = {name: statistics.median(each for _, each in found) for name, found in figures.items()}
-    for name, found in figures.items():
-        rate = statistics.median(each for each, _ in found)
-        print(f"{name}: {rate:.0f} requests/s with {load}, {1e6 * cpu[name]:.0f} µs of CPU each")
-    print(f"CPU, tester over bare client: {cpu['load tester'] / cpu['bare client']:.2f} (bar: 1.5)")
-
+BENCHMARK = Benchmark(measure=measure, rounds=5)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone()

@@ -1,19 +1,17 @@
-"""What a killed rank costs, with a warm one in reserve: the stall of the step it hits, and the share of steps kept.
-
-Bars: p50 under 2 s and p99 under 6 s; at one killed rank a minute at least 85% of the undisturbed steps a second.
-"""
+"""What a killed rank costs, with a warm one in reserve: the stall of the step it hits, and the share of steps kept."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 
 import psutil
 import torch
+from benchmarks.benchmark import Benchmark, Setting
+from benchmarks.rows import Row
 from chaos.report import quantile
 from chaos.service_processes import ranks, serving_ranks
 from torch import nn
@@ -22,14 +20,10 @@ import gradwire
 from gradwire import optim
 
 RANKS = 2
+SECONDS = 60.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--minutes", type=int, default=3)
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
+def measure(setting: Setting) -> Iterator[Row]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 10))
     x, y = torch.randn(64, 784), torch.randint(0, 10, (64,))
@@ -39,12 +33,13 @@ def main() -> None:
         )
         for _ in range(200):
             model.train_step(x, y)
-        _print_stalls(model, x, y, options.kills)
-        _print_kept(model, x, y, options.minutes)
+        yield from stalls(model, x, y, setting.rounds)
+        yield kept(model, x, y)
 
 
-def _print_stalls(model: gradwire.Model, x: torch.Tensor, y: torch.Tensor, kills: int) -> None:
-    chosen, stalls, recoveries = random.Random(0), [], []
+def stalls(model: gradwire.Model, x: torch.Tensor, y: torch.Tensor, kills: int) -> Iterator[Row]:
+    """The step that each kill hits."""
+    chosen, found, recoveries = random.Random(0), [], []
     for _ in range(kills):
         _wait_for_a_spare()
         for _ in range(chosen.randrange(20, 60)):
@@ -60,31 +55,38 @@ def _print_stalls(model: gradwire.Model, x: torch.Tensor, y: torch.Tensor, kills
                 recoveries.append(result.timing.recovery)
             elif time.monotonic() - begin > 10.0:
                 raise AssertionError("the killed rank was not missed")
-        stalls.extend(slow[:1])
-    print(
-        f"killed ranks: {kills}; the step that one hits takes p50 {quantile(stalls, 0.5):.2f} s (bar: 2 s), "
-        f"p99 {quantile(stalls, 0.99):.2f} s (bar: 6 s); of that the service's recovery "
-        f"p50 {statistics.median(recoveries):.2f} s"
+        found.extend(slow[:1])
+    detail = f"{kills} kills; the service's recovery p50 {statistics.median(recoveries):.2f} s"
+    for name, share, bar in (("p50", 0.5, 2.0), ("p99", 0.99, 6.0)):
+        yield Row(
+            name=f"a killed rank with a warm spare, the step that it hits, {name}",
+            figure=quantile(found, share),
+            unit="s",
+            at_most=bar,
+            detail=detail,
+        )
+
+
+def kept(model: gradwire.Model, x: torch.Tensor, y: torch.Tensor) -> Row:
+    """A minute without a kill, and one with."""
+    steps, chosen = {}, random.Random(1)
+    for disturbed in (False, True):
+        _wait_for_a_spare()
+        begin, count, killed = time.monotonic(), 0, not disturbed
+        while (passed := time.monotonic() - begin) < SECONDS:
+            if not killed and passed > SECONDS / 3:
+                _kill_one(chosen)
+                killed = True
+            model.train_step(x, y)
+            count += 1
+        steps[disturbed] = count
+    return Row(
+        name="steps made at one killed rank a minute",
+        figure=steps[True] / steps[False],
+        unit="of those without",
+        at_least=0.85,
+        detail=f"{steps[True]} and {steps[False]}",
     )
-
-
-def _print_kept(model: gradwire.Model, x: torch.Tensor, y: torch.Tensor, minutes: int) -> None:
-    """Minutes without a kill and minutes with one, in turn."""
-    steps: dict[bool, list[int]] = {False: [], True: []}
-    chosen = random.Random(1)
-    for _ in range(minutes):
-        for disturbed in (False, True):
-            _wait_for_a_spare()
-            begin, count, killed = time.monotonic(), 0, not disturbed
-            while (passed := time.monotonic() - begin) < 60.0:
-                if not killed and passed > 20.0:
-                    _kill_one(chosen)
-                    killed = True
-                model.train_step(x, y)
-                count += 1
-            steps[disturbed].append(count)
-    kept = sum(steps[True]) / sum(steps[False])
-    print(f"at one killed rank a minute {kept:.1%} of the steps are made (bar: 85%): {steps[True]} of {steps[False]}")
 
 
 def _wait_for_a_spare() -> None:
@@ -99,5 +101,7 @@ def _kill_one(chosen: random.Random) -> None:
     victim.send_signal(signal.SIGKILL)
 
 
+BENCHMARK = Benchmark(measure=measure, rounds=15)
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone()

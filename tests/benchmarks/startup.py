@@ -1,78 +1,81 @@
-"""Start-up: launch() to the first gradient, and create_model of a small model on the warm pool, twenty in a row.
+"""Start-up: launch() to the first gradient, and create_model of a small model, twenty in a row.
 
-The bars on 2 cores: under 12 s, and under 1 s each (the SDK's first export warmed up).
+Deleted in between they use the warm pool's ranks again; all kept they soon need more ranks than it has ready.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from benchmarks.benchmark import Benchmark, Setting
+from benchmarks.networks import create, small
+from benchmarks.rows import Row
+from benchmarks.timing import once
 
 import gradwire
-from gradwire import optim
+
+MODELS = 20
 
 
-def small() -> nn.Module:
-    return nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1))
+def measure(setting: Setting) -> Iterator[Row]:
+    yield to_the_first_gradient(setting.rounds)
+    with gradwire.launch(workers=2 * MODELS) as client:
+        create_times(client, workers=1, keep=False, count=1)  # The SDK's first export.
+        for keep in (False, True):
+            for workers in (1, 2):
+                time.sleep(3)  # What the models before have given back is made ready again.
+                yield created(client, workers=workers, keep=keep)
 
 
-def create_times(client: gradwire.Client, *, keep: bool, count: int, workers: int) -> list[float]:
-    """Seconds of each of `count` create_model calls; the models are deleted between calls, or all kept to the end."""
-    example = (torch.randn(32, 10), torch.randn(32, 1))
-    seconds, kept = [], []
-    for _ in range(count):
+def to_the_first_gradient(rounds: int) -> Row:
+    launched, first = [], []
+    for _ in range(rounds):
         start = time.perf_counter()
-        model = client.create_model(
-            small(), loss="mse_loss", optimizer=optim.SGD(lr=0.1), example=example, workers=workers
-        )
-        seconds.append(time.perf_counter() - start)
-        if keep:
-            kept.append(model)
-        else:
-            model.delete()
+        with gradwire.launch(workers=2) as client:
+            launched.append(time.perf_counter() - start)
+            gradient = client.grad(lambda x: (x**2).sum())(torch.tensor([2.0, -1.0]))
+            first.append(time.perf_counter() - start)
+            assert torch.equal(gradient, torch.tensor([4.0, -2.0]))
+    return Row(
+        name="launch() to the first gradient",
+        figure=statistics.median(first),
+        unit="s",
+        at_most=8.0,
+        detail=f"worst {max(first):.2f} s of {rounds}; launch() itself {statistics.median(launched):.2f} s",
+    )
+
+
+def created(client: gradwire.Client, *, workers: int, keep: bool) -> Row:
+    seconds = create_times(client, workers=workers, keep=keep, count=MODELS)
+    ranks = f"{workers} rank{'s' if workers > 1 else ''}"
+    return Row(
+        name=f"create_model, {ranks}, {MODELS} in a row, all kept"
+        if keep
+        else f"create_model on the warm pool, {ranks}",
+        figure=statistics.median(seconds),
+        unit="s",
+        at_most=1.0 if keep else 0.5,
+        detail=f"mean {statistics.mean(seconds):.3f} s, worst {max(seconds):.3f} s",
+    )
+
+
+def create_times(client: gradwire.Client, *, workers: int, keep: bool, count: int) -> list[float]:
+    """Seconds of each of `count` create_model calls; the models are deleted between calls, or all kept to the end."""
+    network, kept = small(), []
+    seconds = []
+    for _ in range(count):
+        seconds.append(once(lambda: kept.append(create(client, network, workers=workers))))
+        if not keep:
+            kept.pop().delete()
     for model in kept:
         model.delete()
     return seconds
 
 
-def report(what: str, seconds: list[float]) -> None:
-    print(
-        f"{what}: median {statistics.median(seconds):.3f} s, mean {statistics.mean(seconds):.3f} s,"
-        f" worst {max(seconds):.3f} s, all {sum(seconds):.1f} s"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20, help="models in a row")
-    arguments = parser.parse_args()
-    start = time.perf_counter()
-    with gradwire.launch(workers=2 * arguments.count) as client:
-        launched = time.perf_counter() - start
-        gradient = client.grad(lambda x: (x**2).sum())(torch.tensor([2.0, -1.0]))
-        first = time.perf_counter() - start
-        assert torch.equal(gradient, torch.tensor([4.0, -2.0]))
-        print(f"launch() {launched:.2f} s, to the first gradient {first:.2f} s (bar: 12 s)")
-        create_times(client, keep=False, count=1, workers=1)
-        report(
-            "create_model, 1 rank, deleted in between",
-            create_times(client, keep=False, count=arguments.count, workers=1),
-        )
-        report(
-            "create_model, 2 ranks, deleted in between",
-            create_times(client, keep=False, count=arguments.count, workers=2),
-        )
-        for workers in (1, 2):
-            time.sleep(3)  # what the models before have given back is made ready again
-            report(
-                f"create_model, {workers} rank{'s' if workers > 1 else ''}, all kept",
-                create_times(client, keep=True, count=arguments.count, workers=workers),
-            )
-
+BENCHMARK = Benchmark(measure=measure, rounds=3)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone()

@@ -20,9 +20,9 @@ from gradwire.variants import without_graph
 from gradwire_proto import codec
 from gradwire_proto.local_wire import new_socket, receive_packet, send_packet
 from gradwire_proto.tensors import from_torch
+from gradwire_proto.v1 import dataset_pb2, local_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
-from gradwire_proto.v1 import local_pb2
-from gradwire_proto.values import ForwardResult, Handle, TensorData
+from gradwire_proto.values import DatasetInfo, ForwardResult, Handle, TensorData
 
 TIME, SLOW = 1.5, 0.9
 """Of a call, and of each of the two requests that it makes: seconds."""
@@ -119,14 +119,39 @@ def test_bringing_a_function_that_was_forgotten_is_part_of_the_call_that_needs_i
 
 
 @pytest.mark.parametrize(
-    ("method", "page"), [("ListModels", pb.ListModelsResponse), ("ListCheckpoints", pb.ListCheckpointsResponse)]
+    ("method", "page", "listing"),
+    [
+        ("ListModels", pb.ListModelsResponse, "list_models"),
+        ("ListCheckpoints", pb.ListCheckpointsResponse, "list_checkpoints"),
+        ("ListDatasets", dataset_pb2.ListDatasetsResponse, "list_datasets"),
+    ],
 )
-def test_pages_of_a_listing_share_the_time(hurried, scripted, method, page):
+def test_pages_of_a_listing_share_the_time(hurried, scripted, method, page, listing):
     scripted.answers[method] = lambda request, context: page(next_page_token="" if request.page_token else "next")
     slow_down(scripted, method)
     with pytest.raises(LATE):
-        hurried.list_models() if method == "ListModels" else hurried.list_checkpoints()
+        getattr(hurried, listing)()
     assert len(scripted.requests(method)) == 2
+
+
+def test_bringing_examples_and_making_a_dataset_of_them_share_the_time(hurried, scripted):
+    def upload(messages, context):
+        # What arrives has all the time that it needs; what did not counts.
+        if len(scripted.requests("UploadTensors")) == 1:
+            scripted.release.wait(SLOW)
+            raise errors.Unavailable("the service is restarted", retryable=True)
+        for _ in messages:
+            pass
+        return pb.UploadTensorsResponse(name="uploads/u")
+
+    described = from_torch(torch.zeros(10, 2))
+    made = DatasetInfo(id="d", inputs=described, targets=None, num_examples=10, nbytes=80, created_at=1e9)
+    scripted.answers["UploadTensors"] = upload
+    scripted.answers["CreateDataset"] = lambda request, context: codec.encode_dataset(made)
+    slow_down(scripted, "CreateDataset")
+    with pytest.raises(LATE):
+        hurried.upload_dataset(torch.zeros(10, INLINE_BYTES // 20))
+    assert scripted.requests("CreateDataset")
 
 
 def optimizer_state(names: list[str]) -> pb.GetOptimizerStateResponse:

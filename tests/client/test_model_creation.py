@@ -39,13 +39,14 @@ def test_creation_sends_program_weights_example_and_every_option(sdk, hosted):
         checkpoint_every=50,
         keep_checkpoints=2,
         deterministic=True,
+        sync_batch_norm=False,
     )
     spec = codec.decode_model_spec(hosted.created.model)
     assert model.id == hosted.created.model_id == "mine"
     assert (spec.workers, spec.seed, spec.device, spec.on_nan) == (3, 7, "cpu", "refuse")
     assert spec.require_sharding and spec.labels == {"team": "vision"}
     assert (spec.durability, spec.checkpoint_every, spec.keep_checkpoints) == ("disk", 50, 2)
-    assert spec.deterministic
+    assert spec.deterministic and not spec.sync_batch_norm
     assert spec.optimizer == optim.SGD(lr=0.5, momentum=0.9).spec()
     assert spec.loss.name == "cross_entropy"
     for name, tensor in codec.decode_named_tensors(hosted.created.tensors).items():
@@ -58,6 +59,9 @@ def test_creation_sends_program_weights_example_and_every_option(sdk, hosted):
 def test_model_of_one_rank_needs_no_example_on_the_service(sdk, hosted):
     model = sdk.create_model(net(), loss="cross_entropy", example=batch())
     assert not hosted.created.HasField("example")
+    # Left out, as in what was stored before there was a choice.
+    assert not hosted.created.model.HasField("sync_batch_norm")
+    assert codec.decode_model_spec(hosted.created.model).sync_batch_norm
     assert model.id == hosted.created.model_id != ""
 
 
@@ -89,6 +93,7 @@ def test_weights_of_many_bytes_go_ahead_of_the_request(sdk, hosted, scripted):
         ({"workers": 1.5}, "model.workers"),
         ({"gpus_per_worker": -1}, "model.gpus_per_worker"),
         ({"gpus_per_worker": "one"}, "model.gpus_per_worker"),
+        ({"sync_batch_norm": 1}, "model.sync_batch_norm"),
         ({"labels": {"team": 1}}, 'model.labels["team"]'),
     ],
 )

@@ -40,7 +40,8 @@ PARAMETERS = {
     "launch": "workers storage *timeout *start_timeout *shared_memory **server_options",
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
-    " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic",
+    " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic"
+    " *sync_batch_norm",
     "Client.get_model": "model_id",
     "Client.list_models": "",
     "Client.restore_model": "checkpoint *model_id *workers",

@@ -246,6 +246,39 @@ def test_batch_norm_over_one_value_per_channel_is_refused_as_in_torch(client):
     assert tuple(model.train_step(x[:2], y[:2]).rank_rows) == (1, 1)
 
 
+def test_batch_norm_of_each_ranks_own_rows_is_shown_and_one_row_is_too_few_for_a_rank(client):
+    net, (x, y) = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), (torch.randn(6, 4), torch.randn(6, 3))
+    settings = {"optimizer": optim.SGD(**SGD), "workers": 2, "sync_batch_norm": False, "require_sharding": True}
+    model = client.create_model(net, loss=nn.MSELoss(), example=(x, y), **settings)
+    info = client.get_model(model.id).info()
+    assert not info.sync_batch_norm and info.sharding.mode == "rows"
+    assert "sync_batch_norm=False" in info.sharding.reason
+    outputs = torch.cat([net(x[:3]), net(x[3:])])
+    assert model.train_step(x, y).loss == pytest.approx(nn.functional.mse_loss(outputs, y).item(), rel=1e-5)
+    with pytest.raises(gradwire.errors.InvalidArgument, match="sync_batch_norm=False"):
+        model.train_step(x[:2], y[:2])
+
+
+def test_batch_norm_of_each_ranks_own_rows_in_a_module_that_the_service_builds(client):
+    layers = [
+        {"name": "torch.nn.Linear", "config": {"in_features": 4, "out_features": 3}},
+        {"name": "torch.nn.BatchNorm1d", "config": {"num_features": 3}},
+    ]
+    x, y = torch.randn(7, 4), torch.randn(7, 3)
+    settings = {"loss": nn.MSELoss(), "optimizer": optim.SGD(**SGD), "workers": 2, "sync_batch_norm": False}
+    model = client.create_model(gradwire.Architecture("torch.nn.Sequential", layers=layers), example=(x, y), **settings)
+    assert "sync_batch_norm=False" in model.info().sharding.reason
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    net.load_state_dict(model.state_dict())
+    first = net(x[:4])
+    expected = {name: each.clone() for name, each in net.named_buffers()}
+    loss = nn.functional.mse_loss(torch.cat([first, net(x[4:])]), y)
+    assert model.train_step(x, y).loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, found in model.state_dict().items():
+        if name in expected:
+            torch.testing.assert_close(found, expected[name])
+
+
 class Power(nn.Module):
     """Real numbers of complex ones."""
 

@@ -74,6 +74,7 @@ KEEPING = {
     "checkpoint_every": st.integers(0, 2**31 - 1),
     "keep_checkpoints": st.integers(0, 2**31 - 1),
     "deterministic": st.booleans(),
+    "sync_batch_norm": st.booleans(),
 }
 REDUCTIONS = st.sampled_from([None, "mean", "sum"])
 MODEL_SPECS = st.builds(

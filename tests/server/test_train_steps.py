@@ -96,6 +96,28 @@ async def test_steps_that_wait_go_to_the_ranks_together_and_are_answered_in_orde
     assert len(workers.calls) == 5
 
 
+async def test_steps_that_come_while_ranks_are_at_others_are_sent_behind_them(frontend: Any, fakes: Any) -> None:
+    workers = await frontend.create()
+    workers.most_ahead = 1
+    first = await held(frontend, workers)
+    stream = Stream(frontend)
+    wanted = [b"a", b"b", b"no", b"d"]
+    await stream.send(*steps(frontend, fakes, *wanted))
+    # All of them together, although they are cut out of the message one by one.
+    await frontend.until(lambda: workers.dispatches == [1, 4])
+    assert values(workers) == [b"held"]
+    workers.refused = b"no"
+    other = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"other")))
+    await asyncio.sleep(0.05)
+    workers.gate.set()
+    *applied, refused, behind = await stream.outcomes(4)
+    assert [result.step for result in applied] == [2, 3]
+    assert (refused.reason, behind.reason) == ("SHAPE_MISMATCH", "STEP_BEFORE_REFUSED")
+    # What is no part of that stream runs, with the number that is next.
+    assert ((await first).result.step, (await other).result.step) == (1, 4)
+    assert values(workers) == [b"held", b"a", b"b", b"other"] and numbers(workers) == [1, 2, 3, 4]
+
+
 async def test_a_model_shows_no_step_of_a_stream_before_it_is_durable(
     frontend: Any, fakes: Any, monkeypatch: Any
 ) -> None:

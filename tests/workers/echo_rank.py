@@ -6,18 +6,29 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gradwire_proto.errors import InvalidArgument
 from gradwire_workers.rank_server import RankServer
+from gradwire_workers.step_rows import StepRow
+
+
+def rows_of(steps: Sequence[int]) -> Iterator[StepRow]:
+    """A row for each number, up to a negative one, which is refused."""
+    for step in steps:
+        if step < 0:
+            raise InvalidArgument("negative", field="steps", reason="OUT_OF_RANGE")
+        yield StepRow(0.5, step, 0.1, None, False, None, 1e-3, 0.0, 1e-4, 2e-3)
 
 
 class Echo:
     needs_rejoin = False
 
-    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any] | Iterator[StepRow]:
         match kind:
+            case "train_steps":
+                return rows_of(fields["steps"])
             case "echo":
                 return fields
             case "sleep":

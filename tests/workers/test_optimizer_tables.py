@@ -64,6 +64,16 @@ def test_optimizer_takes_every_argument_of_torchs(name):
     make_optimizer(OptimizerSpec(name, defaults), parameters())
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_how_an_update_is_computed_is_for_torch_to_choose_by_device_unless_it_is_asked_for(name):
+    """Its loop on the CPU, all parameters at once on CUDA: the bits of a training loop without a service."""
+    made = make_optimizer(OptimizerSpec(name), given := parameters())
+    theirs = getattr(torch.optim, name)(given.values())
+    assert made.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+    if "foreach" in made.defaults:
+        assert made.defaults["foreach"] is None and made.defaults.get("fused") is None
+
+
 @pytest.mark.parametrize("name", ["SparseAdam", "Optimizer", "lr_scheduler", "__class__", "sgd", ""])
 def test_what_is_no_dense_optimizer_is_unknown(name):
     error = refused(lambda: make_optimizer(OptimizerSpec(name), parameters()))

@@ -146,7 +146,7 @@ def test_shards_of_several_ranks_are_cut_out_of_the_bytes(variant):
     _, rows = select_variant([variant], batch, training=True, targets=True)
     wanted = split(variant, rows, batch, ranks=3, whole=False)
     for rank, shard in enumerate(wanted):
-        (found,) = RankSteps(sent(variant, [formed(batch)], ranks=3, rank=rank))._shards()
+        (found,) = RankSteps(sent(variant, [formed(batch)], ranks=3, rank=rank)).shards()
         assert (found.start, found.stop, found.rows) == (shard.start, shard.stop, shard.rows)
         for tensor, data in zip((*found.inputs, *found.targets), (*shard.inputs, *shard.targets), strict=True):
             assert tensor.shape == data.shape and bytes(from_any(tensor).data) == bytes(data.data)
@@ -156,7 +156,8 @@ def test_shards_of_several_ranks_are_cut_out_of_the_bytes(variant):
 def test_rows_come_back_as_they_went_and_make_the_result():
     first = StepRow(0.1 + 0.2, 5, 0.01, None, False, None, 1e-3, 2e-4, 3e-5, 2e-3)
     second = first._replace(compute=3e-3, busy=4e-3)
-    assert decode_rows(encode_rows([first, second])) == [first, second]
+    third = StepRow(None, 6, None, 0.5, True, 65536.0, 1e-3, 0.0, 0.0, 2e-3)
+    assert decode_rows(encode_rows([first, second, third])) == [first, second, third]
     result = step_result([first, second], 7, rank_rows=(3, 4), transfer=0.5)
     assert (result.loss, result.step, result.num_examples, result.rank_rows) == (0.1 + 0.2, 5, 7, (3, 4))
     assert (result.timing.compute, result.timing.transfer, result.timing.total) == (3e-3, 0.5, 0.504)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -72,6 +73,28 @@ async def test_an_error_arrives_as_the_rank_raised_it(channel):
     error = (await channel.call("refuse")).error
     assert isinstance(error, InvalidArgument)
     assert (error.field, error.reason, error.message) == ("batch.inputs[0]", "SHAPE_MISMATCH", "too big")
+
+
+async def test_steps_that_follow_on_some_that_failed_are_refused_until_others_begin_anew(channel):
+    rows = []
+
+    def steps(*numbers: int, follows: bool) -> asyncio.Future[Any]:
+        fields = {"steps": numbers, "part_seconds": 60.0, "part_row": 1, "follows": follows}
+        return channel.call("train_steps", fields, lambda found: rows.append([row.step for row in found]))
+
+    calls = [
+        steps(1, 2, 3, follows=False),
+        steps(4, -5, 6, follows=True),
+        steps(6, follows=True),
+        steps(7, follows=True),
+        steps(8, 9, follows=False),
+        steps(10, follows=True),
+    ]
+    errors = [answer.error and answer.error.reason for answer in await asyncio.gather(*calls)]
+    assert errors == [None, "OUT_OF_RANGE", "STEP_BEFORE_FAILED", "STEP_BEFORE_FAILED", None, None]
+    assert [step for part in rows for step in part] == [1, 2, 3, 4, 8, 9, 10]
+    # The first alone, those behind it together.
+    assert rows[:2] == [[1], [2, 3]]
 
 
 async def test_a_defect_in_the_rank_is_an_internal_error_and_the_rank_lives_on(channel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,24 +24,27 @@ class Rank:
     def __init__(self) -> None:
         self.channel: Any = SimpleNamespace(on_lost=None, lost=None)
         self.kinds: list[str] = []
+        self.answers: deque[asyncio.Future[Answer]] = deque()
 
     def call(self, kind: str, fields: Any = None, take: Any = None) -> asyncio.Future[Answer]:
         self.kinds.append(kind)
         self.take = take
-        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.answers.append(answer)
         if take is None:
             self.end()
-        return self.answer
+        return answer
 
     def applies(self, *steps: int) -> None:
         self.take([StepRow(0.5, step, 0.1, None, False, None, 1e-3, 0.0, 1e-4, 2e-3) for step in steps])
 
     def end(self, error: Any = None, *, needs_rejoin: bool = False) -> None:
-        self.answer.set_result(Answer(fields={}, error=error, needs_rejoin=needs_rejoin, busy=0.0))
+        self.answers.popleft().set_result(Answer(fields={}, error=error, needs_rejoin=needs_rejoin, busy=0.0))
 
     def dies(self) -> None:
         self.channel.lost = RankLost("died", outcome="unknown")
-        self.answer.set_exception(self.channel.lost)
+        while self.answers:
+            self.answers.popleft().set_exception(self.channel.lost)
         self.channel.on_lost(self.channel.lost)
 
     def kill(self) -> None:
@@ -62,8 +66,12 @@ class Run:
 
     def __init__(self, ranks: Ranks) -> None:
         self.steps: list[tuple[int, int]] = []
-        dispatch = StepDispatch(ranks, lambda rows, idle: self.steps.extend((each[0].step, len(each)) for each in rows))
-        self.task = asyncio.ensure_future(dispatch.run([{}, {}]))
+        self.dispatch = StepDispatch(ranks, self._took)
+        self.dispatch.send([{}, {}], 4)
+        self.task = asyncio.ensure_future(self.dispatch.ended())
+
+    def _took(self, steps: Any, idle: float) -> None:
+        self.steps.extend((of_ranks[0].step, len(of_ranks)) for of_ranks in steps)
 
     async def settle(self) -> None:
         for _ in range(5):
@@ -127,6 +135,69 @@ async def test_a_rank_that_is_slow_to_notice_that_another_has_failed_is_waited_f
     assert run.steps == [(1, 2)] and ranks.lost is None and two[1].kinds == ["train_steps", "rejoin"]
 
 
+async def test_a_message_is_sent_behind_one_that_is_half_done_and_no_third_before_that_is_over(two, ranks):
+    run = Run(ranks)
+    for rank in two:
+        rank.applies(1)
+    assert run.dispatch.is_under_way and not run.dispatch.has_room
+    for rank in two:
+        rank.applies(2)
+    assert run.dispatch.has_room
+    run.dispatch.send([{}, {}], 2)
+    for rank in two:
+        rank.applies(3, 4, 5)
+    # So soon that none has said yet that the first is over.
+    assert not run.dispatch.has_room and run.dispatch.unanswered == 1
+    for rank in two:
+        rank.end()
+    assert run.dispatch.has_room
+    for rank in two:
+        rank.applies(6)
+        rank.end()
+    await run.task
+    assert [step for step, _ in run.steps] == [1, 2, 3, 4, 5, 6] and ranks.applied == 6 and ranks.lost is None
+
+
+async def test_what_follows_on_steps_of_which_one_failed_is_refused_and_the_ranks_go_on(two, ranks):
+    run = Run(ranks)
+    for rank in two:
+        rank.applies(1, 2)
+    run.dispatch.send([{}, {}], 2)
+    behind = InternalError("a step before these failed", reason="STEP_BEFORE_FAILED", outcome="not_applied")
+    for rank in two:
+        rank.end(InvalidArgument("no", reason="NO"))
+    await run.settle()
+    assert not run.task.done() and not run.dispatch.has_room
+    for rank in two:
+        rank.end(behind)
+    with pytest.raises(InvalidArgument):
+        await run.task
+    assert [step for step, _ in run.steps] == [1, 2] and ranks.applied == 2 and ranks.lost is None
+
+
+async def test_ranks_that_carry_out_what_follows_on_a_failure_are_lost(two, ranks):
+    run = Run(ranks)
+    for rank in two:
+        rank.applies(1, 2)
+    run.dispatch.send([{}, {}], 2)
+    for rank in two:
+        rank.end(InvalidArgument("no", reason="NO"))
+        rank.end()
+    with pytest.raises(RankLost):
+        await run.task
+    assert ranks.lost is not None
+
+
+async def test_a_defect_in_what_is_done_about_results_loses_the_ranks_and_is_raised(two, ranks):
+    run = Run(ranks)
+    run.steps = None  # pyright: ignore[reportAttributeAccessIssue]
+    for rank in two:
+        rank.applies(1)
+    with pytest.raises(AttributeError):
+        await run.task
+    assert ranks.lost is not None
+
+
 async def test_what_one_rank_has_told_counts_once_another_is_lost(two, ranks):
     run = Run(ranks)
     await run.settle()
@@ -171,4 +242,4 @@ async def test_a_dispatch_that_is_given_up_loses_the_ranks(two, ranks):
         await run.task
     assert ranks.lost is not None
     with pytest.raises(RankLost):
-        await StepDispatch(ranks, lambda rows, idle: None).run([{}, {}])
+        StepDispatch(ranks, lambda rows, idle: None).send([{}, {}], 1)

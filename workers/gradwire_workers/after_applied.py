@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from gradwire_proto.errors import GradwireError, InternalError
 
 
-@contextmanager
-def errors_after_applied() -> Iterator[None]:
+def errors_after_applied() -> AbstractContextManager[None]:
     """Gives every error the outcome "applied". Those that are not ours come out as InternalError."""
-    try:
-        yield
-    except GradwireError as error:
-        error.outcome = "applied"
-        raise
-    except Exception as error:
-        raise InternalError(f"{type(error).__name__}: {error}", outcome="applied") from error
+    return _APPLIED
+
+
+class _Applied:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, GradwireError):
+            error.outcome = "applied"
+        elif isinstance(error, Exception):
+            raise InternalError(f"{type(error).__name__}: {error}", outcome="applied") from error
+
+
+_APPLIED = _Applied()

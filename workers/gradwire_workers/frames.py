@@ -18,6 +18,14 @@ Frame: TypeAlias = "bytes | bytearray | memoryview"
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 """JSON without spaces. json.dumps would make an encoder each time."""
 
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def from_json(raw: Frame) -> Any:
+    """The value of what `to_json` wrote. json.loads would look for other encodings, and for spaces."""
+    return _raw_decode(str(raw, "utf-8"))[0]
+
+
 # JSON has no word for these: each is an object with this one key.
 _TENSOR, _SEGMENT, _BYTES, _TUPLE, _DICT = "$tensor", "$segment", "$bytes", "$tuple", "$dict"
 
@@ -32,12 +40,16 @@ def pack(message: Mapping[str, Any]) -> list[Frame]:
 
 def unpack(frames: Sequence[Frame]) -> dict[str, Any]:
     """The message that `pack` made frames of. Bytes and tensors refer to the frames, uncopied."""
-    header = json.loads(bytes(frames[0]))
+    header = from_json(frames[0])
     return {key: _decode(value, frames) for key, value in header.items()}
 
 
+# Looked for before anything else: most of a message's values are of these.
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
 def _encode(value: Any, frames: list[Frame]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if type(value) in _PLAIN or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, TensorData):
         if isinstance(value.data, Segment):
@@ -72,10 +84,10 @@ def _add(data: Frame, frames: list[Frame]) -> int:
 
 
 def _decode(value: Any, frames: Sequence[Frame]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, frames) for item in value]
-    if not isinstance(value, dict):
+    if type(value) in _PLAIN:
         return value
+    if type(value) is list:
+        return [_decode(item, frames) for item in value]
     if len(value) == 1:
         (tag, content), *_ = value.items()
         if tag == _TENSOR:

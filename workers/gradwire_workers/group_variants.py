@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 _ONE_RANK = Sharding("rows", "one rank computes every batch")
 _SPLIT = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
 _UNKNOWN = replace(_SPLIT, whole="nobody has tried whether its rows are independent")
+_OWN_STATISTICS = (
+    "batch norm is not exact, as was asked for (sync_batch_norm=False): each rank's normalises over its own rows, so"
+    " that a step depends on how many ranks there are"
+)
 _ROWS = Sharding("rows", "rows are independent: each rank computes its share of a batch")
 
 
@@ -144,8 +148,10 @@ class GroupVariants:
             )
         if decision.whole is not None:
             self.sharding = Sharding("whole", decision.whole)
-        elif decision.loss is not None:
-            self.sharding = Sharding("rows", f"{_ROWS.reason}; the loss is {decision.loss}")
+            return
+        loss = () if decision.loss is None else (f"the loss is {decision.loss}",)
+        norms = (_OWN_STATISTICS,) if decision.own_statistics else ()
+        self.sharding = Sharding("rows", "; ".join((_ROWS.reason, *loss, *norms)))
 
     def example_leaves(self, variant: Variant, example: Batch | None) -> ExampleLeaves | None:
         """What `add` tries the variant with. InvalidArgument where the example does not fit, or is needed."""
@@ -267,4 +273,5 @@ class GroupVariants:
             returns_loss=found.returns_loss,
             loss=found.loss,
             weight=found.weight,
+            own_statistics=found.own_statistics,
         )

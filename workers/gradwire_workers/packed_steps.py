@@ -3,7 +3,7 @@
 Of the message's fields, `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
 number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
 first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
-tensor. `part_seconds` and `part_rows`: see RankServer.
+tensor. `part_seconds`, `part_row` and `follows`: see RankServer.
 """
 
 from __future__ import annotations
@@ -96,9 +96,18 @@ def _parts_of(shard: Shard, form: BatchForm) -> list[_Part]:
 
 
 def pack_steps(
-    steps: Sequence[FormedStep], layouts: Sequence[Layout], *, rank: int, command: int, number: int
+    steps: Sequence[FormedStep],
+    layouts: Sequence[Layout],
+    *,
+    rank: int,
+    command: int,
+    number: int,
+    follows: bool = False,
 ) -> dict[str, Any]:
-    """The fields of one rank's message. `layouts`: each step's. command, number: the first step's; they count up."""
+    """The fields of one rank's message. `layouts`: each step's. command, number: the first step's; they count up.
+
+    follows: whether the rank may still be at the message before, which the steps are behind.
+    """
     # Several ranks tell of each step at once: when one is lost, the others should not be further than is known.
     part_seconds = PART_SECONDS if len(layouts[0].shards) == 1 else 0.0
     used: dict[int, int] = {}
@@ -124,6 +133,7 @@ def pack_steps(
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
     text = to_json({"layouts": described, "steps": rows})
-    # Half of them early: what is done about these is done while the rank computes the rest.
-    parts = {"part_seconds": part_seconds, "part_rows": max(2, len(steps) // 2)}
+    # Half of them early: what is done about these, and the next message, is done while the rank computes the rest.
+    part_row = (len(steps) + 1) // 2 if len(steps) > 1 else 0
+    parts = {"part_seconds": part_seconds, "part_row": part_row, "follows": follows}
     return {"steps": text.encode(), "data": [b"".join(small), *large], **parts}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from gradwire_proto.values import DerivativeQuery, GradientQuery
@@ -25,7 +24,7 @@ def gradients_of(trainer: Trainer, fields: Fields) -> Fields:
         "gradients": report.gradients,
         "input_gradients": report.input_gradients,
         "outputs": report.outputs,
-        "seconds": asdict(report.seconds),
+        "seconds": report.seconds._asdict(),
     }
 
 
@@ -37,5 +36,5 @@ def derivatives_of(trainer: Trainer, fields: Fields) -> Fields:
         "outputs": report.outputs,
         "derivatives": report.derivatives,
         "rows": report.rows,
-        "seconds": asdict(report.seconds),
+        "seconds": report.seconds._asdict(),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.attempt import AGREED
 from gradwire_workers.training.determinism import compute_as_torch_does, compute_repeatably
 from gradwire_workers.training.out_of_memory import out_of_memory_told
-from gradwire_workers.training.reports import BackwardReport, RetainedReport, StepReport
+from gradwire_workers.training.reports import BackwardReport, ForwardReport, RetainedReport
 
 Fields = Mapping[str, Any]
 
@@ -121,7 +121,7 @@ class RankCommands:
         if kind == "train_steps":
             with self._together("train_step"):
                 steps = RankSteps(fields)
-            return steps.carry_out(self._model, self._carry_out_step)
+            return steps.carry_out(self._model, self._step_applied, self._step_failed)
         command = self._commands.get(kind)
         if command is None:
             raise InternalError(f"no command {kind}")
@@ -129,35 +129,40 @@ class RankCommands:
         with errors_after_applied(), out_of_memory_told():
             return outgoing(answer, self._segments)
 
-    def _carry_out_step(self, step: Callable[[], StepReport], number: int) -> StepReport:
-        """As `answer` does a command, which takes longer than to do so where it fails alone."""
-        try:
-            report = step()
-        except BaseException as error:
-            failure = error
-        else:
-            self._standing_of.applied = number
-            return report
+    def _step_applied(self, number: int) -> None:
+        self._standing_of.applied = number
 
-        def fail(_: Fields) -> StepReport:
-            raise failure
+    def _step_failed(self, number: int, error: BaseException) -> None:
+        """What `answer` does about a command that fails. It takes longer than to do so where one fails alone."""
 
-        return self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
+        def fail(_: Fields) -> None:
+            raise error
+
+        self._standing_of.carry_out(partial(self._carry_out, "train_step", fail), {NUMBER: number})
 
     def _carry_out(self, kind: str, command: Callable[[Fields], T], fields: Fields) -> T:
-        lifted = limits_lifted() if fields.get(AGAIN) else nullcontext()
-        with out_of_memory_told(), self._together(kind), lifted:
-            return command(fields)
+        with out_of_memory_told():
+            try:
+                if fields.get(AGAIN):
+                    with limits_lifted():
+                        return command(fields)
+                return command(fields)
+            except BaseException as error:
+                self._tell_others(kind, error)
+                raise
 
     @contextmanager
     def _together(self, kind: str) -> Iterator[None]:
-        """If this rank fails alone, the others must not wait for it in a collective."""
         try:
             yield
         except BaseException as error:
-            if self._trainer is not None and kind in _COLLECTIVE and not _is_refused_by_all(error):
-                self._trainer.break_off(f"{type(error).__name__}: {error}")
+            self._tell_others(kind, error)
             raise
+
+    def _tell_others(self, kind: str, error: BaseException) -> None:
+        """If this rank fails alone, the others must not wait for it in a collective."""
+        if self._trainer is not None and kind in _COLLECTIVE and not _is_refused_by_all(error):
+            self._trainer.break_off(f"{type(error).__name__}: {error}")
 
     @property
     def needs_rejoin(self) -> bool:
@@ -249,8 +254,7 @@ class RankCommands:
         return {}
 
     def _train_step(self, fields: Fields) -> Fields:
-        report = self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"])
-        return asdict(report)
+        return self._model.train_step(shard_in(fields), command=fields["command"], lr=fields["lr"]).fields()
 
     def _fit(self, fields: Fields) -> Fields:
         """Steps as far as they go: what refuses one of them is an error only where none was applied."""
@@ -273,14 +277,14 @@ class RankCommands:
         return {}
 
     def _forward_backward(self, fields: Fields) -> Fields:
-        return asdict(self._model.forward_backward(shard_in(fields), command=fields["command"]))
+        return self._model.forward_backward(shard_in(fields), command=fields["command"]).fields()
 
     def _optimizer_step(self, fields: Fields) -> Fields:
         given = fields["gradients"]
         report = self._model.optimizer_step(
             None if given is None else incoming(given), lr=fields["lr"], groups=to_nested(fields["groups"])
         )
-        return asdict(report)
+        return report.fields()
 
     def _zero_grad(self, _: Fields) -> Fields:
         self._model.zero_grad()
@@ -293,7 +297,7 @@ class RankCommands:
         report = self._model.forward(
             shard_in(fields), training=fields["training"], seed=fields["seed"], command=fields["command"]
         )
-        return {"outputs": report.outputs, "step": report.step, "rows": report.rows, "seconds": asdict(report.seconds)}
+        return _shallow(report)
 
     def _retained_forward(self, fields: Fields) -> Fields:
         report = self._model.retained_forward(
@@ -373,6 +377,6 @@ def _is_refused_by_all(error: BaseException) -> bool:
     return isinstance(error, (FailedPrecondition, InvalidArgument)) or getattr(error, "reason", None) in AGREED
 
 
-def _shallow(report: RetainedReport | BackwardReport) -> dict[str, Any]:
+def _shallow(report: ForwardReport | RetainedReport | BackwardReport) -> dict[str, Any]:
     """The report as fields. Not asdict: it would copy the tensors."""
-    return {name: getattr(report, name) for name in report.__slots__} | {"seconds": asdict(report.seconds)}
+    return {name: getattr(report, name) for name in report.__slots__} | {"seconds": report.seconds._asdict()}

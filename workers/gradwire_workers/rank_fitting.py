@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,8 @@ class RankFitting:
             steps=fields["batches"],
             order=None,
         )
-        return asdict(trainer.evaluate(batches, first=fields["first"]))
+        found = trainer.evaluate(batches, first=fields["first"])
+        return {"losses": found.losses, "seconds": found.seconds}
 
     def forget(self) -> None:
         """Let go of what is mapped."""
@@ -97,7 +97,7 @@ def report_of(run: StepRun, step: int, error: Fields | None, *, needs_rejoin: bo
         "losses": run.losses,
         "step": step,
         "rows": run.rows,
-        "seconds": asdict(run.seconds),
+        "seconds": run.seconds._asdict(),
         "error": error,
         "needs_rejoin": needs_rejoin,
     }

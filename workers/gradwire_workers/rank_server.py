@@ -39,6 +39,8 @@ class RankServer:
     def __init__(self, endpoint: str, commands: Commands, *, patience: float) -> None:
         self._commands = commands
         self._patience = patience
+        self._steps_failed = False
+        """Whether the last steps that came together ended with an error."""
         self._socket = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -93,17 +95,21 @@ class RankServer:
     def _serve_rows(
         self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
     ) -> None:
-        """Answer a command with its rows, in parts: one when `part_seconds` have passed since the last, or so many rows
-        are there as `part_rows` says; both are its fields. The last part says that it is over, and how.
+        """Answer a command with its rows, in parts: one when `part_seconds` have passed since the last, and one behind
+        row number `part_row`; both are its fields. The last part says that it is over, and how.
+
+        One that `follows` on the command before, and was sent before that one was over, is refused where it failed.
         """
         rows: list[StepRow] = []
         sent = time.perf_counter()
         ending: dict[str, Any] = {}
         try:
-            for row in self._commands.answer(kind, fields):
+            if fields["follows"] and self._steps_failed:
+                raise InternalError("a step before these failed", reason="STEP_BEFORE_FAILED", outcome="not_applied")
+            for number, row in enumerate(self._commands.answer(kind, fields), start=1):
                 rows.append(row)  # pyright: ignore[reportArgumentType]
                 now = time.perf_counter()
-                if now - sent >= fields["part_seconds"] or len(rows) == fields["part_rows"]:
+                if now - sent >= fields["part_seconds"] or number == fields["part_row"]:
                     self._socket.send_multipart(packed({"rows": encode_rows(rows)}))
                     rows, sent = [], now
         except GradwireError as error:
@@ -112,6 +118,7 @@ class RankServer:
             logger.exception("the command %s failed", kind)
             failure = InternalError(f"{type(error).__name__}: {error}", outcome="not_applied")
             ending = {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
+        self._steps_failed = bool(ending)
         self._socket.send_multipart(packed({"rows": encode_rows(rows), "is_over": True, **ending}))
 
     def _watch(self) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -24,43 +22,49 @@ from gradwire_workers.training.reports import StepReport
 Fields = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A small tensor of a layout: where it lies in the buffer of all follows from those before it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    count: int
-    nbytes: int
-
-    def read(self, small: memoryview, position: int) -> Tensor:
-        """Not a slice of one tensor of all: what a program writes to one must not count as a change of another."""
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(small, dtype=self.dtype, count=self.count, offset=position).view(self.shape)
-
-
 class _Layout:
-    """A layout of a message: `make` takes a step's leaves, inputs first."""
+    """A layout of a message. Its steps' small tensors take turns in the same memory, each until the next step's."""
 
     def __init__(self, fields: Fields) -> None:
-        self.leaves = [_leaf(*each) for each in (*fields["inputs"], *fields["targets"])]
-        self._inputs = len(fields["inputs"])
         self._fields = {name: value for name, value in fields.items() if name not in ("inputs", "targets")}
+        self._inputs = len(fields["inputs"])
+        self._leaves: list[Any] = []
+        """Those of a step; for a large tensor, a TensorData without its bytes."""
+        self._places: list[tuple[memoryview, int, int]] = []
+        """Of each small tensor: its memory, its bytes, and how many of the message's it takes up."""
+        for kind, *content in (*fields["inputs"], *fields["targets"]):
+            self._leaves.append(content[0] if kind == "constant" else self._tensor(*content))
+        has_large = any(isinstance(leaf, TensorData) for leaf in self._leaves)
+        self._shard = None if has_large else self._made(self._leaves)
 
-    def shard(self, leaves: Sequence[Any]) -> Shard:
+    def _tensor(self, dtype: str, shape: Sequence[int]) -> Tensor | TensorData:
+        described = TensorData(dtype, tuple(shape), b"")
+        if described.nbytes >= SMALL_BYTES:
+            return described
+        # Nothing outlives a step that refers to its batch: what is kept of it is a copy.
+        tensor = torch.empty(described.shape, dtype=torch_dtype(dtype))
+        if described.nbytes:
+            memory = tensor.view(-1).view(torch.uint8).numpy().data
+            self._places.append((memory, described.nbytes, described.nbytes + -described.nbytes % ALIGNMENT))
+        return tensor
+
+    def take(self, small: memoryview, position: int, large: Iterator[Any]) -> tuple[Shard, int]:
+        """A step's shard, and where its small tensors end that begin at `position`."""
+        for memory, nbytes, room in self._places:
+            memory[:] = small[position : position + nbytes]
+            position += room
+        if self._shard is not None:
+            return self._shard, position
+        leaves: list[Any] = []
+        for leaf in self._leaves:
+            if isinstance(leaf, TensorData):
+                leaves += leaves_in([TensorData(leaf.dtype, leaf.shape, next(large))])
+            else:
+                leaves.append(leaf)
+        return self._made(leaves), position
+
+    def _made(self, leaves: Sequence[Any]) -> Shard:
         return Shard(**self._fields, inputs=tuple(leaves[: self._inputs]), targets=tuple(leaves[self._inputs :]))
-
-
-def _leaf(kind: str, *content: Any) -> Any:
-    """A small tensor, a TensorData without its bytes for a large one, or a constant in a tuple."""
-    if kind == "constant":
-        return content
-    dtype, shape = content
-    described = TensorData(dtype, tuple(shape), b"")
-    if described.nbytes >= SMALL_BYTES:
-        return described
-    return _Tensor(torch_dtype(dtype), described.shape, prod(shape), described.nbytes)
 
 
 class RankSteps:
@@ -73,47 +77,43 @@ class RankSteps:
         self._small, *self._large = fields["data"]
 
     def carry_out(
-        self, trainer: Trainer, guarded: Callable[[Callable[[], StepReport], int], StepReport]
+        self, trainer: Trainer, applied: Callable[[int], None], failed: Callable[[int, BaseException], None]
     ) -> Iterator[StepRow]:
         """Each step's row, as soon as it was applied. The first that fails raises; those behind it are not begun.
 
-        guarded: carries out the command of that number as each that comes alone.
+        applied: told the number of each command. failed: told that of the one that failed; what it raises comes out.
         """
-        shards = self._shards()
+        shards = self.shards()
         for _, command, number, lr in self._steps:
             began = perf_counter()
-            # Inside: a shard that one rank alone cannot read is its failure, which the others must hear of.
-            report = guarded(lambda of=command, lr=lr: trainer.train_step(next(shards), command=of, lr=lr), number)
+            try:
+                # Inside: a shard that one rank alone cannot read is its failure, which the others must hear of.
+                report = trainer.train_step(next(shards), command=command, lr=lr)
+            except BaseException as error:
+                failed(number, error)
+                raise
+            applied(number)
             yield _row(report, perf_counter() - began)
 
-    def _shards(self) -> Iterator[Shard]:
-        (joined,) = leaves_in([TensorData("uint8", (len(self._small),), self._small)])
-        small = joined.numpy().data
-        large, position = iter(self._large), 0
+    def shards(self) -> Iterator[Shard]:
+        """Each step's, good until the next one is asked for."""
+        small, large, position = memoryview(self._small), iter(self._large), 0
         for index, *_ in self._steps:
-            layout, leaves = self._layouts[index], []
-            for leaf in layout.leaves:
-                if isinstance(leaf, _Tensor):
-                    leaves.append(leaf.read(small, position))
-                    position += leaf.nbytes + -leaf.nbytes % ALIGNMENT
-                elif isinstance(leaf, TensorData):
-                    leaves += leaves_in([TensorData(leaf.dtype, leaf.shape, next(large))])
-                else:
-                    leaves += leaf
-            yield layout.shard(leaves)
+            shard, position = self._layouts[index].take(small, position, large)
+            yield shard
 
 
 def _row(report: StepReport, busy: float) -> StepRow:
     seconds = report.seconds
     return StepRow(
-        loss=report.loss,
-        step=report.step,
-        lr=report.lr,
-        grad_norm=report.grad_norm,
-        skipped=report.skipped,
-        loss_scale=report.loss_scale,
-        compute=seconds.compute,
-        all_reduce=seconds.all_reduce,
-        optimizer=seconds.optimizer,
-        busy=busy,
+        report.loss,
+        report.step,
+        report.lr,
+        report.grad_norm,
+        report.skipped,
+        report.loss_scale,
+        seconds.compute,
+        seconds.all_reduce,
+        seconds.optimizer,
+        busy,
     )

@@ -94,13 +94,9 @@ class Ranks:
         raise await self._recover(kind, answers, failed, changes)
 
     def begin(
-        self,
-        kind: str,
-        fields: Sequence[Mapping[str, Any]],
-        take: Sequence[Callable[[list[StepRow]], None]],
-        news: Callable[[], None],
+        self, kind: str, fields: Sequence[Mapping[str, Any]], take: Sequence[Callable[[list[StepRow]], None]]
     ) -> list[asyncio.Future[Answer]]:
-        """Sends each rank its fields. `take`: what each rank answers bit by bit; `news`: called when more came of it.
+        """Sends each rank its fields. `take`: what each rank answers bit by bit. More may be begun before it is over.
 
         Once a rank is lost, the others have a second to end. `end`, or `abandon`, must follow. Raises RankLost where a
         rank was lost before.
@@ -108,42 +104,38 @@ class Ranks:
         if self.lost is not None:
             raise self._lost_before()
         self._patience = _SECONDS_TO_FINISH
-
-        def taking(take: Callable[[list[StepRow]], None]) -> Callable[[list[StepRow]], None]:
-            def took(rows: list[StepRow]) -> None:
-                take(rows)
-                news()
-
-            return took
-
         each = zip(self.processes, fields, take, strict=True)
-        self._calls = [process.call(kind, of_rank, taking(its)) for process, of_rank, its in each]
-        for call in self._calls:
-            call.add_done_callback(lambda _: news())
-        return self._calls
+        calls = [process.call(kind, of_rank, its) for process, of_rank, its in each]
+        self._calls = [*(call for call in self._calls if not call.done()), *calls]
+        return calls
 
-    async def end(self, kind: str, calls: Sequence[asyncio.Future[Answer]], *, even: bool) -> None:
-        """All `calls` are over: raises the error that a changing command of this kind has ended with, as `call` does
-        where any rank's answer will do.
+    async def end(self, kind: str, messages: Sequence[Sequence[asyncio.Future[Answer]]], *, even: bool) -> None:
+        """All that was begun is over, in order, and nothing but the last message need have gone well: raises the error
+        that a changing command of this kind has ended with, as `call` does where any rank's answer will do.
 
         even: whether all ranks had got equally far.
         """
         self._patience = 0.0
+        calls = [call for message in messages for call in message]
         missing = next((error for call in calls if isinstance(error := call.exception(), RankLost)), None)
-        answers = [call.result() for call in calls if call.exception() is None]
-        failed = [answer for answer in answers if answer.error is not None]
-        if len(failed) < len(answers) and (missing is not None or not failed):
-            return
-        if missing is None and (not even or len(failed) < len(answers)):
-            missing = RankLost(f"a {kind} was applied on some ranks only", outcome="unknown")
         if missing is not None:
+            # A rank that has ended the last one well has ended them all.
+            if any(call.exception() is None and _is_well(call.result()) for call in messages[-1]):
+                return
             raise self.give_up(missing)
-        raise await self._recover(kind, answers, failed, True)
+        answers = [[call.result() for call in message] for message in messages]
+        first = next((index for index, its in enumerate(answers) if not all(map(_is_well, its))), None)
+        if first is None:
+            return
+        # Behind one that failed, all are refused.
+        if not even or any(_is_well(each) for its in answers[first:] for each in its):
+            raise self.give_up(RankLost(f"a {kind} was applied on some ranks only", outcome="unknown"))
+        raise await self._recover(kind, answers[first], answers[first], True)
 
-    def abandon(self, kind: str, calls: Sequence[asyncio.Future[Answer]]) -> None:
+    def abandon(self, kind: str) -> None:
         """Nobody knows what the ranks did, or when they are done."""
         self._patience = 0.0
-        for call in calls:
+        for call in self._calls:
             call.cancel()
         self._lose(RankLost(f"a {kind} was abandoned while it ran", outcome="unknown"))
 
@@ -166,7 +158,7 @@ class Ranks:
                 except RankLost as lost:
                     missing = missing or lost
         except BaseException:
-            self.abandon(kind, calls)
+            self.abandon(kind)
             raise
         finally:
             self._patience = 0.0
@@ -226,6 +218,10 @@ class Ranks:
         """The same loss, told to a command that was never sent."""
         assert self.lost is not None
         return RankLost(self.lost.message, reason=self.lost.reason, outcome="not_applied")
+
+
+def _is_well(answer: Answer) -> bool:
+    return answer.error is None
 
 
 def _give_up(calls: Sequence[asyncio.Future[Answer]], lost: RankLost) -> None:

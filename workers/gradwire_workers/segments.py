@@ -11,14 +11,14 @@ import errno
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradwire_proto.errors import ResourceExhausted
 from gradwire_proto.lent_files import take_back
-from gradwire_proto.values import Segment, TensorData, leaves, map_leaves
+from gradwire_proto.values import Segment, TensorData, map_leaves, tensors_in
 
 INLINE_BYTES = 1 << 20
 """Tensors that together have fewer bytes than this travel in the message itself."""
@@ -135,15 +135,16 @@ def pieces(data: Any, size: int = 1 << 20) -> Iterator[memoryview]:
 
 def release(*values: Any, keep: Any = None) -> None:
     """Unlinks every file that these values (tensors, nested values, mappings) name and `keep` does not. Never fails."""
-    for path in _paths(list(values)) - _paths(keep):
+    paths = _paths(list(values))
+    if not paths:
+        return
+    for path in paths - _paths(keep):
         with contextlib.suppress(OSError):
             os.unlink(path)
 
 
 def _paths(value: Any) -> set[str]:
-    plain = dict(value) if isinstance(value, Mapping) else value
-    tensors = (leaf for _, leaf in leaves(plain) if isinstance(leaf, TensorData))
-    return {tensor.data.path for tensor in tensors if isinstance(tensor.data, Segment)}
+    return {tensor.data.path for tensor in tensors_in(value) if isinstance(tensor.data, Segment)}
 
 
 def sweep(folder: str | Path, name: str) -> None:

@@ -1,6 +1,10 @@
-"""Several steps handed to all ranks at once, and what comes of each: a step counts when every rank has applied it.
+"""Steps handed to all ranks, message after message, and what comes of each: a step counts when every rank has applied
+it.
 
-Once a rank is lost, it counts where any has: see `Ranks.call`, of commands of which any answer will do.
+The next message is sent while the ranks are at the one before, so that they go on without a pause. Where a step of that
+one fails, they refuse all of the next.
+
+Once a rank is lost, a step counts where any has applied it: see `Ranks.call`, of commands of which any answer will do.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from gradwire_workers.rank_channel import Answer
@@ -16,46 +21,82 @@ from gradwire_workers.step_rows import StepRow
 
 Took = Callable[[Sequence[Sequence[StepRow]], float], None]
 """Called with the rows of the next steps that were applied, of each rank that told, and the seconds that no rank was at
-work on each of them."""
+work on each of them. At once, as the ranks tell: it must not take long."""
 
 
 class StepDispatch:
-    """One dispatch to `ranks`. Nothing else may be asked of them meanwhile."""
+    """Messages to `ranks`. Nothing else may be asked of them before `ended` returns. `unanswered`: steps that were
+    sent, and not told of yet.
+    """
 
     def __init__(self, ranks: Ranks, took: Took) -> None:
+        self.unanswered = 0
         self._ranks = ranks
         self._took = took
         self._rows: list[deque[StepRow]] = [deque() for _ in range(len(ranks))]
+        self._messages: deque[list[asyncio.Future[Answer]]] = deque()
+        """Those that are not over, behind one that is, where it is not known that all of it went well."""
+        self._last_count = 0
         self._woken: asyncio.Future[None] | None = None
         self._marked = 0.0
+        self._defect: BaseException | None = None
+        """What `took` has raised."""
 
-    async def run(self, fields: Sequence[Mapping[str, Any]]) -> None:
-        """Hand the ranks their fields, and return when every step is applied.
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the ranks are at a message, so that the next one follows on it."""
+        return any(not call.done() for message in self._messages for call in message)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another message should be sent now: not much is left of the last, and none waits behind it."""
+        if self._defect is not None or self._ranks.lost is not None or any(map(_has_failed, self._messages)):
+            return False
+        under_way = sum(not all(call.done() for call in message) for message in self._messages)
+        return under_way < 2 and self.unanswered <= max(1, self._last_count // 2)
+
+    def send(self, fields: Sequence[Mapping[str, Any]], count: int) -> None:
+        """Hand each rank its fields, of so many steps. RankLost where a rank was lost before."""
+        if not self.unanswered:
+            self._marked = asyncio.get_running_loop().time()
+        calls = self._ranks.begin("train_steps", fields, [partial(self._told, rows) for rows in self._rows])
+        for call in calls:
+            call.add_done_callback(self._wake)
+        self._messages.append(calls)
+        self.unanswered += count
+        self._last_count = count
+
+    async def ended(self) -> None:
+        """Return when every step that was sent is applied; while it waits, more may be sent.
 
         Raises the error of the first step that was not, as `Ranks.call` does; those before it count.
         """
-        loop = asyncio.get_running_loop()
-        self._marked = loop.time()
-        calls = self._ranks.begin("train_steps", fields, [each.extend for each in self._rows], self._wake)
         try:
-            await self._until_over(calls)
+            # Where one has failed, the others do at their next collective, however long they take to come to it.
+            while self.is_under_way and self._defect is None:
+                self._woken = asyncio.get_running_loop().create_future()
+                await self._woken
+            if self._defect is not None:
+                raise self._defect
         except BaseException:
-            self._ranks.abandon("train_steps", calls)
+            self._ranks.abandon("train_steps")
             raise
         if self._ranks.lost is not None:
             self._take(max(map(len, self._rows)))
-        await self._ranks.end("train_step", calls, even=not any(self._rows))
+        await self._ranks.end("train_step", self._messages, even=not any(self._rows))
 
-    async def _until_over(self, calls: Sequence[asyncio.Future[Answer]]) -> None:
-        # Where one has failed, the others do at their next collective, however long they take to come to it.
-        while True:
-            self._take(min(map(len, self._rows)))
-            if all(call.done() for call in calls):
-                return
-            self._woken = asyncio.get_running_loop().create_future()
-            await self._woken
+    def _told(self, of_rank: deque[StepRow], rows: list[StepRow]) -> None:
+        of_rank.extend(rows)
+        if self._defect is None:
+            try:
+                self._take(min(map(len, self._rows)))
+            except BaseException as error:
+                self._defect = error
+                self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, _: object = None) -> None:
+        while len(self._messages) > 1 and _went_well(self._messages[0]):
+            self._messages.popleft()
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
@@ -68,4 +109,17 @@ class StepDispatch:
         busy = sum(max(row.busy for row in of_ranks) for of_ranks in steps)
         idle, self._marked = max(0.0, now - self._marked - busy) / count, now
         self._ranks.applied += count
+        self.unanswered -= count
         self._took(steps, idle)
+
+
+def _has_failed(message: Sequence[asyncio.Future[Answer]]) -> bool:
+    return any(call.done() and not _is_well(call) for call in message)
+
+
+def _went_well(message: Sequence[asyncio.Future[Answer]]) -> bool:
+    return all(call.done() and _is_well(call) for call in message)
+
+
+def _is_well(call: asyncio.Future[Answer]) -> bool:
+    return not call.cancelled() and call.exception() is None and call.result().error is None

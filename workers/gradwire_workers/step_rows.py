@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from gradwire_proto.values import StepResult, Timing
-from gradwire_workers.frames import to_json
 
 
 class StepRow(NamedTuple):
@@ -30,12 +29,60 @@ class StepRow(NamedTuple):
 
 def encode_rows(rows: Sequence[StepRow]) -> bytes:
     """Rows as a message holds them."""
-    return to_json(rows).encode()
+    return b"".join(map(_packed, rows))
 
 
 def decode_rows(raw: bytes | memoryview) -> list[StepRow]:
     """The rows that `encode_rows` has encoded."""
-    return [StepRow(*each) for each in json.loads(bytes(raw))]
+    return [_unpacked(*each) for each in _ROW.iter_unpack(raw)]
+
+
+_ROW = struct.Struct("<Bq8d")
+"""Which may be None and are there, and whether it was skipped, as bits; the step; the other numbers in order."""
+
+_LOSS, _LR, _GRAD_NORM, _LOSS_SCALE, _SKIPPED = 1, 2, 4, 8, 16
+
+
+def _packed(row: StepRow) -> bytes:
+    loss, step, lr, grad_norm, skipped, loss_scale, compute, all_reduce, optimizer, busy = row
+    bits = _SKIPPED if skipped else 0
+    if loss is None:
+        loss = 0.0
+    else:
+        bits |= _LOSS
+    if lr is None:
+        lr = 0.0
+    else:
+        bits |= _LR
+    if grad_norm is None:
+        grad_norm = 0.0
+    else:
+        bits |= _GRAD_NORM
+    if loss_scale is None:
+        loss_scale = 0.0
+    else:
+        bits |= _LOSS_SCALE
+    return _ROW.pack(bits, step, loss, lr, grad_norm, loss_scale, compute, all_reduce, optimizer, busy)
+
+
+def _unpacked(
+    bits: int,
+    step: int,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    loss_scale: float,
+    *seconds: float,
+) -> StepRow:
+    return StepRow(
+        loss if bits & _LOSS else None,
+        step,
+        lr if bits & _LR else None,
+        grad_norm if bits & _GRAD_NORM else None,
+        bits & _SKIPPED > 0,
+        loss_scale if bits & _LOSS_SCALE else None,
+        *seconds,
+    )
 
 
 def step_result(of_ranks: Sequence[StepRow], rows: int, *, rank_rows: tuple[int, ...], transfer: float) -> StepResult:

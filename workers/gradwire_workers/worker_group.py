@@ -35,7 +35,7 @@ from gradwire_workers.combining import forward_result, gradient_result, step_res
 from gradwire_workers.fit_group import FitGroup
 from gradwire_workers.group_state import model_state
 from gradwire_workers.group_variants import GroupVariants
-from gradwire_workers.packed_steps import Layout, Layouts, pack_steps
+from gradwire_workers.packed_steps import Layout, Layouts
 from gradwire_workers.pool.lease import Lease
 from gradwire_workers.ranks import Answers, Ranks
 from gradwire_workers.retained_group import RetainedGroup
@@ -43,9 +43,7 @@ from gradwire_workers.salvage import salvage
 from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard, shard_fields
 from gradwire_workers.sharding import least_rows
-from gradwire_workers.step_dispatch import StepDispatch
-from gradwire_workers.step_rows import StepRow
-from gradwire_workers.step_rows import step_result as packed_result
+from gradwire_workers.step_flow import StepFlow
 from gradwire_workers.variant_splits import varies
 
 
@@ -205,23 +203,9 @@ class WorkerGroup:
         """How many of these steps, from the first, can go to the ranks together; 0: the first must go alone."""
         return len(self._layouts.of_first(steps, self._variants.count))
 
-    async def train_steps(
-        self, steps: Sequence[FormedStep], *, command: int, took: Callable[[list[StepResult]], None]
-    ) -> None:
-        """`train_step` of steps that can go together, from this command on.
-
-        `took` is called with the results of steps that are applied, in order, as they come. Raises the error of the
-        first that is not; those behind it were not begun. Where ranks are lost, what one rank has carried out is
-        applied, as in `train_step`.
-        """
-        layouts, number = self._layouts.of_first(steps, self._variants.count), self._ranks.applied + 1
-        fields = [pack_steps(steps, layouts, rank=rank, command=command, number=number) for rank in range(self.workers)]
-        following = iter(layouts)
-
-        def applied(of_steps: Sequence[Sequence[StepRow]], idle: float) -> None:
-            took([_packed_result(of_ranks, next(following), idle) for of_ranks in of_steps])
-
-        await StepDispatch(self._ranks, applied).run(fields)
+    def step_flow(self, took: Callable[[list[StepResult]], None]) -> StepFlow:
+        """For `train_step` of steps that can go together: see StepFlow."""
+        return StepFlow(self._ranks, lambda steps: self._layouts.of_first(steps, self._variants.count), took)
 
     def _layout(self, form: BatchForm) -> Layout | None:
         """How batches of this form are spread; None where only trying tells."""
@@ -261,7 +245,7 @@ class WorkerGroup:
                 reason="ROWS_NOT_OPEN",
                 field="per_example",
             )
-        extra = {"query": asdict(query), "command": command, "vectors": dict(vectors or {})}
+        extra = {"query": _query_fields(query), "command": command, "vectors": dict(vectors or {})}
         answers = await self._call_shards("compute_gradients", shards, extra, changes=False)
         return await gradient_result(answers, variant, shards, rows, self._writer, per_example=query.per_example)
 
@@ -347,5 +331,6 @@ class WorkerGroup:
             return await self._ranks.call(kind, fields, changes=changes, any_will_do=any_will_do)
 
 
-def _packed_result(of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
-    return packed_result(of_ranks, layout.rows, rank_rows=layout.rank_rows, transfer=idle)
+def _query_fields(query: GradientQuery) -> dict[str, Any]:
+    """Not asdict: it copies what cannot change."""
+    return {name: getattr(query, name) for name in GradientQuery.__slots__}

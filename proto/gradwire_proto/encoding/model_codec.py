@@ -112,6 +112,7 @@ def encode_model_spec(value: ModelSpec, into: pb.Model | None = None, field: str
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, f"{field}.precision")  # pyright: ignore[reportAttributeAccessIssue]
     _encode_reduction(value, message)
+    _encode_batch_norm(value, message)
     _encode_keeping(value, message, field)
     return message
 
@@ -142,6 +143,7 @@ def decode_model_spec(message: pb.Model, field: str = "model", limits: Limits | 
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
         loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
+        sync_batch_norm=_decode_batch_norm(message),
         **_decode_keeping(message, field),
     )
 
@@ -190,6 +192,16 @@ def _encode_reduction(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
 
 def _decode_reduction(message: pb.Model, field: str) -> str | None:
     return LOSS_REDUCTIONS.word(message.loss_reduction, field) if message.loss_reduction else None
+
+
+def _encode_batch_norm(value: ModelSpec | ModelInfo, message: pb.Model) -> None:
+    if not value.sync_batch_norm:
+        message.sync_batch_norm = False
+
+
+def _decode_batch_norm(message: pb.Model) -> bool:
+    # Left out by clients that do not know it, and in what was stored before there was a choice.
+    return not message.HasField("sync_batch_norm") or message.sync_batch_norm
 
 
 def _decode_optional_optimizer(message: pb.Model, field: str, limits: Limits | None) -> OptimizerSpec | None:
@@ -255,6 +267,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     _encode_clips(value, message)
     message.precision = PRECISIONS.number(value.precision, "precision")  # pyright: ignore[reportAttributeAccessIssue]
     _encode_reduction(value, message)
+    _encode_batch_norm(value, message)
     _encode_keeping(value, message, "model")
     return message
 
@@ -291,5 +304,6 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         clip_grad_value=decode_clip(message, "clip_grad_value", f"{field}.clip_grad_value"),
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
         loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
+        sync_batch_norm=_decode_batch_norm(message),
         **_decode_keeping(message, field),
     )

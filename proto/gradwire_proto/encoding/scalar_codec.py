@@ -18,6 +18,9 @@ from gradwire_proto.v1.program_pb2 import Graph
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MAX = 2**31 - 1
 
+MOST_PARTS = 131_072
+"""Messages in one request: while they are looked at, nobody else is answered."""
+
 
 def check_integer(value: int, field: str, *, minimum: int = INT64_MIN, maximum: int = INT64_MAX) -> int:
     """`value`, which must lie in [minimum, maximum]."""
@@ -100,6 +103,29 @@ def refuse_unknown_fields(message: Message, field: str = "") -> None:
     if _holds_unknown_fields(message):
         for path, child in _children(message, field):
             refuse_unknown_fields(child, path)
+
+
+def refuse_many_parts(message: Message) -> None:
+    """Refuse a message of more than MOST_PARTS messages, not counting graphs and what is in them."""
+    left, waiting = MOST_PARTS, [message]
+    while waiting:
+        each = waiting.pop()
+        if type(each) is Graph:
+            continue  # The setting graph_nodes bounds it.
+        singular, oneofs, repeated = _places(type(each))
+        found = [name for name in singular if each.HasField(name)]
+        found += [chosen for name, alternatives in oneofs if (chosen := each.WhichOneof(name)) in alternatives]
+        lists = [getattr(each, name) for name in repeated]
+        # Counted before they are looked at, which takes much longer.
+        left -= len(found) + sum(map(len, lists))
+        if left < 0:
+            raise InvalidArgument(
+                f"the request has more than {MOST_PARTS} parts: tensors, values and other messages in it",
+                reason="MESSAGE_TOO_LARGE",
+            )
+        waiting += [getattr(each, name) for name in found]
+        for items in lists:
+            waiting += items
 
 
 def _holds_unknown_fields(message: Message) -> bool:

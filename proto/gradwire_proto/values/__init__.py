@@ -74,6 +74,7 @@ from gradwire_proto.values.tensors import (
     in_key_order,
     leaves,
     map_leaves,
+    tensors_in,
 )
 
 __all__ = [
@@ -146,5 +147,6 @@ __all__ = [
     "in_key_order",
     "leaves",
     "map_leaves",
+    "tensors_in",
     "unflatten",
 ]

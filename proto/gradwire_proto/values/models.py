@@ -84,6 +84,7 @@ class ModelSpec:
     `durability`: what an answered command outlives: "none" nothing, "process" every process, "disk" the machine; "" is
     the server's setting. `checkpoint_every`: commands from one automatic checkpoint to the next; `keep_checkpoints`:
     how many of them are kept; 0 is the server's setting. `deterministic`: the same bits on CUDA too.
+    `sync_batch_norm`: whether batch norm in training normalises over the rows of all ranks, or of each rank alone.
     """
 
     program: Program | ArchitectureSpec
@@ -104,6 +105,7 @@ class ModelSpec:
     checkpoint_every: int = 0
     keep_checkpoints: int = 0
     deterministic: bool = False
+    sync_batch_norm: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,7 @@ class ModelInfo:
     checkpoint_every: int = 0
     keep_checkpoints: int = 0
     deterministic: bool = False
+    sync_batch_norm: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ class SplitDecision:
     returns_loss: the program returns the loss itself. loss: how the loss is put together, in words for `Sharding`;
     None where there is nothing to say. weight: what each rank's loss weighs, as the ranks name it; None for rows.
     written: the buffers that an architecture's variant changes, by name; None where that is not known, or graphs tell.
+    own_statistics: its batch norm normalises each rank's rows by themselves, as the client wanted.
     """
 
     whole: str | None
@@ -25,6 +26,7 @@ class SplitDecision:
     loss: str | None
     weight: str | None
     written: tuple[str, ...] | None = None
+    own_statistics: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

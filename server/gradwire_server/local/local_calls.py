@@ -14,6 +14,7 @@ from gradwire_proto.errors import InvalidArgument
 from gradwire_proto.status import to_status
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_server.admission import Admission
+from gradwire_server.begun import begin
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.request_parsing import parse
@@ -33,7 +34,7 @@ class LocalCalls:
         self._admission = admission
         self._methods = {name: _parsed(servicer, name, message_bytes) for name in PARSED} | dict(own)
 
-    def begin(self, request: pb.LocalCall) -> asyncio.Task[pb.LocalReply]:
+    def begin(self, request: pb.LocalCall) -> asyncio.Future[pb.LocalReply]:
         """Make a call; it gives its reply, an error too. Cancelled, it is given up as a call of gRPC is.
 
         Raises InvalidArgument where it is none.
@@ -46,7 +47,7 @@ class LocalCalls:
             message = f"expected more than 0 seconds, got {request.timeout_seconds:g}"
             raise InvalidArgument(message, field="call.timeout_seconds", reason="OUT_OF_RANGE")
         call = Call(deadline=time.monotonic() + request.timeout_seconds)
-        return asyncio.get_running_loop().create_task(self._reply(method, request.request, call))
+        return begin(self._reply(method, request.request, call))
 
     async def _reply(self, method: Method, raw: bytes, call: Call) -> pb.LocalReply:
         try:

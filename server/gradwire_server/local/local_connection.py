@@ -72,7 +72,7 @@ class LocalConnection:
         self._all_held = all_held
         self._loop = asyncio.get_running_loop()
         self._checking: asyncio.Task[None] | None = None
-        self._calling: asyncio.Task[pb.LocalReply] | None = None
+        self._calling: asyncio.Future[pb.LocalReply] | None = None
         self._loop.add_reader(peer, self._read)
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class LocalConnection:
     def _call(self, request: pb.LocalCall) -> None:
         """The connection is watched meanwhile: a client that hangs up gives its call up."""
 
-        def answer(calling: asyncio.Task[pb.LocalReply]) -> None:
+        def answer(calling: asyncio.Future[pb.LocalReply]) -> None:
             self._calling = None
             if not calling.cancelled():
                 self._say(calling.result())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gradwire_proto.errors import FailedPrecondition, ModelNotFound, ResourceExhausted
 from gradwire_proto.local_wire import close_files
-from gradwire_proto.values import Handle, Limits, Segment, TensorData, leaves, map_leaves
+from gradwire_proto.values import Handle, Limits, Segment, TensorData, map_leaves, tensors_in
 from gradwire_server.tensors.file_threads import CHUNK_BYTES, move_bytes
 from gradwire_server.tensors.held_bytes import HeldBytes
 from gradwire_server.tensors.held_files import remove_files, segment_paths, write_tensors
@@ -61,7 +61,7 @@ class Downloads:
         """`value` (nested tensors) as a reply can carry it: bytes inline or, where all tensors together have more than
         `max_inline_bytes` (None: no bound), handles of a new download. Takes over the files of its segments.
         """
-        tensors = [leaf for _, leaf in leaves(value) if isinstance(leaf, TensorData)]
+        tensors = tensors_in(value)
         total = sum(tensor.nbytes for tensor in tensors)
         if max_inline_bytes is not None and total > max_inline_bytes:
             handles = iter(await self._hold(tensors, total))

@@ -32,14 +32,7 @@ def parse_upload(raw: bytes) -> pb.UploadTensorsRequest | memoryview:
     if len(raw) > _MANIFEST_BYTES:
         message = f"a manifest has at most {_MANIFEST_BYTES} bytes, got {len(raw)}"
         raise InvalidArgument(message, field="manifest", reason="MANIFEST_TOO_LARGE")
-    return parse_one(pb.UploadTensorsRequest, raw, _check_count)
-
-
-def _check_count(request: pb.UploadTensorsRequest) -> None:
-    count = len(request.manifest.tensors)
-    if count > MOST_TENSORS:
-        message = f"expected at most {MOST_TENSORS} tensors, got {count}"
-        raise InvalidArgument(message, field="manifest.tensors", reason="MANIFEST_TOO_LARGE")
+    return parse_one(pb.UploadTensorsRequest, raw)
 
 
 async def read_manifest(
@@ -54,6 +47,9 @@ async def read_manifest(
 
 def decode_manifest(manifest: pb.UploadManifest, limits: Limits) -> tuple[list[TensorType], str | None]:
     """The tensors of an upload, and its name where the client has chosen one."""
+    if len(manifest.tensors) > MOST_TENSORS:
+        message = f"expected at most {MOST_TENSORS} tensors, got {len(manifest.tensors)}"
+        raise InvalidArgument(message, field="manifest.tensors", reason="MANIFEST_TOO_LARGE")
     types = [
         TensorType(*decode_tensor_type(header.dtype, header.shape, f"manifest.tensors[{index}]", limits))
         for index, header in enumerate(manifest.tensors)

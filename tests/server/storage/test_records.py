@@ -42,6 +42,7 @@ splits = st.builds(
     loss=words,
     weight=words,
     written=st.none() | st.lists(st.text(max_size=8), max_size=2).map(tuple),
+    own_statistics=st.booleans(),
 )
 entries = st.builds(
     Entry,

@@ -14,9 +14,11 @@ class TwoRanks(list[Any]):
     on_lost = None
 
 
-def state(ranks: int) -> ModelState:
+def state(ranks: int, *, own_statistics: bool = False) -> ModelState:
     """Saved from so many ranks, which had found that rows are independent."""
-    split = SplitDecision(whole=None, inputs_whole=False, returns_loss=False, loss=None, weight=None)
+    split = SplitDecision(
+        whole=None, inputs_whole=False, returns_loss=False, loss="a mean", weight=None, own_statistics=own_statistics
+    )
     return ModelState(
         tensors={},
         optimizer=None,
@@ -30,8 +32,7 @@ def state(ranks: int) -> ModelState:
     )
 
 
-@pytest.mark.parametrize(("ranks", "mode"), [(1, "whole"), (2, "rows"), (3, "rows")])
-def test_only_what_several_ranks_found_is_believed_by_several(ranks: int, mode: str) -> None:
+def group_of_two() -> GroupVariants:
     variant = Variant(
         name="train",
         training=True,
@@ -42,7 +43,20 @@ def test_only_what_several_ranks_found_is_believed_by_several(ranks: int, mode: 
         output_structure=LeafRef(0),
         symbols=(),
     )
-    group = GroupVariants(cast(Any, TwoRanks([None, None])), [variant], require_sharding=False)
+    return GroupVariants(cast(Any, TwoRanks([None, None])), [variant], require_sharding=False)
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "whole"), (2, "rows"), (3, "rows")])
+def test_only_what_several_ranks_found_is_believed_by_several(ranks: int, mode: str) -> None:
+    group = group_of_two()
     group.resume(state(ranks))
     assert group.sharding.mode == mode
     assert (group.splits["train"].whole is None) == (mode == "rows")
+
+
+@pytest.mark.parametrize("own_statistics", [True, False])
+def test_batch_norm_of_each_ranks_own_rows_is_said_in_the_sharding(own_statistics: bool) -> None:
+    group = group_of_two()
+    group.resume(state(2, own_statistics=own_statistics))
+    assert ("sync_batch_norm=False" in group.sharding.reason) is own_statistics
+    assert "the loss is a mean" in group.sharding.reason and group.sharding.mode == "rows"

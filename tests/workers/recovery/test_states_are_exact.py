@@ -118,6 +118,11 @@ def batch_norm(make: Any) -> tuple[Any, list[Command]]:
     return made, [step(*batches[0]), moves, *(step(*batch) for batch in batches[1:])]
 
 
+def batch_norm_of_own_rows(make: Any) -> tuple[Any, list[Command]]:
+    made, commands = batch_norm(make)
+    return (replace(made[0], sync_batch_norm=False), *made[1:]), commands
+
+
 def recurrent(make: Any) -> tuple[Any, list[Command]]:
     batches = [(torch.randn(count, 5, 4), torch.randint(0, 3, (count,))) for count in (6, 7, 4, 9)]
     made = make(Recurrent(), nn.CrossEntropyLoss(), *batches[0], optimizer=OptimizerSpec("RMSprop", {"momentum": 0.5}))
@@ -359,6 +364,7 @@ CASES = [
     (sgd, 1, 2, 3),
     (adam_with_dropout, 1, 3),
     (batch_norm, 1, 2),
+    (batch_norm_of_own_rows, 2),
     (recurrent, 2),
     (composed_schedule, 1),
     (chained_schedule, 2),

@@ -48,10 +48,11 @@ def checked_batch_norm(
     return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
 
 
-def one_value_per_channel(shape: tuple[int, ...]) -> InvalidArgument:
-    """The error that eager raises as ValueError."""
+def one_value_per_channel(shape: tuple[int, ...], *, of_rank: bool = False) -> InvalidArgument:
+    """The error that eager raises as ValueError. of_rank: the shape is of one rank's rows, and others have more."""
+    where = " on one rank, whose batch norm has no others' rows (sync_batch_norm=False)" if of_rank else ""
     return InvalidArgument(
-        f"expected more than 1 value per channel when training, got input size {list(shape)}",
+        f"expected more than 1 value per channel when training, got input size {list(shape)}{where}",
         field="batch.inputs",
         reason="BATCH_TOO_SMALL",
     )

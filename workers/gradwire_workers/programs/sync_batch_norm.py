@@ -1,5 +1,7 @@
 """Batch normalisation over the rows of all ranks: the same numbers as over one batch. For the CPU too, unlike torch's.
 
+Or over each rank's own rows, as under DistributedDataParallel without SyncBatchNorm.
+
 Means and squared deviations merge exactly: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
 computing sample variances" (1979).
 """
@@ -21,10 +23,12 @@ from gradwire_workers.programs.batch_norm import checked_batch_norm, one_value_p
 class SyncBatchNorm:
     """What takes batch norm's place in a program that runs on several ranks: `batch_norm`.
 
-    Inside `over_ranks` it normalises over all ranks' rows; outside, over the rows that it is given.
+    Inside `over_ranks` it normalises over all ranks' rows; outside, and with own_rows inside too, over the rows that it
+    is given. Running statistics move on rank 0 alone then: the caller gives them to the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_rows: bool = False) -> None:
+        self._own_rows = own_rows
         self._groups: ProcessGroups | None = None
         self._has_rows = True
         self._row_by_row = False
@@ -37,6 +41,15 @@ class SyncBatchNorm:
             yield
         finally:
             self._groups = None
+
+    @contextmanager
+    def synchronised(self) -> Iterator[None]:
+        """Inside, it normalises over all ranks' rows, with own_rows too."""
+        kept, self._own_rows = self._own_rows, False
+        try:
+            yield
+        finally:
+            self._own_rows = kept
 
     @contextmanager
     def row_by_row(self) -> Iterator[None]:
@@ -59,7 +72,7 @@ class SyncBatchNorm:
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
-        """aten.batch_norm. Raises InvalidArgument where all ranks together have one value per channel."""
+        """aten.batch_norm. Raises InvalidArgument where the rows that it normalises over have one value per channel."""
         if self._row_by_row and training:
             # Statistics of half precision are kept in float32, as weights are.
             zeros = _precise(input.new_zeros(input.size(1)))
@@ -69,6 +82,9 @@ class SyncBatchNorm:
             return checked_batch_norm(
                 input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
             )
+        if self._own_rows:
+            statistics = (None, None) if self._groups.rank else (running_mean, running_var)
+            return _over_own_rows(input, weight, bias, *statistics, momentum, eps, cudnn_enabled)
         mean, variance, count = _statistics(input, self._groups, self._has_rows)
         if count <= 1:
             raise one_value_per_channel(tuple(input.shape))
@@ -83,6 +99,27 @@ class SyncBatchNorm:
 def is_over_ranks(node: Any) -> bool:
     """Whether a node of autograd's graph is the backward of batch norm over all ranks' rows."""
     return isinstance(node, _Normalise._backward_cls)  # type: ignore[attr-defined]
+
+
+def _over_own_rows(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    if input.numel() == input.size(1):
+        raise one_value_per_channel(tuple(input.shape), of_rank=True)
+    # A backward later takes offence at a change of what it was given, though it does not read it: copies.
+    moved = [None if each is None else each.clone() for each in (running_mean, running_var)]
+    output = torch.batch_norm(input, weight, bias, moved[0], moved[1], True, momentum, eps, cudnn_enabled)
+    for statistic, now in zip((running_mean, running_var), moved, strict=True):
+        if statistic is not None and now is not None:
+            statistic.copy_(now)
+    return output
 
 
 def _statistics(input: Tensor, groups: ProcessGroups, has_rows: bool) -> tuple[Tensor, Tensor, float]:

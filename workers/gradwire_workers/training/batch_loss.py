@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ from gradwire_workers.training.loss_weights import LossWeight
 from gradwire_workers.training.weighed_loss import weighed
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalLoss:
+class LocalLoss(NamedTuple):
     """A rank's part of the loss. The gradients of all ranks' `differentiable`, added up, are the whole batch's, scaled.
 
     value: what this rank adds to the loss, not scaled. Detached.

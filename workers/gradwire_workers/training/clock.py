@@ -14,8 +14,8 @@ class Clock:
     def __init__(self, groups: ProcessGroups | None) -> None:
         self._groups = groups
         self._waited_before = 0.0 if groups is None else groups.seconds
+        self._compute = self._all_reduce = 0.0
         self._began = perf_counter()
-        self._seconds = Seconds()
 
     def computed(self, *, waited: float = 0.0) -> Seconds:
         """The time since the start, split. `waited`: in collectives that ran beside the backward pass."""
@@ -23,10 +23,9 @@ class Clock:
             waited += self._groups.seconds - self._waited_before
         passed = perf_counter() - self._began
         self._began += passed
-        self._seconds = Seconds(compute=max(passed - waited, 0.0), all_reduce=min(waited, passed))
-        return self._seconds
+        self._compute, self._all_reduce = max(passed - waited, 0.0), min(waited, passed)
+        return Seconds(self._compute, self._all_reduce)
 
     def updated(self) -> Seconds:
         """The same, with the time since `computed` as the optimizer's."""
-        optimizer = perf_counter() - self._began
-        return Seconds(compute=self._seconds.compute, all_reduce=self._seconds.all_reduce, optimizer=optimizer)
+        return Seconds(self._compute, self._all_reduce, perf_counter() - self._began)

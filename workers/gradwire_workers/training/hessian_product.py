@@ -29,12 +29,12 @@ def read_products(
     """Hessian times vector over the whole batch, by name, and the loss. `vectors`: (parameter, vector) by name.
 
     Split over the ranks where their parts of the loss add up as functions of the parameters. Where only the parts'
-    gradients do (batch norm, losses over the gathered batch), rank 0 computes the whole batch.
+    gradients do (batch norm over all ranks, losses over the gathered batch), rank 0 computes the whole batch.
     """
     parameters = [parameter for parameter, _ in vectors.values()]
     dtype = gradient_type(query, parameters)
     groups = replica.groups
-    if groups is not None and not shard.whole and replica.program.has_batch_norm(shard.variant):
+    if groups is not None and not shard.whole and replica.synchronises(shard.variant):
         shard = _whole(replica, shard, groups)
     # Other kernels of attention have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):

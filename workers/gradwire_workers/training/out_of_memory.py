@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
 from gradwire_proto.errors import ResourceExhausted
 
 
-@contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def out_of_memory_told() -> AbstractContextManager[None]:
     """Raises torch's and Python's out-of-memory errors as ResourceExhausted (OUT_OF_MEMORY)."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
+    return _TOLD
+
+
+class _Told:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, (MemoryError, RuntimeError)):
+            return
         # On the CPU, torch says it in words only.
-        is_it = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not is_it:
-            raise
-        raise ResourceExhausted(f"a rank is out of memory: {error}", reason="OUT_OF_MEMORY") from error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise ResourceExhausted(f"a rank is out of memory: {error}", reason="OUT_OF_MEMORY") from error
+
+
+_TOLD = _Told()

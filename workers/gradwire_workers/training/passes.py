@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,14 @@ from gradwire_workers.training.gradients import SummingModule, add_up, apart, br
 from gradwire_workers.training.replica import Replica
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pass:
+class Pass(NamedTuple):
     """A pass over a shard. value: what the rank adds to the loss. gradients: of the tensors that were asked for.
 
     outputs: None on an idle rank, or where nobody wants them. waited: seconds spent waiting for the summed gradients.
     """
 
-    value: Tensor | float = 0.0
     gradients: list[Tensor | None]
+    value: Tensor | float = 0.0
     outputs: list[Any] | None = None
     waited: float = 0.0
 
@@ -168,12 +166,16 @@ class Passes:
             self._summing = None
 
     def shared_buffers(self, shard: Shard) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, the value that it takes) for those that rank 0 alone has changed, in a batch that was not split."""
-        if self.groups is None or not shard.whole:
+        """(tensor, the value that it takes) for those that rank 0 has changed otherwise than this rank.
+
+        In a batch that was not split, and where batch norm has seen each rank's own rows: all have rank 0's then, as
+        with DDP's broadcast_buffers.
+        """
+        if self.groups is None or not (shard.whole or self._replica.normalises_apart(shard.variant)):
             return []
         mutated = self._replica.program.mutated_buffers(shard.variant)
         received = broadcast(mutated, self.groups)
-        return list(zip(mutated, received, strict=True)) if shard.idle else []
+        return list(zip(mutated, received, strict=True)) if self.groups.rank else []
 
 
 def own_rows(tensor: Tensor, shard: Shard) -> Tensor:

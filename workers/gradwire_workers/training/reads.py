@@ -93,9 +93,9 @@ class Reads(RankModel):
     def forward(self, shard: Shard, *, training: bool, command: int, seed: int | None = None) -> ForwardReport:
         """The outputs of this rank's rows. With `training`, buffers move, on all ranks alike."""
         clock = Clock(self._groups)
-        # Where there are no collectives, a rank that fails need not tell the others. Batch norm over the batch's own
-        # statistics has some, whatever the mode, and so has a loss among the outputs.
-        talks = self._program.has_batch_norm(shard.variant) or self._replica.combines_outputs(shard.variant)
+        # Where there are no collectives, a rank that fails need not tell the others. Batch norm over all ranks' rows
+        # has some, whatever the mode, and so has a loss among the outputs.
+        talks = self._replica.synchronises(shard.variant) or self._replica.combines_outputs(shard.variant)
         groups = self._groups if training or talks else None
         with Attempt(groups, self._program.mutated_buffers(shard.variant), changes=training):
             shard = self._replica.localise(shard)

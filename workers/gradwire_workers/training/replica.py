@@ -15,6 +15,7 @@ from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import ArchitectureSpec, Limits, ModelSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
 from gradwire_workers.architectures.build import build_architecture
+from gradwire_workers.device_copies import to_device
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram, build_program
 from gradwire_workers.programs.sync_batch_norm import SyncBatchNorm
@@ -58,7 +59,7 @@ class Replica(nn.Module):
         self.scale = 1.0
         """What gradients are to be multiplied by in the next backward."""
         self._loss = None if spec.loss is None else BatchLoss(spec.loss, self.program, device)
-        self._sync_batch_norm = SyncBatchNorm()
+        self._sync_batch_norm = SyncBatchNorm(own_rows=not spec.sync_batch_norm)
         self._seed = spec.seed
         self._loss_seed: int | None = None
         self.groups: ProcessGroups | None = None
@@ -192,6 +193,18 @@ class Replica(nn.Module):
         """Inside, batch norm normalises with fixed statistics: no row reaches another through it."""
         return self._sync_batch_norm.row_by_row()
 
+    def synchronised(self) -> AbstractContextManager[None]:
+        """Inside, batch norm normalises over all ranks' rows, whatever the spec says."""
+        return self._sync_batch_norm.synchronised()
+
+    def synchronises(self, variant: str) -> bool:
+        """Whether ranks that share a batch talk to each other in its batch norm, on the way back too."""
+        return self.spec.sync_batch_norm and self.program.has_batch_norm(variant)
+
+    def normalises_apart(self, variant: str) -> bool:
+        """Whether ranks that share a batch normalise their own rows each, and so move buffers differently."""
+        return not self.spec.sync_batch_norm and self.program.has_batch_norm(variant)
+
     def _precise(self) -> AbstractContextManager[None]:
         return nullcontext() if self.precision == "fp32" else autocast(self.precision)
 
@@ -209,4 +222,4 @@ class Replica(nn.Module):
 
     def moved(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Leaves on this rank's device."""
-        return tuple(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return tuple(to_device(leaf, self.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)

@@ -1,15 +1,17 @@
-"""What a rank reports of a command: torch tensors and seconds."""
+"""What a rank reports of a command: torch tensors and seconds.
+
+What every step makes is a NamedTuple, which takes a third of the time that a frozen dataclass does.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seconds:
+class Seconds(NamedTuple):
     """Where a rank's time went. `compute` leaves out `all_reduce`: the time spent waiting in collectives."""
 
     compute: float = 0.0
@@ -17,8 +19,7 @@ class Seconds:
     optimizer: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
+class StepReport(NamedTuple):
     """A training command. `loss`: over the whole batch. `rows`: those that this rank computed.
 
     `grad_norm`: of the whole batch's gradients, before they were clipped; None where they are not. `skipped`: they had
@@ -33,6 +34,10 @@ class StepReport:
     grad_norm: float | None = None
     skipped: bool = False
     loss_scale: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The report as fields of an answer."""
+        return {**self._asdict(), "seconds": self.seconds._asdict()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from gradwire_proto.values import BackwardQuery, Limits, Retention
+from gradwire_workers.device_copies import to_device
 from gradwire_workers.lifted_limits import are_lifted
 from gradwire_workers.shard import Shard
 from gradwire_workers.sharding import has_rows
@@ -61,11 +62,10 @@ class RetainedForwards:
 
     def release_connected(self) -> None:
         """Let go of those whose backward has collectives over the connections between ranks: these are no more."""
-        program = self._replica.program
         self._kept = {
             name: each
             for name, each in self._kept.items()
-            if each.shard.whole or not program.has_batch_norm(each.shard.variant)
+            if each.shard.whole or not self._replica.synchronises(each.shard.variant)
         }
 
     def keep(self, name: str, retained: Retained) -> None:
@@ -157,7 +157,7 @@ class RetainedForwards:
             if cotangent is not None:
                 outputs.append(output)
                 # A dummy row's outputs count nothing.
-                given.append(cotangent.to(output.device) if retained.shard.count else torch.zeros_like(output))
+                given.append(to_device(cotangent, output.device) if retained.shard.count else torch.zeros_like(output))
         found = torch.autograd.grad(outputs, wanted, given, retain_graph=keep, allow_unused=True)
         # Copies where the graph lives on: a gradient may be what it has saved.
         return apart(found, wanted, copy=keep or self._replica.program.has_functions(retained.shard.variant))

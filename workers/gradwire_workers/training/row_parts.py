@@ -115,7 +115,7 @@ def _renamed(argument: Any, names: dict[str, str]) -> Any:
 
 def _of_variant(replica: Replica, variant: Variant) -> Replica:
     program = with_operators(replace(replica.graphs.program, variants=(variant,)))
-    spec = replace(replica.spec, program=program, loss=None)
+    spec = replace(replica.spec, program=program, loss=None, sync_batch_norm=True)
     copy = Replica(spec, replica.program.all_state(), replica.rank, replica.device, replica.limits)
     copy.groups = replica.groups
     return copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any
@@ -56,7 +57,10 @@ def find_split(
     try:
         if replica.groups is None:
             return _tried_alone(replica, variant_name, inputs, targets, time_left)
-        return _tried(replica, variant_name, inputs, targets, time_left)
+        # All else must be exact where batch norm is not: that is found with one that is.
+        with replica.synchronised():
+            found = _tried(replica, variant_name, inputs, targets, time_left)
+        return replace(found, own_statistics=found.reason is None and replica.normalises_apart(variant_name))
     except OutOfTimeError:
         # One rank splits nothing.
         return RowsReport(reason=None if replica.groups is None else _OUT_OF_TIME)

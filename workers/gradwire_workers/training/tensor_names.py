@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwire_proto.errors import InvalidArgument
+from gradwire_workers.device_copies import to_device
 
 _GLOB = frozenset("*?[")
 
@@ -87,7 +88,7 @@ def check_gradients(
                 "the parameter has one already, under another name", field=path, reason="GRADIENT_GIVEN_TWICE"
             )
         _check_like(gradient, parameter, path, same_type=True)
-        checked[parameter] = gradient.to(parameter.device)
+        checked[parameter] = to_device(gradient, parameter.device)
     return checked
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from gradwire_proto.values import OptimizerSpec
 from gradwire_workers.optimizers import check_learning_rate, learning_rate, make_optimizer, optimizer_kind
 from gradwire_workers.schedules import make_schedule
 from gradwire_workers.training.agreement import are_finite
+from gradwire_workers.training.bare_step import BareStep
 from gradwire_workers.training.clipping import Clipping
 from gradwire_workers.training.first_step import first_states
 from gradwire_workers.training.loss_scale import LossScale
@@ -28,8 +28,7 @@ Evaluate = Callable[[], tuple[float, Gradients]]
 """Computes loss and gradients of the batch once more, with the parameters as they are now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """What an update used. `grad_norm`: before clipping; None where nothing is clipped.
 
     skipped: gradients had overflowed, so that nothing changed but the loss scale.
@@ -62,6 +61,7 @@ class Updater:
         self._parameters = list(parameters.values())
         self._clipping = clipping
         self._optimizer = make_optimizer(spec, parameters, aliases, field=field)
+        self._step = BareStep(self._optimizer)
         self._schedule = None
         if spec.schedule is not None:
             self._schedule = make_schedule(spec.schedule, self._optimizer, field=f"{field}.schedule")
@@ -169,21 +169,12 @@ class Updater:
         if keep and self._clipping:
             gradients = [None if each is None else each.clone() for each in gradients]
         try:
-            norm = self._hand_over(gradients)
-            if lr is None and not overflowed:
-                used = self.lr
-                self._optimizer.step()
-            else:
-                with learning_rate(self._optimizer, lr) as used:
-                    if not overflowed:
-                        self._optimizer.step()
+            used, norm = self._apply(gradients, lr, overflowed)
         except Exception as error:
             # The other ranks have updated, and this one in part.
             raise InternalError(
                 f"the update failed halfway: {error}", reason="UPDATE_TORN", outcome="unknown"
             ) from error
-        finally:
-            self._drop_gradients()
         if scale is not None:
             scale.update(overflowed=overflowed)
         if not overflowed:
@@ -241,6 +232,20 @@ class Updater:
         if self._kind.name != "SGD" and any(new.keys() - old.keys() for old, new in zip(kept, needed, strict=True)):
             message = f"{owner} would need state that it has not kept from the beginning"
             raise InvalidArgument(message, field=field, reason="OPTIMIZER_UNFIT")
+
+    def _apply(self, gradients: Gradients, lr: float | None, overflowed: bool) -> tuple[float, float | None]:
+        """Clip and, unless they overflowed, update. Returns learning rate and norm, as an Update has them."""
+        if lr is None and not overflowed and not self._clipping and self._step.is_plain:
+            self._step.plain(self._parameters, gradients)
+            return self.lr, None
+        try:
+            norm = self._hand_over(gradients)
+            with learning_rate(self._optimizer, lr) as used:
+                if not overflowed:
+                    self._step()
+        finally:
+            self._drop_gradients()
+        return used, norm
 
     def _hand_over(self, gradients: Gradients) -> float | None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

@@ -53,7 +53,7 @@ def widened(replica: Replica, variant_name: str, change: Callable[[Variant], Var
     for index, name in enumerate(replica.program.parameters_by_name()):
         _move(state[name], index)
     limits = replace(replica.limits, tensor_bytes=4 * replica.limits.tensor_bytes)
-    spec = replace(replica.spec, program=wide, loss=_loss(replica.spec.loss), precision="fp32")
+    spec = replace(replica.spec, program=wide, loss=_loss(replica.spec.loss), precision="fp32", sync_batch_norm=True)
     copy = Replica(spec, state, replica.rank, replica.device, limits)
     copy.groups = replica.groups
     return copy

@@ -124,6 +124,7 @@ def test_first_version_is_still_read(tmp_path):
     for part in ("param_groups", "schedule", "scaler"):
         assert seen["optimizer"][part] == expected["optimizer"][part]
     assert [held and held.keys() for held in found.state.held] == [{"embed.weight", "scale"}, None]
+    assert not any(each.own_statistics for each in found.state.splits.values())
 
 
 def test_newest_is_that_of_the_highest_number(storage, segments):

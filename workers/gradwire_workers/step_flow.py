@@ -1,0 +1,63 @@
+"""Training steps that the ranks of a model are handed together, in one message after another."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from gradwire_proto.batch_form import FormedStep
+from gradwire_proto.values import StepResult
+from gradwire_workers.packed_steps import Layout, pack_steps
+from gradwire_workers.ranks import Ranks
+from gradwire_workers.step_dispatch import StepDispatch
+from gradwire_workers.step_rows import StepRow, step_result
+
+
+class StepFlow:
+    """Made by `WorkerGroup.step_flow`. From its first `send` until `ended` returns, the group takes no other call.
+
+    layouts_of: those of the first of some steps that can go together. `took` is called with the results of steps that
+    are applied, in order, as they come; it may send more. Where ranks are lost, what one rank has carried out is
+    applied, as in `train_step`.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        layouts_of: Callable[[Sequence[FormedStep]], list[Layout]],
+        took: Callable[[list[StepResult]], None],
+    ) -> None:
+        self._ranks = ranks
+        self._layouts_of = layouts_of
+        self._layouts: deque[Layout] = deque()
+        self._took = took
+        self._dispatch = StepDispatch(ranks, self._applied)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more steps should be sent now: the ranks are about to be through with those that they have."""
+        return self._dispatch.has_room
+
+    def send(self, steps: Sequence[FormedStep], *, command: int) -> None:
+        """Hand the ranks steps that can go together, behind those that they have, numbered from `command` on.
+
+        Raises RankLost, outcome "not_applied", where a rank was lost before.
+        """
+        layouts, number = self._layouts_of(steps), self._ranks.applied + self._dispatch.unanswered + 1
+        follows = self._dispatch.is_under_way
+        fields = [
+            pack_steps(steps, layouts, rank=rank, command=command, number=number, follows=follows)
+            for rank in range(len(self._ranks))
+        ]
+        self._dispatch.send(fields, len(steps))
+        self._layouts.extend(layouts)
+
+    async def ended(self) -> None:
+        """Return when all steps are applied. Raises the error of the first that is not; those behind it were not."""
+        await self._dispatch.ended()
+
+    def _applied(self, steps: Sequence[Sequence[StepRow]], idle: float) -> None:
+        self._took([self._result(of_ranks, self._layouts.popleft(), idle) for of_ranks in steps])
+
+    def _result(self, of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
+        return step_result(of_ranks, layout.rows, rank_rows=layout.rank_rows, transfer=idle)
