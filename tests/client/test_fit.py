@@ -166,3 +166,22 @@ def test_dataset_of_one_fit_goes_by_itself_should_its_client_be_killed(model, sc
     # One that comes back within its timeout finds it.
     assert [each.ttl.ToSeconds() for each in requests if each.HasField("ttl")] == [600, 2000]
     assert not requests[2].HasField("ttl")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_callback_may_take_longer_than_the_timeout(sdk, model, scripted, cut):
+    calls = []
+
+    def answer(request, context):
+        calls.append(request.completed_steps)
+        if not request.completed_steps:
+            yield told(0)
+            yield codec.encode_fit_progress(FitProgress(first_step=1, epoch=0, validation_loss=2.0))
+            if cut:
+                abort(context, Unavailable("cut", reason="CONNECTION_LOST"))
+        yield codec.encode_fit_progress(FitProgress(first_step=1, epoch=0, done=True))
+
+    scripted.answers["Fit"] = answer
+    slow = lambda status: time.sleep(1.3) if status.validation_loss is not None else None  # noqa: E731
+    result = model.fit(batch(), epochs=1, validation=batch(), callbacks=[slow])
+    assert (result.steps, result.validation_losses, calls) == (1, (2.0,), [0, 1] if cut else [0])
