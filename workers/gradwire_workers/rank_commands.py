@@ -24,7 +24,7 @@ from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_answers import gradients_of
 from gradwire_workers.rank_channel import encode_error
-from gradwire_workers.rank_fitting import RankFitting, orders_of, report_of
+from gradwire_workers.rank_fitting import RankFitting, report_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_standing import NUMBER, RankStanding
 from gradwire_workers.rank_states import saved_state_in
@@ -107,7 +107,6 @@ class RankCommands:
             "compute_function": self._functions.compute_gradients,
             "fit": self._fit,
             "evaluate": lambda fields: self._fitting.evaluate(self._model, fields),
-            "row_orders": orders_of,
             "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,
         }
