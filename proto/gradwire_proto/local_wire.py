@@ -65,7 +65,10 @@ def send_packet(to: socket.socket, message: Message, files: Sequence[int] = ()) 
     if len(packet) > PACKET_BYTES or len(files) > MOST_FILES:
         raise PacketError(f"{len(packet)} bytes and {len(files)} files do not fit into a packet")
     # A peer that is gone is an error of this call, not a signal to the process.
-    socket.send_fds(to, [packet], list(files), socket.MSG_NOSIGNAL)
+    if files:
+        socket.send_fds(to, [packet], list(files), socket.MSG_NOSIGNAL)
+    else:
+        to.send(packet, socket.MSG_NOSIGNAL)
 
 
 def receive_packet(of: socket.socket, kind: type[M]) -> tuple[M, list[int]]:

@@ -203,7 +203,7 @@ class Commands:
             result = await self._ranks.run(try_once, changes=True, request_id=call.request_id, kills=job.kills)
         except GradwireError as error:
             if error.outcome == "applied":
-                return await self.end_with(error, call, job, uploads, self._description.info.step)
+                return await self.end_with(error, call, job, uploads, self._description.step)
             self._records.drop(uploads)
             if error.reason == "COMMAND_KILLS_RANKS":
                 return await self._refuse_for_good(error, call, job)
@@ -211,7 +211,7 @@ class Commands:
         except BaseException:
             self._records.drop(uploads)
             raise
-        before = self._description.info.step
+        before = self._description.step
         self._description.applied(result)
         commands = result.commands if isinstance(result, StepsResult) else 1
         try:

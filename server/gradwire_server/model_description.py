@@ -172,6 +172,14 @@ class ModelDescription:
         self._results = (result,)
 
     @property
+    def step(self) -> int:
+        """Updates applied, as of the last command that the ranks have."""
+        step = self._known.step
+        for result in self._results:
+            step = result if isinstance(result, int) else getattr(result, "step", step)
+        return step
+
+    @property
     def _info(self) -> ModelInfo:
         """As of the last result: put together when it is asked for, which takes longer than most steps may."""
         for result in self._results:
@@ -192,7 +200,7 @@ class ModelDescription:
         if self._settled_step is None:
             self._settled_step = before
         self._unsettled += 1
-        settled.add_done_callback(partial(self._settled, self._info.step))
+        settled.add_done_callback(partial(self._settled, self.step))
 
     def _settled(self, step: int, settled: asyncio.Future[None]) -> None:
         self._unsettled -= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from math import inf
@@ -58,7 +57,7 @@ def behind_refused() -> GradwireError:
 class StepJob(Job[StepResult]):
     """A step that waits, runs or has ended: at `place` in `chain`.
 
-    `formed`: None where it must go to the ranks alone. `ended_first` is called at its end, before all others.
+    `formed`: None where it must go to the ranks alone.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class StepJob(Job[StepResult]):
         claim: Claim[Any],
         work: Callable[[Any], Awaitable[StepResult | Unsettled[StepResult]]],
         failed: Callable[[GradwireError], None],
-        ended_first: Callable[[Call], None],
         *,
         wait: Wait,
         formed: FormedStep | None,
@@ -80,28 +78,8 @@ class StepJob(Job[StepResult]):
         self.chain = chain
         self.place = place
         self.waited = wait
-        self._ended_first = ended_first
-        self._watchers: list[Callable[[], None]] = []
-
-    def watch(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called at the end, at once: sooner than by `on_end`, which takes a turn of the loop."""
-        self._watchers.append(callback)
-
-    async def wait(self) -> None:
-        """Wait for the end; sooner than by the future of all jobs, whose callbacks take turns of the loop."""
-        if self.ended:
-            return
-        waiter = asyncio.get_running_loop().create_future()
-        self.watch(lambda: None if waiter.done() else waiter.set_result(None))
-        await waiter
 
     def undo(self) -> None:
         super().undo()
         # Those behind it must not go on without it; it has not ended yet.
         self.chain.refused(self.place)
-
-    def _end(self) -> None:
-        super()._end()
-        self._ended_first(self.call)
-        for callback in self._watchers:
-            callback()

@@ -139,12 +139,12 @@ class StepRuns:
             claim,
             alone,
             self._description.met,
-            self._ended,
             wait=Wait(self._ranks),
             formed=step if isinstance(step, FormedStep) and not takes_long(len(call.raw)) else None,
             chain=chain,
             place=place,
         )
+        job.on_end(lambda _: self._ended(call))
         self._commands.log.add(call, job)
         self._place(job, at_once)
         return job
@@ -244,9 +244,10 @@ class StepRuns:
             if job.formed is None or (chosen and nbytes > MOST_BYTES):
                 break
             chosen.append(run.jobs.popleft())
+        if not chosen:
+            return []
         try:
-            steps = [job.formed for job in chosen if job.formed is not None]
-            count = self._ranks.workers.together(steps) if steps else 0
+            count = self._ranks.workers.together([job.formed for job in chosen if job.formed is not None])
             self._records.reserve(_room([*at_ranks, *chosen[:count]]), ())
         except BaseException:
             run.jobs.extendleft(reversed(chosen))

@@ -20,7 +20,7 @@ from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
 from gradwire_server.failures import public_error
 from gradwire_server.hosted_model import HostedModel
-from gradwire_server.step_jobs import Chain, StepJob, behind_refused
+from gradwire_server.step_jobs import Chain, behind_refused
 from gradwire_server.step_requests import StepRequest, StepRequests
 from gradwire_server.stored_replies import EndedCommand, encode_reply
 from gradwire_server.work_queue import Job
@@ -121,7 +121,7 @@ class StepStream:
                 item = await self._take(raw, arrived)
                 if isinstance(item, Job):
                     item.join()
-                    self._watch_end(item)
+                    item.on_end(lambda _: self._news.set())
                 elif isinstance(item, GradwireError) or item.error is not None:
                     self._chain.refused(self._place)
                 self._items.append((item, len(raw)))
@@ -129,12 +129,6 @@ class StepStream:
                 self._bytes += len(raw)
                 if not isinstance(item, Job) or item.ended:
                     self._news.set()
-
-    def _watch_end(self, item: Job[Any]) -> None:
-        if isinstance(item, StepJob):
-            item.watch(self._news.set)
-        else:
-            item.on_end(lambda _: self._news.set())
 
     async def _take(self, raw: bytes, arrived: float) -> Item:
         """The step as it waits in the model's queue, or what became of it already."""

@@ -111,7 +111,7 @@ class StepsTogether:
             with_times(result, job.call, job.waited.queue, job.waited.recovery)
             for job, result in zip(jobs, results, strict=True)
         ]
-        before = self._description.info.step
+        before = self._description.step
         self._description.applied(results[-1])
         settled = self._commands.record_steps(jobs, told)
         # None of them outlives what it should later than the last.
@@ -131,7 +131,7 @@ class StepsTogether:
             job.fail(refusal)
             return
         try:
-            job.take(await self._commands.end_with(refusal, job.call, job, (), self._description.info.step))
+            job.take(await self._commands.end_with(refusal, job.call, job, (), self._description.step))
         except GradwireError as told:
             job.fail(told)
 

@@ -62,11 +62,15 @@ class Job(Generic[T]):
         self._waiters = 0
         self._awaited = False
         self._deadline: float | None = None
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_ended = False
+        self._at_end: list[Callable[[Job[T]], None]] = []
 
     def on_end(self, callback: Callable[[Job[T]], None]) -> None:
-        """Have `callback` called soon after the end, before those who wait are woken."""
-        self._ended.add_done_callback(lambda _: callback(self))
+        """Have `callback` called at the end, before those who wait are woken; now, where that has been."""
+        if self._has_ended:
+            callback(self)
+        else:
+            self._at_end.append(callback)
 
     @property
     def uploads(self) -> dict[str, list[TensorData]]:
@@ -76,7 +80,7 @@ class Job(Generic[T]):
     @property
     def ended(self) -> bool:
         """Whether it has a result or an error."""
-        return self._ended.done()
+        return self._has_ended
 
     async def result(self, deadline: float | None) -> T:
         """Wait for the end. `deadline`: when this caller stops waiting (time.monotonic(); None: never)."""
@@ -100,8 +104,12 @@ class Job(Generic[T]):
 
     async def wait(self) -> None:
         """Wait for the end, without wanting the work done."""
-        # Shielded: work that has begun ends, whoever waits for it.
-        await asyncio.shield(self._ended)
+        if self._has_ended:
+            return
+        # One's own: work that has begun ends, whoever waits for it.
+        waiter = asyncio.get_running_loop().create_future()
+        self._at_end.append(lambda _: None if waiter.done() else waiter.set_result(None))
+        await waiter
 
     async def run(self) -> None:
         """Do the work, unless it was refused or the last caller's deadline has passed."""
@@ -126,7 +134,11 @@ class Job(Generic[T]):
             self.refuse(DeadlineExceeded("the deadline passed in the queue; nothing was applied"))
 
     def _end(self) -> None:
-        self._ended.set_result(None)
+        assert not self._has_ended, "a job ends once"
+        self._has_ended = True
+        at_end, self._at_end = self._at_end, []
+        for callback in at_end:
+            callback(self)
 
     def _take(self, outcome: T | Unsettled[T]) -> None:
         if not isinstance(outcome, Unsettled):
@@ -330,7 +342,7 @@ class WorkQueue:
     async def close(self, error: GradwireError, patience: float) -> bool:
         """Refuse what waits and what still comes with `error`. Says whether what runs ended in `patience` seconds."""
         self._closed = error
-        for job in self._jobs:
+        for job in tuple(self._jobs):
             job.refuse(error)
         return await self.idle(patience)
 

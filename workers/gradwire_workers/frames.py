@@ -18,8 +18,13 @@ Frame: TypeAlias = "bytes | bytearray | memoryview"
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 """JSON without spaces. json.dumps would make an encoder each time."""
 
-from_json = json.JSONDecoder().decode
-"""What such text stands for. json.loads would first look for what it is encoded in."""
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def from_json(raw: Frame) -> Any:
+    """The value of what `to_json` wrote. json.loads would look for other encodings, and for spaces."""
+    return _raw_decode(str(raw, "utf-8"))[0]
+
 
 # JSON has no word for these: each is an object with this one key.
 _TENSOR, _SEGMENT, _BYTES, _TUPLE, _DICT = "$tensor", "$segment", "$bytes", "$tuple", "$dict"
@@ -35,7 +40,7 @@ def pack(message: Mapping[str, Any]) -> list[Frame]:
 
 def unpack(frames: Sequence[Frame]) -> dict[str, Any]:
     """The message that `pack` made frames of. Bytes and tensors refer to the frames, uncopied."""
-    header = from_json(str(frames[0], "utf-8"))
+    header = from_json(frames[0])
     return {key: _decode(value, frames) for key, value in header.items()}
 
 

@@ -217,7 +217,7 @@ def _crc(parts: Sequence[bytes | memoryview], seed: int) -> int:
 
 def uploads_room(uploads: Sequence[StoredUpload]) -> int:
     """Bytes that a record takes for saying what is in these."""
-    return len(_to_json(_listed(uploads)).encode())
+    return len(_to_json(_listed(uploads)).encode()) if uploads else 0
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
