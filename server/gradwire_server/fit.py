@@ -20,11 +20,13 @@ from gradwire_server.fit_commands import FitCommands, Reached
 from gradwire_server.fit_pace import Pace
 from gradwire_server.fit_records import FIT_STEPS
 from gradwire_server.fit_refusals import step_refusal
-from gradwire_server.row_orders import RowOrders
 from gradwire_server.storage.dataset_files import StoredDataset
 
 _KEPT = 256
 """Commands of a fit whose replies are kept for a client that comes back: half a minute."""
+
+MOST_SHUFFLED = 1 << 27
+"""Rows whose order is made anew for each epoch: each rank has a gibibyte of it then, and other requests wait for it."""
 
 
 @dataclass(slots=True)
@@ -74,9 +76,9 @@ class Fit:
                 field="completed_steps",
                 reason="INTEGER_OUT_OF_RANGE",
             )
-        self._orders = (
-            RowOrders(fitting.orders, rows=examples, epochs=plan.epochs, seed=plan.seed) if plan.shuffle else None
-        )
+        if plan.shuffle and examples > MOST_SHUFFLED:
+            message = f"expected at most {MOST_SHUFFLED} rows to shuffle, got {examples}"
+            raise InvalidArgument(message, field="shuffle", reason="DATASET_ROWS")
         self._pace = Pace()
         self._validation = Validation(fitting, validation, self._batch_size, self._per_epoch)
         self._reached = Reached(-1)
@@ -99,7 +101,7 @@ class Fit:
                         while (loss := evaluation.loss) is None and self._may_begin(done):
                             await evaluation.go_on()
                             yield self._told(done)
-                    found = await self._begin(done, loss)
+                    found = self._begin(done, loss)
                     under_way.extend([] if found is None else [found])
                 if not under_way:
                     return
@@ -109,7 +111,7 @@ class Fit:
                 # It is in the queue then, or it is known that another call was sooner.
                 await asyncio.sleep(0)
                 if current.end is not None and self._may_look_ahead(current.end):
-                    ahead = await self._begin(current.end, None, ahead=True)
+                    ahead = self._begin(current.end, None, ahead=True)
                     under_way.extend([] if ahead is None else [ahead])
                 result = await current.result
                 under_way.popleft()
@@ -138,7 +140,7 @@ class Fit:
                     self._check_not_draining()
         yield replace(self._told(done, loss), done=True)
 
-    async def _begin(self, first: int, loss: float | None, *, ahead: bool = False) -> _Command | None:
+    def _begin(self, first: int, loss: float | None, *, ahead: bool = False) -> _Command | None:
         """The command whose first step is `first`: found, or begun. None: no more are to begin.
 
         loss: that is told before it. ahead: it follows one that still runs.
@@ -148,7 +150,7 @@ class Fit:
             if not ahead:
                 self._reached.step = first
             end = first + self._count(first)
-            call = await self._with_steps(call, first, end, loss)
+            call = self._with_steps(call, first, end, loss)
         elif self._commands.log.find(call) is None:
             return None
         command = _Command(call, end, None if end is None else loss)
@@ -211,26 +213,18 @@ class Fit:
         # Not beyond the epoch, where the loss after it comes first.
         return min(steps, rest) if self._validation.is_wanted else steps
 
-    async def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
-        rows = b""
-        if self._orders is not None:
-            rows = await self._orders.between(self._row_of(first), self._row_of(end))
+    def _with_steps(self, call: Call, first: int, end: int, loss: float | None) -> Call:
         asked = FitSteps(
             fit=self.request_id,
             dataset=self._dataset.info,
             first_step=first,
             steps=end - first,
             batch_size=self._batch_size,
-            rows=rows,
+            seed=self._plan.seed if self._plan.shuffle else None,
             validation_loss=loss,
         )
         request = codec.encode_fit_steps(asked, self._model_id, call.request_id or "")
         return replace(call, raw=request.SerializeToString(), arrived=time.monotonic())
-
-    def _row_of(self, step: int) -> int:
-        """Rows that came before a step, in all epochs."""
-        epoch, position = divmod(step, self._per_epoch)
-        return epoch * self._dataset.info.num_examples + position * self._batch_size
 
     async def _run(self, command: _Command, first: int) -> StepsResult | None:
         """None: it was begun by another call, and is to be begun again."""

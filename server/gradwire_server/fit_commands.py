@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,10 +108,6 @@ class FitCommands:
         (tensors,) = call.replay.uploads.values()
         info = codec.decode_dataset(FitStepsRequest.FromString(call.raw).dataset)
         return batch_of(info, tensors)
-
-    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
-        """See FitWorkers.orders."""
-        return await self._commands.read(Call(), None, lambda _: self._workers().fitting.orders(rows, seeds))
 
     def let_go(self) -> None:
         """Have the ranks let go of what they have mapped, in their turn. Nobody waits for it."""

@@ -63,10 +63,6 @@ class FitWorkers(Protocol):
         """
         ...
 
-    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
-        """torch.randperm's order of so many rows for each seed, 4 bytes for each."""
-        ...
-
     async def forget(self) -> None:
         """Let go of the dataset that was used last."""
         ...

@@ -72,7 +72,9 @@ def test_plan_that_cannot_be_one_is_refused_by_its_field(changes: dict[str, Any]
 
 
 def test_steps_and_progress_come_back():
-    steps = FitSteps(fit="f", dataset=INFO, first_step=7, steps=3, batch_size=2, rows=b"rows", validation_loss=0.0)
+    steps = FitSteps(
+        fit="f", dataset=INFO, first_step=7, steps=3, batch_size=2, seed=0, rows=b"rows", validation_loss=0.0
+    )
     assert codec.decode_fit_steps(codec.encode_fit_steps(steps, "m", SEVENTH)) == steps
     progress = FitProgress(first_step=7, losses=(0.1, float("inf")), step=9, epoch=1, timing=Timing(compute=0.5))
     assert codec.decode_fit_progress(codec.encode_fit_progress(progress)) == progress

@@ -89,15 +89,18 @@ class FakeFitting:
         per_epoch = -(-examples // steps.batch_size)
         self.examples.append(read(dataset.inputs))
         await self._workers._call("fit", steps.first_step, count)
-        rows = struct.unpack(f"<{len(steps.rows) // 4}I", steps.rows)
+        recorded = struct.unpack(f"<{len(steps.rows) // 4}I", steps.rows)
         error, losses = None, []
         for index in range(count):
             step = steps.first_step + index
             if step == self.refused_at:
                 error = InvalidArgument("the loss is nan", field="batch", reason="LOSS_NOT_FINITE")
                 break
-            size = min(steps.batch_size, examples - step % per_epoch * steps.batch_size)
-            taken, rows = rows[:size], rows[size:]
+            epoch, row = step // per_epoch, step % per_epoch * steps.batch_size
+            size = min(steps.batch_size, examples - row)
+            taken, recorded = recorded[:size], recorded[size:]
+            if steps.seed is not None:
+                taken = tuple((each + steps.seed + epoch) % examples for each in range(row, row + size))
             self.applied.append((command + index, step, taken))
             losses.append(float(step))
         if error is not None and not losses:
@@ -106,10 +109,6 @@ class FakeFitting:
         self._workers.applied += 1
         timing = Timing(compute=0.02 * len(losses))
         return StepsResult(losses=tuple(losses), step=self._workers.step, timing=timing, error=error)
-
-    async def orders(self, rows: int, seeds: Any) -> list[bytes]:
-        await self._workers._call("orders", tuple(seeds))
-        return [struct.pack(f"<{rows}I", *[(row + seed) % rows for row in range(rows)]) for seed in seeds]
 
     async def forget(self) -> None:
         await self._workers._call("forget")

@@ -293,12 +293,12 @@ async def test_fit_is_refused_by_the_field_that_is_wrong(frontend: Any, fakes: A
     assert error is not None and error.field == field
 
 
-async def test_no_more_rows_are_shuffled_than_their_orders_have_room_for(
+async def test_no_more_rows_are_shuffled_than_an_order_has_room_for(
     frontend: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = await frontend.create()
     await frontend.stub.CreateDataset(creation())
-    monkeypatch.setattr("gradwire_server.row_orders.MOST_ROWS", 9)
+    monkeypatch.setattr("gradwire_server.fit.MOST_SHUFFLED", 9)
     _, error = await told(frontend, fit(fakes.request_id(), shuffle=True))
     assert error is not None and error.field == "shuffle" and "at most 9 rows to shuffle, got 10" in str(error)
     assert not workers.calls

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,10 +12,12 @@ import pytest
 from server.brought_back import ready
 from server.fit_requests import EXAMPLES, creation, fit, losses, told
 
+from gradwire_proto import codec
 from gradwire_proto.errors import RankLost
 from gradwire_proto.status import from_rpc_error
 from gradwire_proto.v1 import dataset_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2
+from gradwire_proto.values import FitSteps
 from gradwire_server import fit as fit_module
 from gradwire_server import request_log
 
@@ -40,6 +44,27 @@ async def test_fit_goes_on_after_a_restart_and_its_dataset_may_be_deleted(start:
         _, error = await told(frontend, request)
         assert error is not None and error.reason == "REQUEST_ID_REUSED"
     assert losses(messages) == [float(step) for step in range(9)]
+
+
+async def test_records_of_a_version_that_wrote_rows_for_a_seed_are_applied_once_more(
+    start: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = codec.encode_fit_steps
+
+    def encode_rows(value: FitSteps, model_id: str, request_id: str) -> pb.FitStepsRequest:
+        rows = range(value.first_step * 5, (value.first_step + value.steps) * 5)
+        packed = b"".join(struct.pack("<I", 9 - row % 10) for row in rows)
+        return encode(replace(value, seed=None, rows=packed), model_id, request_id)
+
+    async with start() as frontend:
+        await frontend.create()
+        await frontend.stub.CreateDataset(creation())
+        with monkeypatch.context() as older:
+            older.setattr(codec, "encode_fit_steps", encode_rows)
+            await told(frontend, fit(fakes.request_id(), shuffle=True, batch_size=5))
+    async with start() as frontend:
+        workers = await ready(frontend)
+        assert [rows for _, _, rows in workers.fitting.applied] == [(9, 8, 7, 6, 5), (4, 3, 2, 1, 0)] * 3
 
 
 async def test_repeat_after_a_restart_hears_the_losses_that_it_missed(start: Any, fakes: Any) -> None:

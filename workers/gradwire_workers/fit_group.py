@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from gradwire_proto.batch_check import flatten
@@ -42,7 +41,7 @@ class FitGroup:
         examples = examples_of(dataset)
         count = steps.steps if most is None else min(most, steps.steps)
         per_epoch = -(-examples // steps.batch_size)
-        first = steps.first_step % per_epoch
+        epoch, first = divmod(steps.first_step, per_epoch)
         sizes = _sizes(first, count, per_epoch, steps.batch_size, examples)
         kinds = [await self._kind(dataset, rows, training=True) for rows in sizes]
         fields = [
@@ -52,7 +51,8 @@ class FitGroup:
                 "batch_size": steps.batch_size,
                 "first": first,
                 "steps": count,
-                "order": steps.rows or None,
+                "seed": None if steps.seed is None else steps.seed + epoch,
+                "rows": steps.rows or None,
                 "command": command,
             }
             for rank in range(len(self._ranks))
@@ -65,11 +65,6 @@ class FitGroup:
                 came = len(result.losses) if rows == min(steps.batch_size, examples) else 1
                 self._kernels.came(kind[0]["shard"]["variant"], between(dataset, 0, rows), came)
         return result
-
-    async def orders(self, rows: int, seeds: Sequence[int]) -> list[bytes]:
-        """For each seed, torch.randperm's order of so many rows, 4 bytes each."""
-        answers = await self._ranks.call("row_orders", [{"rows": rows, "seeds": list(seeds)}], changes=False)
-        return [bytes(order) for order in answers.fields[0]["orders"]]
 
     async def forget(self) -> None:
         """Let go of the dataset that was used last: mapped, its file takes room even when it is removed."""

@@ -24,7 +24,7 @@ from gradwire_workers.pool.warm_up import warm_up
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.rank_answers import gradients_of
 from gradwire_workers.rank_channel import encode_error
-from gradwire_workers.rank_fitting import RankFitting, orders_of, report_of
+from gradwire_workers.rank_fitting import RankFitting, report_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_standing import NUMBER, RankStanding
 from gradwire_workers.rank_states import saved_state_in
@@ -114,7 +114,6 @@ class RankCommands:
             "try_kernels": self._try_kernels,
             "use_kernels": self._use_kernels,
             "forget_kernels": self._forget_kernels,
-            "row_orders": orders_of,
             "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,
         }

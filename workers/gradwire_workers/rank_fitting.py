@@ -1,11 +1,10 @@
-"""A rank's part of a fit: steps and evaluations on datasets that it maps once, and the orders of their rows."""
+"""A rank's part of a fit: steps and evaluations on datasets that it maps once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from gradwire_proto.tensors import to_torch
@@ -13,6 +12,7 @@ from gradwire_proto.values import TensorData
 from gradwire_workers.shard import Shard
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.dataset_batches import BatchKind, DatasetBatches
+from gradwire_workers.training.row_orders import RowOrders, recorded
 from gradwire_workers.training.step_run import StepRun
 
 Fields = Mapping[str, Any]
@@ -24,17 +24,23 @@ class RankFitting:
     def __init__(self) -> None:
         self._trained_on = _Mapped()
         self._evaluated = _Mapped()
+        self._orders = RowOrders()
 
     def run(self, trainer: Trainer, fields: Fields) -> StepRun:
         """The steps that a command asks for, yet to go."""
-        order = fields["order"]
+        examples, seed, rows = fields["examples"], fields["seed"], fields["rows"]
+        chosen = None
+        if seed is not None:
+            chosen = self._orders.beginning_with(seed, examples)
+        elif rows is not None:
+            chosen = recorded(rows, examples, fields["first"] * fields["batch_size"])
         batches = DatasetBatches(
             self._trained_on.kinds(fields["kinds"]),
-            examples=fields["examples"],
+            examples=examples,
             batch_size=fields["batch_size"],
             first=fields["first"],
             steps=fields["steps"],
-            order=None if order is None else torch.from_numpy(np.frombuffer(order, "<i4").astype(np.int64)),
+            chosen=chosen,
         )
         return StepRun(trainer, batches, fields["command"])
 
@@ -46,14 +52,14 @@ class RankFitting:
             batch_size=fields["batch_size"],
             first=fields["first"],
             steps=fields["batches"],
-            order=None,
+            chosen=None,
         )
         found = trainer.evaluate(batches, first=fields["first"])
-        return {"losses": found.losses, "seconds": found.seconds}
+        return {"losses": found.losses, "seconds": found.seconds._asdict()}
 
     def forget(self) -> None:
-        """Let go of what is mapped."""
-        self._trained_on, self._evaluated = _Mapped(), _Mapped()
+        """Let go of what is mapped, and of the order of its rows."""
+        self._trained_on, self._evaluated, self._orders = _Mapped(), _Mapped(), RowOrders()
 
 
 class _Mapped:
@@ -101,12 +107,3 @@ def report_of(run: StepRun, step: int, error: Fields | None, *, needs_rejoin: bo
         "error": error,
         "needs_rejoin": needs_rejoin,
     }
-
-
-def orders_of(fields: Fields) -> Fields:
-    """Permutations of so many rows, one for each seed: torch.randperm's, as 32-bit integers."""
-    orders = []
-    for seed in fields["seeds"]:
-        generator = torch.Generator().manual_seed(seed)
-        orders.append(torch.randperm(fields["rows"], generator=generator).to(torch.int32).numpy().tobytes())
-    return {"orders": orders}

@@ -136,6 +136,7 @@ def encode_fit_steps(value: FitSteps, model_id: str, request_id: str) -> pb.FitS
         first_step=value.first_step,
         steps=value.steps,
         batch_size=value.batch_size,
+        seed=value.seed,
         rows=value.rows,
         validation_loss=value.validation_loss,
         request_id=request_id,
@@ -150,6 +151,7 @@ def decode_fit_steps(message: pb.FitStepsRequest) -> FitSteps:
         first_step=message.first_step,
         steps=message.steps,
         batch_size=message.batch_size,
+        seed=message.seed if message.HasField("seed") else None,
         rows=message.rows,
         validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
     )

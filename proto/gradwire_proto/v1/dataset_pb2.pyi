@@ -117,7 +117,7 @@ class FitResponse(_message.Message):
     def __init__(self, first_step: _Optional[int] = ..., losses: _Optional[_Iterable[float]] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., validation_loss: _Optional[float] = ..., timing: _Optional[_Union[_model_pb2.Timing, _Mapping]] = ..., done: bool = ...) -> None: ...
 
 class FitStepsRequest(_message.Message):
-    __slots__ = ("name", "dataset", "first_step", "steps", "batch_size", "rows", "validation_loss", "request_id", "fit")
+    __slots__ = ("name", "dataset", "first_step", "steps", "batch_size", "rows", "validation_loss", "request_id", "fit", "seed")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class FitStepsRequest(_message.Message):
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     name: str
     dataset: Dataset
     first_step: int
@@ -136,7 +137,8 @@ class FitStepsRequest(_message.Message):
     validation_loss: float
     request_id: str
     fit: str
-    def __init__(self, name: _Optional[str] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., first_step: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., rows: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., request_id: _Optional[str] = ..., fit: _Optional[str] = ...) -> None: ...
+    seed: int
+    def __init__(self, name: _Optional[str] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., first_step: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., rows: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., request_id: _Optional[str] = ..., fit: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class FitStepsResponse(_message.Message):
     __slots__ = ("losses", "step", "timing", "validation_loss", "error", "fit", "first_step")

@@ -46,7 +46,8 @@ class FitPlan:
 class FitSteps:
     """Some steps of a fit: one command. See FitStepsRequest.
 
-    fit: the request id of the fit. rows: the rows of their batches, 4 bytes each; empty: as they are stored.
+    fit: the request id of the fit. seed: of the order of rows in its epoch 0; None: as they are stored, or, in records
+    of older versions, `rows`: those of their batches, 4 bytes each.
     """
 
     fit: str
@@ -54,6 +55,7 @@ class FitSteps:
     first_step: int
     steps: int
     batch_size: int
+    seed: int | None = None
     rows: bytes = b""
     validation_loss: float | None = None
 

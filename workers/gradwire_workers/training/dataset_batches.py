@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradwire_workers.shard import Shard
+from gradwire_workers.training.row_orders import Rows
 
 _ALIGNMENT = 64
 """Bytes: what torch's allocator aligns to. Elsewhere, libraries may compute other bits."""
@@ -33,8 +34,8 @@ class BatchKind:
 class DatasetBatches:
     """The shards of one rank, step by step. A shard's tensors are good until the next one is asked for.
 
-    kinds: by rows of a batch. first: the position in its epoch of the first batch. order: the rows of the batches, one
-    after another; None: as they are stored.
+    kinds: by rows of a batch. first: the position in its epoch of the first batch. chosen: which rows come; None: all
+    as they are stored.
     """
 
     def __init__(
@@ -45,23 +46,24 @@ class DatasetBatches:
         batch_size: int,
         first: int,
         steps: int,
-        order: Tensor | None,
+        chosen: Rows | None,
     ) -> None:
         self._rows = {kind.shard.rows: _RowsOfKind(kind) for kind in kinds}
         self._examples = examples
         self._batch_size = batch_size
         self._first = first
         self._steps = steps
-        self._order = order
+        self._chosen = chosen
 
     def __iter__(self) -> Iterator[Shard]:
-        row, taken, order = self._first * self._batch_size, 0, self._order
+        epoch, row, chosen = 0, self._first * self._batch_size, self._chosen
         for _ in range(self._steps):
             rows = min(self._batch_size, self._examples - row)
             of_kind = self._rows[rows]
-            yield of_kind.stored(row) if order is None else of_kind.ordered(order.narrow(0, taken, rows))
-            taken += rows
-            row = 0 if row + rows >= self._examples else row + rows
+            yield of_kind.stored(row) if chosen is None else of_kind.ordered(chosen(epoch, row, rows))
+            row += rows
+            if row >= self._examples:
+                epoch, row = epoch + 1, 0
 
 
 class _RowsOfKind:
