@@ -72,8 +72,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where kernels are compiled, once for all tests."""
     return tmp_path_factory.mktemp("kernels")
 
-    return Path(os.environ["KPLACE"]) if "KPLACE" in os.environ else tmp_path_factory.mktemp("kernels")
-
 
 @pytest.fixture
 def make(tmp_path: Path, place: Path) -> Iterator[Callable[..., WorkerGroup]]:
