@@ -2,7 +2,7 @@
 PYTHON    ?= python3
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
-BENCHES   := startup idle journal steps fit transport load_tester
+BENCHES   := startup idle journal steps fit transport compiled load_tester
 PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
 # How many test files run at once: one more than the cores that are asked for, because many tests wait.
 JOBS      ?= 3

@@ -43,7 +43,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def train(
     client: gradwire.Client, name: str, disturb: Callable[[int, float], None] = lambda *_: None
-) -> tuple[gradwire.Model, list[float]]:
+) -> tuple[gradwire.Model, list[float | None]]:
     """A model, and its losses: the first steps eagerly, the others on kernels.
 
     disturb: called before each of these, with the seconds for which ranks were replaced in those before.
@@ -58,7 +58,7 @@ def train(
         compile=True,
     )
     first, rest = batches()[:BEFORE], batches()[BEFORE:]
-    losses = [model.train_step(x, y).loss for x, y in first[:-1]]
+    losses: list[float | None] = [model.train_step(x, y).loss for x, y in first[:-1]]
     until(lambda: model.info().compiled)
     # One that comes while they are compiled is what they are tried with.
     losses.append(model.train_step(*first[-1]).loss)
@@ -88,6 +88,7 @@ def kill(word: str, index: int = 0) -> None:
     found[index % len(found)].send_signal(signal.SIGKILL)
 
 
+@pytest.mark.timeout(600)
 def test_kernels_give_torchs_losses_and_the_same_bits_after_a_ranks_death_and_a_restart(
     compiling: gradwire.Client,
 ) -> None:
@@ -114,7 +115,7 @@ def test_kernels_give_torchs_losses_and_the_same_bits_after_a_ranks_death_and_a_
             kill("gradwire_server.main")
 
     disturbed, losses = train(compiling, "disturbed", disturb)
-    assert [each.hex() for each in losses] == [each.hex() for each in expected]
+    assert losses == expected
     assert recoveries[-1] > 0
     assert [each.state for each in disturbed.info().compiled] == ["in_use"]
     for name, value in kept.items():
