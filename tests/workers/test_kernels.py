@@ -146,6 +146,7 @@ async def put_to_use(group: WorkerGroup) -> None:
     assert group.kernels.told == (CompiledKernels(SHAPES, "in_use"),)
 
 
+@pytest.mark.timeout(600)
 async def test_kernels_that_are_compiled_while_steps_go_on_give_what_torch_gives(
     make: Callable[..., WorkerGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
