@@ -101,6 +101,7 @@ class ModelCalls:
         self.tensors, self.optimizer = info.tensors, info.optimizer
         """As the last reply told them."""
         self._tied = {tensor.name: tensor.alias_of for tensor in info.tensors if tensor.alias_of}
+        self._loss = info.loss
         self._refuses_nan = info.on_nan == "refuse"
         self.changes = 0
         """Commands that were made: what was read before is not what the service has now."""
@@ -148,7 +149,7 @@ class ModelCalls:
         self._rpc.check_usable()
         self.changed()
         try:
-            return arguments.run(self._rpc, self._id, self._variants)
+            return arguments.run(self._rpc, self._id, self._variants, self._loss)
         finally:
             # What was read meanwhile may be of any step.
             self.changed()

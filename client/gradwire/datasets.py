@@ -153,6 +153,12 @@ class Lent:
                 self._own.delete()
 
 
+def has_targets(given: Any, field: str) -> bool:
+    """Whether a Dataset, or tensors for one, has targets. Raises InvalidArgument for a tuple that can be neither."""
+    targets = given.described(1).targets if isinstance(given, Dataset) else _inputs_and_targets(given, field)[1]
+    return targets is not None
+
+
 def _inputs_and_targets(given: Any, field: str) -> tuple[Any, Any]:
     if not isinstance(given, (tuple, list)):
         return given, None

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradwire.arguments import argument_of, as_bool, as_count, as_function, as_int, as_iterator, wrong_type
-from gradwire.datasets import Dataset, Lent
+from gradwire.datasets import Dataset, Lent, has_targets
 from gradwire.deadline import Deadline
-from gradwire.errors import GradwireError
+from gradwire.errors import FailedPrecondition, GradwireError, InvalidArgument
 from gradwire.fit import Callback, Fit
 from gradwire.fit_progress import ProgressLine
 from gradwire.fit_results import FitResult
 from gradwire.rpc import Rpc
 from gradwire.variants import Variants
-from gradwire_proto.values import FitPlan
+from gradwire_proto.values import FitPlan, LossSpec, TorchLossSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,9 @@ class FitArguments:
             progress=as_bool(progress, "progress"),
         )
 
-    def run(self, rpc: Rpc, model_id: str, variants: Variants) -> FitResult:
-        """Bring the data where it is needed, and train."""
+    def run(self, rpc: Rpc, model_id: str, variants: Variants, loss: LossSpec | None) -> FitResult:
+        """Bring the data where it is needed, and train. loss: the model's."""
+        self._check_loss(loss)
         with ExitStack() as lent:
             with _named("data"):
                 dataset = lent.enter_context(Lent(rpc, self.data, "data"))
@@ -93,6 +94,16 @@ class FitArguments:
             if self.progress and sys.stderr.isatty():
                 callbacks.append(lent.enter_context(ProgressLine(fit.total)))
             return fit.run(callbacks)
+
+    def _check_loss(self, loss: LossSpec | None) -> None:
+        """Better known before the data is brought than after it."""
+        if loss is None:
+            raise FailedPrecondition("the model has no loss: give one to create_model", reason="NO_LOSS")
+        given = {"data": self.data} | ({} if self.validation is None else {"validation": self.validation})
+        for name, examples in given.items():
+            if not has_targets(examples, name) and isinstance(loss, TorchLossSpec):
+                message = f"{loss.name} needs targets: give (inputs, targets), or a Dataset that has them"
+                raise InvalidArgument(message, field=name, reason="LOSS_DOES_NOT_FIT")
 
 
 def _bring_variants(

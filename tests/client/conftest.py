@@ -192,7 +192,8 @@ def held_model(rpc: Rpc) -> Callable[..., Model]:
     from gradwire.variants import without_graph
 
     def make(module: Any, loss: Any, example: tuple[Any, Any], **info: Any) -> Model:
-        program = ModuleExporter(module, loss).export_model(*example).program
+        exported = ModuleExporter(module, loss).export_model(*example)
+        program = exported.program
         variants = tuple(map(without_graph, program.variants))
         described = ModelInfo(
             id="mine",
@@ -202,7 +203,7 @@ def held_model(rpc: Rpc) -> Callable[..., Model]:
             sharding=None,
             num_parameters=1,
             optimizer=None,
-            loss=None,
+            loss=exported.loss,
             labels={},
             created_at=0.0,
             tensors=program.tensors,

@@ -88,7 +88,7 @@ WRONG_CALLS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"data": (X, Y), "epochs": 1, "seed": -(2**63) - 1}, "seed"),
         ({"data": (X, Y), "epochs": 1, "callbacks": 3}, "callbacks"),
         ({"data": (X, Y), "epochs": 1, "callbacks": [3]}, "callbacks[0]"),
-        ({"data": NoNames(), "epochs": 1}, "data.inputs"),
+        ({"data": (NoNames(), Y), "epochs": 1}, "data.inputs"),
         ({"data": (X, Y, Y), "epochs": 1}, "data"),
     ],
     "forward": [({"inputs": X, "training": "yes"}, "training"), ({"inputs": X, "training": 1}, "training")],

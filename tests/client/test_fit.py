@@ -12,7 +12,7 @@ from client.one_model import batch, empty, net
 
 import gradwire
 from gradwire import optim
-from gradwire.errors import GradwireError, InvalidArgument, Unavailable
+from gradwire.errors import FailedPrecondition, GradwireError, InvalidArgument, Unavailable
 from gradwire_proto import codec
 from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1.dataset_pb2 import FitResponse
@@ -174,14 +174,36 @@ def test_a_callback_may_take_longer_than_the_timeout(sdk, model, scripted, cut):
 
     def answer(request, context):
         calls.append(request.completed_steps)
-        if not request.completed_steps:
+        if len(calls) == 1:
             yield told(0)
+        if len(calls) == 1 and cut:
+            abort(context, Unavailable("cut", reason="CONNECTION_LOST"))
+        if len(calls) <= 1 + cut:
             yield codec.encode_fit_progress(FitProgress(first_step=1, epoch=0, validation_loss=2.0))
-            if cut:
-                abort(context, Unavailable("cut", reason="CONNECTION_LOST"))
+        if len(calls) == 2:
+            abort(context, Unavailable("cut", reason="CONNECTION_LOST"))
         yield codec.encode_fit_progress(FitProgress(first_step=1, epoch=0, done=True))
 
     scripted.answers["Fit"] = answer
     slow = lambda status: time.sleep(1.3) if status.validation_loss is not None else None  # noqa: E731
     result = model.fit(batch(), epochs=1, validation=batch(), callbacks=[slow])
-    assert (result.steps, result.validation_losses, calls) == (1, (2.0,), [0, 1] if cut else [0])
+    assert (result.steps, result.validation_losses, calls) == (1, (2.0,), [0, 1, 1] if cut else [0])
+
+
+def test_examples_without_the_targets_that_the_loss_needs_are_refused_before_they_travel(sdk, model, scripted):
+    x, y = batch()
+    for given, field in (
+        ({"data": x}, "data"),
+        ({"data": (x,)}, "data"),
+        ({"data": (x, y), "validation": (x,)}, "validation"),
+        ({"data": sdk.upload_dataset(x)}, "data"),
+    ):
+        before = len(scripted.requests("CreateDataset"))
+        with pytest.raises(InvalidArgument, match="needs targets") as caught:
+            model.fit(epochs=1, **given)
+        assert (caught.value.field, caught.value.reason) == (field, "LOSS_DOES_NOT_FIT")
+        assert len(scripted.requests("CreateDataset")) == before
+    without_loss = sdk.create_model(net(), example=(x,))
+    with pytest.raises(FailedPrecondition, match="no loss"):
+        without_loss.fit(x, epochs=1)
+    assert len(scripted.requests("CreateDataset")) == 1
