@@ -134,15 +134,20 @@ class RequestLog(Generic[R]):
             entry.stored = ended
 
     def settle(self, call: Call) -> None:
-        """The request of `call` has ended: what is stored of it takes its place, if its reply is there."""
+        """The request of `call` has ended: what is stored of it takes its place, if its reply is there, and of one
+        that was refused its error alone: the request may be large.
+        """
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
         if entry is None:
             return
         entry.ended_at = self._clock()
-        if entry.request is None or entry.stored is None:
+        if entry.request is None:
             return
-        if entry.request.error is None and entry.stored.reply is not None:
-            entry.request = entry.stored
+        error = entry.request.error
+        if error is None:
+            entry.request = entry.request if entry.stored is None or entry.stored.reply is None else entry.stored
+        elif error.outcome == "not_applied" and entry.stored is None:
+            entry.request = _refused(error)
 
     def restore(self, request_id: str, body: bytes, ended: EndedCommand, ended_at: float | None = None) -> None:
         """Remember a request of an earlier process of the service, unless it is known. ended_at: when it ended, in
@@ -254,8 +259,12 @@ def _without_reply(entry: _Entry[R], ended_at: float) -> _Entry[R]:
     if stored is not None:
         stored = EndedCommand(stored.number, stored.method, None, stored.error)
     if entry.request is not None and entry.request.error is not None:
-        failed = EndedCommand(0, "", None, copy.copy(entry.request.error))
+        failed = _refused(entry.request.error)
     return _Entry(entry.body, failed, stored=stored, ended_at=ended_at)
+
+
+def _refused(error: GradwireError) -> EndedCommand:
+    return EndedCommand(0, "", None, copy.copy(error))
 
 
 def _may_run_again(error: GradwireError | None) -> bool:

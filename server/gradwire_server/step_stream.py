@@ -18,7 +18,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
 from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
+from gradwire_server.failures import answer_of
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.step_jobs import Chain, behind_refused
 from gradwire_server.step_requests import StepRequest, StepRequests
@@ -142,9 +142,7 @@ class StepStream:
                 raise item.forgotten()
             return item
         except Exception as error:
-            refusal = public_error(error, self._requests.request_id)
-            refusal.request_id = refusal.request_id or self._requests.request_id
-            return refusal
+            return answer_of(error, self._requests.request_id)
 
     async def _model_of(self, request: StepRequest) -> HostedModel:
         if self._model is None:
