@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound, ResourceExhausted
 from gradwire_proto.values import CommandInfo
 from gradwire_server.aging import Aging
 from gradwire_server.calls import Call
@@ -209,10 +209,17 @@ class RequestLog(Generic[R]):
         """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
 
         Raises ModelNotFound COMMAND_NOT_FOUND. Whoever asked goes on as if it had not been applied, and that stays so:
-        a first attempt that is still on its way is refused, for as long as requests are known.
+        a first attempt that is still on its way is refused, for as long as requests are known. Of too many to keep that
+        promise nothing is said: ResourceExhausted TOO_MANY_UNKNOWN_COMMANDS.
         """
         entry = self._entry(request_id)
         if entry is None:
+            if request_id not in self._declared and self._declared.is_full:
+                raise ResourceExhausted(
+                    "so many commands that are not known here were asked after that of no more can it be promised that"
+                    " they are never applied",
+                    reason="TOO_MANY_UNKNOWN_COMMANDS",
+                )
             self._declared.add(request_id, None, self._clock())
             raise ModelNotFound(
                 f"no command with the request id {request_id} is known here", field="name", reason="COMMAND_NOT_FOUND"

@@ -31,6 +31,9 @@ BYTES_AHEAD = 16 << 20
 MOST_STEPS = 4096
 """Of one message: nobody else is answered while they are told apart."""
 
+MOST_BYTES = 8 << 20
+"""Of one message with several steps: all of it stays until the last of them is taken."""
+
 Item = Job[Any] | EndedCommand | GradwireError
 
 
@@ -113,22 +116,27 @@ class StepStream:
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
-            arrived = self._moved = time.monotonic()
-            for raw in _steps_of(message):
-                while len(self._items) >= self._most or self._bytes >= BYTES_AHEAD:
-                    self._room.clear()
-                    await self._room.wait()
-                item = await self._take(raw, arrived)
-                if isinstance(item, Job):
-                    item.join()
-                    item.on_end(lambda _: self._news.set())
-                elif isinstance(item, GradwireError) or item.error is not None:
-                    self._chain.refused(self._place)
-                self._items.append((item, len(raw)))
-                self._place += 1
-                self._bytes += len(raw)
-                if not isinstance(item, Job) or item.ended:
-                    self._news.set()
+            self._moved = time.monotonic()
+            await self._take_all(message)
+            message = b""  # The next one may be long in coming.
+
+    async def _take_all(self, message: bytes) -> None:
+        arrived = self._moved
+        for raw in _steps_of(message):
+            while len(self._items) >= self._most or self._bytes >= BYTES_AHEAD:
+                self._room.clear()
+                await self._room.wait()
+            item = await self._take(raw, arrived)
+            if isinstance(item, Job):
+                item.join()
+                item.on_end(lambda _: self._news.set())
+            elif isinstance(item, GradwireError) or item.error is not None:
+                self._chain.refused(self._place)
+            self._items.append((item, len(raw)))
+            self._place += 1
+            self._bytes += len(raw)
+            if not isinstance(item, Job) or item.ended:
+                self._news.set()
 
     async def _take(self, raw: bytes, arrived: float) -> Item:
         """The step as it waits in the model's queue, or what became of it already."""
@@ -179,6 +187,9 @@ def _steps_of(message: bytes) -> list[bytes]:
         raise InvalidArgument(f"the bytes are no {kind} message", reason="MALFORMED_MESSAGE") from None
     if len(steps) > MOST_STEPS:
         words = f"expected at most {MOST_STEPS} steps in a message, got {len(steps)}"
+        raise InvalidArgument(words, field="steps", reason="MESSAGE_TOO_LARGE")
+    if len(steps) > 1 and len(message) > MOST_BYTES:
+        words = f"expected at most {MOST_BYTES} bytes in a message of several steps, got {len(message)}"
         raise InvalidArgument(words, field="steps", reason="MESSAGE_TOO_LARGE")
     return steps
 

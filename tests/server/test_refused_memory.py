@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import pytest
+from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 from server.test_wire import raw_call
 
 from gradwire_proto import codec
@@ -73,7 +73,7 @@ async def test_refused_request_leaves_nothing(frontend: Any, fakes: Any, way: st
             await call.write(join_items([raw]))
             await call.done_writing()
             (outcome,) = pb.TrainStepsResponse.FromString(await call.read()).outcomes
-            assert outcome.HasField("error") and await call.read() is grpc.aio.EOF
+            assert outcome.HasField("error") and await call.read() is EOF
         else:
             error = await frontend.error(raw_call(frontend, way, raw))
             assert type(error).__name__ == "InvalidArgument"
