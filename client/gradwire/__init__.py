@@ -25,6 +25,7 @@ from gradwire.fit_results import FitResult, FitStatus
 from gradwire.tls import TLS
 from gradwire_proto.values import (
     Checkpoint,
+    CompiledKernels,
     GradientResult,
     Limits,
     ModelInfo,
@@ -45,6 +46,7 @@ __all__ = [
     "Architecture",
     "Checkpoint",
     "Client",
+    "CompiledKernels",
     "Dataset",
     "FitResult",
     "FitStatus",

@@ -115,6 +115,7 @@ class Client(FunctionTransforms):
         keep_checkpoints: int | None = None,
         deterministic: bool = False,
         sync_batch_norm: bool = True,
+        compile: bool = False,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -161,6 +162,10 @@ class Client(FunctionTransforms):
             other in it, but what a step computes then depends on how many they are (`ModelInfo.sharding` says so). The
             running statistics are those of rank 0's rows, as with DDP's broadcast_buffers. A rank with one value per
             channel refuses the batch. One rank, and a batch that one rank computes whole, are not concerned.
+        compile: compile forward, loss and backward of training steps, as torch.compile does, for batches whose shapes
+            repeat. Steps go on eagerly while that is done in the background; once what was compiled gives the same
+            results but for rounding, steps of those shapes run on it, here and wherever the model comes back.
+            `Model.info().compiled` says for which shapes, or why not. Not for architectures.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -190,6 +195,7 @@ class Client(FunctionTransforms):
             keep_checkpoints=keep_checkpoints,
             deterministic=deterministic,
             sync_batch_norm=sync_batch_norm,
+            compile=compile,
         )
         self._models.add(model)
         return model

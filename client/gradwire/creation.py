@@ -56,6 +56,7 @@ def create_model(
     keep_checkpoints: int | None,
     deterministic: bool,
     sync_batch_norm: bool,
+    compile: bool,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
@@ -74,6 +75,7 @@ def create_model(
         "keep_checkpoints": as_count(keep_checkpoints, "model.keep_checkpoints") or 0,
         "deterministic": as_bool(deterministic, "model.deterministic"),
         "sync_batch_norm": as_bool(sync_batch_norm, "model.sync_batch_norm"),
+        "compile": as_bool(compile, "model.compile"),
         "loss_reduction": None if loss_reduction is None else as_text(loss_reduction, "model.loss_reduction"),
     }
     for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):

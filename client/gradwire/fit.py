@@ -67,12 +67,12 @@ class Fit:
         deadline = Deadline.begun(self._rpc.timeout)
         attempts = Attempts(deadline, self._rpc.closed)
         while True:
-            before, began = len(self._losses), time.monotonic()
+            before, began = self._known, time.monotonic()
             try:
                 if self._attempt(callbacks):
                     return
             except GradwireError as error:
-                if len(self._losses) > before:
+                if self._known > before:
                     deadline = Deadline.begun(self._rpc.timeout)
                     attempts = Attempts(deadline, self._rpc.closed)
                 elif self._heard_at > began:
@@ -89,15 +89,22 @@ class Fit:
         try:
             with closing(self._rpc.stream("Fit", request)) as messages:
                 for message in messages:
-                    is_heard, self._heard_at = True, time.monotonic()
+                    is_heard = True
                     news = codec.decode_fit_progress(message)
                     self._hear(news, callbacks)
+                    # Behind the callbacks: their time is not the service's.
+                    self._heard_at = time.monotonic()
                     if news.done:
                         return True
         except GradwireError as error:
             self._note_end(error, is_heard)
             raise
         return False
+
+    @property
+    def _known(self) -> int:
+        """How many losses have come."""
+        return len(self._losses) + len(self._validation_losses)
 
     def _note_end(self, error: GradwireError, is_heard: bool) -> None:
         """Note what the error of a stream, of which something was heard or not, leaves open."""

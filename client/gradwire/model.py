@@ -114,8 +114,8 @@ class Model:
         What a step raises ends the iterator, as does an exception of `batches` itself; the results of all steps before
         come first. Steps behind one that was refused are not applied. Closing the iterator early leaves those that were
         sent applied, and waits for them. So does another call of the model from the loop's body: it runs after them.
-        The client's timeout bounds the wait for each result. After Ctrl-C, `info().step` tells how many of the steps on
-        their way were applied.
+        The client's timeout bounds the wait for each result. Ctrl-C while it waits gives up the steps that have not
+        been begun, and raises Interrupted, which says how many were applied: what `info().step` tells is so then.
         """
         count = as_count(in_flight, "in_flight")
         if count is None:

@@ -38,6 +38,10 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "keep_checkpoints": info.keep_checkpoints or None,
         "deterministic": info.deterministic,
         "sync_batch_norm": info.sync_batch_norm,
+        "compile": info.compile,
+        "compiled": [
+            {"variant": each.batches.variant, "state": each.state, "reason": each.reason} for each in info.compiled
+        ],
         "labels": dict(info.labels),
         "created_at": info.created_at,
         "last_error": info.last_error,

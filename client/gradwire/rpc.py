@@ -130,11 +130,13 @@ class Rpc:
         return self.stream("DownloadTensors", request, since)
 
     def stream(self, method: str, request: Any, since: float | None = None) -> Generator[Any, None, None]:
-        """Yield the messages that answer one request. The timeout bounds the wait for each. Closed early, it ends."""
+        """Yield the messages that answer one request. The timeout bounds the wait for each, and nothing that is done
+        with them. Closed early, it ends.
+        """
         call = self._method(method)(request.SerializeToString(), metadata=self._metadata)
         with StallWatch(self.timeout, call.cancel, since) as watch:
             try:
-                yield from watch.over(call)
+                yield from watch.coming(call)
             except grpc.RpcError as error:
                 raise self._stream_error(error, watch) from None
             except KeyboardInterrupt:

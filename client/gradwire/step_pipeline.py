@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from gradwire import outcome
-from gradwire.attempts import is_passing
+from gradwire.attempts import Attempts, is_passing
 from gradwire.deadline import Deadline
 from gradwire.errors import Cancelled, GradwireError, Unimplemented
 from gradwire.exchange import Exchange
@@ -26,6 +26,8 @@ class StepPipeline:
     """See the module. Not for several threads."""
 
     def __init__(self, rpc: Rpc) -> None:
+        self.applied = 0
+        """Steps of which it is known that they were."""
         self._rpc = rpc
         self._stream: StepStream | None = None
         self._unanswered: deque[Exchange] = deque()
@@ -100,6 +102,19 @@ class StepPipeline:
         if stream is not None:
             stream.cancel()
 
+    def interrupt(self, seconds: float) -> bool:
+        """Give up what has not been begun, and count what was: whether all of it is known in so many seconds."""
+        unanswered = tuple(self._unanswered)
+        self.cancel()
+        attempts = Attempts(Deadline.begun(seconds), self._rpc.closed)
+        for step in unanswered:
+            # One that has not been begun is not from now on, nor is any behind it.
+            word = outcome.ask(self._rpc.ask, step.command, attempts).outcome
+            if word != "applied":
+                return word == "not_applied"
+            self.applied += 1
+        return True
+
     def _receive(self, deadline: Deadline, wakes: bool) -> list[StepResult]:
         """See `results`."""
         # What is left then is enough for asking what became of the step.
@@ -124,7 +139,7 @@ class StepPipeline:
             if each.WhichOneof("outcome") != "result":
                 self._refusal = from_status(each.error)
                 break
-            self._unanswered.popleft()
+            self._answered()
             results.append(decode_step_result(each.result))
         return results
 
@@ -139,10 +154,15 @@ class StepPipeline:
             raise refusal
         self._may_have_arrived |= refusal is not None and refusal.outcome == "unknown"
         result = step.run(self._rpc, deadline, may_have_arrived=self._may_have_arrived)
-        self._unanswered.popleft()
+        self._answered()
         self._unsent = [each.body for each in self._unanswered]
         self._may_have_arrived &= bool(self._unanswered)
         return result
+
+    def _answered(self) -> None:
+        """The next step was applied."""
+        self._unanswered.popleft()
+        self.applied += 1
 
 
 def _says_that_none_arrived(error: GradwireError) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from gradwire.arguments import wrong_type
+from gradwire.errors import Interrupted
 from gradwire.exchange import Exchange
 from gradwire.futures import CallQueue
 from gradwire.rpc import Rpc
@@ -16,6 +17,9 @@ from gradwire_proto.values import StepResult
 
 _OVER = object()
 
+_INTERRUPT_PATIENCE = 5.0
+"""Seconds that Ctrl-C waits to learn how many steps were applied. A second Ctrl-C ends the wait."""
+
 
 def train_steps(
     rpc: Rpc, requests: StepRequests, calls: CallQueue, batches: Iterator[Any], in_flight: int
@@ -24,7 +28,8 @@ def train_steps(
     pipeline = StepPipeline(rpc)
     ready: deque[StepResult] = deque()
     failure: BaseException | None = None
-    is_over = False
+    is_over = has_calls = False
+    given = 0
 
     def drain() -> None:
         try:
@@ -36,7 +41,8 @@ def train_steps(
             raise
 
     def settle() -> None:
-        nonlocal failure, is_over
+        nonlocal failure, is_over, has_calls
+        has_calls = True
         try:
             drain()
         except Exception as error:
@@ -62,15 +68,31 @@ def train_steps(
             if not ready:
                 break
             result = ready.popleft()
+            given += 1
             with calls.behind(settle):
                 yield result
+            if has_calls:
+                # Futures that the loop's body has made come before the steps that are not sent yet.
+                calls.wait()
+                has_calls = False
     except GeneratorExit:
         pipeline.finish()
         raise
+    except KeyboardInterrupt:
+        raise _interrupted(pipeline, given) from None
     finally:
         pipeline.cancel()
     if failure is not None:
         raise failure
+
+
+def _interrupted(pipeline: StepPipeline, given: int) -> Interrupted:
+    """given: how many results the loop has."""
+    is_known = pipeline.interrupt(_INTERRUPT_PATIENCE)
+    count = pipeline.applied
+    words = f"{count} steps were applied" if is_known else f"at least {count} steps were applied"
+    outcome = "unknown" if not is_known else "applied" if count else "not_applied"
+    return Interrupted(f"interrupted: {words}, {count - given} of them behind the last result", outcome=outcome)
 
 
 def _step(requests: StepRequests, batch: Any, before_variant: Callable[[], None]) -> Exchange:

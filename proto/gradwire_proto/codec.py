@@ -51,6 +51,12 @@ from gradwire_proto.encoding.graph_codec import (
     encode_node,
     encode_operators,
 )
+from gradwire_proto.encoding.kernels_codec import (
+    decode_batch_shapes,
+    decode_compiled,
+    encode_batch_shapes,
+    encode_compiled,
+)
 from gradwire_proto.encoding.model_codec import (
     decode_loss,
     decode_model_info,
@@ -222,4 +228,8 @@ __all__ = [
     "encode_variant",
     "refuse_many_parts",
     "refuse_unknown_fields",
+    "decode_batch_shapes",
+    "decode_compiled",
+    "encode_batch_shapes",
+    "encode_compiled",
 ]

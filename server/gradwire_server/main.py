@@ -72,7 +72,7 @@ async def run(config: ServerConfig) -> None:
         lock = await asyncio.to_thread(StorageLock.take, place, LOCK_SECONDS)
         try:
             storage = _model_storage(config, lock)
-            cluster = await Cluster.connect(_cluster_config(config, runtime, memory))
+            cluster = await Cluster.connect(_cluster_config(config, runtime, memory, place))
             # Again: Ray puts handlers of its own in place, which print a stack.
             _listen_for_signals(stop)
             try:
@@ -129,7 +129,7 @@ def _listen_for_signals(received: asyncio.Queue[int]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, received.put_nowait, number)
 
 
-def _cluster_config(config: ServerConfig, runtime: Path, memory: Path) -> ClusterConfig:
+def _cluster_config(config: ServerConfig, runtime: Path, memory: Path, place: Path) -> ClusterConfig:
     if config.ray_address is None:
         # Never guessed: ray.init() without an address joins any cluster that it finds.
         raise ConfigError("ray_address: needed here; `gradwire serve` without it starts a Ray of its own")
@@ -143,6 +143,8 @@ def _cluster_config(config: ServerConfig, runtime: Path, memory: Path) -> Cluste
         threads_per_rank=config.threads_per_rank,
         limits=config.limits,
         weights_folder=None if config.weights_folder is None else str(config.weights_folder),
+        # There after a restart: a model that comes back need not wait for a compiler.
+        kernels_folder=str(place.absolute() / "kernels"),
     )
 
 

@@ -14,6 +14,7 @@ from gradwire_proto.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire_proto.names import model_name
 from gradwire_proto.values import (
     ArchitectureSpec,
+    CompiledKernels,
     ModelInfo,
     ModelSpec,
     ModelUpdate,
@@ -92,6 +93,7 @@ class ModelDescription:
             keep_checkpoints=spec.keep_checkpoints,
             deterministic=spec.deterministic,
             sync_batch_norm=spec.sync_batch_norm,
+            compile=spec.compile,
         )
 
     @property
@@ -160,6 +162,10 @@ class ModelDescription:
             variants=tuple(variants),
             num_parameters=_count_parameters(tensors),
         )
+
+    def compiled(self, kernels: Sequence[CompiledKernels]) -> None:
+        """What became of kernels for the shapes that repeat."""
+        self._info = replace(self._info, compiled=tuple(kernels))
 
     def deleting(self) -> None:
         """The model is on its way out, whatever it was."""

@@ -17,6 +17,7 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_checkpoints import ModelCheckpoints
 from gradwire_server.model_description import ModelDescription, deleted
+from gradwire_server.model_kernels import ModelKernels
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.model_recovery import ModelRecovery, Trained
 from gradwire_server.request_log import RequestLog
@@ -73,8 +74,17 @@ class ModelLife:
             hosting.limits,
             lambda: f"{self.id}/{description.info.created_at}",
         )
+        self.kernels = ModelKernels(description, self.commands, lambda: self.ranks.workers)
+        """Its compiled kernels."""
         self.recovery = ModelRecovery(
-            description, hosting, self.commands, self.ranks, self._records, self.checkpoints, self.autograd
+            description,
+            hosting,
+            self.commands,
+            self.ranks,
+            self._records,
+            self.checkpoints,
+            self.autograd,
+            self.kernels,
         )
 
     @property
@@ -111,6 +121,7 @@ class ModelLife:
                 raise
         self.checkpoints.watch([number] if self.is_durable else ())
         self.description.ready()
+        self.kernels.watch()
         self.recovery.not_needed()
         return self.description.info
 
@@ -141,6 +152,7 @@ class ModelLife:
         """
         self.ranks.leave()
         self.autograd.close()
+        await self.kernels.close()
         no_more_checkpoints = asyncio.ensure_future(self.checkpoints.close())
         refusal = deleted(self.description.name)
         self.steps.refuse(refusal)

@@ -18,6 +18,7 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.live_ranks import LiveRanks
 from gradwire_server.model_checkpoints import ModelCheckpoints
 from gradwire_server.model_description import ModelDescription, recovering
+from gradwire_server.model_kernels import ModelKernels
 from gradwire_server.model_records import ModelRecords
 from gradwire_server.restoring import Restorer
 from gradwire_server.storage.journal import Journal
@@ -48,6 +49,7 @@ class ModelRecovery:
         records: ModelRecords,
         checkpoints: ModelCheckpoints,
         autograd: AutogradCommands,
+        kernels: ModelKernels,
     ) -> None:
         self.wants_ranks = False
         self._description = description
@@ -57,6 +59,7 @@ class ModelRecovery:
         self._records = records
         self._checkpoints = checkpoints
         self._autograd = autograd
+        self._kernels = kernels
         self._over = asyncio.Event()
         """Set when the model is there for the first time, or cannot be."""
         self._waiting = 0
@@ -91,6 +94,7 @@ class ModelRecovery:
                 self._knows_all = True
                 self._checkpoints.watch(await self._kept_checkpoints())
                 self._description.ready()
+                self._kernels.watch()
                 logger.info("models/%s is back, at step %d", self.id, self._description.info.step)
             except GradwireError as error:
                 self._description.failed(error)
@@ -235,6 +239,8 @@ class ModelRecovery:
         if trained is not None:
             self._description.trains(trained)
         self._description.has_ranks(workers.sharding, workers.device)
+        if self._description.info.compile:
+            self._description.compiled(workers.kernels.told)
 
     def waits_for(self, error: GradwireError) -> None:
         """It cannot be brought back yet, because of this."""

@@ -37,8 +37,21 @@ def check_model(spec: ModelSpec, values: NamedTensors, limits: Limits) -> None:
             _check_weights(variant, spec.loss, spec.loss_reduction, f"model.program.graphs.variants[{index}]")
     _check_options(spec.loss, "model.loss.torch.options")
     _check_options(spec.optimizer, "model.optimizer.options")
+    _check_compile(spec)
     if spec.loss_reduction is not None and spec.loss is None:
         raise InvalidArgument("there is no loss to reduce", field="model.loss_reduction", reason="NO_LOSS")
+
+
+def _check_compile(spec: ModelSpec) -> None:
+    """Refuse to compile what never can be."""
+    if not spec.compile:
+        return
+    if isinstance(spec.program, ArchitectureSpec):
+        message = "architectures are not compiled: bring the module's graphs, or leave it out"
+        raise InvalidArgument(message, field="model.compile", reason="COMPILE_UNFIT")
+    if spec.loss is None:
+        message = "what is compiled is the way from a batch to its loss and back, and the model has no loss"
+        raise InvalidArgument(message, field="model.compile", reason="NO_LOSS")
 
 
 def _check_architecture(spec: ModelSpec, values: NamedTensors) -> None:

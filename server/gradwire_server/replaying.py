@@ -14,9 +14,11 @@ from google.protobuf.message_factory import GetMessageClass
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError, RankLost
 from gradwire_proto.v1.dataset_pb2 import FitStepsRequest, FitStepsResponse
+from gradwire_proto.v1.kernels_pb2 import SwapKernelsRequest
 from gradwire_server.calls import Call, Replay
 from gradwire_server.failures import may_pass
 from gradwire_server.fit_records import FIT_STEPS
+from gradwire_server.kernel_records import SWAP_KERNELS
 from gradwire_server.model_records import stored_tensors
 from gradwire_server.restored_model import Restored
 from gradwire_server.rpc_handlers import SERVICE
@@ -34,6 +36,10 @@ READ_AHEAD = 16
 """Entries of a journal that are read at once, each with a reply of up to 4 MiB."""
 
 
+_OF_THE_SERVICE: dict[str, type[Message]] = {FIT_STEPS: FitStepsRequest, SWAP_KERNELS: SwapKernelsRequest}
+"""Requests of methods that no client calls."""
+
+
 class Replayer:
     """See the module. `servicer` is set once there is one."""
 
@@ -44,7 +50,7 @@ class Replayer:
 
         Raises what the command raises.
         """
-        kind = FitStepsRequest if entry.method == FIT_STEPS else _request_of(entry.method)
+        kind = _OF_THE_SERVICE.get(entry.method) or _request_of(entry.method)
         uploads = {upload.name: stored_tensors(upload, journal) for upload in entry.uploads}
         call = Call(
             method=entry.method,

@@ -120,12 +120,19 @@ class RequestLog(Generic[R]):
     def _leave_replies_of_oldest(self) -> None:
         """Not of one that waits or runs, or of which nobody knows yet what became of it."""
         surplus = len(self._entries) - self._capacity
+        oldest, entry = next(iter(self._entries.items()))
+        if surplus == 1 and _is_settled(entry.request):  # As a rule.
+            self._leave_reply(oldest, entry)
+            return
         known = (each for each, entry in self._entries.items() if _is_settled(entry.request))
         for request_id in list(islice(known, surplus)):
-            entry = self._entries.pop(request_id)
-            self._room += entry.reply_bytes
-            ended_at = self._clock() if entry.ended_at is None else entry.ended_at
-            self._older.add(request_id, _without_reply(entry, ended_at), ended_at)
+            self._leave_reply(request_id, self._entries[request_id])
+
+    def _leave_reply(self, request_id: str, entry: _Entry[R]) -> None:
+        del self._entries[request_id]
+        self._room += entry.reply_bytes
+        ended_at = self._clock() if entry.ended_at is None else entry.ended_at
+        self._older.add(request_id, _without_reply(entry, ended_at), ended_at)
 
     def store(self, call: Call, ended: EndedCommand) -> None:
         """The storage knows from now on what became of the request of `call`."""

@@ -17,7 +17,7 @@ from gradwire_proto.names import (
     parse_dataset_name,
     parse_model_name,
 )
-from gradwire_proto.v1 import checkpoint_pb2, dataset_pb2, model_pb2
+from gradwire_proto.v1 import checkpoint_pb2, dataset_pb2, kernels_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, Limits
 from gradwire_server.calls import Call
@@ -280,6 +280,12 @@ class Servicer:
         """No RPC: what a journal records of a fit is applied once more."""
         model = await self._model(request.name, call)
         return encode_steps_result(await model.fitting.apply(call))
+
+    async def SwapKernels(self, request: kernels_pb2.SwapKernelsRequest, call: Call) -> kernels_pb2.SwapKernelsResponse:
+        """No RPC: what a journal records of compiled kernels is applied once more."""
+        model = await self._model(request.name, call)
+        await model.life.kernels.apply(call)
+        return kernels_pb2.SwapKernelsResponse()
 
     # --- tensors that travel apart, and the service itself ----------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from gradwire_proto.batch_form import FormedStep
@@ -202,10 +201,11 @@ class StepRuns:
 
     async def _first_together(self, run: _Run) -> list[StepJob]:
         """The first of those that wait which the ranks can be handed at once; none: the first goes alone."""
-        with suppress(GradwireError):
+        try:
             await self._records.usable()
             return self._next_together(run, ())
-        return []
+        except GradwireError:
+            return []
 
     async def _run_together(self, run: _Run, jobs: Sequence[StepJob]) -> int:
         """Apply these, and what comes meanwhile; how many are to run again, each alone: ranks were lost, and are
@@ -213,12 +213,13 @@ class StepRuns:
         """
 
         def more(at_ranks: Sequence[StepJob]) -> list[StepJob]:
-            with suppress(GradwireError):
+            try:
                 self._description.check_usable()
                 return self._next_together(run, at_ranks)
-            return []
+            except GradwireError:
+                return []
 
-        run.together = StepsTogether(self._commands, self._ranks, self._description, more)
+        run.together = StepsTogether(self._commands, self._ranks, self._description, run.jobs, more)
         try:
             rest, lost = await run.together.run(jobs)
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 
 from gradwire_proto.batch_form import FormedStep
 from gradwire_proto.errors import GradwireError, RankLost
@@ -26,12 +26,22 @@ More = Callable[[Sequence[StepJob]], list[StepJob]]
 
 
 class StepsTogether:
-    """Steps that are with the ranks: `_jobs`, in order, those that are applied left out."""
+    """Steps that are with the ranks: `_jobs`, in order, those that are applied left out. `waiting`: what `more` gives
+    comes of it.
+    """
 
-    def __init__(self, commands: Commands, ranks: LiveRanks, description: ModelDescription, more: More) -> None:
+    def __init__(
+        self,
+        commands: Commands,
+        ranks: LiveRanks,
+        description: ModelDescription,
+        waiting: Sized,
+        more: More,
+    ) -> None:
         self._commands = commands
         self._ranks = ranks
         self._description = description
+        self._waiting = waiting
         self._more = more
         self._jobs: deque[StepJob] = deque()
         self._flow: StepFlow | None = None
@@ -91,7 +101,7 @@ class StepsTogether:
         """Hand the ranks the next steps, where they are about to be through with those that they have."""
         self._extends_soon = False
         flow = self._flow
-        if flow is None or not flow.has_room:
+        if not self._waiting or flow is None or not flow.has_room:
             return
         jobs = self._more(self._jobs)
         if jobs:

@@ -11,10 +11,11 @@ from google.protobuf.message import Message
 
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument
-from gradwire_proto.v1 import dataset_pb2, model_pb2
+from gradwire_proto.v1 import dataset_pb2, kernels_pb2, model_pb2
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Handle, tensors_in
 from gradwire_server.fit_records import FIT_STEPS, decode_steps_result, encode_steps_result
+from gradwire_server.kernel_records import SWAP_KERNELS
 from gradwire_server.storage.records import REPLY_BYTES
 from gradwire_server.storage.saved_model import StoredReply
 
@@ -152,6 +153,7 @@ _FORMS = {
     FIT_STEPS: _Form(
         encode=encode_steps_result, decode=lambda raw: decode_steps_result(dataset_pb2.FitStepsResponse.FromString(raw))
     ),
+    SWAP_KERNELS: _Form(encode=lambda _: kernels_pb2.SwapKernelsResponse(), decode=lambda _: None),
     "ZeroGrad": _Form(encode=lambda _: pb.ZeroGradResponse(), decode=lambda _: None),
     "LoadStateDict": _counting_form(pb.LoadStateDictResponse),
     "LoadOptimizerState": _counting_form(pb.LoadOptimizerStateResponse),

@@ -13,6 +13,8 @@ from gradwire_proto.values import (
     BackwardResult,
     Batch,
     BatchLosses,
+    BatchShapes,
+    CompiledKernels,
     DerivativeQuery,
     DerivativeResult,
     FitSteps,
@@ -89,6 +91,26 @@ class StepFlow(Protocol):
         ...
 
 
+class KernelWorkers(Protocol):
+    """The same ranks, asked for compiled kernels. Calls are the model's calls."""
+
+    @property
+    def told(self) -> tuple[CompiledKernels, ...]:
+        """What became of every shape that repeats."""
+        ...
+
+    async def advance(self, refused: Mapping[BatchShapes, str]) -> BatchShapes | None:
+        """Go on with what is compiled; nothing changes. A shape whose kernels are ready and agree; `use` is to follow.
+
+        refused: shapes for which there are to be none, and why.
+        """
+        ...
+
+    async def use(self, shapes: BatchShapes, *, again: bool) -> None:
+        """Run steps of this shape on kernels: a command. again: it was carried out before, and must not be refused."""
+        ...
+
+
 class Workers(Protocol):
     """The ranks of one model, called as one. One call at a time; a call that began must not be cancelled.
 
@@ -125,6 +147,9 @@ class Workers(Protocol):
 
     @property
     def fitting(self) -> FitWorkers: ...
+
+    @property
+    def kernels(self) -> KernelWorkers: ...
 
     @property
     def on_lost(self) -> Callable[[RankLost], None] | None: ...

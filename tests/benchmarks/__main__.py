@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks import (
+    compiled,
     ddp,
     fit,
     gradients,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "steps": steps.BENCHMARK,
     "fit": fit.BENCHMARK,
     "gradients": gradients.BENCHMARK,
+    "compiled": compiled.BENCHMARK,
     "weights": weights.BENCHMARK,
     "ddp": ddp.BENCHMARK,
     "load": load.BENCHMARK,

@@ -81,6 +81,16 @@ WRONG_CALLS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"inputs": X, "targets": Y, "dtype": torch.uint16}, "gradient_dtype"),
         ({"inputs": X, "targets": Y, "dtype": "float31"}, "gradient_dtype"),
     ],
+    "fit": [
+        ({"data": (X, Y), "epochs": 2**63}, "epochs"),
+        ({"data": (X, Y), "epochs": 1, "batch_size": 10**5000}, "batch_size"),
+        ({"data": (X, Y), "epochs": 1, "seed": 2**64 - 1}, "seed"),
+        ({"data": (X, Y), "epochs": 1, "seed": -(2**63) - 1}, "seed"),
+        ({"data": (X, Y), "epochs": 1, "callbacks": 3}, "callbacks"),
+        ({"data": (X, Y), "epochs": 1, "callbacks": [3]}, "callbacks[0]"),
+        ({"data": NoNames(), "epochs": 1}, "data.inputs"),
+        ({"data": (X, Y, Y), "epochs": 1}, "data"),
+    ],
     "forward": [({"inputs": X, "training": "yes"}, "training"), ({"inputs": X, "training": 1}, "training")],
     "load_state_dict": [
         ({"state_dict": 5}, "state_dict"),
@@ -101,6 +111,20 @@ def test_model_refuses_an_argument_of_the_wrong_kind_by_name_and_sends_nothing(m
     with wrong(field):
         future.result(5)
     assert scripted.calls == []
+
+
+def test_steps_are_taken_from_what_can_be_iterated_over(model):
+    with wrong("batches"):
+        model.train_steps(5)
+    with wrong("in_flight"):
+        model.train_steps([], in_flight=2**63)
+
+    class Broken:
+        def __iter__(self):
+            raise TypeError("an error of the user's own")
+
+    with pytest.raises(TypeError, match="of the user's own"):
+        model.train_steps(Broken())
 
 
 def test_future_raises_even_what_is_no_error_of_gradwire(model):

@@ -16,6 +16,7 @@ NAMES = {
     "TLS",
     "Checkpoint",
     "Client",
+    "CompiledKernels",
     "Dataset",
     "FitResult",
     "FitStatus",
@@ -41,7 +42,7 @@ PARAMETERS = {
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
     " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic"
-    " *sync_batch_norm",
+    " *sync_batch_norm *compile",
     "Client.get_model": "model_id",
     "Client.list_models": "",
     "Client.restore_model": "checkpoint *model_id *workers",
@@ -83,6 +84,7 @@ FIELDS = {
     "StepResult": {"loss", "step", "num_examples", "grad_norm", "lr", "timing", "rank_rows", "skipped", "loss_scale"},
     "Timing": {"queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total"},
     "Sharding": {"mode", "reason"},
+    "CompiledKernels": {"batches", "state", "reason"},
     "Checkpoint": {"name", "model_id", "step", "command", "created_at", "nbytes", "automatic"},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -11,12 +13,21 @@ from client.one_model import RESULT, batch, net
 
 import gradwire
 from gradwire import optim
-from gradwire.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
+from gradwire.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Interrupted,
+    InvalidArgument,
+    ModelNotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from gradwire_proto import codec
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.status import to_status
 from gradwire_proto.tensors import from_any
 from gradwire_proto.v1 import gradient_service_pb2 as pb
+from gradwire_proto.v1 import model_pb2
 
 
 class Steps:
@@ -218,6 +229,78 @@ def test_a_call_from_the_body_comes_behind_all_steps_that_were_sent(model, steps
         calls[call]()
     assert seen == expected and len(seen) == 30
     assert most <= 2 * 6, "results that wait for the loop do not pile up"
+
+
+@pytest.mark.parametrize("call", ["train_step", "zero_grad"])
+def test_a_future_made_in_the_body_comes_before_the_steps_that_are_not_sent_yet(model, steps, scripted, call):
+    sent, seen, futures = [], [], []
+
+    def note(request, context):
+        time.sleep(0.02)
+        seen.append(len(steps.applied))
+        return pb.ZeroGradResponse()
+
+    scripted.answers["ZeroGrad"] = note
+
+    def batches():
+        for _ in range(30):
+            sent.append(None)
+            yield batch()
+
+    expected = []
+    for _ in model.train_steps(batches(), in_flight=6):
+        expected.append(len(sent) + (len(futures) if call == "train_step" else 0))
+        futures.append(getattr(model.futures, call)(*(batch() if call == "train_step" else ())))
+    results = [future.result(5) for future in futures]
+    if call == "train_step":
+        seen = [result.step - 1 for result in results]
+    assert seen == expected and len(seen) == 30
+
+
+@pytest.mark.parametrize("outcome", ["applied", "unknown"])
+def test_ctrl_c_while_a_result_is_waited_for_tells_how_many_steps_were_applied(model, steps, scripted, outcome):
+    begun = threading.Event()
+    asked = []
+
+    def slow(messages, context):
+        for number, message in enumerate(messages):
+            applied = [steps.outcome(request) for request in message.steps[: 1 if number else None]]
+            if number:
+                # The first of this message is applied, and nobody hears of it.
+                begun.set()
+                context.add_callback(over.set)
+                over.wait(10)
+                return
+            yield pb.TrainStepsResponse(outcomes=applied)
+
+    def command(request, context):
+        asked.append(request.wait)
+        if outcome == "unknown":
+            raise FailedPrecondition("nobody knows", reason="UNKNOWN")
+        if request.name.rpartition("/")[2] not in steps.applied:
+            raise ModelNotFound("none", reason="COMMAND_NOT_FOUND")
+        return model_pb2.Command(name=request.name, state=model_pb2.COMMAND_STATE_APPLIED)
+
+    over = threading.Event()
+    scripted.answers |= {"TrainSteps": slow, "GetCommand": command}
+    found = []
+
+    def interrupt():
+        assert begun.wait(10)
+        while len(found) < 3:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    results = model.train_steps([batch() for _ in range(9)], in_flight=3)
+    with pytest.raises(Interrupted) as caught:
+        found.extend(result.step for result in results)
+    known = 3 if outcome == "unknown" else 4
+    words = "at least 3 steps were applied, 0" if outcome == "unknown" else "4 steps were applied, 1"
+    assert found == [1, 2, 3] and f"{words} of them behind the last result" in str(caught.value)
+    assert caught.value.outcome == outcome and known <= len(steps.applied) == 4
+    assert over.wait(5), "what was not begun is given up"
 
 
 def test_a_step_that_is_refused_while_the_body_waits_ends_the_training_after_the_results_before(model, steps, scripted):

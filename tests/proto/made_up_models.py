@@ -75,7 +75,11 @@ KEEPING = {
     "keep_checkpoints": st.integers(0, 2**31 - 1),
     "deterministic": st.booleans(),
     "sync_batch_norm": st.booleans(),
+    "compile": st.booleans(),
 }
+SHAPES = st.lists(st.none() | st.lists(COUNTS, max_size=3).map(tuple), max_size=3).map(tuple)
+BATCH_SHAPES = st.builds(values.BatchShapes, NAMES, SHAPES, SHAPES)
+COMPILED = st.builds(values.CompiledKernels, BATCH_SHAPES, st.sampled_from(["compiling", "in_use", "refused"]), TEXTS)
 REDUCTIONS = st.sampled_from([None, "mean", "sum"])
 MODEL_SPECS = st.builds(
     values.ModelSpec,
@@ -119,6 +123,7 @@ MODEL_INFOS = st.builds(
     precision=PRECISIONS,
     architecture=st.none() | NAMES,
     loss_reduction=REDUCTIONS,
+    compiled=st.lists(COMPILED, max_size=2).map(tuple),
     **KEEPING,
 )
 MODEL_IDS = st.from_regex(r"[a-z][a-z0-9-]{0,62}", fullmatch=True)
@@ -193,6 +198,8 @@ PAIRS = {
     "loss": LOSSES,
     "optimizer": OPTIMIZERS,
     "model_spec": MODEL_SPECS,
+    "batch_shapes": BATCH_SHAPES,
+    "compiled": COMPILED,
     "timing": TIMINGS,
     "step_result": STEP_RESULTS,
     "gradient_result": GRADIENT_RESULTS,

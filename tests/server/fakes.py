@@ -19,6 +19,8 @@ from gradwire_proto.values import (
     BackwardResult,
     Batch,
     BatchLosses,
+    BatchShapes,
+    CompiledKernels,
     DerivativeResult,
     ForwardResult,
     GradientResult,
@@ -141,6 +143,38 @@ class FakeFlow:
             self.took([result])
 
 
+class FakeKernels:
+    """The same ranks, asked for compiled kernels. `ready`: shapes that are found ready; `error`: what `use` raises."""
+
+    def __init__(self, workers: FakeWorkers, in_use: tuple[BatchShapes, ...] = ()) -> None:
+        self._workers = workers
+        self.in_use = list(in_use)
+        self.ready: list[BatchShapes] = []
+        self.refused: dict[BatchShapes, str] = {}
+        self.error: Exception | None = None
+
+    @property
+    def told(self) -> tuple[CompiledKernels, ...]:
+        waiting = [each for each in self.ready if each not in self.in_use]
+        return tuple(
+            [CompiledKernels(each, "in_use") for each in self.in_use]
+            + [CompiledKernels(each, "refused", reason) for each, reason in self.refused.items()]
+            + [CompiledKernels(each, "compiling") for each in waiting if each not in self.refused]
+        )
+
+    async def advance(self, refused: Mapping[BatchShapes, str]) -> BatchShapes | None:
+        self.refused = dict(refused)
+        await asyncio.sleep(0)
+        return next((each.batches for each in self.told if each.state == "compiling"), None)
+
+    async def use(self, shapes: BatchShapes, *, again: bool) -> None:
+        await self._workers._call("use_kernels", shapes, again)
+        if self.error is not None:
+            raise self.error
+        self._workers.applied += 1
+        self.in_use.append(shapes)
+
+
 class FakeWorkers:
     """Ranks that remember what they were asked. `gate` cleared holds them in the middle of a call.
 
@@ -176,6 +210,7 @@ class FakeWorkers:
         self.limited = True
         self.retained = FakeRetained(self)
         self.fitting = FakeFitting(self)
+        self.kernels = FakeKernels(self, () if state is None else state.kernels)
         if state is not None:
             self.weights, self.step = next(iter(state.tensors.values())), state.step
             self.weights = TensorData("float32", (1, 2), read(self.weights))
@@ -210,6 +245,7 @@ class FakeWorkers:
             splits=self.splits,
             opened=(),
             threads=1,
+            kernels=tuple(self.kernels.in_use),
         )
 
     async def salvage(self, applied: int) -> ModelState | None:

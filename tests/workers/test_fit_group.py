@@ -231,7 +231,7 @@ class Centred(nn.Module):
     ("ranks", "net", "loss"),
     [
         (1, network(0.2), nn.CrossEntropyLoss()),
-        (2, network(0.2), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))),
+        (3, network(0.2), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))),
         (2, network(), nn.CrossEntropyLoss(reduction="sum")),
         (2, Centred(), nn.CrossEntropyLoss()),
     ],

@@ -52,7 +52,12 @@ def load(rank: RankCommands, module: nn.Module, example: Any, **settings: Any) -
     exported = ModuleExporter(module, None).export_model(example, None)
     spec = ModelSpec(program=exported.program, loss=None, **settings)
     fields = {"device": "cpu", "rank": 0, "size": 1, "threads": 2, "limits": asdict(Limits()), "gpus": ()}
-    fields |= {"spec": encode_model_spec(spec).SerializeToString(), "weights_folder": None, "saved": None}
+    fields |= {
+        "spec": encode_model_spec(spec).SerializeToString(),
+        "weights_folder": None,
+        "kernels_folder": None,
+        "saved": None,
+    }
     rank.answer("load", {**fields, "tensors": {name: from_any(each) for name, each in exported.tensors.items()}})
     rank.answer("start", {})
     inputs: Any = from_nested(example)

@@ -135,7 +135,7 @@ async def test_a_rank_that_is_slow_to_notice_that_another_has_failed_is_waited_f
     assert run.steps == [(1, 2)] and ranks.lost is None and two[1].kinds == ["train_steps", "rejoin"]
 
 
-async def test_a_message_is_sent_behind_one_that_is_half_done_and_no_third_before_that_is_over(two, ranks):
+async def test_a_message_is_sent_behind_one_that_is_half_done_and_no_third_before_it_is_that_itself(two, ranks):
     run = Run(ranks)
     for rank in two:
         rank.applies(1)
@@ -145,11 +145,11 @@ async def test_a_message_is_sent_behind_one_that_is_half_done_and_no_third_befor
     assert run.dispatch.has_room
     run.dispatch.send([{}, {}], 2)
     for rank in two:
-        rank.applies(3, 4, 5)
-    # So soon that none has said yet that the first is over.
-    assert not run.dispatch.has_room and run.dispatch.unanswered == 1
-    for rank in two:
+        rank.applies(3, 4)
         rank.end()
+    assert not run.dispatch.has_room and run.dispatch.unanswered == 2
+    for rank in two:
+        rank.applies(5)
     assert run.dispatch.has_room
     for rank in two:
         rank.applies(6)

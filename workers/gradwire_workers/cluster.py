@@ -59,6 +59,7 @@ class ClusterConfig:
     workers: how many ranks models may hold, None for as many as Ray has CPUs. spare_ranks: warm ones kept ready.
     threads_per_rank: torch's threads, 0 for an equal share of the machine's cores.
     weights_folder: where architectures may find their first weights, None for nowhere.
+    kernels_folder: private, where ranks find and leave compiled kernels; None for nowhere, and none are compiled.
     """
 
     address: str
@@ -70,6 +71,7 @@ class ClusterConfig:
     threads_per_rank: int = 0
     limits: Limits = field(default_factory=Limits)
     weights_folder: str | None = None
+    kernels_folder: str | None = None
 
 
 class Cluster:
@@ -209,6 +211,7 @@ class Cluster:
                 writer=self._writer,
                 threads=threads,
                 release=lease.release,
+                compiles=spec.compile,
             )
             group.lease = lease
             with group.without_limits() if again else nullcontext():
@@ -218,7 +221,7 @@ class Cluster:
             if state is None:
                 await group.prepare(example)
             else:
-                group.resume(state)
+                await group.resume(state)
         except BaseException as error:
             # A program that is refused leaves good ranks behind.
             reuse = isinstance(error, GradwireError) and not isinstance(error, RankLost)
@@ -258,6 +261,7 @@ class Cluster:
             "threads": threads,
             "limits": asdict(self._config.limits),
             "weights_folder": self._config.weights_folder,
+            "kernels_folder": self._config.kernels_folder,
         }
         of_ranks = [
             {

@@ -17,6 +17,7 @@ from gradwire_proto.values import (
     map_leaves,
 )
 from gradwire_workers.combining import timing_of
+from gradwire_workers.group_kernels import GroupKernels
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.rank_channel import decode_error
 from gradwire_workers.ranks import Answers, Ranks
@@ -27,9 +28,10 @@ from gradwire_workers.sharding import has_rows, rows_of, split
 class FitGroup:
     """See the module."""
 
-    def __init__(self, ranks: Ranks, variants: GroupVariants) -> None:
+    def __init__(self, ranks: Ranks, variants: GroupVariants, kernels: GroupKernels) -> None:
         self._ranks = ranks
         self._variants = variants
+        self._kernels = kernels
 
     async def run(self, dataset: Batch, steps: FitSteps, *, most: int | None = None, command: int) -> StepsResult:
         """Apply these steps, numbered from `command` on, as far as they go: `error` of the result says what ended them.
@@ -40,10 +42,8 @@ class FitGroup:
         count = steps.steps if most is None else min(most, steps.steps)
         per_epoch = -(-examples // steps.batch_size)
         epoch, first = divmod(steps.first_step, per_epoch)
-        kinds = [
-            await self._kind(dataset, rows, training=True)
-            for rows in _sizes(first, count, per_epoch, steps.batch_size, examples)
-        ]
+        sizes = _sizes(first, count, per_epoch, steps.batch_size, examples)
+        kinds = [await self._kind(dataset, rows, training=True) for rows in sizes]
         fields = [
             {
                 "kinds": [of_rank[rank] for of_rank in kinds],
@@ -59,7 +59,12 @@ class FitGroup:
         ]
         with self._variants.carried_out():
             answers = await self._ranks.call("fit", fields)
-            return await self._result(answers)
+            result = await self._result(answers)
+        if self._kernels.wanted:
+            for rows, kind in zip(sizes, kinds, strict=True):
+                came = len(result.losses) if rows == min(steps.batch_size, examples) else 1
+                self._kernels.came(kind[0]["shard"]["variant"], between(dataset, 0, rows), came)
+        return result
 
     async def forget(self) -> None:
         """Let go of the dataset that was used last: mapped, its file takes room even when it is removed."""

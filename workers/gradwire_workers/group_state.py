@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gradwire_proto.codec import encode_variant
-from gradwire_proto.values import ModelState, SplitDecision, Variant
+from gradwire_proto.values import BatchShapes, ModelState, SplitDecision, Variant
 
 Fields = Mapping[str, Any]
 
@@ -19,6 +19,7 @@ def model_state(
     decisions: Mapping[str, SplitDecision],
     opened: Sequence[Variant],
     threads: int,
+    kernels: Sequence[BatchShapes] = (),
 ) -> ModelState:
     """whole: the answer of a rank that was asked for everything. held: each rank's part of the held gradients.
 
@@ -38,6 +39,7 @@ def model_state(
         },
         opened=tuple(opened),
         threads=threads,
+        kernels=tuple(kernels),
     )
 
 

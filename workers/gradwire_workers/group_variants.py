@@ -9,10 +9,26 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 
 from gradwire_proto.batch_check import check_batch, select_variant
 from gradwire_proto.errors import FailedPrecondition, GradwireError
-from gradwire_proto.values import Batch, ModelState, Sharding, SplitDecision, Variant
+from gradwire_proto.values import (
+    ITEM_SIZE,
+    Batch,
+    BatchShapes,
+    ConstantSpec,
+    Leaf,
+    LeafShape,
+    ModelState,
+    Segment,
+    Sharding,
+    SplitDecision,
+    TensorData,
+    Value,
+    Variant,
+    unflatten,
+)
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.rows_report import RowsReport
@@ -208,6 +224,23 @@ class GroupVariants:
         whole = self._decisions.get(variant.name, _SPLIT).whole is not None
         return split(variant, rows, batch, ranks=len(self._ranks), whole=whole), rows
 
+    def named(self, name: str) -> Variant:
+        """The variant of that name, which commands use."""
+        return next(each for each in self._variants if each.name == name)
+
+    def shards_of(self, shapes: BatchShapes) -> list[Shard]:
+        """The ranks' shards of a batch to train on of these shapes, without bytes."""
+        variant = self.named(shapes.variant)
+        inputs = _leaves(variant.input_leaves, shapes.inputs)
+        targets = _leaves(variant.target_leaves, shapes.targets)
+        batch = Batch(unflatten(variant.input_structure, inputs))
+        if targets:
+            batch = Batch(batch.inputs, unflatten(variant.target_structure, targets))
+        rows = check_batch(variant, batch, targets=True)
+        rows = rows if varies(variant) else examples_in(batch)
+        whole = self._decisions.get(variant.name, _SPLIT).whole is not None
+        return split(variant, rows, batch, ranks=len(self._ranks), whole=whole)
+
     @contextmanager
     def carried_out(self) -> Iterator[None]:
         """Inside, the ranks carry out a command of the last variant that was chosen."""
@@ -275,3 +308,15 @@ class GroupVariants:
             weight=found.weight,
             own_statistics=found.own_statistics,
         )
+
+
+def _leaves(leaves: Sequence[Leaf], shapes: Sequence[LeafShape]) -> list[Value]:
+    """Leaves of these shapes: tensors without bytes, and the constants that the variant tells."""
+    found: list[Value] = []
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        if isinstance(leaf, ConstantSpec):
+            found.append(leaf.value)
+        else:
+            assert shape is not None
+            found.append(TensorData(leaf.dtype, shape, Segment("", 0, prod(shape) * ITEM_SIZE[leaf.dtype])))
+    return found

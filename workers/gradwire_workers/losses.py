@@ -55,6 +55,8 @@ class NamedLoss:
                 field=f'{field}.options["reduction"]',
                 reason="LOSS_NOT_SCALAR",
             )
+        self.looks_at_targets = True
+        """Whether classes are checked that the output may not have: whoever does not ask for it has checked them."""
         check_options(spec.options, known.options, field=f"{field}.options", owner=f"torch.nn.functional.{spec.name}")
         self._options: dict[str, Any] = {
             name: to_torch(value, writable=True).to(device) if isinstance(value, TensorData) else value
@@ -68,16 +70,23 @@ class NamedLoss:
 
     def over_rows(self, output: Tensor, target: Tensor) -> RowSum | None:
         """The loss over some of the rows; None where it is no sum over rows."""
-        if self._known.weight is None or output.dim() == 0 or output.shape[:1] != target.shape[:1]:
-            return None
-        if output.dtype is torch.float16:
-            return None  # a sum over rows reaches its largest number soon
         self.check(output, target)
-        weight = self._known.weight(output, target, self._options)
+        weight = self._weight(output, target)
         if weight is None:
             return None
         total = self._call(output, target, {**self._options, "reduction": "sum"})
         return RowSum(total=total, weight=None if self._options.get("reduction") == "sum" else weight)
+
+    def weight(self, output: Tensor, target: Tensor) -> Weight | None:
+        """The weight of `over_rows`, for a loss that is such a sum. Of the output, type and shape are looked at."""
+        return None if self._options.get("reduction") == "sum" else self._weight(output, target)
+
+    def _weight(self, output: Tensor, target: Tensor) -> Weight | None:
+        if self._known.weight is None or output.dim() == 0 or output.shape[:1] != target.shape[:1]:
+            return None
+        if output.dtype is torch.float16:
+            return None  # a sum over rows reaches its largest number soon
+        return self._known.weight(output, target, self._options)
 
     def _call(self, output: Tensor, target: Tensor, options: Mapping[str, Any]) -> Tensor:
         return self._function(output, target, **options)
@@ -85,7 +94,7 @@ class NamedLoss:
     def check(self, output: Tensor, target: Tensor) -> None:
         """Refuse classes that the output has not; of the output, its dimensions behind the rows are looked at."""
         # Under vmap nothing can look at values: whoever uses that has checked before.
-        if self._known.weight is _class_weight and not is_functorch_wrapped_tensor(target):
+        if self.looks_at_targets and self._known.weight is _class_weight and not is_functorch_wrapped_tensor(target):
             check_classes(output, target, self._options)
 
 

@@ -20,7 +20,7 @@ from gradwire_workers.shard import Shard, shard_fields
 SMALL_BYTES = 16 << 10
 """Tensors with fewer bytes travel together: a frame of its own costs more than the copy."""
 
-PART_SECONDS = 0.002
+PART_SECONDS = 0.005
 """A rank answers in parts: what it has applied when so much time has passed since the last part."""
 
 ALIGNMENT = 64
@@ -45,9 +45,10 @@ class Layout:
 
     def __init__(self, form: BatchForm, shards: Sequence[Shard], rows: int) -> None:
         self.form = form
+        self.variant = shards[0].variant
         self.rows = rows
         self.rank_rows = tuple(shard.count for shard in shards)
-        self.shards = [_described(shard) for shard in shards]
+        self.shards = [described(shard) for shard in shards]
         self.parts = [_parts_of(shard, form) for shard in shards]
 
 
@@ -75,7 +76,8 @@ class Layouts:
         return found
 
 
-def _described(shard: Shard) -> dict[str, Any]:
+def described(shard: Shard) -> dict[str, Any]:
+    """A shard as plain values, without its tensors' bytes."""
     fields = shard_fields(shard)
     return fields | {name: [_leaf(each) for each in fields[name]] for name in ("inputs", "targets")}
 

@@ -23,9 +23,8 @@ from gradwire_workers.step_rows import StepRow, decode_rows
 # Frames above this are handed to ZeroMQ uncopied; below, the bookkeeping costs more than the copy.
 _COPY_BELOW = 64 << 10
 
-# Plain numbers: zmq's own are enums, whose `|` and `&` take longer than the calls.
-_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+# Plain numbers: zmq's own flags are enums, whose `|` and `&` take longer than the calls.
+_NOBLOCK, _MORE, _POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
 
 # Only the frontend asks: a rank whose frontend stands still for a while stays. Whoever does not answer within the
 # second of these is lost, after both of them together at the latest.
@@ -171,7 +170,7 @@ class RankChannel:
 
 def _has_news(socket: zmq.Socket) -> bool:
     """Whether something came in."""
-    return bool(socket.getsockopt(_EVENTS) & _POLLIN)  # type: ignore[operator]
+    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)  # type: ignore[operator]
 
 
 def encode_error(error: GradwireError) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from gradwire_workers.rank_fitting import RankFitting, report_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_standing import NUMBER, RankStanding
 from gradwire_workers.rank_states import saved_state_in
-from gradwire_workers.rank_steps import RankSteps
+from gradwire_workers.rank_steps import RankSteps, described_shard
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
@@ -57,6 +57,7 @@ _COLLECTIVE = frozenset(
         "held_gradients",
         "fit",
         "evaluate",
+        "try_kernels",
     }
 )
 
@@ -107,6 +108,12 @@ class RankCommands:
             "compute_function": self._functions.compute_gradients,
             "fit": self._fit,
             "evaluate": lambda fields: self._fitting.evaluate(self._model, fields),
+            "begin_kernels": self._begin_kernels,
+            "state_of_kernels": self._state_of_kernels,
+            "load_kernels": self._load_kernels,
+            "try_kernels": self._try_kernels,
+            "use_kernels": self._use_kernels,
+            "forget_kernels": self._forget_kernels,
             "forget_dataset": self._forget_dataset,
             "differentiate_function": self._functions.differentiate,
         }
@@ -179,15 +186,13 @@ class RankCommands:
         spec = decode_model_spec(model_pb2.Model.FromString(bytes(fields["spec"])))
         state = incoming(fields["tensors"], writable=True)
         limits, device, rank, size = Limits(**fields["limits"]), fields["device"], fields["rank"], fields["size"]
-        weights = fields["weights_folder"]
+        folders = {name: fields[name] for name in ("weights_folder", "kernels_folder")}
         compute_repeatably(device, strictly=spec.deterministic)
         saved = None if fields["saved"] is None else saved_state_in(fields["saved"])
 
         def start(where: Fields) -> Trainer:
             if size == 1:
-                return Trainer(
-                    spec=spec, state=state, device=device, limits=limits, weights_folder=weights, saved=saved
-                )
+                return Trainer(spec=spec, state=state, device=device, limits=limits, saved=saved, **folders)
             groups = ProcessGroups.join(
                 folder=where["folder"], generation=where["generation"], rank=rank, size=size, device=device
             )
@@ -199,8 +204,8 @@ class RankCommands:
                     groups=groups,
                     device=device,
                     limits=limits,
-                    weights_folder=weights,
                     saved=saved,
+                    **folders,
                 )
             except BaseException:
                 groups.leave()
@@ -270,6 +275,29 @@ class RankCommands:
                 raise InternalError(f"{type(error).__name__}: {error}", outcome="unknown") from error
             raise
         return report_of(run, self._model.step, refusal, needs_rejoin=self.needs_rejoin)
+
+    def _begin_kernels(self, fields: Fields) -> Fields:
+        self._model.begin_kernels(described_shard(fields["shard"]))
+        return {}
+
+    def _state_of_kernels(self, fields: Fields) -> Fields:
+        state, reason = self._model.state_of_kernels(described_shard(fields["shard"]))
+        return {"state": state, "reason": reason}
+
+    def _load_kernels(self, fields: Fields) -> Fields:
+        return {"refused": self._model.load_kernels(described_shard(fields["shard"]))}
+
+    def _try_kernels(self, fields: Fields) -> Fields:
+        return {"refused": self._model.try_kernels(described_shard(fields["shard"]))}
+
+    def _use_kernels(self, fields: Fields) -> Fields:
+        for shard in fields["shards"]:
+            self._model.use_kernels(described_shard(shard))
+        return {}
+
+    def _forget_kernels(self, fields: Fields) -> Fields:
+        self._model.forget_kernels(described_shard(fields["shard"]))
+        return {}
 
     def _forget_dataset(self, _: Fields) -> Fields:
         self._fitting.forget()

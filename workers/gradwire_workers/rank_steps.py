@@ -67,6 +67,17 @@ class _Layout:
         return Shard(**self._fields, inputs=tuple(leaves[: self._inputs]), targets=tuple(leaves[self._inputs :]))
 
 
+def described_shard(fields: Fields) -> Shard:
+    """A shard of a layout, with zeros in it."""
+    leaves = {name: tuple(_zeros(*each) for each in fields[name]) for name in ("inputs", "targets")}
+    return Shard(**{**fields, **leaves})
+
+
+def _zeros(kind: str, *content: Any) -> Any:
+    # Of no memory: only types and shapes are looked at.
+    return content[0] if kind == "constant" else torch.zeros((), dtype=torch_dtype(content[0])).expand(content[1])
+
+
 class RankSteps:
     """The steps of one message."""
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from gradwire_proto.errors import RankLost
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.step_rows import StepRow
@@ -35,9 +37,8 @@ class StepDispatch:
         self._took = took
         self._rows: list[deque[StepRow]] = [deque() for _ in range(len(ranks))]
         self._messages: deque[list[asyncio.Future[Answer]]] = deque()
-        """Those that are not over, behind one that is, where it is not known that all of it went well."""
+        """Without the first ones that went well."""
         self._last_count = 0
-        self._woken: asyncio.Future[None] | None = None
         self._marked = 0.0
         self._defect: BaseException | None = None
         """What `took` has raised."""
@@ -45,23 +46,29 @@ class StepDispatch:
     @property
     def is_under_way(self) -> bool:
         """Whether the ranks are at a message, so that the next one follows on it."""
-        return any(not call.done() for message in self._messages for call in message)
+        return self._first_under_way() is not None
+
+    def _first_under_way(self) -> asyncio.Future[Answer] | None:
+        for message in self._messages:
+            for call in message:
+                if not call.done():
+                    return call
+        return None
 
     @property
     def has_room(self) -> bool:
-        """Whether another message should be sent now: not much is left of the last, and none waits behind it."""
-        if self._defect is not None or self._ranks.lost is not None or any(map(_has_failed, self._messages)):
+        """Whether another message should be sent now: of those before, only half of the last one is left."""
+        if self.unanswered > max(1, self._last_count // 2) or self._defect is not None:
             return False
-        under_way = sum(not all(call.done() for call in message) for message in self._messages)
-        return under_way < 2 and self.unanswered <= max(1, self._last_count // 2)
+        return self._ranks.lost is None and not any(map(_has_failed, self._messages))
 
     def send(self, fields: Sequence[Mapping[str, Any]], count: int) -> None:
         """Hand each rank its fields, of so many steps. RankLost where a rank was lost before."""
         if not self.unanswered:
             self._marked = asyncio.get_running_loop().time()
         calls = self._ranks.begin("train_steps", fields, [partial(self._told, rows) for rows in self._rows])
-        for call in calls:
-            call.add_done_callback(self._wake)
+        while self._messages and _went_well(self._messages[0]):
+            self._messages.popleft()
         self._messages.append(calls)
         self.unanswered += count
         self._last_count = count
@@ -73,14 +80,15 @@ class StepDispatch:
         """
         try:
             # Where one has failed, the others do at their next collective, however long they take to come to it.
-            while self.is_under_way and self._defect is None:
-                self._woken = asyncio.get_running_loop().create_future()
-                await self._woken
-            if self._defect is not None:
-                raise self._defect
+            while (call := self._first_under_way()) is not None:
+                with suppress(RankLost):
+                    await call
         except BaseException:
             self._ranks.abandon("train_steps")
-            raise
+            if self._defect is None:
+                raise
+        if self._defect is not None:
+            raise self._defect
         if self._ranks.lost is not None:
             self._take(max(map(len, self._rows)))
         await self._ranks.end("train_step", self._messages, even=not any(self._rows))
@@ -92,13 +100,7 @@ class StepDispatch:
                 self._take(min(map(len, self._rows)))
             except BaseException as error:
                 self._defect = error
-                self._wake()
-
-    def _wake(self, _: object = None) -> None:
-        while len(self._messages) > 1 and _went_well(self._messages[0]):
-            self._messages.popleft()
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
+                self._ranks.abandon("train_steps")
 
     def _take(self, count: int) -> None:
         """So many more steps are applied."""

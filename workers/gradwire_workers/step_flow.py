@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from gradwire_proto.batch_form import FormedStep
@@ -26,8 +26,10 @@ class StepFlow:
         ranks: Ranks,
         layouts_of: Callable[[Sequence[FormedStep]], list[Layout]],
         took: Callable[[list[StepResult]], None],
+        came: Callable[[Layout, int], None] | None = None,
     ) -> None:
         self._ranks = ranks
+        self._came = came
         self._layouts_of = layouts_of
         self._layouts: deque[Layout] = deque()
         self._took = took
@@ -57,7 +59,11 @@ class StepFlow:
         await self._dispatch.ended()
 
     def _applied(self, steps: Sequence[Sequence[StepRow]], idle: float) -> None:
-        self._took([self._result(of_ranks, self._layouts.popleft(), idle) for of_ranks in steps])
+        layouts = [self._layouts.popleft() for _ in steps]
+        self._took([self._result(of_ranks, layout, idle) for of_ranks, layout in zip(steps, layouts, strict=True)])
+        if self._came is not None:
+            for layout, count in Counter(layouts).items():
+                self._came(layout, count)
 
     def _result(self, of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
         return step_result(of_ranks, layout.rows, rank_rows=layout.rank_rows, transfer=idle)

@@ -24,6 +24,7 @@ from gradwire_workers.shard import Shard
 from gradwire_workers.training import tensor_names
 from gradwire_workers.training.attempt import Attempt
 from gradwire_workers.training.clock import Clock
+from gradwire_workers.training.kernel_commands import KernelCommands
 from gradwire_workers.training.line_search import search
 from gradwire_workers.training.loss_weights import weight_named
 from gradwire_workers.training.passes import Passes, take
@@ -37,7 +38,7 @@ from gradwire_workers.training.updater import Update
 from gradwire_workers.training.updater_making import updater_after
 
 
-class Trainer(Reads, RetainedCommands):
+class Trainer(Reads, RetainedCommands, KernelCommands):
     """One rank of a model: what trains it. What else it does is in its base classes.
 
     All ranks are given the same commands in the same order, each its shard. Not thread-safe.
@@ -122,7 +123,10 @@ class Trainer(Reads, RetainedCommands):
                 updater.set_learning_rate(lr)
         self._held = self._held.of_only(self._trainable)
         self._passes.drop()
-        self._passes = Passes(self._replica, self._trainable)
+        if trainable:
+            # Kernels give the gradients of the parameters that were trained before.
+            self._drop_kernels()
+        self._passes = Passes(self._replica, self._trainable, self._kernels)
         # What is retained was for the parameters that were trained before.
         self._retained = RetainedForwards(self._replica, self._passes, self._limits)
         return list(trained)
@@ -157,7 +161,7 @@ class Trainer(Reads, RetainedCommands):
         self._replica.check_has_loss()
         with Attempt(self._groups, self._program.mutated_buffers(shard.variant)):
             shard = self._localised(shard)
-            done = self._passes.local(shard, self._trainable, command, to_learn=True)
+            done = self._passes.to_learn(shard, command)
             held = self._held.plus(dict(zip(self._trainable, done.gradients, strict=True)))
             buffers = self._passes.shared_buffers(shard)
             loss = self._agreement.reach(self._groups, done.value, self._judged(done.gradients))

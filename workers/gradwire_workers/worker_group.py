@@ -33,6 +33,7 @@ from gradwire_proto.values import (
 from gradwire_workers.after_applied import errors_after_applied
 from gradwire_workers.combining import forward_result, gradient_result, step_result
 from gradwire_workers.fit_group import FitGroup
+from gradwire_workers.group_kernels import GroupKernels
 from gradwire_workers.group_state import model_state
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.packed_steps import Layout, Layouts
@@ -63,6 +64,7 @@ class WorkerGroup:
         writer: SegmentWriter,
         threads: int = 1,
         release: Callable[[bool], Awaitable[None]],
+        compiles: bool = False,
     ) -> None:
         self.device = device
         self.tensors: tuple[StateTensor, ...] = ()
@@ -79,7 +81,9 @@ class WorkerGroup:
         self._releasing: asyncio.Future[None] | None = None
         self.retained = RetainedGroup(ranks, writer, variants)
         """Its forwards that are retained, and the gradients that its ranks hold."""
-        self.fitting = FitGroup(ranks, variants)
+        self.kernels = GroupKernels(ranks, variants, wanted=compiles)
+        """Its compiled kernels."""
+        self.fitting = FitGroup(ranks, variants, self.kernels)
         """Its steps on datasets."""
 
     @property
@@ -155,9 +159,13 @@ class WorkerGroup:
         """Finds out how batches can be spread over the ranks. See `GroupVariants.prepare`."""
         await self._variants.prepare(example)
 
-    def resume(self, state: ModelState) -> None:
-        """Spreads batches as the group did whose state this is. See `GroupVariants.resume`."""
+    async def resume(self, state: ModelState) -> None:
+        """Spreads batches as the group did whose state this is, and runs them on the same kernels.
+
+        See `GroupVariants.resume` and `GroupKernels.resume`.
+        """
         self._variants.resume(state)
+        await self.kernels.resume(state.kernels)
 
     @property
     def applied(self) -> int:
@@ -189,13 +197,21 @@ class WorkerGroup:
 
     def _state_of(self, whole: Mapping[str, Any], held: Sequence[Any]) -> ModelState:
         whole, held = self._writer.adopt((dict(whole), list(held)))
-        return model_state(whole, held, decisions=self.splits, opened=self._variants.opened, threads=self._threads)
+        return model_state(
+            whole,
+            held,
+            decisions=self.splits,
+            opened=self._variants.opened,
+            threads=self._threads,
+            kernels=self.kernels.in_use,
+        )
 
     async def train_step(self, batch: Batch, *, command: int, lr: float | None = None) -> StepResult:
         """Forward, backward, all-reduce and update. `command` numbers it and seeds its random operators."""
         shards, rows = await self._split(batch, training=True)
         fields = {"command": command, "lr": lr}
         answers = await self._call_shards("train_step", shards, fields, any_will_do=True)
+        self.kernels.came(shards[0].variant, batch)
         # Of all that ranks answer only this is not the same: a lost one need not be asked.
         return replace(step_result(answers, rows), rank_rows=tuple(shard.count for shard in shards))
 
@@ -205,7 +221,12 @@ class WorkerGroup:
 
     def step_flow(self, took: Callable[[list[StepResult]], None]) -> StepFlow:
         """For `train_step` of steps that can go together: see StepFlow."""
-        return StepFlow(self._ranks, lambda steps: self._layouts.of_first(steps, self._variants.count), took)
+
+        def came(layout: Layout, steps: int) -> None:
+            self.kernels.came(layout.variant, layout.form.numbered, steps)
+
+        known = came if self.kernels.wanted else None
+        return StepFlow(self._ranks, lambda steps: self._layouts.of_first(steps, self._variants.count), took, known)
 
     def _layout(self, form: BatchForm) -> Layout | None:
         """How batches of this form are spread; None where only trying tells."""
@@ -215,7 +236,9 @@ class WorkerGroup:
     async def forward_backward(self, batch: Batch, *, command: int) -> StepResult:
         """Adds the batch's gradients to those that the ranks hold."""
         shards, rows = await self._split(batch, training=True)
-        return step_result(await self._call_shards("forward_backward", shards, {"command": command}), rows)
+        answers = await self._call_shards("forward_backward", shards, {"command": command})
+        self.kernels.came(shards[0].variant, batch)
+        return step_result(answers, rows)
 
     async def optimizer_step(
         self, gradients: NamedTensors | None, *, lr: float | None = None, groups: Sequence[Mapping[str, Value]] = ()
@@ -287,6 +310,8 @@ class WorkerGroup:
         fields = {"trainable": list(update.trainable), "optimizer": optimizer, "lr": update.lr}
         answers = await self._ranks.call("update", [fields] * self.workers)
         self.retained.settings_changed()
+        if update.trainable:
+            self.kernels.drop()
         return tuple(answers.fields[0]["trained"])
 
     async def add_variant(

@@ -12,7 +12,7 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from itertools import chain, cycle
+from itertools import cycle
 from typing import Any
 
 from gradwire.load_test.connections import CallFailed, Connections
@@ -82,13 +82,12 @@ async def open_loop(
 ) -> None:
     """Send a request at each of `due_times`, in seconds from now, until `over`; returns when all are answered.
 
-    unsent: called for each that was due and not sent by then, with the nanoseconds that it had waited.
+    unsent: called where requests were due and not sent by then, with the nanoseconds that the first had waited.
     """
     in_flight: set[asyncio.Task[bool]] = set()
     start = time.monotonic_ns()
     async with asyncio.TaskGroup() as requests:
-        times = iter(due_times)
-        for seconds in times:
+        for seconds in due_times:
             due = start + round(seconds * 1e9)
             is_late = True
             while not over.is_set() and ((left := due - time.monotonic_ns()) > 0 or len(in_flight) >= MOST_IN_FLIGHT):
@@ -98,11 +97,8 @@ async def open_loop(
                 # Answers have to be read all the same.
                 await asyncio.sleep(0)
             if over.is_set():
-                now = time.monotonic_ns()
-                for each in chain([seconds], times):
-                    waited = now - start - round(each * 1e9)
-                    if waited < 0:
-                        return
+                waited = time.monotonic_ns() - due
+                if waited >= 0:
                     unsent(waited)
                 return
             task = requests.create_task(send(due))

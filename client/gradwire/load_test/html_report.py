@@ -25,6 +25,7 @@ svg .grid { stroke: #e5e7eb } dt { font-weight: 600 } dl { columns: 2 }
 _MEANINGS = {
     "req/s": "answers each second in the last three windows, errors not among them",
     "mean, p50 ... max": "from when a request was due (rates) or sent (concurrency) until its answer was there, in ms",
+    "unsent": "requests that were due and had waited for too many others when it was over: their latencies are longer",
     "queue": "waiting for requests that came before",
     "transfer": "tensors between frontend and ranks",
     "compute": "forward and backward on the slowest rank",
@@ -61,7 +62,8 @@ def as_html(results: Results) -> str:
 
 def _table(levels: Sequence[Level]) -> str:
     has_floor, parts = any(level.floor for level in levels), shown_parts(levels)
-    heads = ["load", "req/s", *LATENCIES, *map(title, parts), "errors"]
+    has_unsent = any(level.measured.unsent for level in levels)
+    heads = ["load", "req/s", *LATENCIES, *map(title, parts), "errors", *(["unsent"] if has_unsent else [])]
     heads += ["floor req/s", "ratio"] if has_floor else []
     rows = []
     for level in levels:
@@ -69,6 +71,8 @@ def _table(levels: Sequence[Level]) -> str:
         cells += [number(level.latencies_ms[name]) for name in LATENCIES]
         cells += [number(level.split_ms.get(part)) for part in parts]
         cells.append(str(level.errors))
+        if has_unsent:
+            cells.append(str(level.measured.unsent))
         if has_floor:
             cells += [number(level.floor.rate if level.floor else None), number(level.ratio)]
         note = f'<td class="note">{escape(", ".join(level.notes))}</td>'
@@ -88,6 +92,8 @@ def _errors(levels: Sequence[Level]) -> str:
 
 
 def _plots(levels: Sequence[Level]) -> list[str]:
+    """In the order of their loads, whatever that of the sweep was."""
+    levels = sorted(levels, key=lambda level: level.load.value)
     if not levels:
         return []
     x = "requests in flight" if not levels[0].load.is_rate else "requests due each second"

@@ -57,15 +57,16 @@ class Level:
 
     @property
     def split_ms(self) -> dict[str, float]:
-        """Where the mean request's time went. "other": the rest of the frontend's; "outside": network, gRPC, tester.
+        """Where the mean answer's time went. "other": the rest of the frontend's; "outside": network, gRPC, tester.
 
-        Together the mean, or a little more: the rank that is slowest in one part need not be in another.
+        Together the mean, or a little more: the rank that is slowest in one part need not be in another. Requests that
+        were never sent have no part in it.
         """
-        count, mean = self.measured.latencies.count, self.measured.latencies.mean
-        if not count or mean is None:
+        measured = self.measured
+        if not measured.answered:
             return {}
-        parts = {part: 1000 * total / count for part, total in zip(PARTS, self.measured.parts, strict=True)}
-        total = parts.pop("total")
+        parts = {part: 1000 * total / measured.answered for part, total in zip(PARTS, measured.parts, strict=True)}
+        total, mean = parts.pop("total"), measured.answered_us / measured.answered
         return {**parts, "other": max(0.0, total - sum(parts.values())), "outside": max(0.0, mean / 1000 - total)}
 
     @property
@@ -103,7 +104,8 @@ async def measure(
     recorder, over = Recorder(timing_reader(requests[0].method)), asyncio.Event()
     sender = Sender(connections, requests, recorder, options.timeout)
     if load.is_rate:
-        generator = open_loop(sender.send, due_times(load.value, options.arrivals, options.seed), over, recorder.unsent)
+        times = due_times(load.value, options.arrivals, options.seed)
+        generator = open_loop(sender.send, times, over, lambda waited: recorder.unsent(waited, load.value))
     else:
         generator = closed_loop(sender.send, int(load.value), over)
     task = asyncio.create_task(generator)

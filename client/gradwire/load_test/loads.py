@@ -10,6 +10,9 @@ from gradwire.errors import InvalidArgument
 
 _MOST_LEVELS = 1000
 
+MOST = 100_000
+"""Requests in flight, or each second, at most: a tester of one core cannot send more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -29,7 +32,7 @@ class Load:
 def parse_loads(kind: str, text: str) -> tuple[Load, ...]:
     """The levels that an option asks for: "8", "1,4,16", "1:16" or "1:16:2" (from, to, step; both ends).
 
-    Raises InvalidArgument where it is none of these, or names a level that is not above 0.
+    Raises InvalidArgument where it is none of these, or names a level that is not above 0, or above 100,000.
     """
     field = f"--{kind}"
     try:
@@ -41,6 +44,9 @@ def parse_loads(kind: str, text: str) -> tuple[Load, ...]:
         if not (math.isfinite(value) and value > 0) or (kind == "concurrency" and value != int(value)):
             expected = "whole numbers of at least 1" if kind == "concurrency" else "numbers above 0"
             raise InvalidArgument(f"expected {expected}, got {value:g}", field=field, reason="LOAD_INVALID")
+        if value > MOST:
+            message = f"expected at most {MOST:,}, got {value:g}"
+            raise InvalidArgument(message, field=field, reason="LOAD_INVALID")
     return tuple(Load(kind, value) for value in values)
 
 

@@ -16,14 +16,17 @@ _OPTIONAL = ("optimizer", "recovery", "other")
 
 def levels_table(levels: Sequence[Level]) -> Table:
     """A line for each level; latencies in milliseconds."""
-    has_floor = any(level.floor for level in levels)
-    heads = ["load", "req/s", *LATENCIES, "errors", *(("floor req/s", "ratio") if has_floor else ())]
+    has_floor, has_unsent = any(level.floor for level in levels), any(level.measured.unsent for level in levels)
+    heads = ["load", "req/s", *LATENCIES, "errors", *(("unsent",) if has_unsent else ())]
+    heads += ["floor req/s", "ratio"] if has_floor else []
     table = _table("Requests each second, and their latencies in ms", heads)
     table.add_column("notes")
     for level in levels:
         cells = [str(level.load), f"{level.rate:.1f}"]
         cells += [number(level.latencies_ms[name]) for name in LATENCIES]
         cells.append(str(level.errors))
+        if has_unsent:
+            cells.append(str(level.measured.unsent))
         if has_floor:
             cells += [number(level.floor.rate if level.floor else None), number(level.ratio)]
         table.add_row(*cells, ", ".join(level.notes))

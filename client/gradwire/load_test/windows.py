@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ ALIKE = 3
 PARTS = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")
 """What a reply's `timing` tells, in seconds."""
 
+_GROUPS = 10_000
+"""Requests that were not sent are counted in so many groups at most, those of each with one latency."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Window:
@@ -23,7 +27,7 @@ class Window:
 
     latencies: of requests that succeeded. lags: by how much later than due the tester sent them. errors: by reason.
     cpu: seconds that the tester computed. unsent: requests that were due, and have waited for too many others to be
-    answered: they are among the latencies and lags, with the time that they had waited.
+    answered: they are among the latencies and lags, with the time that they had waited, `unsent_us` together.
     """
 
     seconds: float = 0.0
@@ -32,12 +36,23 @@ class Window:
     lags: Histogram = field(default_factory=Histogram)
     errors: Counter[str] = field(default_factory=Counter)
     unsent: int = 0
+    unsent_us: int = 0
     parts: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
+
+    @property
+    def answered(self) -> int:
+        """Requests that succeeded."""
+        return self.latencies.count - self.unsent
+
+    @property
+    def answered_us(self) -> int:
+        """How long these took together."""
+        return self.latencies.total - self.unsent_us
 
     @property
     def rate(self) -> float:
         """Answers each second, errors not among them."""
-        return self.latencies.count / self.seconds if self.seconds else 0.0
+        return self.answered / self.seconds if self.seconds else 0.0
 
     def latency(self, percentile: float | None) -> float | None:
         """A percentile of the latencies, or their mean, in microseconds; None where nothing succeeded."""
@@ -56,6 +71,7 @@ class Window:
             lags=Histogram.merged(window.lags for window in windows),
             errors=errors,
             unsent=sum(window.unsent for window in windows),
+            unsent_us=sum(window.unsent_us for window in windows),
             parts=[sum(part) for part in zip(*(window.parts for window in windows), strict=True)],
         )
 
@@ -80,11 +96,21 @@ class Recorder:
     def failed(self, reason: str) -> None:
         self.window.errors[reason] += 1
 
-    def unsent(self, waited_ns: int) -> None:
-        """Note a request that was due so long ago and will not be sent: its latency would be longer."""
-        self.window.latencies.record(waited_ns // 1000)
-        self.window.lags.record(waited_ns // 1000)
-        self.window.unsent += 1
+    def unsent(self, waited_ns: int, rate: float) -> None:
+        """Note the requests that will not be sent, of which the first was due so long ago: they would take longer.
+
+        rate: how many came due each second since, evenly, however long these are together.
+        """
+        count = math.floor(waited_ns / 1e9 * rate) + 1
+        groups = min(count, _GROUPS)
+        for group in range(groups):
+            first, end = count * group // groups, count * (group + 1) // groups
+            # That of its middle; none is due later than now.
+            waited_us = max(0, round((waited_ns / 1e9 - (first + end - 1) / 2 / rate) * 1e6))
+            self.window.latencies.record(waited_us, end - first)
+            self.window.lags.record(waited_us, end - first)
+            self.window.unsent_us += waited_us * (end - first)
+        self.window.unsent += count
 
     def turn(self) -> Window:
         """Close the open window and open the next. Returns the closed one."""

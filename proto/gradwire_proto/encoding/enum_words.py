@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.v1 import gradient_service_pb2, model_pb2, program_pb2, tensor_pb2
+from gradwire_proto.v1 import gradient_service_pb2, kernels_pb2, model_pb2, program_pb2, tensor_pb2
 from gradwire_proto.values import ITEM_SIZE
 
 
@@ -55,6 +55,7 @@ MEMORY_FORMATS = EnumWords(
 )
 TENSOR_ROLES = EnumWords(program_pb2.TensorRole, "TENSOR_ROLE", ["parameter", "buffer", "temporary_buffer", "constant"])
 MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting", "recovering"])
+KERNELS_STATES = EnumWords(kernels_pb2.KernelsState, "KERNELS_STATE", ["compiling", "in_use", "refused"])
 SHARDING_MODES = EnumWords(model_pb2.ShardingMode, "SHARDING_MODE", ["rows", "whole"])
 ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified="report")
 DURABILITIES = EnumWords(model_pb2.Durability, "DURABILITY", ["none", "process", "disk"], unspecified="")

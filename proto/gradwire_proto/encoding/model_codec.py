@@ -16,6 +16,7 @@ from gradwire_proto.encoding.enum_words import (
     PRECISIONS,
     SHARDING_MODES,
 )
+from gradwire_proto.encoding.kernels_codec import decode_compiled, encode_compiled
 from gradwire_proto.encoding.optimizer_codec import decode_clip, decode_optimizer, encode_optimizer
 from gradwire_proto.encoding.program_codec import (
     decode_program,
@@ -65,6 +66,7 @@ _SET_BY_SERVER = (
     "variants",
     "rank_rows",
     "architecture",
+    "compiled",
 )
 
 
@@ -153,7 +155,7 @@ def _encode_keeping(value: ModelSpec | ModelInfo, message: pb.Model, field: str)
     message.durability = number  # pyright: ignore[reportAttributeAccessIssue]
     for name in ("checkpoint_every", "keep_checkpoints"):
         setattr(message, name, check_integer(getattr(value, name), f"{field}.{name}", minimum=0, maximum=INT32_MAX))
-    message.deterministic = value.deterministic
+    message.deterministic, message.compile = value.deterministic, value.compile
 
 
 def _decode_keeping(message: pb.Model, field: str) -> dict[str, Any]:
@@ -162,7 +164,12 @@ def _decode_keeping(message: pb.Model, field: str) -> dict[str, Any]:
         name: check_integer(getattr(message, name), f"{field}.{name}", minimum=0)
         for name in ("checkpoint_every", "keep_checkpoints")
     }
-    return {"durability": durability, "deterministic": message.deterministic, **counts}
+    return {
+        "durability": durability,
+        "deterministic": message.deterministic,
+        "compile": message.compile,
+        **counts,
+    }
 
 
 def _refuse_checkpoints_of_nothing(message: pb.Model, field: str) -> None:
@@ -269,6 +276,8 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     _encode_reduction(value, message)
     _encode_batch_norm(value, message)
     _encode_keeping(value, message, "model")
+    for kernels in value.compiled:
+        encode_compiled(kernels, message.compiled.add())
     return message
 
 
@@ -305,5 +314,8 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         precision=PRECISIONS.word(message.precision, f"{field}.precision"),
         loss_reduction=_decode_reduction(message, f"{field}.loss_reduction"),
         sync_batch_norm=_decode_batch_norm(message),
+        compiled=tuple(
+            decode_compiled(item, f"{field}.compiled[{index}]") for index, item in enumerate(message.compiled)
+        ),
         **_decode_keeping(message, field),
     )

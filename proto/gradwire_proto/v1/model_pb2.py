@@ -26,11 +26,12 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
+from gradwire_proto.v1 import kernels_pb2 as gradwire__proto_dot_v1_dot_kernels__pb2
 from gradwire_proto.v1 import program_pb2 as gradwire__proto_dot_v1_dot_program__pb2
 from gradwire_proto.v1 import tensor_pb2 as gradwire__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgradwire_proto/v1/model.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fgradwire_proto/v1/program.proto\x1a\x1egradwire_proto/v1/tensor.proto\"\x9b\x01\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12+\n\x06groups\x18\x03 \x03(\x0b\x32\x1b.gradwire.v1.ParameterGroup\x12\'\n\x08schedule\x18\x04 \x01(\x0b\x32\x15.gradwire.v1.Schedule\"M\n\x0eParameterGroup\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\"o\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12)\n\nschedulers\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Schedule\"\x8b\x01\n\x04Loss\x12\'\n\x05torch\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.TorchLossH\x00\x12\'\n\x05graph\x18\x02 \x01(\x0b\x32\x16.gradwire.v1.GraphLossH\x00\x12)\n\x06output\x18\x03 \x01(\x0b\x32\x17.gradwire.v1.OutputLossH\x00\x42\x06\n\x04kind\"E\n\tTorchLoss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\"\x0b\n\tGraphLoss\"!\n\nOutputLoss\x12\x13\n\x0boutput_leaf\x18\x01 \x01(\x03\"C\n\x08Sharding\x12\'\n\x04mode\x18\x01 \x01(\x0e\x32\x19.gradwire.v1.ShardingMode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xba\t\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12+\n\x07program\x18\x02 \x01(\x0b\x32\x14.gradwire.v1.ProgramB\x04\xe2\x41\x01\x04\x12\x1f\n\x04loss\x18\x03 \x01(\x0b\x32\x11.gradwire.v1.Loss\x12)\n\toptimizer\x18\x04 \x01(\x0b\x32\x16.gradwire.v1.Optimizer\x12\x0f\n\x07workers\x18\x05 \x01(\x05\x12#\n\x06\x64\x65vice\x18\x06 \x01(\x0e\x32\x13.gradwire.v1.Device\x12\x17\n\x0fgpus_per_worker\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\"\n\x06on_nan\x18\t \x01(\x0e\x32\x12.gradwire.v1.OnNan\x12\x18\n\x10require_sharding\x18\n \x01(\x08\x12.\n\x06labels\x18\x0b \x03(\x0b\x32\x1e.gradwire.v1.Model.LabelsEntry\x12+\n\ndurability\x18\x0c \x01(\x0e\x32\x17.gradwire.v1.Durability\x12\x18\n\x10\x63heckpoint_every\x18\r \x01(\x05\x12\x18\n\x10keep_checkpoints\x18\x0e \x01(\x05\x12\x1b\n\x0e\x63lip_grad_norm\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x63lip_grad_value\x18\x10 \x01(\x01H\x01\x88\x01\x01\x12)\n\tprecision\x18\x11 \x01(\x0e\x32\x16.gradwire.v1.Precision\x12\x15\n\rdeterministic\x18\x12 \x01(\x08\x12\x32\n\x0eloss_reduction\x18\x13 \x01(\x0e\x32\x1a.gradwire.v1.LossReduction\x12,\n\x05state\x18\x14 \x01(\x0e\x32\x17.gradwire.v1.ModelStateB\x04\xe2\x41\x01\x03\x12\x12\n\x04step\x18\x15 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x08sharding\x18\x16 \x01(\x0b\x32\x15.gradwire.v1.ShardingB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fparameter_count\x18\x17 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12,\n\nlast_error\x18\x19 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12/\n\x07tensors\x18\x1a \x03(\x0b\x32\x18.gradwire.v1.StateTensorB\x04\xe2\x41\x01\x03\x12,\n\x08variants\x18\x1b \x03(\x0b\x32\x14.gradwire.v1.VariantB\x04\xe2\x41\x01\x03\x12\x17\n\trank_rows\x18\x1c \x03(\x03\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0c\x61rchitecture\x18\x1d \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0fsync_batch_norm\x18\x1e \x01(\x08H\x02\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:6\xea\x41\x33\n\x12gradwire.dev/Model\x12\x0emodels/{model}*\x06models2\x05modelB\x11\n\x0f_clip_grad_normB\x12\n\x10_clip_grad_valueB\x12\n\x10_sync_batch_norm\"\x82\x01\n\x06Timing\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x10\n\x08transfer\x18\x02 \x01(\x01\x12\x0f\n\x07\x63ompute\x18\x03 \x01(\x01\x12\x12\n\nall_reduce\x18\x04 \x01(\x01\x12\x11\n\toptimizer\x18\x05 \x01(\x01\x12\x10\n\x08recovery\x18\x06 \x01(\x01\x12\r\n\x05total\x18\x07 \x01(\x01\"\x91\x02\n\nStepResult\x12\x11\n\x04loss\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x03\x12\x16\n\tgrad_norm\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x11\n\trank_rows\x18\x07 \x03(\x03\x12\x0f\n\x07skipped\x18\x08 \x01(\x08\x12\x17\n\nloss_scale\x18\t \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_lossB\x0c\n\n_grad_normB\x10\n\x0e_learning_rateB\r\n\x0b_loss_scale\"\xc7\x01\n\x07\x43ommand\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x19.gradwire.v1.CommandStateB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03:O\xea\x41L\n\x14gradwire.dev/Command\x12!models/{model}/commands/{command}*\x08\x63ommands2\x07\x63ommand*`\n\rLossReduction\x12\x1e\n\x1aLOSS_REDUCTION_UNSPECIFIED\x10\x00\x12\x17\n\x13LOSS_REDUCTION_MEAN\x10\x01\x12\x16\n\x12LOSS_REDUCTION_SUM\x10\x02*\xa8\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_CREATING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x18\n\x14MODEL_STATE_DELETING\x10\x04\x12\x1a\n\x16MODEL_STATE_RECOVERING\x10\x05*^\n\x0cShardingMode\x12\x1d\n\x19SHARDING_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12SHARDING_MODE_ROWS\x10\x01\x12\x17\n\x13SHARDING_MODE_WHOLE\x10\x02*E\n\x05OnNan\x12\x16\n\x12ON_NAN_UNSPECIFIED\x10\x00\x12\x11\n\rON_NAN_REPORT\x10\x01\x12\x11\n\rON_NAN_REFUSE\x10\x02*j\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x13\n\x0f\x44URABILITY_DISK\x10\x03*b\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_BF16\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03*A\n\x06\x44\x65vice\x12\x16\n\x12\x44\x45VICE_UNSPECIFIED\x10\x00\x12\x0e\n\nDEVICE_CPU\x10\x01\x12\x0f\n\x0b\x44\x45VICE_CUDA\x10\x02*\x82\x01\n\x0c\x43ommandState\x12\x1d\n\x19\x43OMMAND_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMMAND_STATE_RUNNING\x10\x01\x12\x19\n\x15\x43OMMAND_STATE_APPLIED\x10\x02\x12\x1d\n\x19\x43OMMAND_STATE_NOT_APPLIED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgradwire_proto/v1/model.proto\x12\x0bgradwire.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fgradwire_proto/v1/kernels.proto\x1a\x1fgradwire_proto/v1/program.proto\x1a\x1egradwire_proto/v1/tensor.proto\"\x9b\x01\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12+\n\x06groups\x18\x03 \x03(\x0b\x32\x1b.gradwire.v1.ParameterGroup\x12\'\n\x08schedule\x18\x04 \x01(\x0b\x32\x15.gradwire.v1.Schedule\"M\n\x0eParameterGroup\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\"o\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\x12)\n\nschedulers\x18\x03 \x03(\x0b\x32\x15.gradwire.v1.Schedule\"\x8b\x01\n\x04Loss\x12\'\n\x05torch\x18\x01 \x01(\x0b\x32\x16.gradwire.v1.TorchLossH\x00\x12\'\n\x05graph\x18\x02 \x01(\x0b\x32\x16.gradwire.v1.GraphLossH\x00\x12)\n\x06output\x18\x03 \x01(\x0b\x32\x17.gradwire.v1.OutputLossH\x00\x42\x06\n\x04kind\"E\n\tTorchLoss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.gradwire.v1.ValueMapping\"\x0b\n\tGraphLoss\"!\n\nOutputLoss\x12\x13\n\x0boutput_leaf\x18\x01 \x01(\x03\"C\n\x08Sharding\x12\'\n\x04mode\x18\x01 \x01(\x0e\x32\x19.gradwire.v1.ShardingMode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x81\n\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12+\n\x07program\x18\x02 \x01(\x0b\x32\x14.gradwire.v1.ProgramB\x04\xe2\x41\x01\x04\x12\x1f\n\x04loss\x18\x03 \x01(\x0b\x32\x11.gradwire.v1.Loss\x12)\n\toptimizer\x18\x04 \x01(\x0b\x32\x16.gradwire.v1.Optimizer\x12\x0f\n\x07workers\x18\x05 \x01(\x05\x12#\n\x06\x64\x65vice\x18\x06 \x01(\x0e\x32\x13.gradwire.v1.Device\x12\x17\n\x0fgpus_per_worker\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\"\n\x06on_nan\x18\t \x01(\x0e\x32\x12.gradwire.v1.OnNan\x12\x18\n\x10require_sharding\x18\n \x01(\x08\x12.\n\x06labels\x18\x0b \x03(\x0b\x32\x1e.gradwire.v1.Model.LabelsEntry\x12+\n\ndurability\x18\x0c \x01(\x0e\x32\x17.gradwire.v1.Durability\x12\x18\n\x10\x63heckpoint_every\x18\r \x01(\x05\x12\x18\n\x10keep_checkpoints\x18\x0e \x01(\x05\x12\x1b\n\x0e\x63lip_grad_norm\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x63lip_grad_value\x18\x10 \x01(\x01H\x01\x88\x01\x01\x12)\n\tprecision\x18\x11 \x01(\x0e\x32\x16.gradwire.v1.Precision\x12\x15\n\rdeterministic\x18\x12 \x01(\x08\x12\x32\n\x0eloss_reduction\x18\x13 \x01(\x0e\x32\x1a.gradwire.v1.LossReduction\x12,\n\x05state\x18\x14 \x01(\x0e\x32\x17.gradwire.v1.ModelStateB\x04\xe2\x41\x01\x03\x12\x12\n\x04step\x18\x15 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x08sharding\x18\x16 \x01(\x0b\x32\x15.gradwire.v1.ShardingB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fparameter_count\x18\x17 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12,\n\nlast_error\x18\x19 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12/\n\x07tensors\x18\x1a \x03(\x0b\x32\x18.gradwire.v1.StateTensorB\x04\xe2\x41\x01\x03\x12,\n\x08variants\x18\x1b \x03(\x0b\x32\x14.gradwire.v1.VariantB\x04\xe2\x41\x01\x03\x12\x17\n\trank_rows\x18\x1c \x03(\x03\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0c\x61rchitecture\x18\x1d \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0fsync_batch_norm\x18\x1e \x01(\x08H\x02\x88\x01\x01\x12\x0f\n\x07\x63ompile\x18\x1f \x01(\x08\x12\x34\n\x08\x63ompiled\x18  \x03(\x0b\x32\x1c.gradwire.v1.CompiledKernelsB\x04\xe2\x41\x01\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01:6\xea\x41\x33\n\x12gradwire.dev/Model\x12\x0emodels/{model}*\x06models2\x05modelB\x11\n\x0f_clip_grad_normB\x12\n\x10_clip_grad_valueB\x12\n\x10_sync_batch_norm\"\x82\x01\n\x06Timing\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x10\n\x08transfer\x18\x02 \x01(\x01\x12\x0f\n\x07\x63ompute\x18\x03 \x01(\x01\x12\x12\n\nall_reduce\x18\x04 \x01(\x01\x12\x11\n\toptimizer\x18\x05 \x01(\x01\x12\x10\n\x08recovery\x18\x06 \x01(\x01\x12\r\n\x05total\x18\x07 \x01(\x01\"\x91\x02\n\nStepResult\x12\x11\n\x04loss\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x03\x12\x16\n\tgrad_norm\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12#\n\x06timing\x18\x06 \x01(\x0b\x32\x13.gradwire.v1.Timing\x12\x11\n\trank_rows\x18\x07 \x03(\x03\x12\x0f\n\x07skipped\x18\x08 \x01(\x08\x12\x17\n\nloss_scale\x18\t \x01(\x01H\x03\x88\x01\x01\x42\x07\n\x05_lossB\x0c\n\n_grad_normB\x10\n\x0e_learning_rateB\r\n\x0b_loss_scale\"\xc7\x01\n\x07\x43ommand\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x19.gradwire.v1.CommandStateB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03:O\xea\x41L\n\x14gradwire.dev/Command\x12!models/{model}/commands/{command}*\x08\x63ommands2\x07\x63ommand*`\n\rLossReduction\x12\x1e\n\x1aLOSS_REDUCTION_UNSPECIFIED\x10\x00\x12\x17\n\x13LOSS_REDUCTION_MEAN\x10\x01\x12\x16\n\x12LOSS_REDUCTION_SUM\x10\x02*\xa8\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_CREATING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x18\n\x14MODEL_STATE_DELETING\x10\x04\x12\x1a\n\x16MODEL_STATE_RECOVERING\x10\x05*^\n\x0cShardingMode\x12\x1d\n\x19SHARDING_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12SHARDING_MODE_ROWS\x10\x01\x12\x17\n\x13SHARDING_MODE_WHOLE\x10\x02*E\n\x05OnNan\x12\x16\n\x12ON_NAN_UNSPECIFIED\x10\x00\x12\x11\n\rON_NAN_REPORT\x10\x01\x12\x11\n\rON_NAN_REFUSE\x10\x02*j\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x13\n\x0f\x44URABILITY_DISK\x10\x03*b\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_BF16\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03*A\n\x06\x44\x65vice\x12\x16\n\x12\x44\x45VICE_UNSPECIFIED\x10\x00\x12\x0e\n\nDEVICE_CPU\x10\x01\x12\x0f\n\x0b\x44\x45VICE_CUDA\x10\x02*\x82\x01\n\x0c\x43ommandState\x12\x1d\n\x19\x43OMMAND_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMMAND_STATE_RUNNING\x10\x01\x12\x19\n\x15\x43OMMAND_STATE_APPLIED\x10\x02\x12\x1d\n\x19\x43OMMAND_STATE_NOT_APPLIED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -63,6 +64,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL'].fields_by_name['rank_rows']._serialized_options = b'\342A\001\003'
   _globals['_MODEL'].fields_by_name['architecture']._loaded_options = None
   _globals['_MODEL'].fields_by_name['architecture']._serialized_options = b'\342A\001\003'
+  _globals['_MODEL'].fields_by_name['compiled']._loaded_options = None
+  _globals['_MODEL'].fields_by_name['compiled']._serialized_options = b'\342A\001\003'
   _globals['_MODEL']._loaded_options = None
   _globals['_MODEL']._serialized_options = b'\352A3\n\022gradwire.dev/Model\022\016models/{model}*\006models2\005model'
   _globals['_COMMAND'].fields_by_name['name']._loaded_options = None
@@ -73,46 +76,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMAND'].fields_by_name['error']._serialized_options = b'\342A\001\003'
   _globals['_COMMAND']._loaded_options = None
   _globals['_COMMAND']._serialized_options = b'\352AL\n\024gradwire.dev/Command\022!models/{model}/commands/{command}*\010commands2\007command'
-  _globals['_LOSSREDUCTION']._serialized_start=2733
-  _globals['_LOSSREDUCTION']._serialized_end=2829
-  _globals['_MODELSTATE']._serialized_start=2832
-  _globals['_MODELSTATE']._serialized_end=3000
-  _globals['_SHARDINGMODE']._serialized_start=3002
-  _globals['_SHARDINGMODE']._serialized_end=3096
-  _globals['_ONNAN']._serialized_start=3098
-  _globals['_ONNAN']._serialized_end=3167
-  _globals['_DURABILITY']._serialized_start=3169
-  _globals['_DURABILITY']._serialized_end=3275
-  _globals['_PRECISION']._serialized_start=3277
-  _globals['_PRECISION']._serialized_end=3375
-  _globals['_DEVICE']._serialized_start=3377
-  _globals['_DEVICE']._serialized_end=3442
-  _globals['_COMMANDSTATE']._serialized_start=3445
-  _globals['_COMMANDSTATE']._serialized_end=3575
-  _globals['_OPTIMIZER']._serialized_start=230
-  _globals['_OPTIMIZER']._serialized_end=385
-  _globals['_PARAMETERGROUP']._serialized_start=387
-  _globals['_PARAMETERGROUP']._serialized_end=464
-  _globals['_SCHEDULE']._serialized_start=466
-  _globals['_SCHEDULE']._serialized_end=577
-  _globals['_LOSS']._serialized_start=580
-  _globals['_LOSS']._serialized_end=719
-  _globals['_TORCHLOSS']._serialized_start=721
-  _globals['_TORCHLOSS']._serialized_end=790
-  _globals['_GRAPHLOSS']._serialized_start=792
-  _globals['_GRAPHLOSS']._serialized_end=803
-  _globals['_OUTPUTLOSS']._serialized_start=805
-  _globals['_OUTPUTLOSS']._serialized_end=838
-  _globals['_SHARDING']._serialized_start=840
-  _globals['_SHARDING']._serialized_end=907
-  _globals['_MODEL']._serialized_start=910
-  _globals['_MODEL']._serialized_end=2120
-  _globals['_MODEL_LABELSENTRY']._serialized_start=1960
-  _globals['_MODEL_LABELSENTRY']._serialized_end=2005
-  _globals['_TIMING']._serialized_start=2123
-  _globals['_TIMING']._serialized_end=2253
-  _globals['_STEPRESULT']._serialized_start=2256
-  _globals['_STEPRESULT']._serialized_end=2529
-  _globals['_COMMAND']._serialized_start=2532
-  _globals['_COMMAND']._serialized_end=2731
+  _globals['_LOSSREDUCTION']._serialized_start=2837
+  _globals['_LOSSREDUCTION']._serialized_end=2933
+  _globals['_MODELSTATE']._serialized_start=2936
+  _globals['_MODELSTATE']._serialized_end=3104
+  _globals['_SHARDINGMODE']._serialized_start=3106
+  _globals['_SHARDINGMODE']._serialized_end=3200
+  _globals['_ONNAN']._serialized_start=3202
+  _globals['_ONNAN']._serialized_end=3271
+  _globals['_DURABILITY']._serialized_start=3273
+  _globals['_DURABILITY']._serialized_end=3379
+  _globals['_PRECISION']._serialized_start=3381
+  _globals['_PRECISION']._serialized_end=3479
+  _globals['_DEVICE']._serialized_start=3481
+  _globals['_DEVICE']._serialized_end=3546
+  _globals['_COMMANDSTATE']._serialized_start=3549
+  _globals['_COMMANDSTATE']._serialized_end=3679
+  _globals['_OPTIMIZER']._serialized_start=263
+  _globals['_OPTIMIZER']._serialized_end=418
+  _globals['_PARAMETERGROUP']._serialized_start=420
+  _globals['_PARAMETERGROUP']._serialized_end=497
+  _globals['_SCHEDULE']._serialized_start=499
+  _globals['_SCHEDULE']._serialized_end=610
+  _globals['_LOSS']._serialized_start=613
+  _globals['_LOSS']._serialized_end=752
+  _globals['_TORCHLOSS']._serialized_start=754
+  _globals['_TORCHLOSS']._serialized_end=823
+  _globals['_GRAPHLOSS']._serialized_start=825
+  _globals['_GRAPHLOSS']._serialized_end=836
+  _globals['_OUTPUTLOSS']._serialized_start=838
+  _globals['_OUTPUTLOSS']._serialized_end=871
+  _globals['_SHARDING']._serialized_start=873
+  _globals['_SHARDING']._serialized_end=940
+  _globals['_MODEL']._serialized_start=943
+  _globals['_MODEL']._serialized_end=2224
+  _globals['_MODEL_LABELSENTRY']._serialized_start=2064
+  _globals['_MODEL_LABELSENTRY']._serialized_end=2109
+  _globals['_TIMING']._serialized_start=2227
+  _globals['_TIMING']._serialized_end=2357
+  _globals['_STEPRESULT']._serialized_start=2360
+  _globals['_STEPRESULT']._serialized_end=2633
+  _globals['_COMMAND']._serialized_start=2636
+  _globals['_COMMAND']._serialized_end=2835
 # @@protoc_insertion_point(module_scope)

@@ -2,6 +2,7 @@ from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import resource_pb2 as _resource_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
+from gradwire_proto.v1 import kernels_pb2 as _kernels_pb2
 from gradwire_proto.v1 import program_pb2 as _program_pb2
 from gradwire_proto.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -164,7 +165,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "durability", "checkpoint_every", "keep_checkpoints", "clip_grad_norm", "clip_grad_value", "precision", "deterministic", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture", "sync_batch_norm")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "durability", "checkpoint_every", "keep_checkpoints", "clip_grad_norm", "clip_grad_value", "precision", "deterministic", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture", "sync_batch_norm", "compile", "compiled")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +203,8 @@ class Model(_message.Message):
     RANK_ROWS_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     SYNC_BATCH_NORM_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_FIELD_NUMBER: _ClassVar[int]
+    COMPILED_FIELD_NUMBER: _ClassVar[int]
     name: str
     program: _program_pb2.Program
     loss: Loss
@@ -232,7 +235,9 @@ class Model(_message.Message):
     rank_rows: _containers.RepeatedScalarFieldContainer[int]
     architecture: str
     sync_batch_norm: bool
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., checkpoint_every: _Optional[int] = ..., keep_checkpoints: _Optional[int] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., deterministic: bool = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ..., sync_batch_norm: bool = ...) -> None: ...
+    compile: bool
+    compiled: _containers.RepeatedCompositeFieldContainer[_kernels_pb2.CompiledKernels]
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., checkpoint_every: _Optional[int] = ..., keep_checkpoints: _Optional[int] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., deterministic: bool = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ..., sync_batch_norm: bool = ..., compile: bool = ..., compiled: _Optional[_Iterable[_Union[_kernels_pb2.CompiledKernels, _Mapping]]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")

@@ -5,6 +5,7 @@ the edges speaks these.
 """
 
 from gradwire_proto.values.datasets import BatchLosses, DatasetInfo, FitPlan, FitProgress, FitSteps, StepsResult
+from gradwire_proto.values.kernels import BatchShapes, CompiledKernels, LeafShape
 from gradwire_proto.values.models import (
     FunctionSpec,
     GraphLossSpec,
@@ -149,4 +150,7 @@ __all__ = [
     "map_leaves",
     "tensors_in",
     "unflatten",
+    "BatchShapes",
+    "CompiledKernels",
+    "LeafShape",
 ]

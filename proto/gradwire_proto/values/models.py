@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from gradwire_proto.values.kernels import CompiledKernels
 from gradwire_proto.values.programs import ArchitectureSpec, Program, StateTensor, Variant
 from gradwire_proto.values.tensors import NamedTensors, Value
 
@@ -85,6 +86,7 @@ class ModelSpec:
     the server's setting. `checkpoint_every`: commands from one automatic checkpoint to the next; `keep_checkpoints`:
     how many of them are kept; 0 is the server's setting. `deterministic`: the same bits on CUDA too.
     `sync_batch_norm`: whether batch norm in training normalises over the rows of all ranks, or of each rank alone.
+    `compile`: training steps on batches whose shapes repeat run on compiled kernels, once these are there and agree.
     """
 
     program: Program | ArchitectureSpec
@@ -106,6 +108,7 @@ class ModelSpec:
     keep_checkpoints: int = 0
     deterministic: bool = False
     sync_batch_norm: bool = True
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +146,7 @@ class ModelInfo:
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
     `architecture`: the name of the module that the ranks built; None for a model of graphs. `durability`,
     `checkpoint_every` (commands) and `keep_checkpoints` are what holds, the server's settings included.
+    `compiled`: what became of kernels, for each of the shapes that have repeated where `compile` asks for it.
     """
 
     id: str
@@ -172,6 +176,8 @@ class ModelInfo:
     keep_checkpoints: int = 0
     deterministic: bool = False
     sync_batch_norm: bool = True
+    compile: bool = False
+    compiled: tuple[CompiledKernels, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

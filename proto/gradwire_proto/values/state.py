@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gradwire_proto.values.kernels import BatchShapes
 from gradwire_proto.values.programs import Variant
 from gradwire_proto.values.tensors import NamedTensors, Value
 
@@ -38,6 +39,7 @@ class ModelState:
     the last command applied. trained: names of the parameters that are trained. held: each rank's part of the held
     gradients, None where none are held. splits: by variant. opened: an architecture's variants, made by the batches
     that came, without graphs; empty for a model of graphs. threads: torch's threads in each rank.
+    kernels: the batches that run on compiled kernels.
     """
 
     tensors: NamedTensors
@@ -49,6 +51,7 @@ class ModelState:
     splits: Mapping[str, SplitDecision]
     opened: tuple[Variant, ...]
     threads: int
+    kernels: tuple[BatchShapes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,6 +167,7 @@ def read_files(folder: Path, manifest: Manifest, where: str) -> SavedModel:
             splits=manifest.splits,
             opened=read(OPENED, lambda path: _decode_variants(path.read_bytes())),
             threads=manifest.threads,
+            kernels=manifest.kernels,
         ),
         replies=read(REPLIES, lambda path: decode_replies(path.read_bytes())),
         torch_version=manifest.torch,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from types import NoneType
 from typing import Any
 
 from gradwire_proto.errors import FailedPrecondition
-from gradwire_proto.values import Checkpoint, SplitDecision, StateTensor
+from gradwire_proto.values import BatchShapes, Checkpoint, LeafShape, SplitDecision, StateTensor
 from gradwire_server.storage.records import decode_split
 from gradwire_server.storage.saved_model import SavedModel
 
@@ -65,6 +65,7 @@ class Manifest:
     trained: tuple[str, ...]
     held: tuple[tuple[str, ...] | None, ...]
     splits: Mapping[str, SplitDecision]
+    kernels: tuple[BatchShapes, ...]
     files: Mapping[str, StoredFile]
     place: str
 
@@ -89,6 +90,7 @@ class Manifest:
             trained=state.trained,
             held=tuple(None if names is None else tuple(names) for names in state.held),
             splits=state.splits,
+            kernels=state.kernels,
             files=files,
             place=place,
         )
@@ -172,9 +174,19 @@ def _decode(fields: dict[str, Any]) -> Manifest:
         trained=tuple(fields["trained"]),
         held=tuple(None if names is None else tuple(names) for names in fields["held"]),
         splits={name: decode_split(each) for name, each in fields["splits"].items()},
+        # Those that were written first have none.
+        kernels=tuple(_shapes(each) for each in fields.get("kernels", ())),
         files={name: _file(name, each) for name, each in fields["files"].items()},
         place=_place(fields),
     )
+
+
+def _shapes(fields: dict[str, Any]) -> BatchShapes:
+    return BatchShapes(_typed(fields, "variant", str), _leaves(fields["inputs"]), _leaves(fields["targets"]))
+
+
+def _leaves(shapes: Iterable[Iterable[int] | None]) -> tuple[LeafShape, ...]:
+    return tuple(None if shape is None else tuple(map(int, shape)) for shape in shapes)
 
 
 def _place(fields: dict[str, Any]) -> str:

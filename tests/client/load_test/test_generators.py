@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from itertools import count
 
 import pytest
@@ -24,9 +25,12 @@ def test_requests_that_wait_behind_too_many_others_count_with_the_time_that_they
             sent.append(due)
             return await answered.wait()
 
+        def unsent(waited_ns: int) -> None:
+            recorder.unsent(waited_ns, 100)
+
         # 100 a second, of a service that stands still.
         times = (number / 100 for number in count())
-        loop = asyncio.create_task(generators.open_loop(send, times, over, recorder.unsent))
+        loop = asyncio.create_task(generators.open_loop(send, times, over, unsent))
         await asyncio.sleep(1.0)
         over.set()
         await asyncio.sleep(0.2)
@@ -40,3 +44,14 @@ def test_requests_that_wait_behind_too_many_others_count_with_the_time_that_they
     # Due from 0.1 s on until it was over: waits from 0.9 s down to none.
     assert window.latencies.highest == pytest.approx(900_000, rel=0.2)
     assert window.latencies.percentile(50.0) == pytest.approx(450_000, rel=0.2)
+
+
+def test_millions_that_were_not_sent_are_counted_in_no_time() -> None:
+    recorder, seconds, rate = Recorder(lambda reply: None), 50.0, 100_000
+    began = time.process_time()
+    recorder.unsent(round(seconds * 1e9), rate)
+    window = recorder.window
+    assert time.process_time() - began < 1
+    assert window.unsent == window.latencies.count == window.lags.count == seconds * rate + 1
+    for percent in (1.0, 50.0, 99.0):
+        assert window.latencies.percentile(percent) == pytest.approx(percent / 100 * seconds * 1e6, rel=0.01)

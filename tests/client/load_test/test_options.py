@@ -46,6 +46,8 @@ def test_rates_may_be_fractions_and_their_range_hits_its_end() -> None:
         ("rate", "0"),
         ("rate", "nan"),
         ("rate", "1:inf:1"),
+        ("rate", "100001"),
+        ("concurrency", "100000,1e9"),
     ],
 )
 def test_levels_that_are_none_are_refused(kind: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -105,3 +106,24 @@ def test_tables_show_what_there_is(results: Results) -> None:
     bare = [level(LOADS[0], [window([10.0])])]
     assert "ratio" not in [column.header for column in levels_table(bare).columns]
     assert errors_table(bare) is None
+
+
+def test_requests_that_were_not_sent_are_shown_where_there_are_any() -> None:
+    waiting = window([10.0] * 100)
+    waiting.latencies.record(2_000_000, 30)
+    waiting.unsent, waiting.unsent_us = 30, 60_000_000
+    levels = [level(Load("rate", 40), [waiting])]
+    results = Results(target="here:1", options=Options(loads=(Load("rate", 40),)), started=0.0, levels=levels)
+    (row,) = csv.DictReader(as_csv(results).splitlines())
+    assert (row["requests"], row["unsent"], row["notes"]) == ("100", "30", "not sent")
+    assert json.loads(as_json(results))["levels"][0]["unsent"] == 30
+    shown = {column.header: list(column.cells) for column in levels_table(levels).columns}
+    assert shown["unsent"] == ["30"] and "30" in Page(as_html(results)).words
+
+
+def test_plots_go_from_left_to_right_whatever_the_order_of_the_sweep() -> None:
+    levels = [level(Load("concurrency", value), [window([10.0] * 100)]) for value in (16, 1, 4)]
+    text = as_html(Results(target="here:1", options=Options(loads=LOADS), started=0.0, levels=levels))
+    curves = re.findall(r'<polyline[^>]* points="([^"]*)"', text)
+    across = [[float(point.partition(",")[0]) for point in curve.split()] for curve in curves]
+    assert len(across[0]) == 3 and all(places == sorted(places) for places in across)

@@ -6,7 +6,7 @@ import pytest
 from client.load_test.made_up_levels import level, window
 
 from gradwire.load_test.loads import Load
-from gradwire.load_test.windows import is_stable
+from gradwire.load_test.windows import Recorder, is_stable
 
 STEADY = window([10.0] * 100)
 
@@ -54,3 +54,13 @@ def test_parts_of_a_request_sum_to_its_mean() -> None:
     split = level(Load("rate", 100), [window([10.0] * 100)]).split_ms
     assert (split["queue"], split["compute"], split["other"], split["outside"]) == pytest.approx((1, 2, 1, 6))
     assert sum(split.values()) == pytest.approx(10)
+
+
+def test_requests_that_were_not_sent_have_no_part_in_where_the_time_went() -> None:
+    answered = window([10.0] * 100)
+    recorder = Recorder(lambda reply: None)
+    recorder.unsent(3_000_000_000, 100)
+    found = level(Load("rate", 400), [answered, recorder.window])
+    assert found.split_ms == level(Load("rate", 400), [answered]).split_ms
+    assert (found.measured.answered, found.measured.unsent) == (100, 301)
+    assert "not sent" in found.notes

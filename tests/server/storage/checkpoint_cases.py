@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradwire.exporting.module_state import describe_state
 from gradwire_proto.tensors import from_torch, to_torch
 from gradwire_proto.values import (
+    BatchShapes,
     GraphInput,
     LeafRef,
     ModelState,
@@ -98,6 +99,7 @@ def saved_model(folder: Path, module: nn.Module | None = None, **changes: Any) -
         },
         opened=(opened(),),
         threads=1,
+        kernels=(BatchShapes("train", ((7, 5), None), ((),)),),
     )
     saved = SavedModel(
         name="best",

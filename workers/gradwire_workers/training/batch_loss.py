@@ -12,7 +12,7 @@ from gradwire_proto.autocast import autocast
 from gradwire_proto.errors import FailedPrecondition, InvalidArgument
 from gradwire_proto.values import GraphLossSpec, LossSpec, OutputLossSpec, TorchLossSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
-from gradwire_workers.losses import NamedLoss, RowSum
+from gradwire_workers.losses import NamedLoss, RowSum, Weight
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.programs import BuiltProgram
 from gradwire_workers.shard import Shard
@@ -118,6 +118,27 @@ class BatchLoss:
         """Refuse targets whose values have no place in such outputs."""
         self._kind.check(outputs, targets)
 
+    def trust_targets(self) -> None:
+        """Look at no target's value from here on: for a trace, which has none."""
+        if isinstance(self._kind, _ByName):
+            self._kind.loss.looks_at_targets = False
+
+    def row_total(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor | None:
+        """The loss over a shard's rows before it is divided by what all rows weigh; None where it is no such sum."""
+        specs = self._program.variant(variant).target_leaves
+        part = self._kind.over_rows(variant, outputs, targets) if all(map(has_rows, specs)) else None
+        return None if part is None else part.total
+
+    def divisor(
+        self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, total: torch.dtype
+    ) -> Tensor | float:
+        """What `row_total` of a shard, which is of type `total`, is divided by. Every rank calls it.
+
+        Of the outputs, types and shapes are looked at.
+        """
+        assert isinstance(self._kind, _ByName), "only losses by name are sums over rows"
+        return _divisor(self._kind.weight(outputs, targets), shard, total, groups)
+
     def _of_gathered(
         self, shard: Shard, outputs: Sequence[Any], targets: Sequence[Any], groups: ProcessGroups, scale: float
     ) -> LocalLoss:
@@ -183,14 +204,21 @@ def gather_rows(leaf: Tensor, shard: Shard, groups: ProcessGroups) -> Tensor:
 
 def _of_row_sum(part: RowSum, shard: Shard, groups: ProcessGroups, scale: float) -> LocalLoss:
     total = part.total
-    if isinstance(part.weight, float):
-        # The same for every row, so that each rank knows it for all.
-        total = total / (part.weight / max(shard.count, 1) * shard.rows)
-    elif isinstance(part.weight, Tensor):
-        weight = part.weight.to(torch.promote_types(total.dtype, torch.float32), copy=True)
-        total = total / groups.all_reduce(weight if shard.count else weight.zero_()).to(total.dtype)
+    if part.weight is not None:
+        total = total / _divisor(part.weight, shard, total.dtype, groups)
     value = total.detach() if shard.count else torch.zeros_like(total, requires_grad=False)
     return LocalLoss(differentiable=_scaled(total, scale), value=value)
+
+
+def _divisor(weight: Weight | None, shard: Shard, dtype: torch.dtype, groups: ProcessGroups) -> Tensor | float:
+    """What the ranks' sums over rows are divided by, in their type. `weight`: of this rank's rows."""
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, Tensor):
+        # The same for every row, so that each rank knows it for all.
+        return weight / max(shard.count, 1) * shard.rows
+    weight = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
+    return groups.all_reduce(weight if shard.count else weight.zero_()).to(dtype)
 
 
 def _linear(leaf: Tensor, gradient: Tensor | None) -> Tensor:
@@ -218,22 +246,25 @@ class _Kind(Protocol):
 
 class _ByName:
     def __init__(self, loss: NamedLoss) -> None:
-        self._loss = loss
+        self.loss = loss
 
     def whole(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
-        return self._loss.whole(*self._pair(outputs, targets))
+        return self.loss.whole(*self._pair(outputs, targets))
 
     def over_rows(self, variant: str, outputs: Sequence[Any], targets: Sequence[Any]) -> RowSum | None:
-        return self._loss.over_rows(*self._pair(outputs, targets))
+        return self.loss.over_rows(*self._pair(outputs, targets))
+
+    def weight(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Weight | None:
+        return self.loss.weight(*self._pair(outputs, targets))
 
     def check(self, outputs: Sequence[Any], targets: Sequence[Any]) -> None:
-        self._loss.check(*self._pair(outputs, targets))
+        self.loss.check(*self._pair(outputs, targets))
 
     def _pair(self, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
         for leaves, field in ((outputs, "model.loss.torch.name"), (targets, "batch.targets")):
             if len(leaves) != 1 or not isinstance(leaves[0], Tensor):
                 raise InvalidArgument(
-                    f"{self._loss.name} takes one output and one target, got {len(outputs)} and {len(targets)}",
+                    f"{self.loss.name} takes one output and one target, got {len(outputs)} and {len(targets)}",
                     field=field,
                     reason="LOSS_DOES_NOT_FIT",
                 )

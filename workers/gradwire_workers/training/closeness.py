@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,19 @@ A bias before batch norm is: its gradient is zero, and in float32 up to 1e-6 of 
 
 def are_close(pairs: Sequence[tuple[Tensor | None, Tensor | None]], computed_in: torch.dtype | None = None) -> bool:
     """Whether each (found, expected) is the same, to rounding. `computed_in`: a type that some of it passed through."""
+    return next(differing(pairs, computed_in), None) is None
+
+
+def differing(
+    pairs: Sequence[tuple[Tensor | None, Tensor | None]], computed_in: torch.dtype | None = None
+) -> Iterator[int]:
+    """Which of the pairs, by number, keep `are_close` from holding."""
     least = 0.0 if computed_in is None else _TOLERANCE[computed_in]
     sizes = [_norm(expected) if expected is not None and has_rounding(expected) else 0.0 for _, expected in pairs]
     everything = _NEGLIGIBLE * math.hypot(*sizes)
-    return all(
-        _is_close(found, expected, max(size, everything), least)
-        for (found, expected), size in zip(pairs, sizes, strict=True)
-    )
+    for index, ((found, expected), size) in enumerate(zip(pairs, sizes, strict=True)):
+        if not _is_close(found, expected, max(size, everything), least):
+            yield index
 
 
 def _is_close(found: Tensor | None, expected: Tensor | None, scale: float, least: float) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Variant
+from gradwire_workers.kernels.compiled_pass import CompiledPass
+from gradwire_workers.kernels.rank_kernels import RankKernels
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.gradients import SummingModule, add_up, apart, broadcast
@@ -29,11 +31,15 @@ class Pass(NamedTuple):
 
 
 class Passes:
-    """Passes of one replica, together with those of the other ranks. Gradients come out unscaled."""
+    """Passes of one replica, together with those of the other ranks. Gradients come out unscaled.
 
-    def __init__(self, replica: Replica, trainable: Sequence[nn.Parameter]) -> None:
+    kernels: what passes that train may run on.
+    """
+
+    def __init__(self, replica: Replica, trainable: Sequence[nn.Parameter], kernels: RankKernels | None = None) -> None:
         self._replica = replica
         self._trainable = trainable
+        self._kernels = kernels
         self._summing: SummingModule | None = None
 
     @property
@@ -70,6 +76,24 @@ class Passes:
         with torch.no_grad():
             return self.results(shard, self._replica.outputs(shard))
 
+    def to_learn(self, shard: Shard, command: int) -> Pass:
+        """The gradients of this rank's part of the loss with respect to the trainable parameters."""
+        kernels = self._kernels_of(shard)
+        if kernels is not None:
+            return self._compiled(shard, command, kernels)
+        return self.local(shard, self._trainable, command, to_learn=True)
+
+    def _kernels_of(self, shard: Shard) -> CompiledPass | None:
+        return None if self._kernels is None else self._kernels.of(shard)
+
+    def _compiled(self, shard: Shard, command: int, kernels: CompiledPass) -> Pass:
+        """`local`, on kernels."""
+        self._replica.seed(shard, command)
+        value, gradients = kernels(shard)
+        gradients = apart(gradients, self._trainable, copy=self._replica.program.has_functions(shard.variant))
+        _unscale(gradients, self._replica.scale)
+        return Pass(value=value, gradients=gradients)
+
     def local(
         self,
         shard: Shard,
@@ -80,7 +104,7 @@ class Passes:
         to_learn: bool = False,
         with_outputs: bool = False,
     ) -> Pass:
-        """The gradients of this rank's part of the loss: the ranks' add up to the whole batch's.
+        """The gradients of this rank's part of the loss: the ranks' add up to the whole batch's. Never on kernels.
 
         to_learn: refuse a loss that no parameter moves. with_outputs: give the outputs too.
         """
@@ -101,6 +125,21 @@ class Passes:
 
     def summed(self, shard: Shard, command: int) -> Pass:
         """The gradients of the whole batch with respect to the trainable parameters, on every rank."""
+        kernels = self._kernels_of(shard)
+        return self.eager(shard, command) if kernels is None else self.compiled(shard, command, kernels)
+
+    def compiled(self, shard: Shard, command: int, kernels: CompiledPass | None) -> Pass:
+        """`summed`, on these kernels. None: on a rank that has nothing to compute."""
+        if kernels is None:
+            done = Pass(gradients=[None] * len(self._trainable))
+        else:
+            done = self._compiled(shard, command, kernels)
+        if self.groups is None:
+            return done
+        return Pass(value=done.value, gradients=add_up(done.gradients, self._trainable, self.groups))
+
+    def eager(self, shard: Shard, command: int) -> Pass:
+        """`summed`, not on kernels."""
         groups = self.groups
         # The sum is written where backward() has left a gradient, which of a custom function may be a parameter.
         if groups is not None and not shard.whole and not self._replica.program.has_functions(shard.variant):

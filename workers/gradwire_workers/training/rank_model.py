@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_proto.values import Limits, ModelSpec
 from gradwire_workers.architectures.architecture_program import ArchitectureProgram
+from gradwire_workers.kernels.rank_kernels import RankKernels
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.agreement import Agreement
@@ -29,7 +31,8 @@ class RankModel:
     """One rank's replica, the gradients that it holds, and its optimizer's state.
 
     `state` must be writable and nobody else's; `groups` None: there is no other rank. `weights_folder`: where an
-    architecture may find its first weights. `saved`: the model goes on from there, and `state` has all its tensors.
+    architecture may find its first weights; `kernels_folder`: where kernels are compiled. `saved`: the model goes on
+    from there, and `state` has all its tensors.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class RankModel:
         device: str = "cpu",
         limits: Limits | None = None,
         weights_folder: str | None = None,
+        kernels_folder: str | None = None,
         saved: SavedState | None = None,
     ) -> None:
         self.step = 0 if saved is None else saved.step
@@ -54,7 +58,9 @@ class RankModel:
         trainable, self._updater = self._begun() if saved is None else self._resumed(saved)
         self._trainable = list(trainable.values())
         self._agreement = Agreement(refuses_nan=spec.on_nan == "refuse")
-        self._passes = Passes(self._replica, self._trainable)
+        self._kernels_folder = None if kernels_folder is None else Path(kernels_folder)
+        self._kernels = self._no_kernels()
+        self._passes = Passes(self._replica, self._trainable, self._kernels)
         self._held = HeldGradients(self._trainable)
         if saved is not None:
             saved.hold(self._held, trainable)
@@ -64,6 +70,18 @@ class RankModel:
     def _begun(self) -> tuple[dict[str, nn.Parameter], Updater | None]:
         trained = trained_parameters(self._program)
         return trained, make_updater(self._spec, trained, self._aliases(), self._loss_scale)
+
+    def _no_kernels(self) -> RankKernels | None:
+        """Those for the parameters that are trained now, of which there are none yet; None: none are wanted."""
+        if not self._spec.compile:
+            return None
+        return RankKernels(self._replica, self._spec, self._trainable, self._limits, self._kernels_folder)
+
+    def _drop_kernels(self) -> None:
+        """Let go of all kernels; others may follow."""
+        if self._kernels is not None:
+            self._kernels.close()
+        self._kernels = self._no_kernels()
 
     def _resumed(self, saved: SavedState) -> tuple[dict[str, nn.Parameter], Updater | None]:
         trained, parameters = saved.prepare(self._replica), self._program.parameters_by_name()
@@ -115,6 +133,8 @@ class RankModel:
     def close(self) -> None:
         """Leave the other ranks and let go of every tensor. Nothing else may be called after it."""
         self._passes.drop()
+        if self._kernels is not None:
+            self._kernels.close()
         if self._groups is not None:
             self._groups.leave()
         self.__dict__.clear()

@@ -153,6 +153,29 @@ class Replica(nn.Module):
         assert self._loss is not None, "checked before"
         self._loss.check(outputs, shard.targets)
 
+    def traced(self, shard: Shard, *, rows: bool) -> tuple[list[Any], Tensor | None]:
+        """The outputs, and the loss of just this shard, without a look at any target's value. For a trace.
+
+        rows: the loss over the shard's rows, before it is divided by what all ranks' rows weigh; None for a loss that
+        is no sum over rows.
+        """
+        assert self._loss is not None and self.groups is None
+        self._loss.trust_targets()
+        if not rows:
+            outputs, loss = self.outputs_and_loss(shard)
+            return outputs, loss.differentiable
+        with self._precise():
+            outputs = self.outputs(shard)
+            return outputs, self._loss.row_total(shard.variant, outputs, shard.targets)
+
+    def divisor(self, shard: Shard, outputs: Sequence[Any], total: torch.dtype) -> Tensor | float:
+        """What the sum that `traced` gives for rows is divided by. Every rank calls it.
+
+        Of the outputs, types and shapes are looked at.
+        """
+        assert self._loss is not None and self.groups is not None
+        return self._loss.divisor(shard, outputs, shard.targets, self.groups, total)
+
     def combined_outputs(self, shard: Shard, outputs: Sequence[Any]) -> list[Any]:
         """The outputs of a split batch, with the whole batch's loss in place of this rank's. Every rank calls it."""
         leaf = self._own_leaf(outputs)
