@@ -33,7 +33,8 @@ def is_unused(descriptor: int) -> bool:
 def take_back(path: str, size: int, new_path: str) -> int | None:
     """A descriptor to write to the file that was made at `path` and lent since, under its new name; None: it cannot be.
 
-    size: bytes that it must have room for without growing; one of more than four times as many is left alone.
+    size: bytes that it must have room for without growing; one of more than four times as many is left alone. What it
+    has beyond them goes: nobody is to read there what somebody else was lent.
     """
     try:
         descriptor = os.open(path + _SUFFIX, os.O_WRONLY | os.O_CLOEXEC)
@@ -41,6 +42,7 @@ def take_back(path: str, size: int, new_path: str) -> int | None:
         return None
     try:
         if size <= os.fstat(descriptor).st_size <= 4 * size and is_unused(descriptor):
+            os.ftruncate(descriptor, size)
             os.rename(path + _SUFFIX, new_path)
             return descriptor
     except OSError:

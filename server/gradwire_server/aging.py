@@ -36,6 +36,14 @@ class Aging(Generic[V]):
                 break
             del self._values[oldest]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one takes the place of one that should be kept longer."""
+        if len(self._values) < self._most:
+            return False
+        _, since = next(iter(self._values.values()))
+        return since > self._clock() - REMEMBER_SECONDS
+
     def get(self, name: str) -> V | None:
         """The value of that name, if it is still known."""
         found = self._values.get(name)

@@ -121,7 +121,13 @@ class Datasets:
         info = described(dataset_id, batch, ttl)
         task = asyncio.create_task(self._make(info, batch, call))
         self._making[dataset_id] = _Making(call, task)
-        task.add_done_callback(lambda _: self._making.pop(dataset_id))
+
+        def made_or_not(task: asyncio.Task[StoredDataset]) -> None:
+            del self._making[dataset_id]
+            if not task.cancelled():
+                task.exception()  # Looked at, where nobody waits for it any more.
+
+        task.add_done_callback(made_or_not)
         return (await asyncio.shield(task)).info
 
     async def _make(self, info: DatasetInfo, batch: Batch, call: Call) -> StoredDataset:

@@ -29,6 +29,18 @@ def public_error(error: BaseException, request_id: str | None, *, outcome: str =
     )
 
 
+def answer_of(error: BaseException, request_id: str | None) -> GradwireError:
+    """The error that a client is told in answer to its request, which it names.
+
+    Where it came from is left out: those frames hold the request, and, where one of them holds the error, for as long
+    as the collector of cycles pleases.
+    """
+    answer = public_error(error, request_id)
+    answer.request_id = answer.request_id or request_id
+    answer.__cause__ = answer.__context__ = None
+    return answer.with_traceback(None)
+
+
 def may_pass(error: Exception) -> bool:
     """Whether a model may come back when it is tried again later: ranks, memory or storage are not there now."""
     if isinstance(error, RankLost):

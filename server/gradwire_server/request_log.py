@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound
+from gradwire_proto.errors import FailedPrecondition, GradwireError, InvalidArgument, ModelNotFound, ResourceExhausted
 from gradwire_proto.values import CommandInfo
 from gradwire_server.aging import Aging
 from gradwire_server.calls import Call
@@ -141,15 +141,20 @@ class RequestLog(Generic[R]):
             entry.stored = ended
 
     def settle(self, call: Call) -> None:
-        """The request of `call` has ended: what is stored of it takes its place, if its reply is there."""
+        """The request of `call` has ended: what is stored of it takes its place, if its reply is there, and of one
+        that was refused its error alone: the request may be large.
+        """
         entry = self._entries.get(call.request_id) if call.request_id is not None else None
         if entry is None:
             return
         entry.ended_at = self._clock()
-        if entry.request is None or entry.stored is None:
+        if entry.request is None:
             return
-        if entry.request.error is None and entry.stored.reply is not None:
-            entry.request = entry.stored
+        error = entry.request.error
+        if error is None:
+            entry.request = entry.request if entry.stored is None or entry.stored.reply is None else entry.stored
+        elif error.outcome == "not_applied" and entry.stored is None:
+            entry.request = _refused(error)
 
     def restore(self, request_id: str, body: bytes, ended: EndedCommand, ended_at: float | None = None) -> None:
         """Remember a request of an earlier process of the service, unless it is known. ended_at: when it ended, in
@@ -211,10 +216,17 @@ class RequestLog(Generic[R]):
         """The request with that id, whatever its body; None where it ended well and its reply is no longer stored.
 
         Raises ModelNotFound COMMAND_NOT_FOUND. Whoever asked goes on as if it had not been applied, and that stays so:
-        a first attempt that is still on its way is refused, for as long as requests are known.
+        a first attempt that is still on its way is refused, for as long as requests are known. Of too many to keep that
+        promise nothing is said: ResourceExhausted TOO_MANY_UNKNOWN_COMMANDS.
         """
         entry = self._entry(request_id)
         if entry is None:
+            if request_id not in self._declared and self._declared.is_full:
+                raise ResourceExhausted(
+                    "so many commands that are not known here were asked after that of no more can it be promised that"
+                    " they are never applied",
+                    reason="TOO_MANY_UNKNOWN_COMMANDS",
+                )
             self._declared.add(request_id, None, self._clock())
             raise ModelNotFound(
                 f"no command with the request id {request_id} is known here", field="name", reason="COMMAND_NOT_FOUND"
@@ -261,8 +273,12 @@ def _without_reply(entry: _Entry[R], ended_at: float) -> _Entry[R]:
     if stored is not None:
         stored = EndedCommand(stored.number, stored.method, None, stored.error)
     if entry.request is not None and entry.request.error is not None:
-        failed = EndedCommand(0, "", None, copy.copy(entry.request.error))
+        failed = _refused(entry.request.error)
     return _Entry(entry.body, failed, stored=stored, ended_at=ended_at)
+
+
+def _refused(error: GradwireError) -> EndedCommand:
+    return EndedCommand(0, "", None, copy.copy(error))
 
 
 def _may_run_again(error: GradwireError | None) -> bool:

@@ -18,7 +18,7 @@ from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1 import gradient_service_pb2
 from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
+from gradwire_server.failures import answer_of
 from gradwire_server.request_parsing import parse, parse_one
 from gradwire_server.tensors.tensor_streams import parse_upload
 
@@ -70,7 +70,7 @@ def _handler(
                 response = await answer(request, call)
                 return _check_size(response.SerializeToString(), message_bytes)
         except Exception as error:
-            raise await _abort(context, error, call) from None
+            return await _abort(context, error, call)
 
     async def stream_unary(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         call = Call(deadline=_deadline(context))
@@ -79,7 +79,7 @@ def _handler(
                 async with aclosing(_parse_each(kind, chunks, stall_seconds)) as requests:
                     return (await answer(requests, call)).SerializeToString()
         except Exception as error:
-            raise await _abort(context, error, call) from None
+            return await _abort(context, error, call)
 
     # What comes serialized already is sent as it is.
     async def unary_stream(raw: bytes, context: grpc.aio.ServicerContext) -> None:
@@ -92,7 +92,7 @@ def _handler(
                         raw = response if isinstance(response, bytes) else response.SerializeToString()
                         await _in_time(context.write(raw), stall_seconds)
         except Exception as error:
-            raise await _abort(context, error, call) from None
+            await _abort(context, error, call)
 
     if method.client_streaming:
         return grpc.stream_unary_rpc_method_handler(stream_unary)
@@ -114,7 +114,7 @@ def _own_handler(
             with admission:
                 return _check_size(await answer(raw, call), message_bytes)
         except Exception as error:
-            raise await _abort(context, error, call) from None
+            return await _abort(context, error, call)
 
     async def stream_stream(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         call = Call(deadline=_deadline(context))
@@ -124,7 +124,7 @@ def _own_handler(
                     async for response in responses:
                         await _in_time(context.write(response), stall_seconds)
         except Exception as error:
-            raise await _abort(context, error, call) from None
+            await _abort(context, error, call)
 
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(stream_stream)
@@ -167,12 +167,12 @@ def _check_size(raw: bytes, message_bytes: int) -> bytes:
     return raw
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call) -> Exception:
-    """End the RPC with the status of `error`; returns what then ends the handler."""
-    refusal = public_error(error, call.request_id)
-    if refusal.request_id is None:
-        refusal.request_id = call.request_id
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call) -> bytes:
+    """End the RPC with the status of `error`; returns what the handler then may, and grpc does not look at."""
     try:
-        await context.abort(*abort_arguments(refusal))
+        await context.abort(*abort_arguments(answer_of(error, call.request_id)))
     except grpc.aio.AbortError as aborted:
-        return aborted
+        # The context keeps it, and its frames, which hold the request, the context.
+        aborted.__context__ = None
+        aborted.with_traceback(None)
+    return b""

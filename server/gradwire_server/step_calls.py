@@ -8,7 +8,7 @@ from gradwire_proto.names import parse_model_name
 from gradwire_proto.values import Limits
 from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
+from gradwire_server.failures import answer_of
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.step_jobs import Chain
 from gradwire_server.step_requests import StepRequests
@@ -44,9 +44,7 @@ class StepCalls:
             job = await model.steps.submit(request.call, request.step, Chain(), 0, at_once=True)
             result = await job.result(call.deadline)
         except Exception as error:
-            refusal = public_error(error, request_id)
-            refusal.request_id = refusal.request_id or request_id
-            raise refusal from None
+            raise answer_of(error, request_id) from None
         if job.reply is not None:
             return job.reply
         return encode_reply("TrainStep", result).SerializeToString()

@@ -18,7 +18,7 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
 from gradwire_server.admission import Admission, draining
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
+from gradwire_server.failures import answer_of
 from gradwire_server.hosted_model import HostedModel
 from gradwire_server.step_jobs import Chain, behind_refused
 from gradwire_server.step_requests import StepRequest, StepRequests
@@ -30,6 +30,9 @@ BYTES_AHEAD = 16 << 20
 
 MOST_STEPS = 4096
 """Of one message: nobody else is answered while they are told apart."""
+
+MOST_BYTES = 8 << 20
+"""Of one message with several steps: all of it stays until the last of them is taken."""
 
 Item = Job[Any] | EndedCommand | GradwireError
 
@@ -113,22 +116,27 @@ class StepStream:
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for message in messages:
-            arrived = self._moved = time.monotonic()
-            for raw in _steps_of(message):
-                while len(self._items) >= self._most or self._bytes >= BYTES_AHEAD:
-                    self._room.clear()
-                    await self._room.wait()
-                item = await self._take(raw, arrived)
-                if isinstance(item, Job):
-                    item.join()
-                    item.on_end(lambda _: self._news.set())
-                elif isinstance(item, GradwireError) or item.error is not None:
-                    self._chain.refused(self._place)
-                self._items.append((item, len(raw)))
-                self._place += 1
-                self._bytes += len(raw)
-                if not isinstance(item, Job) or item.ended:
-                    self._news.set()
+            self._moved = time.monotonic()
+            await self._take_all(message)
+            message = b""  # The next one may be long in coming.
+
+    async def _take_all(self, message: bytes) -> None:
+        arrived = self._moved
+        for raw in _steps_of(message):
+            while len(self._items) >= self._most or self._bytes >= BYTES_AHEAD:
+                self._room.clear()
+                await self._room.wait()
+            item = await self._take(raw, arrived)
+            if isinstance(item, Job):
+                item.join()
+                item.on_end(lambda _: self._news.set())
+            elif isinstance(item, GradwireError) or item.error is not None:
+                self._chain.refused(self._place)
+            self._items.append((item, len(raw)))
+            self._place += 1
+            self._bytes += len(raw)
+            if not isinstance(item, Job) or item.ended:
+                self._news.set()
 
     async def _take(self, raw: bytes, arrived: float) -> Item:
         """The step as it waits in the model's queue, or what became of it already."""
@@ -142,9 +150,7 @@ class StepStream:
                 raise item.forgotten()
             return item
         except Exception as error:
-            refusal = public_error(error, self._requests.request_id)
-            refusal.request_id = refusal.request_id or self._requests.request_id
-            return refusal
+            return answer_of(error, self._requests.request_id)
 
     async def _model_of(self, request: StepRequest) -> HostedModel:
         if self._model is None:
@@ -181,6 +187,9 @@ def _steps_of(message: bytes) -> list[bytes]:
         raise InvalidArgument(f"the bytes are no {kind} message", reason="MALFORMED_MESSAGE") from None
     if len(steps) > MOST_STEPS:
         words = f"expected at most {MOST_STEPS} steps in a message, got {len(steps)}"
+        raise InvalidArgument(words, field="steps", reason="MESSAGE_TOO_LARGE")
+    if len(steps) > 1 and len(message) > MOST_BYTES:
+        words = f"expected at most {MOST_BYTES} bytes in a message of several steps, got {len(message)}"
         raise InvalidArgument(words, field="steps", reason="MESSAGE_TOO_LARGE")
     return steps
 

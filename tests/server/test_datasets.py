@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import threading
 import time
@@ -147,6 +148,28 @@ async def test_repeat_of_a_creation_joins_the_one_that_is_still_writing(
     made = await first
     assert await repeat == made
     assert list((await frontend.stub.ListDatasets(pb.ListDatasetsRequest())).datasets) == [made]
+
+
+async def test_making_that_fails_when_its_caller_is_gone_is_no_error_that_nobody_looked_at(
+    frontend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, writing, unseen = threading.Event(), [], []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        writing.append(True)
+        assert go_on.wait(10.0)
+        raise OSError("no room")
+
+    monkeypatch.setattr(datasets, "write_dataset", fail)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    caller = asyncio.ensure_future(frontend.stub.CreateDataset(creation()))
+    await frontend.until(lambda: writing)
+    caller.cancel()
+    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    go_on.set()
+    await frontend.until(lambda: not frontend.service._datasets._making)
+    gc.collect()
+    assert not unseen
 
 
 async def test_dataset_whose_making_failed_at_the_last_fsync_is_not_there_after_a_restart(

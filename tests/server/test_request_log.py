@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ModelNotFound, Unavailable
+from gradwire_proto.errors import FailedPrecondition, InvalidArgument, ModelNotFound, ResourceExhausted, Unavailable
 from gradwire_server.aging import REMEMBER_SECONDS
 from gradwire_server.calls import Call
 from gradwire_server.request_log import RequestLog
@@ -70,6 +70,24 @@ def test_what_was_declared_not_applied_stays_so_for_as_long_as_requests_are_know
     with pytest.raises(ModelNotFound):
         log.get("c")
     assert log.find(call("a")) is None
+
+
+def test_of_more_unknown_requests_than_are_kept_nothing_is_declared(monkeypatch: Any) -> None:
+    monkeypatch.setattr("gradwire_server.request_log._MOST", 3)
+    clock = Clock()
+    log: RequestLog[Any] = RequestLog(2, 100, clock=clock)
+    for name in "abca":
+        with pytest.raises(ModelNotFound):
+            log.get(name)
+    with pytest.raises(ResourceExhausted, match="so many commands"):
+        log.get("d")
+    assert log.find(call("d")) is None
+    for name in "abc":
+        with pytest.raises(FailedPrecondition, match="declared not applied"):
+            log.find(call(name))
+    clock.now += REMEMBER_SECONDS
+    with pytest.raises(ModelNotFound):
+        log.get("d")
 
 
 def test_so_many_requests_are_known_at_most(monkeypatch: Any) -> None:

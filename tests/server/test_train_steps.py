@@ -17,7 +17,7 @@ from gradwire_proto.errors import RankLost, Unavailable
 from gradwire_proto.status import from_rpc_error, from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import model_pb2
-from gradwire_proto.values import Batch, Limits
+from gradwire_proto.values import Batch, Limits, TensorData
 from gradwire_server.fingerprints import fingerprint
 from gradwire_server.step_requests import StepRequests
 from gradwire_server.storage.segment_writer import SegmentWriter
@@ -162,6 +162,42 @@ async def test_message_of_too_many_steps_ends_its_stream(frontend: Any, fakes: A
     error = await error_of(stream)
     assert (error.reason, error.field) == ("MESSAGE_TOO_LARGE", "steps") and "at most 4096 steps" in str(error)
     assert not workers.calls
+
+
+async def test_message_of_several_steps_has_a_bound_in_bytes_and_that_of_one_has_its_own(
+    frontend: Any, fakes: Any
+) -> None:
+    workers = await frontend.create()
+    first, second = steps(frontend, fakes, b"a", b"b")
+    first.batch.Clear()
+    codec.encode_batch(Batch(TensorData("uint8", (8 << 20,), bytes(8 << 20))), first.batch)
+    stream = Stream(frontend)
+    await stream.send(first)
+    await stream.outcomes(1)
+    await stream.send(first, second)
+    error = await error_of(stream)
+    assert (error.reason, error.field) == ("MESSAGE_TOO_LARGE", "steps") and "at most 8388608 bytes" in str(error)
+    assert len(workers.calls) == 1
+
+
+async def test_a_client_that_does_not_take_its_answers_does_not_keep_its_place(start: Any, fakes: Any) -> None:
+    async with start(stall_seconds=0.3) as frontend:
+        workers = await frontend.create()
+        window = [
+            ("grpc.http2.lookahead_bytes", 1024),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        async with grpc.aio.insecure_channel(frontend.target, options=window) as channel:
+            call = channel.stream_stream("/gradwire.v1.GradientService/TrainSteps")()
+            requests = steps(frontend, fakes, *[b"a"] * 1000)
+            await call.write(pb.TrainStepsRequest(steps=requests).SerializeToString())
+            await frontend.until(lambda: workers.step)
+            await frontend.until(lambda: not frontend.service._admission.in_flight)
+            assert workers.step < 500
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [response async for response in call]
+            assert from_rpc_error(caught.value, command=False).reason == "STREAM_STALLED"
 
 
 async def test_steps_behind_a_refused_one_are_not_applied_and_told_so(frontend: Any, fakes: Any) -> None:

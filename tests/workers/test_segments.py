@@ -61,6 +61,17 @@ def test_file_that_was_lent_is_written_to_again_once_nobody_has_it(shared_memory
         assert os.stat(written.data.path).st_ino not in pages  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_file_that_is_written_to_again_shows_nothing_of_what_was_there(shared_memory: Path):
+    writer = SegmentWriter(shared_memory, "rank-a")
+    (secret,) = writer.write([from_torch(torch.full((1_000_000,), 7, dtype=torch.uint8))])
+    pages = os.stat(secret.data.path).st_ino  # pyright: ignore[reportAttributeAccessIssue]
+    lend(secret.data.path)  # pyright: ignore[reportAttributeAccessIssue]
+    written = writer.write([from_torch(torch.full((150_001,), value, dtype=torch.uint8)) for value in (1, 2)])
+    path = Path(written[0].data.path)  # pyright: ignore[reportAttributeAccessIssue]
+    assert os.stat(path).st_ino == pages
+    assert path.read_bytes() == b"\1" * 150_001 + bytes(15) + b"\2" * 150_001
+
+
 def test_release_unlinks_each_file_once_and_keeps_what_is_still_used(tmp_path: Path):
     writer = SegmentWriter(tmp_path, "rank-a")
     first, second = (writer.write([from_torch(torch.ones(3)), from_torch(torch.zeros(2))]) for _ in range(2))

@@ -94,8 +94,11 @@ class SegmentWriter:
 
 
 def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[TensorData]:
-    offset = 0
+    offset = end = 0
     for tensor in tensors:
+        if end < offset:
+            # In a file that was lent before, there are bytes of former results.
+            os.pwrite(file, bytes(offset - end), end)
         position = offset
         for piece in pieces(tensor.data):
             while piece:
@@ -103,6 +106,7 @@ def _write_all(file: int, path: str, tensors: Iterable[TensorData]) -> Iterator[
                 position += written
                 piece = piece[written:]
         yield TensorData(tensor.dtype, tensor.shape, Segment(path, offset, tensor.nbytes))
+        end = offset + tensor.nbytes
         offset += _room(tensor.nbytes)
 
 

@@ -16,7 +16,7 @@ from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_server.admission import Admission
 from gradwire_server.begun import begin
 from gradwire_server.calls import Call
-from gradwire_server.failures import public_error
+from gradwire_server.failures import answer_of
 from gradwire_server.request_parsing import parse
 from gradwire_server.rpc_handlers import SERVICE
 
@@ -54,7 +54,7 @@ class LocalCalls:
             with self._admission:
                 return pb.LocalReply(response=await method(raw, call))
         except Exception as error:
-            return pb.LocalReply(error=to_status(public_error(error, call.request_id)))
+            return pb.LocalReply(error=to_status(answer_of(error, call.request_id)))
 
 
 def _parsed(servicer: Any, name: str, message_bytes: int) -> Method:
@@ -65,8 +65,6 @@ def _parsed(servicer: Any, name: str, message_bytes: int) -> Method:
         try:
             return (await answer(request, call)).SerializeToString()
         except Exception as error:
-            refusal = public_error(error, call.request_id)
-            refusal.request_id = refusal.request_id or call.request_id
-            raise refusal from None
+            raise answer_of(error, call.request_id) from None
 
     return method
