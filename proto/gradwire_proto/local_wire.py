@@ -32,6 +32,9 @@ MOST_PATH_BYTES = 107
 """Bytes of a socket's path at most: the kernel's bound."""
 
 _FILES = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+_FILES_ROOM = socket.CMSG_LEN(MOST_FILES * array("i").itemsize)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+"""A plain number: combining the enums anew takes longer than the call."""
 
 M = TypeVar("M", bound=Message)
 
@@ -74,13 +77,12 @@ def send_packet(to: socket.socket, message: Message, files: Sequence[int] = ()) 
 def receive_packet(of: socket.socket, kind: type[M]) -> tuple[M, list[int]]:
     """(message, descriptors, which are the caller's to close). EOFError when the peer has left; PacketError."""
     # Not socket.recv_fds, which forgets the flags that it is given.
-    room = socket.CMSG_LEN(MOST_FILES * array("i").itemsize)
-    packet, beside, flags, _ = of.recvmsg(PACKET_BYTES + 1, room, socket.MSG_CMSG_CLOEXEC)
+    packet, beside, flags, _ = of.recvmsg(PACKET_BYTES + 1, _FILES_ROOM, socket.MSG_CMSG_CLOEXEC)
     files = [file for level, sort, data in beside if (level, sort) == _FILES for file in _descriptors(data)]
     try:
         if not packet:
             raise EOFError("the peer has left")
-        if len(packet) > PACKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if len(packet) > PACKET_BYTES or flags & _CUT:
             raise PacketError("a packet is too big")
         return kind.FromString(packet), files
     except BaseException as error:

@@ -115,7 +115,7 @@ class ModelCheckpoints:
         replies = self._commands.log.stored()
         try:
             spec = await in_thread(self._description.spec.encoded)
-            stored = await in_thread(replies)
+            older, newer = await in_thread(replies)
         except BaseException:
             remove_files(state_files(state))
             raise
@@ -129,7 +129,8 @@ class ModelCheckpoints:
             layout=self._description.info.tensors,
             workers=self._description.info.workers,
             state=replace(state, command=self._commands.number),
-            replies=stored,
+            replies=newer,
+            older=older,
         )
 
     async def save_here(self, *, alone: bool = False) -> None:

@@ -15,7 +15,7 @@ from gradwire_proto.values import CommandInfo
 from gradwire_server.aging import Aging
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fits
-from gradwire_server.storage.saved_model import StoredReply
+from gradwire_server.storage.saved_model import StoredReply, reply_line
 from gradwire_server.stored_replies import EndedCommand, stored_reply_of
 
 
@@ -43,7 +43,8 @@ Each checkpoint holds them, which takes some 5 us for each.
 @dataclass(slots=True)
 class _Entry(Generic[R]):
     """`stored`: what the storage has of it, once it has been applied. `ended_at`: when it ended, in seconds since 1970,
-    or a little later; None where that was not noted yet.
+    or a little later; None where that was not noted yet. `line`: what a checkpoint says of an older one, which took a
+    while to find out.
     """
 
     body: bytes
@@ -51,6 +52,7 @@ class _Entry(Generic[R]):
     reply_bytes: int = 0
     stored: EndedCommand | None = None
     ended_at: float | None = None
+    line: str | None = None
 
 
 class RequestLog(Generic[R]):
@@ -59,7 +61,7 @@ class RequestLog(Generic[R]):
     Of those that have ended the replies go first: beyond `capacity`, and before that where they have more than
     `reply_bytes` together, oldest first. What became of the request stays known for REMEMBER_SECONDS after its end: a
     repeat hears so, and is not applied again. After that it is a new request. Memory is bounded all the same: beyond
-    32,768 of them (or `capacity`, where that is more), about 0.5 KB each, the oldest go even when they are younger.
+    32,768 of them (or `capacity`, where that is more), about 0.8 KB each, the oldest go even when they are younger.
     `clock`: seconds since 1970, so that what a checkpoint stores ages while no service runs.
     """
 
@@ -176,19 +178,22 @@ class RequestLog(Generic[R]):
         """Commands behind this number are undone: what was stored of them is not so."""
         for entry in (*self._older.values(), *self._entries.values()):
             if entry.stored is not None and entry.stored.number > number:
-                entry.stored = None
+                entry.stored = entry.line = None
 
-    def stored(self) -> Callable[[], tuple[StoredReply, ...]]:
-        """What a checkpoint holds of the requests that are known now and were applied, oldest first: by a function
-        that takes a while, which a thread may call before the next request runs.
+    def stored(self) -> Callable[[], tuple[tuple[str, ...], tuple[StoredReply, ...]]]:
+        """What a checkpoint holds of the requests that are known now and were applied, oldest first: `older` and
+        `replies` of a SavedModel. By a function that takes a while, which a thread may call before the next request
+        runs.
         """
-        names, now = [*self._older, *self._entries], self._clock()
-        entries = [*self._older.values(), *self._entries.values()]
-        return lambda: tuple(
-            stored_reply_of(request_id, entry.body, entry.stored, now if entry.ended_at is None else entry.ended_at)
-            for request_id, entry in zip(names, entries, strict=True)
-            if entry.stored is not None
-        )
+        names, now = list(self._entries), self._clock()
+        older, entries = list(zip(self._older, self._older.values(), strict=True)), list(self._entries.values())
+
+        def find() -> tuple[tuple[str, ...], tuple[StoredReply, ...]]:
+            lines = (entry.line or _note_line(request_id, entry, now) for request_id, entry in older)
+            replies = (_stored(request_id, entry, now) for request_id, entry in zip(names, entries, strict=True))
+            return tuple(filter(None, lines)), tuple(filter(None, replies))
+
+        return find
 
     def replies_of(self, method: str) -> list[bytes]:
         """The replies that are stored of the requests of one method, oldest first."""
@@ -261,6 +266,19 @@ async def command_info(name: str, request: Seen | None, *, wait: bool) -> Comman
     if error.outcome == "unknown":
         raise copy.copy(error)
     return CommandInfo(name=name, state="not_applied", error=str(error))
+
+
+def _stored(request_id: str, entry: _Entry[R], now: float) -> StoredReply | None:
+    if entry.stored is None:
+        return None
+    return stored_reply_of(request_id, entry.body, entry.stored, now if entry.ended_at is None else entry.ended_at)
+
+
+def _note_line(request_id: str, entry: _Entry[R], now: float) -> str | None:
+    """What a checkpoint says of an older request, which stays as it is."""
+    stored = _stored(request_id, entry, now)
+    entry.line = None if stored is None else reply_line(stored)
+    return entry.line
 
 
 def _is_settled(request: Seen | None) -> bool:

@@ -124,7 +124,9 @@ def test_what_is_stored_keeps_its_age_and_what_has_none_ended_now() -> None:
     end(log, "a")
     clock.now += REMEMBER_SECONDS / 2
     end(log, "b")
-    stored = decode_replies(b"".join(encode_replies(log.stored()())))
+    older, newer = log.stored()()
+    assert (older, newer) == log.stored()(), "what is noted of older ones is what was found"
+    stored = decode_replies(b"".join(encode_replies(newer, older)))
     assert [(each.request_id, each.ended_at) for each in stored] == [("a", 1e9), ("b", clock.now)]
     assert [each.reply for each in stored] == [None, b"reply"], "replies go as they do here"
     again: RequestLog[Any] = RequestLog(1, 100, clock=clock)

@@ -48,7 +48,8 @@ class Layout:
         self.variant = shards[0].variant
         self.rows = rows
         self.rank_rows = tuple(shard.count for shard in shards)
-        self.shards = [described(shard) for shard in shards]
+        self.shards = [to_json(described(shard)) for shard in shards]
+        """In JSON."""
         self.parts = [_parts_of(shard, form) for shard in shards]
 
 
@@ -113,8 +114,8 @@ def pack_steps(
     # Several ranks tell of each step at once: when one is lost, the others should not be further than is known.
     part_seconds = PART_SECONDS if len(layouts[0].shards) == 1 else 0.0
     used: dict[int, int] = {}
-    described: list[Any] = []
-    rows: list[Any] = []
+    described: list[str] = []
+    rows: list[str] = []
     small: list[Any] = []
     large: list[Any] = []
     for offset, (step, layout) in enumerate(zip(steps, layouts, strict=True)):
@@ -122,7 +123,8 @@ def pack_steps(
         if where is None:
             where = used[id(layout)] = len(described)
             described.append(layout.shards[rank])
-        rows.append((where, command + offset, number + offset, step.lr))
+        lr = "null" if step.lr is None else to_json(step.lr)
+        rows.append(f"[{where},{command + offset},{number + offset},{lr}]")
         for part in layout.parts[rank]:
             data = step.data[part.index]
             if part.start is not None:
@@ -134,7 +136,7 @@ def pack_steps(
             small.append(data)
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
-    text = to_json({"layouts": described, "steps": rows})
+    text = f'{{"layouts":[{",".join(described)}],"steps":[{",".join(rows)}]}}'
     # Half of them early: what is done about these, and the next message, is done while the rank computes the rest.
     part_row = (len(steps) + 1) // 2 if len(steps) > 1 else 0
     parts = {"part_seconds": part_seconds, "part_row": part_row, "follows": follows}

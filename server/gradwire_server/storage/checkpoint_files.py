@@ -87,7 +87,7 @@ def write_files(draft: Draft, saved: SavedModel) -> dict[str, StoredFile]:
         with file(name) as sink:
             sink.write(content)
     with file(REPLIES) as sink:
-        for piece in encode_replies(saved.replies):
+        for piece in encode_replies(saved.replies, saved.older):
             sink.write(piece)
     for name, tensors in ((WEIGHTS, weights), (EXTRA, extra), (OPTIMIZER_TENSORS, optimizer_tensors)):
         with file(name) as sink:

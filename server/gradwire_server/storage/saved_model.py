@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class SavedModel:
     spec: the raw message gradwire.v1.Model with every variant's graphs, and optimizer and settings as they are now.
     layout: the program's tensors, aliases included, in the order of state_dict. torch_version: what it was saved under.
     folder: the folder of the files that hold the tensors, where they have one of their own, which goes with them.
+    older: `reply_line` of requests before those of `replies`; read again, these are there like all others.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SavedModel:
     workers: int
     state: ModelState
     replies: tuple[StoredReply, ...] = ()
+    older: tuple[str, ...] = ()
     torch_version: str = ""
     folder: Path | None = None
 
@@ -85,16 +87,19 @@ def _tensors(state: ModelState) -> Iterator[TensorData]:
         yield from (held or {}).values()
 
 
-def encode_replies(replies: tuple[StoredReply, ...]) -> Iterator[bytes]:
-    """The length of a list in JSON in 8 bytes, the list, and behind it the responses themselves."""
-    text = ("[" + ",\n".join(map(_line, replies)) + "]").encode()
+def encode_replies(replies: Sequence[StoredReply], older: Sequence[str] = ()) -> Iterator[bytes]:
+    """The length of a list in JSON in 8 bytes, the list, and behind it the responses themselves.
+
+    older: `reply_line` of each that stands before the others, and has no response.
+    """
+    text = ("[" + ",\n".join([*older, *map(reply_line, replies)]) + "]").encode()
     yield len(text).to_bytes(8, "little")
     yield text
     yield from (each.reply for each in replies if each.reply is not None)
 
 
-def _line(reply: StoredReply) -> str:
-    """Not by json, which takes four times as long: there may be very many."""
+def reply_line(reply: StoredReply) -> str:
+    """What the list says of one. Not by json, which takes four times as long: there may be very many."""
     nbytes = "null" if reply.reply is None else len(reply.reply)
     refused = "null" if reply.refused is None else _to_json(reply.refused)
     ended_at = "null" if reply.ended_at is None else repr(reply.ended_at)
