@@ -62,9 +62,15 @@ class NamedLoss:
             name: to_torch(value, writable=True).to(device) if isinstance(value, TensorData) else value
             for name, value in spec.options.items()
         }
+        self._has_classes = known.weight is _class_weight
+        # What torch.nn.functional calls in the end, where nothing is left to broadcast.
+        self._direct: Callable[..., Tensor] | None = _DIRECT.get(spec.name)
+        self._reduction = 2 if spec.options.get("reduction") == "sum" else 1
 
     def whole(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss over all rows."""
+        if self._direct is not None and output.shape == target.shape:
+            return self._direct(output, target, self._reduction)
         self.check(output, target)
         return self._call(output, target, self._options)
 
@@ -94,7 +100,7 @@ class NamedLoss:
     def check(self, output: Tensor, target: Tensor) -> None:
         """Refuse classes that the output has not; of the output, its dimensions behind the rows are looked at."""
         # Under vmap nothing can look at values: whoever uses that has checked before.
-        if self.looks_at_targets and self._known.weight is _class_weight and not is_functorch_wrapped_tensor(target):
+        if self.looks_at_targets and self._has_classes and not is_functorch_wrapped_tensor(target):
             check_classes(output, target, self._options)
 
 
@@ -147,6 +153,11 @@ def _class_weight(output: Tensor, target: Tensor, options: Mapping[str, Any]) ->
 
 def _fits_each_row(weight: Tensor | None, output: Tensor) -> bool:
     return weight is None or weight.dim() < output.dim() or weight.shape[0] == 1
+
+
+# Their only option is how they are reduced: 1 stands for the mean, 2 for the sum, as in torch.nn._reduction.
+_NN: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+_DIRECT: Mapping[str, Callable[..., Tensor]] = {"mse_loss": _NN.mse_loss, "l1_loss": _NN.l1_loss}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

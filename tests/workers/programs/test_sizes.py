@@ -23,6 +23,7 @@ from gradwire_proto.values import (
     TensorSpec,
     Variant,
 )
+from gradwire_workers.lifted_limits import limits_lifted
 from gradwire_workers.programs import build_program
 
 LIMITS = Limits(tensor_bytes=1 << 20)
@@ -101,6 +102,14 @@ def test_sizes_of_a_loss_graph_are_checked_with_the_batch():
         built("train", torch.randn(600, 4))
     with pytest.raises(ResourceExhausted):  # gathered outputs have more rows than the rank's own
         built.loss("train", [torch.randn(600, 2)], [torch.randn(600, 2)])
+
+
+def test_a_batch_that_came_while_limits_were_lifted_is_checked_when_it_comes_again():
+    built = build_program(program(node("e", "aten.repeat.default", X, [1000, 1])), {}, limits=LIMITS)
+    with limits_lifted():
+        built("v", torch.ones(1000, 4))
+    with pytest.raises(ResourceExhausted):
+        built("v", torch.ones(1000, 4))
 
 
 def test_a_loss_graph_is_checked_before_any_batch():

@@ -53,6 +53,24 @@ class Decayed(nn.Module):
         return Decay.apply(x, self.weight.expand(x.shape[0], 4))[:, :4] + Decay.apply(self.weight, self.weight)
 
 
+class Alone(nn.Module):
+    """The parameter's gradient is what backward() begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.reshape(()) + 0 * x.sum()
+
+
+def test_what_backward_begins_with_is_not_clipped_with_the_gradients(make_group):
+    x, y = torch.randn(4, 2), torch.randn(4)
+    group = make_group(Alone(), lambda output, target: output + 0 * target.sum(), (x, y), ranks=1, clip_grad_norm=0.05)
+    reports = [group.over_shards("train_step", group.shards(x, y))[0] for _ in range(3)]
+    assert [report.grad_norm for report in reports] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("module", [Sum(), Expanded(), Decayed()], ids=lambda module: type(module).__name__)
 def test_updates_with_clipping_equal_torch(module, ranks, make_group):

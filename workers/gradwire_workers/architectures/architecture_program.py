@@ -87,6 +87,10 @@ class ArchitectureProgram(nn.Module):
 
     def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
         """The flat outputs of the module for a variant's input leaves, in order."""
+        return self.outputs(variant_name, leaves)
+
+    def outputs(self, variant_name: str, leaves: Sequence[Any]) -> list[Any]:
+        """The same, without what a module does around its forward."""
         variant = self.variant(variant_name)
         outputs, structure = self._run(variant, leaves)
         if structure != variant.output_structure:

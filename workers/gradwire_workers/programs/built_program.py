@@ -57,6 +57,10 @@ class BuiltProgram(nn.Module):
 
     def forward(self, variant_name: str, *leaves: Any) -> list[Any]:
         """The flat outputs of a variant for its input leaves, in order (constants included, but not looked at)."""
+        return self.outputs(variant_name, leaves)
+
+    def outputs(self, variant_name: str, leaves: Sequence[Any]) -> list[Any]:
+        """The same, without what a module does around its forward."""
         run = self._run(variant_name)
         run.sizes.before_run(leaves)
         return run.outputs(leaves)

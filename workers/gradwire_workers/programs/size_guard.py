@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from gradwire_proto.errors import InvalidArgument, ResourceExhausted
 from gradwire_proto.values import GraphInput, Leaf, TensorSpec, Variant
+from gradwire_workers.lifted_limits import are_lifted
 from gradwire_workers.programs.size_check import UNKNOWN, SizesChecked, check_sizes
 
 _GROWTH = 4
@@ -44,6 +45,9 @@ class SizeGuard:
         self._tensor_bytes = tensor_bytes
         self._casts = casts
         self._places = _places(variant.input_leaves)
+        self._symbols_at = list(self._places.values())
+        self._last: list[int] = []
+        """Sizes of the batch that was checked last: most come with the same."""
         self._checked = SizesChecked()
         self._loss_checked = SizesChecked()
         self._weight_checked = SizesChecked()
@@ -54,9 +58,14 @@ class SizeGuard:
 
     def before_run(self, leaves: Sequence[Any]) -> None:
         """Checks a batch's input leaves, unless batches as large were checked before."""
-        if not self._places:
+        sizes = [leaves[leaf].size(dimension) for leaf, dimension in self._symbols_at]
+        if sizes == self._last:
             return
-        sizes = tuple([leaves[leaf].shape[dimension] for leaf, dimension in self._places.values()])
+        self._check_run(tuple(sizes))
+        if not are_lifted():
+            self._last = sizes
+
+    def _check_run(self, sizes: tuple[int, ...]) -> None:
         if self._checked.cover(sizes):
             return
         found = dict(zip(self._places, sizes, strict=True))

@@ -97,6 +97,13 @@ class VariantRun:
             ),
         )
 
+    def __post_init__(self) -> None:
+        first = len(self.template) - len(self.leaf_positions)
+        self._tensors = self.template[:first]
+        # As torch.export has them: tensors, and then all leaves in order.
+        every = [(first + index, index) for index in range(len(self.variant.input_leaves))]
+        self._leaves_follow = self.leaf_positions == every
+
     def reading(self, values: Mapping[Tensor, Tensor]) -> VariantRun:
         """The same with these values in place of the tensors that they are given for."""
         loss = None if self.loss is None else self.loss.reading(values)
@@ -112,6 +119,8 @@ class VariantRun:
 
     def outputs(self, leaves: Sequence[Any]) -> list[Any]:
         """The flat outputs for the input leaves."""
+        if not self.written_leaves and self._leaves_follow:
+            return list(self.module.forward(*self._tensors, *leaves))
         inputs: list[Any] = self.template.copy()
         for position, leaf in self.leaf_positions:
             inputs[position] = leaves[leaf]

@@ -26,10 +26,13 @@ class Attempt:
         self._groups = groups
         self._tensors = tensors
         self._changes = changes
+        self._snapshot: Snapshot | None = None
 
     def __enter__(self) -> None:
         if self._groups is not None and self._groups.failed:
             raise peer_failed("it failed before this command, and has not rejoined")
+        if not self._tensors:
+            return
         try:
             self._snapshot = Snapshot(self._tensors)
         except BaseException as error:
@@ -41,11 +44,12 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            if not self._changes:
-                self._snapshot.restore()
+        if error is None and (self._changes or self._snapshot is None):
             return
-        self._snapshot.restore()
+        if self._snapshot is not None:
+            self._snapshot.restore()
+        if error is None:
+            return
         if getattr(error, "reason", None) in AGREED:
             return
         if self._groups is not None:

@@ -233,7 +233,7 @@ def _scalar(loss: Any) -> Tensor:
         raise InvalidArgument(
             f"the loss must be one real number, got {found}", field="model.loss", reason="LOSS_NOT_SCALAR"
         )
-    return loss if loss.dim() == 0 else loss.reshape(())
+    return loss.reshape(()) if loss.dim() else loss
 
 
 class _Kind(Protocol):
@@ -261,6 +261,8 @@ class _ByName:
         self.loss.check(*self._pair(outputs, targets))
 
     def _pair(self, outputs: Sequence[Any], targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        if len(outputs) == len(targets) == 1 and isinstance(outputs[0], Tensor) and isinstance(targets[0], Tensor):
+            return outputs[0], targets[0]
         for leaves, field in ((outputs, "model.loss.torch.name"), (targets, "batch.targets")):
             if len(leaves) != 1 or not isinstance(leaves[0], Tensor):
                 raise InvalidArgument(
@@ -268,7 +270,7 @@ class _ByName:
                     field=field,
                     reason="LOSS_DOES_NOT_FIT",
                 )
-        return outputs[0], targets[0]
+        raise AssertionError("one of them is no single tensor")
 
 
 class _ByGraph:

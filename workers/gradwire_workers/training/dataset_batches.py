@@ -81,6 +81,8 @@ class _RowsOfKind:
         self._buffers: list[Tensor | None] = [None] * len(self._leaves)
         self._views: dict[int, Shard] = {}
         """Shards by their first row, of which nothing had to be copied."""
+        self._chosen: Shard | None = None
+        """That of rows in an order: their copies take turns in it."""
 
     def stored(self, row: int) -> Shard:
         """The shard of the batch that begins at this row."""
@@ -101,13 +103,17 @@ class _RowsOfKind:
 
     def ordered(self, rows: Tensor) -> Shard:
         """The shard of the batch of these rows."""
-        parts = []
-        for index, (leaf, (first, last)) in enumerate(zip(self._leaves, self._ranges, strict=True)):
-            if isinstance(leaf, Tensor):
-                chosen = rows if last - first == len(rows) else rows.narrow(0, first, last - first)
-                leaf = torch.index_select(leaf, 0, chosen, out=self._buffer(index, leaf, last - first))
-            parts.append(leaf)
-        return self._made(parts)
+        if self._chosen is None:
+            parts = [
+                self._buffer(index, leaf, last - first) if isinstance(leaf, Tensor) else leaf
+                for index, (leaf, (first, last)) in enumerate(zip(self._leaves, self._ranges, strict=True))
+            ]
+            self._chosen = self._made(parts)
+        for leaf, buffer, (first, last) in zip(self._leaves, self._buffers, self._ranges, strict=True):
+            if buffer is not None:
+                chosen = rows if last - first == self._shard.rows else rows.narrow(0, first, last - first)
+                torch.index_select(leaf, 0, chosen, out=buffer)
+        return self._chosen
 
     def _made(self, leaves: list[Any]) -> Shard:
         shard = self._shard

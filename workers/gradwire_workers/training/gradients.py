@@ -69,6 +69,18 @@ def apart(gradients: Sequence[Tensor | None], like: Sequence[Tensor], *, copy: b
     return found
 
 
+def share_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether two of them may be in the same memory."""
+    seen = {0}
+    for each in tensors:
+        if each is not None:
+            start = each.data_ptr()
+            if start in seen or each.storage_offset():
+                return True
+            seen.add(start)
+    return False
+
+
 def add_up(gradients: Sequence[Tensor | None], like: Sequence[Tensor], groups: ProcessGroups) -> list[Tensor | None]:
     """The sum of all ranks' gradients, as new tensors; None where no rank has one.
 

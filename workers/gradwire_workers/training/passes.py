@@ -14,7 +14,7 @@ from gradwire_workers.kernels.compiled_pass import CompiledPass
 from gradwire_workers.kernels.rank_kernels import RankKernels
 from gradwire_workers.process_group import ProcessGroups
 from gradwire_workers.shard import Shard
-from gradwire_workers.training.gradients import SummingModule, add_up, apart, broadcast
+from gradwire_workers.training.gradients import SummingModule, add_up, apart, broadcast, share_memory
 from gradwire_workers.training.replica import Replica
 
 
@@ -41,6 +41,7 @@ class Passes:
         self._trainable = trainable
         self._kernels = kernels
         self._summing: SummingModule | None = None
+        self._ones: Tensor | None = None
 
     @property
     def groups(self) -> ProcessGroups | None:
@@ -153,18 +154,29 @@ class Passes:
         """The same on the only rank, where backward() is sooner done than what `local` does."""
         replica = self._replica
         replica.seed(shard, command)
+        has_functions = replica.program.has_functions(shard.variant)
         try:
             _, loss = replica.outputs_and_loss(shard)
             _check_learns(loss.differentiable)
-            _backward(loss.differentiable)
+            cotangent = torch.ones_like(loss.differentiable) if has_functions else self._one(loss.differentiable)
+            _backward(loss.differentiable, cotangent)
             gradients = [each.grad for each in self._trainable]
         finally:
             for each in self._trainable:
                 each.grad = None
-        # backward() leaves two of them in the same memory where an operator hands out parts, or the same thing twice.
-        gradients = apart(gradients, self._trainable, copy=replica.program.has_functions(shard.variant))
-        _unscale(gradients, replica.scale)
-        return Pass(value=loss.value, gradients=gradients)
+        # backward() leaves two of them in the same memory where an operator hands out parts, or the same thing twice;
+        # or what it began with.
+        if has_functions or share_memory([cotangent, *gradients]):
+            gradients = apart(gradients, self._trainable, copy=True)
+        if replica.scale != 1.0:
+            _unscale(gradients, replica.scale)
+        return Pass(gradients, loss.value)
+
+    def _one(self, loss: Tensor) -> Tensor:
+        """What backward() begins with: the same 1 each time, which only a custom function could change."""
+        if self._ones is None or self._ones.dtype is not loss.dtype or self._ones.device != loss.device:
+            self._ones = torch.ones_like(loss)
+        return self._ones
 
     def _overlapped(self, shard: Shard, command: int, groups: ProcessGroups) -> Pass:
         if self._summing is None:
@@ -239,10 +251,9 @@ def _check_learns(loss: Tensor) -> None:
         )
 
 
-def _backward(loss: Tensor) -> None:
-    """loss.backward(), less what that looks at first, which takes as long as a small layer."""
-    ones = (torch.ones_like(loss),)
-    _ENGINE.run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+def _backward(loss: Tensor, cotangent: Tensor) -> None:
+    """loss.backward(cotangent), less what that looks at first, which takes as long as a small layer."""
+    _ENGINE.run_backward((loss,), (cotangent,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]

@@ -109,7 +109,7 @@ class Replica(nn.Module):
     def outputs(self, shard: Shard) -> list[Any]:
         """The flat outputs of the shard's variant for its rows. In a split batch, every rank at the same time."""
         if self.precision == "fp32" and self._groups_of(shard) is None:
-            return self.program.forward(shard.variant, *shard.inputs)
+            return self.program.outputs(shard.variant, shard.inputs)
         with self._precise(), self._over_ranks(shard):
             return self.program(shard.variant, *shard.inputs)
 
@@ -125,6 +125,10 @@ class Replica(nn.Module):
     def outputs_and_loss(self, shard: Shard) -> tuple[list[Any], LocalLoss]:
         """The outputs, and the rank's part of the loss. In a split batch, every rank at the same time."""
         if self.precision == "fp32":
+            if self.groups is None or shard.whole:
+                assert self._loss is not None, "checked before"
+                outputs = self.program.outputs(shard.variant, shard.inputs)
+                return outputs, self._loss.of_whole(shard.variant, outputs, shard.targets, self.scale)
             outputs = self.outputs(shard)
             return outputs, self.loss(shard, outputs, self.scale)
         # One region, as in a training loop: what autocast has cast of a weight serves forward and loss alike.

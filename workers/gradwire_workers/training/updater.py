@@ -62,6 +62,8 @@ class Updater:
         self._clipping = clipping
         self._optimizer = make_optimizer(spec, parameters, aliases, field=field)
         self._step = BareStep(self._optimizer)
+        self.searches = isinstance(self._optimizer, torch.optim.LBFGS)
+        """Whether an update evaluates the batch again."""
         self._schedule = None
         if spec.schedule is not None:
             self._schedule = make_schedule(spec.schedule, self._optimizer, field=f"{field}.schedule")
@@ -72,11 +74,6 @@ class Updater:
     def lr(self) -> float:
         """The first group's learning rate in the next update."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    @property
-    def searches(self) -> bool:
-        """Whether an update evaluates the batch again."""
-        return isinstance(self._optimizer, torch.optim.LBFGS)
 
     def set_learning_rate(self, lr: float) -> None:
         """Give all parameter groups this learning rate. The schedule's next step works on it as torch's would."""
