@@ -68,7 +68,7 @@ def _compile(order: CompileOrder, folder: Path) -> None:
 
 
 def trace_order(order: CompileOrder) -> tuple[PassForm, Any, list[Tensor], list[Tensor]]:
-    """(what the pass gives, its graph, tensors such as it takes, its constants), with zeros for what only a rank has."""
+    """(what the pass gives, its graph, tensors such as it takes, its constants), with zeros for what a rank has."""
     spec = decode_model_spec(model_pb2.Model.FromString(order.spec))
     compute_repeatably(order.device, strictly=spec.deterministic)
     state = {name: _strided(dtype, shape, stride) for name, dtype, shape, stride in order.tensors}
