@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gradwire_proto.errors import FailedPrecondition
 from gradwire_workers.kernels import inductor
 from gradwire_workers.kernels.order import CompileOrder
@@ -80,7 +82,9 @@ class Compilation:
         """(the kernels as a function, what it gives). Takes about a second the first time. Raises what torch raises."""
         compiler = inductor.set_up(self._folder)
         form = PassForm.decode(json.loads((self._folder / inductor.FORM).read_text()))
-        return compiler.CompiledArtifact.load(path=str(self._folder / inductor.ARTIFACT), format="binary"), form
+        constants = torch.load(self._folder / inductor.CONSTANTS, weights_only=True)
+        kernels = compiler.CompiledArtifact.load(path=str(self._folder / inductor.ARTIFACT), format="binary")
+        return lambda *tensors: kernels(*tensors, *constants), form
 
     def give_up(self) -> None:
         """Nobody wants the kernels any more. Idempotent."""

@@ -55,8 +55,11 @@ def main(folder: Path) -> None:
 def _compile(order: CompileOrder, folder: Path) -> None:
     torch.set_num_threads(order.threads)
     compiler = inductor.set_up(folder)
-    form, graph, tensors = trace_order(order)
-    made = compiler.standalone_compile(graph, tensors, dynamic_shapes="from_example_inputs", options=inductor.OPTIONS)
+    form, graph, tensors, constants = trace_order(order)
+    made = compiler.standalone_compile(
+        graph, [*tensors, *constants], dynamic_shapes="from_example_inputs", options=inductor.OPTIONS
+    )
+    torch.save(constants, folder / inductor.CONSTANTS)
     _write(folder / inductor.FORM, json.dumps(form.encode()).encode())
     unfinished = folder / f"{inductor.ARTIFACT}.new"
     made.save(path=str(unfinished), format="binary")
@@ -64,8 +67,8 @@ def _compile(order: CompileOrder, folder: Path) -> None:
     os.replace(unfinished, folder / inductor.ARTIFACT)
 
 
-def trace_order(order: CompileOrder) -> tuple[PassForm, Any, list[Tensor]]:
-    """(what the pass gives, its graph, tensors such as it takes), with zeros for all that only a rank has."""
+def trace_order(order: CompileOrder) -> tuple[PassForm, Any, list[Tensor], list[Tensor]]:
+    """(what the pass gives, its graph, tensors such as it takes, its constants), with zeros for what a rank has."""
     spec = decode_model_spec(model_pb2.Model.FromString(order.spec))
     compute_repeatably(order.device, strictly=spec.deterministic)
     state = {name: _strided(dtype, shape, stride) for name, dtype, shape, stride in order.tensors}
@@ -83,8 +86,8 @@ def trace_order(order: CompileOrder) -> tuple[PassForm, Any, list[Tensor]]:
             inputs=replica.moved([_leaf(each) for each in order.inputs]),
             targets=replica.moved([_leaf(each) for each in order.targets]),
         )
-        graph, tensors, form = trace_pass(replica, list(trained.values()), shard, rows=order.rows)
-    return form, graph, tensors
+        graph, tensors, constants, form = trace_pass(replica, list(trained.values()), shard, rows=order.rows)
+    return form, graph, tensors, constants
 
 
 def _leaf(described: tuple[Any, ...]) -> Any:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-ARTIFACT, FORM, REFUSED, ORDER, LOCK = "kernels.bin", "form.json", "refused.txt", "order.bin", "lock"
+ARTIFACT, FORM, CONSTANTS = "kernels.bin", "form.json", "constants.pt"
+REFUSED, ORDER, LOCK = "refused.txt", "order.bin", "lock"
 """The names of files in the folder of one order."""
 
 

@@ -16,7 +16,7 @@ from gradwire_proto.values import Limits, ModelSpec
 from gradwire_workers.shard import Shard
 from gradwire_workers.training.replica import Replica
 
-_FORMAT = 1
+_FORMAT = 3
 """Goes up when other kernels are made of the same order."""
 
 

@@ -39,10 +39,11 @@ class PassForm:
 
 def trace_pass(
     replica: Replica, trained: Sequence[nn.Parameter], shard: Shard, *, rows: bool
-) -> tuple[fx.GraphModule, list[Tensor], PassForm]:
-    """(the graph, tensors such as it takes, what it gives) of a pass over shards like this one.
+) -> tuple[fx.GraphModule, list[Tensor], list[Tensor], PassForm]:
+    """(the graph, tensors such as it takes, its constants, what it gives) of a pass over shards like this one.
 
-    It takes every tensor of the program, the shard's tensors, and what the loss is multiplied by in backward. The pass
+    It takes every tensor of the program, the shard's tensors, what the loss is multiplied by in backward, and behind
+    them the constants, which are the same in every pass. The pass
     is run once first: what it needs to look at once, such as sizes, is looked at then. Whatever the program raises
     comes out; FailedPrecondition LOSS_NOT_BY_ROW where the loss is to be divided, and is no sum over rows.
     """
@@ -76,7 +77,28 @@ def trace_pass(
     run(*tensors)
     tensors[-1] = tensors[-1].to(getattr(torch, found["form"].loss))
     graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-    return graph, tensors, found["form"]
+    return graph, tensors, _lifted_constants(graph), found["form"]
+
+
+def _lifted_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Have the graph take the tensors that it holds, such as a loss's weights, as its last arguments: these."""
+    constants: list[Tensor] = []
+    names: set[str] = set()
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        value = getattr(graph, node.target) if node.op == "get_attr" else None
+        if isinstance(value, Tensor):
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"constant_{len(constants)}")
+            node.replace_all_uses_with(last)
+            graph.graph.erase_node(node)
+            constants.append(value.detach())
+            names.add(node.target)
+    for name in names:
+        # What a module still holds would be one argument more.
+        delattr(graph, name)
+    graph.recompile()
+    return constants
 
 
 def _dtype(tensor: Tensor) -> str:
