@@ -109,7 +109,7 @@ def test_four_clients_on_one_model_see_one_order_of_their_calls_under_faults(own
     proxy = CuttingProxy(own_service.target)
     history: list[Operation] = []
     threads = [threading.Thread(target=_call, args=(proxy.target, seed, history)) for seed in range(CLIENTS)]
-    faults = Faults(proxy, lambda: True, seed=2, pause=(1.0, 3.0))
+    faults = Faults(proxy, lambda: True, seed=2, pause=(0.5, 1.5))
     for each in (*threads, faults):
         each.start()
     for each in threads:
