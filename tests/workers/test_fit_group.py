@@ -82,6 +82,7 @@ async def make_group(channels: tuple[Path, list[RankChannel]], tmp_path: Path) -
             "threads": 1,
             "limits": asdict(Limits()),
             "weights_folder": None,
+            "kernels_folder": None,
             "gpus": (),
             "saved": None,
         }

@@ -87,6 +87,7 @@ async def group(ranks: Ranks, folder: Path) -> WorkerGroup:
         "threads": 1,
         "limits": asdict(Limits()),
         "weights_folder": None,
+        "kernels_folder": None,
         "gpus": (),
         "saved": None,
     }

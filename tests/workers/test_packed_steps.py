@@ -71,6 +71,7 @@ def started(folder: Path) -> RankCommands:
         "threads": 1,
         "limits": asdict(Limits()),
         "weights_folder": None,
+        "kernels_folder": None,
         "gpus": (),
         "saved": None,
     }

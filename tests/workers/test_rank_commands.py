@@ -56,6 +56,7 @@ def load(rank: RankCommands, module: nn.Module, example: torch.Tensor) -> None:
             "threads": 1,
             "limits": asdict(Limits()),
             "weights_folder": None,
+            "kernels_folder": None,
             "gpus": (),
             "saved": None,
         },
@@ -104,6 +105,7 @@ def test_a_function_whose_answer_does_not_go_out_is_not_remembered(rank, folder)
         "threads": 1,
         "limits": asdict(Limits()),
         "weights_folder": None,
+        "kernels_folder": None,
     }
     program = encode_program(exported.spec.program).SerializeToString()
     first = {**again, "program": program, "tensors": {}, "output_leaf": 0}
