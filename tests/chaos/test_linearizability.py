@@ -64,7 +64,7 @@ def test_a_call_without_an_answer_may_have_happened_late_or_never() -> None:
 # --- the service ------------------------------------------------------------------------------------------------------
 
 CLIENTS = 4
-CALLS = 30
+CALLS = 45
 State = tuple[float, int]
 """The model's one parameter, and its step counter."""
 
@@ -109,12 +109,15 @@ def test_four_clients_on_one_model_see_one_order_of_their_calls_under_faults(own
     proxy = CuttingProxy(own_service.target)
     history: list[Operation] = []
     threads = [threading.Thread(target=_call, args=(proxy.target, seed, history)) for seed in range(CLIENTS)]
-    faults = Faults(proxy, lambda: True, seed=2, pause=(0.5, 1.5))
+    faults = Faults(proxy, lambda: True, seed=2, pause=(1.0, 3.0))
     for each in (*threads, faults):
         each.start()
-    for each in threads:
-        each.join()
-    faults.stop()
+    try:
+        for each in threads:
+            each.join()
+    finally:
+        # They would strike the services of later tests.
+        faults.stop()
     final = own_service.get_model("one").state_dict()["w"].item()
     proxy.close()
     assert len(history) == CLIENTS * CALLS

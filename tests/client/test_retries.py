@@ -296,7 +296,7 @@ def test_command_of_which_the_service_does_not_know_stays_unknown_whatever_its_r
 
     scripted.answers["TrainStep"] = step
     scripted.answers["GetCommand"] = lambda request, context: model_pb2.Command(name=request.name)
-    rpc = Rpc(scripted.target, timeout=1.0)
+    rpc = Rpc(scripted.target, timeout=2.0)
     with pytest.raises(errors.GradwireError) as caught:
         train(rpc)
     assert caught.value.reason == ("NOT_CONNECTED" if then == "away" else "QUEUE_FULL")

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -121,8 +122,11 @@ def processes(word: str) -> list[psutil.Process]:
 
 def cpu_seconds(process: psutil.Process) -> float:
     """Of all its threads, finer than psutil tells."""
-    threads = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
-    return sum(int(each.read_text().split()[0]) for each in threads) / 1e9
+    total = 0
+    for each in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # It has ended meanwhile.
+            total += int(each.read_text().split()[0])
+    return total / 1e9
 
 
 def train(model: gradwire.Model, disturb: Callable[[int], None]) -> list[gradwire.StepResult]:

@@ -27,8 +27,9 @@ async def test_large_command_is_written_without_holding_up_other_models(frontend
 
     monkeypatch.setattr(SegmentWriter, "write", slow)
     monkeypatch.setattr("gradwire_server.model_records.AHEAD_BYTES", 0)
-    waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(value))) for value in (b"a", b"b")]
+    waiting = [asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"a")))]
     await frontend.until(lambda: steps(workers))
+    waiting.append(asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"b"))))
     assert (await frontend.stub.TrainStep(frontend.train(b"c", model_id="other"))).result.step == 1
     await asyncio.sleep(0.1)
     assert not waiting[0].done() and len(steps(workers)) == 1, "the next command of this one waits"

@@ -41,9 +41,10 @@ def test_result_comes_back_from_its_stored_reply(method: str, result: Any) -> No
 
 def test_every_command_has_a_form() -> None:
     of_requests = {m.name for m in SERVICE.methods if "request_id" in m.input_type.fields_by_name}
-    # Those of checkpoints and datasets, and deletions, are remembered apart; a fit is recorded by its steps.
+    # Those of checkpoints and datasets, and deletions, are remembered apart; a fit is recorded by its steps, and nobody
+    # asks for kernels to be taken into use.
     apart = {"CreateCheckpoint", "DeleteCheckpoint", "DeleteModel", "CreateDataset", "DeleteDataset", "Fit"}
-    assert of_requests - apart == set(stored_replies._FORMS) - {"FitSteps"}
+    assert of_requests - apart == set(stored_replies._FORMS) - {"FitSteps", "SwapKernels"}
 
 
 async def test_reply_that_names_a_download_or_is_too_large_is_not_stored(monkeypatch: Any) -> None:
