@@ -3,8 +3,8 @@ PYTHON    ?= python3
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS     = $(wildcard proto/gradwire_proto/v1/*.proto)
-# How many test files run at once: two more than the cores that are asked for, because many tests wait.
-JOBS      ?= 4
+# How many test files run at once: one more than the cores that are asked for, because many tests wait.
+JOBS      ?= 3
 # What the tests run, beside what they start: the marker by which processes that outlive them are found.
 RUN       := $(shell cat /proc/sys/kernel/random/uuid)
 

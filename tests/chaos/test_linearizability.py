@@ -64,7 +64,7 @@ def test_a_call_without_an_answer_may_have_happened_late_or_never() -> None:
 # --- the service ------------------------------------------------------------------------------------------------------
 
 CLIENTS = 4
-CALLS = 45
+CALLS = 36
 State = tuple[float, int]
 """The model's one parameter, and its step counter."""
 

@@ -16,6 +16,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     # Here: it takes seconds, and whoever collects the tests has no use for it.
     from torch.testing._internal.common_modules import module_db
 
+    # torch's own tests may not set flags like torch.backends.cudnn.deterministic; a rank in the same process does.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
     for info in module_db:
         torch.manual_seed(0)
         made = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
