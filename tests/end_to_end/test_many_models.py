@@ -51,9 +51,17 @@ def usage(service_pids: set[int]) -> dict[str, int]:
     return {
         "processes": len(processes),
         "descriptors": sum(process.num_fds() for process in processes),
-        "shared memory files": len([name for name in os.listdir("/dev/shm") if name.startswith("gradwire")])
-        + sum(len(files) for root, _, files in os.walk("/dev/shm") if "gradwire" in root),
+        "shared memory files": sum(len(files) for *_, files in os.walk(memory_folder(processes))),
     }
+
+
+def memory_folder(processes: list[psutil.Process]) -> str:
+    """Where this service shares memory: other services on the machine have folders of their own."""
+    option = "--shared-memory-dir="
+    words = [word for process in processes for word in process.cmdline() if word.startswith(option)]
+    (folder,) = {word.removeprefix(option) for word in words}
+    assert folder.startswith("/dev/shm/") and os.path.isdir(folder)
+    return folder
 
 
 @pytest.mark.slow
