@@ -246,11 +246,12 @@ class Datasets:
 
     async def close(self) -> None:
         """Wait for what is being made or deleted."""
+        # First: each that is made begins to expire.
+        await asyncio.gather(*(each.task for each in self._making.values()), return_exceptions=True)
         for later in self._expiring.values():
             later.cancel()
         self._expiring.clear()
         await asyncio.gather(*self._expirations)
-        await asyncio.gather(*(each.task for each in self._making.values()), return_exceptions=True)
         await self._deletions.close()
 
     async def _delete(self, stored: StoredDataset) -> None:
