@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks import (
+    by_k6,
     compiled,
     ddp,
     fit,
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "recovery": recovery.BENCHMARK,
     "idle": idle.BENCHMARK,
     "load_tester": load_tester.BENCHMARK,
+    "by_k6": by_k6.BENCHMARK,
 }
 TARGETS = {"cpu": "make bench", "cuda": "make bench-gpu"}
 

@@ -1,29 +1,25 @@
-"""`gradwire load-test` on a real service, and what k6 would send to it."""
+"""`gradwire load-test` on a real service, and k6 beside it."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from google.protobuf import json_format
 from torch import nn
 from typer.testing import CliRunner
 
 import gradwire
 from gradwire import optim
 from gradwire.cli import app
-from gradwire_proto import codec
-from gradwire_proto.tensors import to_torch
-from gradwire_proto.v1 import gradient_service_pb2 as pb
 
-SCRIPTS = Path(__file__).parent.parent / "load"
+SCRIPT = Path(__file__).parent.parent / "load" / "k6_gradients.js"
+K6 = Path(sys.executable).parent / "k6"
 QUICK = ("--warm-up=0.1", "--window=0.2", "--max-windows=3", "--layers=8,16,4", "--batch=16")
 
 
@@ -77,37 +73,20 @@ def test_model_that_exists_is_used_and_left_as_it_was(client: gradwire.Client, l
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-NODE = """
-const { SERVICE, METHOD, gradientRequest } = await import(process.argv[1]);
-const encode = (buffer) => Buffer.from(buffer).toString("base64");
-const request = gradientRequest({ model: "for-k6", rows: 6, features: 3, classes: 2, encode });
-console.log(JSON.stringify({ method: `${SERVICE}/${METHOD}`, request }));
-"""
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_request_of_the_k6_script_is_one_that_the_service_answers(client: gradwire.Client, tmp_path: Path) -> None:
-    # Node takes a file for a module by its name; k6 takes .js for one.
-    request = shutil.copy(SCRIPTS / "gradient_request.js", tmp_path / "gradient_request.mjs")
-    script = shutil.copy(SCRIPTS / "k6_gradients.js", tmp_path / "k6_gradients.mjs")
-    subprocess.run(["node", "--check", script], check=True, timeout=60)
-    command = ["node", "--input-type=module", "--eval", NODE, f"file://{request}"]
-    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
-    method = pb.DESCRIPTOR.services_by_name["GradientService"].methods_by_name["ComputeGradients"]
-    assert made["method"] == f"{method.containing_service.full_name}/{method.name}"
-
-    message = json_format.ParseDict(made["request"], pb.ComputeGradientsRequest())
-    batch = codec.decode_batch(message.batch, "batch")
-    inputs, targets = (to_torch(each) for each in (batch.inputs, batch.targets))
+@pytest.mark.skipif(not K6.exists(), reason="k6 comes for Linux on x86-64")
+@pytest.mark.parametrize("load", ["CLIENTS=2", "RATE=10"])
+def test_k6_gets_gradients_and_their_times_by_its_script(client: gradwire.Client, tmp_path: Path, load: str) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     example = (torch.randn(4, 3), torch.randint(0, 2, (4,)))
-    client.create_model(net, loss="cross_entropy", example=example, workers=2, model_id="for-k6")
-    reply = client._rpc.call("ComputeGradients", message)
-    loss = nn.functional.cross_entropy(net(inputs), targets)
-    assert reply.loss == pytest.approx(loss.item(), rel=1e-5)
-    # What the script reads of the answer, by the names of its JSON form.
-    text = (SCRIPTS / "k6_gradients.js").read_text()
-    answer = json_format.MessageToDict(reply, always_print_fields_with_no_presence=True)
-    read = re.findall(r"message\.timing\.(\w+)", text)
-    assert len(read) == 3 and answer["timing"].keys() >= set(read)
-    assert "message.gradients" in text and answer["gradients"]
+    model = client.create_model(net, loss="cross_entropy", example=example, workers=1)
+    summary = tmp_path / "summary.json"
+    settings = [f"TARGET={client.target}", f"MODEL={model.id}", "ROWS=6", "FEATURES=3", "CLASSES=2", "SECONDS=1"]
+    given = [part for setting in (*settings, "P95=10000", load) for part in ("-e", setting)]
+    command = [K6, "run", "--quiet", f"--summary-export={summary}", *given, SCRIPT]
+    # It fails where a threshold of the script is not held.
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    metrics = json.loads(summary.read_text())["metrics"]
+    assert metrics["iterations"]["count"] >= 5
+    assert metrics["checks"]["fails"] == 0 and "gradwire_errors" not in metrics
+    assert metrics["gradwire_compute"]["avg"] > 0 and metrics["gradwire_queue"]["avg"] > 0
+    model.delete()

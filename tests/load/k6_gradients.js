@@ -1,9 +1,10 @@
-// Gradients at a steady rate, by k6: https://grafana.com/docs/k6/latest/javascript-api/k6-net-grpc/
+// Gradients at a steady rate, or as fast as so many clients get them, by k6:
+// https://grafana.com/docs/k6/latest/javascript-api/k6-net-grpc/
 //
 //   k6 run -e TARGET=127.0.0.1:50051 -e MODEL=digits -e FEATURES=64 -e CLASSES=10 -e RATE=50 tests/load/k6_gradients.js
 //
-// The model takes float32[rows, FEATURES] and labels int64[rows], as the load test's own do. Further settings: ROWS,
-// SECONDS, P95 (ms, a threshold), TOKEN, TLS=1; PROTO_PATH, the folders (with commas) that hold gradwire_proto/ and
+// The model takes float32[rows, FEATURES] and labels int64[rows], as the load test's own do. CLIENTS in place of RATE:
+// clients with a connection each, of which each asks as soon as it was answered. Further settings: ROWS, SECONDS, P95 (ms, a threshold), TOKEN, TLS=1; PROTO_PATH, the folders (with commas) that hold gradwire_proto/ and
 // google/api/: without it the service is asked for its contract (gRPC reflection).
 
 import encoding from "k6/encoding";
@@ -15,18 +16,21 @@ import { METHOD, SERVICE, gradientRequest } from "./gradient_request.js";
 const RATE = Number(__ENV.RATE || 50);
 const FOLDERS = (__ENV.PROTO_PATH || "").split(",").filter(Boolean);
 
+const DURATION = `${__ENV.SECONDS || 30}s`;
+
+// Open loop: requests come whether or not the ones before were answered.
+const AT_A_RATE = {
+  executor: "constant-arrival-rate",
+  rate: RATE,
+  timeUnit: "1s",
+  duration: DURATION,
+  preAllocatedVUs: Math.max(10, RATE),
+  maxVUs: 10 * Math.max(10, RATE),
+};
+const BY_CLIENTS = { executor: "constant-vus", vus: Number(__ENV.CLIENTS || 1), duration: DURATION };
+
 export const options = {
-  scenarios: {
-    gradients: {
-      // Open loop: requests come whether or not the ones before were answered.
-      executor: "constant-arrival-rate",
-      rate: RATE,
-      timeUnit: "1s",
-      duration: `${__ENV.SECONDS || 30}s`,
-      preAllocatedVUs: Math.max(10, RATE),
-      maxVUs: 10 * Math.max(10, RATE),
-    },
-  },
+  scenarios: { gradients: __ENV.CLIENTS ? BY_CLIENTS : AT_A_RATE },
   thresholds: {
     checks: ["rate>0.999"],
     grpc_req_duration: [`p(95)<${__ENV.P95 || 100}`],
