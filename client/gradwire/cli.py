@@ -1,4 +1,4 @@
-"""The command line: `gradwire serve`, `gradwire models`, `gradwire checkpoints`, `gradwire load-test`, `gradwire demo`.
+"""The command line: `gradwire serve`, `tokens`, `models`, `checkpoints`, `load-test`, `demo`.
 
 Exit codes: 0 done; 1 failed; 2 wrong use; 3 the service cannot be reached; 4 no such thing. What a command prints on
 stdout is its result; everything else goes to stderr. Commands import what they need when they run, so that `--help`
@@ -10,29 +10,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gradwire.errors import (
-    CheckpointNotFound,
-    DeadlineExceeded,
-    FailedPrecondition,
-    GradwireError,
-    InvalidArgument,
-    ModelNotFound,
-)
-from gradwire.errors import Unavailable as ServiceUnavailable
+from gradwire.command_connection import connected
+from gradwire.exit_codes import FAILED, exit_codes
 from gradwire.load_test.command import load_test
+from gradwire.token_commands import app as tokens
 
 if TYPE_CHECKING:
     from gradwire.client import Client
-
-FAILED, USAGE, UNAVAILABLE, NOT_FOUND = 1, 2, 3, 4
 
 _DEMO_ACCURACY = 0.97
 
@@ -43,11 +33,8 @@ models = typer.Typer(help="The models of a running service.", no_args_is_help=Tr
 app.add_typer(models, name="models")
 checkpoints = typer.Typer(help="The checkpoints of a running service.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(tokens, name="tokens")
 
-Target = Annotated[
-    str | None,
-    typer.Option("--target", metavar="HOST:PORT", help="The service. Default: $GRADWIRE_TARGET, then localhost:50051."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 CheckpointName = Annotated[
     str,
@@ -82,7 +69,7 @@ def serve(
     Prints `gradwire listening on HOST:PORT` when it takes calls. Further --settings are passed on; every setting can
     also be given as GRADWIRE_<SETTING> in the environment or in the file. Exit codes: 0 drained, 1 failed, 2 usage.
     """
-    with _exit_codes():
+    with exit_codes():
         from gradwire.embedded_service import require_server
 
         require_server()
@@ -96,12 +83,12 @@ def serve(
 
 
 @models.command("list")
-def list_models(target: Target = None, as_json: Json = False) -> None:
+@connected
+def list_models(client: Client, as_json: Json = False) -> None:
     """List the models."""
     from gradwire.model_tables import models_table, summary
 
-    with _connected(target) as client:
-        infos = client.list_models()
+    infos = client.list_models()
     if as_json:
         _print_json([summary(info) for info in infos])
     else:
@@ -109,12 +96,12 @@ def list_models(target: Target = None, as_json: Json = False) -> None:
 
 
 @models.command()
-def show(model: ModelId, target: Target = None, as_json: Json = False) -> None:
+@connected
+def show(client: Client, model: ModelId, as_json: Json = False) -> None:
     """Describe one model."""
     from gradwire.model_tables import model_table, summary
 
-    with _connected(target) as client:
-        info = client.get_model(model).info()
+    info = client.get_model(model).info()
     if as_json:
         _print_json(summary(info))
     else:
@@ -122,20 +109,20 @@ def show(model: ModelId, target: Target = None, as_json: Json = False) -> None:
 
 
 @models.command()
-def delete(model: ModelId, target: Target = None) -> None:
+@connected
+def delete(client: Client, model: ModelId) -> None:
     """Delete a model: its ranks are freed and its weights are gone."""
-    with _connected(target) as client:
-        client.get_model(model).delete()
+    client.get_model(model).delete()
     typer.echo(f"deleted {model}", err=True)
 
 
 @checkpoints.command("list")
-def list_checkpoints(target: Target = None, as_json: Json = False) -> None:
+@connected
+def list_checkpoints(client: Client, as_json: Json = False) -> None:
     """List the checkpoints."""
     from gradwire.checkpoint_tables import checkpoints_table, summary
 
-    with _connected(target) as client:
-        found = client.list_checkpoints()
+    found = client.list_checkpoints()
     if as_json:
         _print_json([summary(each) for each in found])
     else:
@@ -143,12 +130,12 @@ def list_checkpoints(target: Target = None, as_json: Json = False) -> None:
 
 
 @checkpoints.command("show")
-def show_checkpoint(checkpoint: CheckpointName, target: Target = None, as_json: Json = False) -> None:
+@connected
+def show_checkpoint(client: Client, checkpoint: CheckpointName, as_json: Json = False) -> None:
     """Describe one checkpoint."""
     from gradwire.checkpoint_tables import checkpoint_table, summary
 
-    with _connected(target) as client:
-        found = client.get_checkpoint(checkpoint)
+    found = client.get_checkpoint(checkpoint)
     if as_json:
         _print_json(summary(found))
     else:
@@ -156,10 +143,10 @@ def show_checkpoint(checkpoint: CheckpointName, target: Target = None, as_json: 
 
 
 @checkpoints.command("delete")
-def delete_checkpoint(checkpoint: CheckpointName, target: Target = None) -> None:
+@connected
+def delete_checkpoint(client: Client, checkpoint: CheckpointName) -> None:
     """Delete a checkpoint: its files are gone. Models that were made of it live on."""
-    with _connected(target) as client:
-        client.delete_checkpoint(checkpoint)
+    client.delete_checkpoint(checkpoint)
     typer.echo(f"deleted {checkpoint}", err=True)
 
 
@@ -170,7 +157,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 12,
 ) -> None:
     """Train a small network on handwritten digits, on a service of its own. Fails below 97% accuracy."""
-    with _exit_codes():
+    with exit_codes():
         from gradwire.demo import run_demo
 
         accuracy = run_demo(output=output, workers=workers, epochs=epochs)
@@ -181,39 +168,8 @@ def demo(
 @app.command("load-test")
 @wraps(load_test)
 def _load_test(**options: Any) -> None:
-    with _exit_codes():
+    with exit_codes():
         load_test(**options)
-
-
-@contextmanager
-def _connected(target: str | None) -> Iterator[Client]:
-    with _exit_codes():
-        from gradwire.client import connect
-
-        with connect(target, timeout=10.0) as client:
-            yield client
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit code."""
-    try:
-        yield
-    except GradwireError as error:
-        typer.echo(f"gradwire: {error}", err=True)
-        raise typer.Exit(_exit_code(error)) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _exit_code(error: GradwireError) -> int:
-    if isinstance(error, (ModelNotFound, CheckpointNotFound)):
-        return NOT_FOUND
-    if isinstance(error, (ServiceUnavailable, DeadlineExceeded)):
-        return UNAVAILABLE
-    if isinstance(error, InvalidArgument) and not isinstance(error, FailedPrecondition):
-        return USAGE
-    return FAILED
 
 
 def _print_json(value: object) -> None:

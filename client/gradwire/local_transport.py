@@ -53,10 +53,13 @@ class LocalTransport:
 
     find: asks the service, for so many seconds at most, for the path of its socket, "" where it has none; raises
     GradwireError. enabled: whether memory may be shared at all. timeout: seconds that a call may take, or a download
-    stand still.
+    stand still. token: what proves who calls.
     """
 
-    def __init__(self, find: Callable[[float], str], *, enabled: bool = True, timeout: float = 60.0) -> None:
+    def __init__(
+        self, find: Callable[[float], str], *, enabled: bool = True, timeout: float = 60.0, token: str | None = None
+    ) -> None:
+        self._token = token
         self._patience = min(timeout / 2, _PATIENCE)
         self._find = find
         self._enabled = enabled
@@ -93,7 +96,7 @@ class LocalTransport:
         """Connect to the socket at `path` where it is on this machine, this user's, and of the service that says so."""
         if not self._enabled or not path:
             return
-        connection = _connect(path, self._patience if patience is None else patience)
+        connection = _connect(path, self._patience if patience is None else patience, self._token)
         if connection is None:
             return
         with self._lock:
@@ -105,7 +108,7 @@ class LocalTransport:
 
     def connect_once_more(self) -> socket.socket | None:
         """Another connection to the service that memory is shared with, the caller's own; None where there is none."""
-        return _connect(self._path, _LOOK_SECONDS) if self.is_connected else None
+        return _connect(self._path, _LOOK_SECONDS, self._token) if self.is_connected else None
 
     def upload(self, upload_id: str, tensors: Sequence[TensorData], deadline: Deadline) -> bool:
         """Bring tensors to the service under that id. False: they are not there; half of the time is left at least.
@@ -223,7 +226,7 @@ def upload_manifest(upload_id: str, tensors: Sequence[TensorData]) -> pb.UploadM
     return manifest
 
 
-def _connect(path: str, patience: float) -> socket.socket | None:
+def _connect(path: str, patience: float, token: str | None) -> socket.socket | None:
     try:
         found = os.stat(path)
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
@@ -235,7 +238,7 @@ def _connect(path: str, patience: float) -> socket.socket | None:
         connection.settimeout(patience)
         connection.connect(path)
         if peer_user(connection) == os.geteuid():
-            send_packet(connection, local_pb2.LocalRequest(hello=local_pb2.LocalHello()))
+            send_packet(connection, local_pb2.LocalRequest(hello=local_pb2.LocalHello(token=token or "")))
             reply, files = receive_packet(connection, local_pb2.LocalReply)
             close_files(files)
             if reply.welcome.service == service_of(path):

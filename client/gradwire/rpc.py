@@ -58,9 +58,8 @@ class Rpc:
         shared_memory: bool = True,
     ) -> None:
         self.target = target
-        self.local = LocalTransport(self._local_socket, enabled=shared_memory, timeout=timeout)
-        # Which carries no tokens.
-        self._local_calls = None if token else LocalCalls(self.local, target)
+        self.local = LocalTransport(self._local_socket, enabled=shared_memory, timeout=timeout, token=token)
+        self._local_calls = LocalCalls(self.local, target)
         self.timeout = timeout
         self.closed = threading.Event()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -163,7 +162,7 @@ class Rpc:
     def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
         call: Any = None
-        if method in SMALL_CALLS and self._local_calls is not None and not options:
+        if method in SMALL_CALLS and not options:
             self.check_usable()
             reply = self._local_calls.ask(method, body, timeout, command)
             if reply is not None:
@@ -198,8 +197,7 @@ class Rpc:
             self.closed.set()
             self._channel.close()
             self.local.close()
-            if self._local_calls is not None:
-                self._local_calls.close()
+            self._local_calls.close()
 
     @property
     def is_owner(self) -> bool:

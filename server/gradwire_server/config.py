@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,19 @@ class ServerConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
 
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks a free one")
+    tls_certificate: Path | None = Field(None, description="PEM file of the port's certificate and its chain")
+    tls_key: Path | None = Field(None, description="PEM file of its key")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of the authority that clients' certificates must be signed by; none: they need none"
+    )
+    tokens: Path | None = Field(
+        None, description="file of `gradwire tokens`, one of which every call must bring; none: everybody may call"
+    )
+    insecure_listen_anywhere: bool = Field(
+        False,
+        description="let other machines in without TLS and tokens: whoever reaches the port can use the service and"
+        " read its traffic",
+    )
     workers: int = Field(2, ge=1, le=4096, description="ranks that models may hold together")
     storage: Path | None = Field(
         None,
@@ -113,6 +127,14 @@ class ServerConfig(BaseSettings):
     requests_per_model: int = Field(
         _DEFAULTS.requests_per_model, ge=1, description="requests that wait or run on one model"
     )
+    owner_models: int | None = Field(None, ge=1, description="models of one owner at once; none: as many as of all")
+    owner_workers: int | None = Field(None, ge=1, description="ranks that one owner's models may hold; none: all")
+    owner_requests_in_flight: int | None = Field(
+        None, ge=1, description="requests of one owner in flight; none: as many as of all"
+    )
+    owner_held_bytes: ByteSize | None = Field(
+        None, ge=1, description="bytes of uploads, downloads and datasets of one owner; none: as many as of all"
+    )
     held_bytes: ByteSize = Field(
         ByteSize(_DEFAULTS.held_bytes), ge=1, description="bytes of uploads, downloads and datasets that are held"
     )
@@ -157,6 +179,17 @@ class ServerConfig(BaseSettings):
         )
 
     @property
+    def owner_limits(self) -> Limits:
+        """The limits of one owner."""
+        limits = self.limits
+        return replace(
+            limits,
+            models=_least(limits.models, self.owner_models),
+            requests_in_flight=_least(limits.requests_in_flight, self.owner_requests_in_flight),
+            held_bytes=_least(limits.held_bytes, self.owner_held_bytes),
+        )
+
+    @property
     def keeping(self) -> Keeping:
         """How models are kept where they do not say so themselves."""
         return Keeping(
@@ -192,8 +225,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a TOML file of settings (also $GRADWIRE_CONFIG)")
     for name, setting in ServerConfig.model_fields.items():
         default = "none" if setting.default is None else setting.default
+        # One that is true or false may be named alone.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.annotation is bool else {}
         parser.add_argument(
-            _flag(name), metavar=name.upper(), default=None, help=f"{setting.description} (default: {default})"
+            _flag(name), metavar=name.upper(), default=None, help=f"{setting.description} (default: {default})", **alone
         )
 
 
@@ -239,6 +274,10 @@ def _describe(problem: Any, settings: dict[str, Any], file: str | Path | None) -
         return f"{name}: no such setting ({source})"
     reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name}: {reason}, got {problem['input']!r} ({source})"
+
+
+def _least(all_owners: int, one: int | None) -> int:
+    return all_owners if one is None else min(all_owners, int(one))
 
 
 def _flag(name: str) -> str:

@@ -93,7 +93,7 @@ class Datasets:
 
     def _take_in(self, stored: StoredDataset) -> None:
         self._stored[stored.info.id] = stored
-        self._tensors.held.count += stored.info.nbytes
+        self._tensors.held.add(stored.info.nbytes)
         if stored.made_by is not None:
             self._made_by[stored.made_by] = stored
         self._expire_later(stored)

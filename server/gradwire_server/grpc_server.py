@@ -50,10 +50,16 @@ class GrpcServer:
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, descriptor_pool.Default())
 
-    async def start(self, address: str) -> int:
-        """Serve on HOST:PORT; returns the port. Raises Unavailable ADDRESS_IN_USE where that cannot be."""
+    async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Serve on HOST:PORT; returns the port. credentials: None for plain text.
+
+        Raises Unavailable ADDRESS_IN_USE where that cannot be.
+        """
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise Unavailable(f"cannot listen on {address}: is it taken?", reason="ADDRESS_IN_USE") from None
         await self._server.start()

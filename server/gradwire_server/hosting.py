@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradwire_proto.values import Limits
@@ -14,7 +15,9 @@ from gradwire_server.workers import Cluster
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosting:
-    """See the module. `stored_replies` and `delete_seconds` are the settings of these names."""
+    """See the module. `stored_replies` and `delete_seconds` are the settings of these names. most_models: of all
+    owners, of whom `models_elsewhere` tells how many the others have.
+    """
 
     cluster: Cluster
     tensors: TensorStore
@@ -24,3 +27,5 @@ class Hosting:
     keeping: Keeping
     stored_replies: int
     delete_seconds: float
+    most_models: int
+    models_elsewhere: Callable[[], int]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
+from gradwire_server.doors.exposure import check_exposure
 from gradwire_server.freed_memory import return_freed_memory
-from gradwire_server.model_storage import ModelStorage
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
 from gradwire_server.processes.service_folders import log_folder
 from gradwire_server.service import Service
-from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.storages import Storages
 from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
 from gradwire_workers.cluster import Cluster, ClusterConfig
 
@@ -35,6 +35,7 @@ def main() -> None:
     """Run the frontend until SIGTERM or SIGINT. Exit status 2: a setting is wrong; 1: it could not start or stop."""
     try:
         config = read_config(sys.argv[1:], "python -m gradwire_server.main")
+        check_exposure(config)
         return_freed_memory()
         _start_log(config)
         asyncio.run(run(config))
@@ -71,12 +72,12 @@ async def run(config: ServerConfig) -> None:
         # First of all: from here on no other frontend changes what this one is about to read.
         lock = await asyncio.to_thread(StorageLock.take, place, LOCK_SECONDS)
         try:
-            storage = _model_storage(config, lock)
+            storages = Storages(lock, config.checkpoint_url)
             cluster = await Cluster.connect(_cluster_config(config, runtime, memory, place))
             # Again: Ray puts handlers of its own in place, which print a stack.
             _listen_for_signals(stop)
             try:
-                await _serve(config, cluster, memory / "held", runtime, storage, stop)
+                await _serve(config, cluster, memory / "held", runtime, storages, stop)
             finally:
                 await asyncio.wait_for(cluster.close(), CLOSE_SECONDS)
         finally:
@@ -85,22 +86,16 @@ async def run(config: ServerConfig) -> None:
             await asyncio.to_thread(remove_automatic_checkpoints, place, config.checkpoint_url, CLOSE_SECONDS)
 
 
-def _model_storage(config: ServerConfig, lock: StorageLock) -> ModelStorage:
-    url = config.checkpoint_url or str(lock.storage / "checkpoints")
-    store = CheckpointStore(url, lock.storage / "fetched", owner=lock.storage_id, fence=lock.check)
-    return ModelStorage(lock, store)
-
-
 async def _serve(
     config: ServerConfig,
     cluster: Cluster,
     held: Path,
     sockets: Path,
-    storage: ModelStorage,
+    storages: Storages,
     stop: asyncio.Queue[int],
 ) -> None:
     held.mkdir(mode=0o700, exist_ok=True)
-    service = Service(cluster, held, config, storage, sockets)
+    service = Service(cluster, held, config, storages, sockets)
     try:
         port = await service.start()
         # What is there by now stays: a collection need not go through the modules that Ray has brought.
@@ -145,6 +140,7 @@ def _cluster_config(config: ServerConfig, runtime: Path, memory: Path, place: Pa
         weights_folder=None if config.weights_folder is None else str(config.weights_folder),
         # There after a restart: a model that comes back need not wait for a compiler.
         kernels_folder=str(place.absolute() / "kernels"),
+        workers_per_owner=config.owner_workers,
     )
 
 

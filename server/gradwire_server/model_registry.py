@@ -134,15 +134,27 @@ class ModelRegistry:
                 reason="MODEL_EXISTS",
                 resource=model_name(model_id),
             )
-        if len(self._descriptions) >= self._hosting.limits.models:
-            raise ResourceExhausted(
-                f"there are {len(self._descriptions)} models, as many as the server's setting models allows",
-                reason="TOO_MANY_MODELS",
-            )
+        self._check_room()
         for model in self._hosted.values():
             if model.life.recovery.wants_ranks:
                 raise recovering(
                     f"{model.description.name} is being brought back, and comes first: it may need the ranks"
+                )
+
+    def __len__(self) -> int:
+        return len(self._descriptions)
+
+    def _check_room(self) -> None:
+        hosting, mine = self._hosting, len(self)
+        all_of_them = mine + hosting.models_elsewhere()
+        for count, most, setting in (
+            (all_of_them, hosting.most_models, "models"),
+            (mine, hosting.limits.models, "owner_models"),
+        ):
+            if count >= most:
+                raise ResourceExhausted(
+                    f"there are {count} models, as many as the server's setting {setting} allows",
+                    reason="TOO_MANY_MODELS",
                 )
 
     async def get(self, model_id: str, call: Call) -> HostedModel:

@@ -30,17 +30,20 @@ _MADE_BY = "made-by.bin"
 class ModelStorage:
     """See the module. Methods may block, but for `folder` and those of the sweep, which belong to the event loop.
 
+    folder: of one owner; None: the whole storage's.
+
     A model is there when its folder is: that is made last, behind its first checkpoint, and goes first. Errors are
     those of `storage_error` and of CheckpointStore.
     """
 
-    def __init__(self, lock: StorageLock, checkpoints: CheckpointStore) -> None:
+    def __init__(self, lock: StorageLock, checkpoints: CheckpointStore, folder: Path | None = None) -> None:
         self._lock = lock
-        self._models = lock.storage / "models"
-        self.datasets = lock.storage / "datasets"
+        folder = lock.storage if folder is None else folder
+        self._models = folder / "models"
+        self.datasets = folder / "datasets"
         """A folder for those that have their own."""
         self.checkpoints = checkpoints
-        self.deletions = DeletionNotes(lock)
+        self.deletions = DeletionNotes(lock, folder)
         self._swept: asyncio.Future[None] | None = None
 
     def open(self) -> dict[str, StoredReply | None]:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
@@ -18,56 +18,63 @@ from gradwire_proto.status import abort_arguments
 from gradwire_proto.v1 import gradient_service_pb2
 from gradwire_server.admission import Admission
 from gradwire_server.calls import Call
+from gradwire_server.doors.door import Door, Guest
 from gradwire_server.failures import answer_of
 from gradwire_server.request_parsing import parse, parse_one
 from gradwire_server.tensors.tensor_streams import parse_upload
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
+OWN = ("TrainStep", "TrainSteps")
+"""Methods that take and give bytes in place of messages, and parse for themselves."""
+
 T = TypeVar("T")
 
 
-def generic_handler(
-    servicer: Any,
-    admission: Admission,
-    message_bytes: int,
-    stall_seconds: float,
-    own: Mapping[str, Callable[..., Any]],
-) -> grpc.GenericRpcHandler:
-    """The handler of every method of GradientService, each answered by the servicer's method of that name.
+class Place(Protocol):
+    """What answers the calls of one owner."""
+
+    @property
+    def admission(self) -> Admission: ...
+
+    @property
+    def servicer(self) -> Any: ...
+
+    @property
+    def own(self) -> Mapping[str, Callable[..., Any]]:
+        """The methods of OWN, by name."""
+        ...
+
+
+def generic_handler(door: Door[Place], message_bytes: int, stall_seconds: float) -> grpc.GenericRpcHandler:
+    """The handler of every method of GradientService: what came in by the door is answered by its place's servicer, by
+    the method of that name, or by one of the place's own.
 
     A servicer's method takes (request, call) and returns the response. It raises GradwireErrors; anything else becomes
     an InternalError that tells nothing. A stream of requests is an async iterator, a stream of responses is returned as
     one; either ends with DeadlineExceeded STREAM_STALLED where the client keeps it waiting for `stall_seconds`.
-
-    own: methods that take and give bytes in place of messages, by name, and parse for themselves.
     """
     handlers = {
-        method.name: _handler(method, getattr(servicer, method.name), admission, message_bytes, stall_seconds)
+        method.name: (_own_handler if method.name in OWN else _handler)(method, door, message_bytes, stall_seconds)
         for method in SERVICE.methods
-        if method.name not in own
     }
-    for name, answer in own.items():
-        handlers[name] = _own_handler(SERVICE.methods_by_name[name], answer, admission, message_bytes, stall_seconds)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
 def _handler(
-    method: MethodDescriptor,
-    answer: Callable[..., Any],
-    admission: Admission,
-    message_bytes: int,
-    stall_seconds: float,
+    method: MethodDescriptor, door: Door[Place], message_bytes: int, stall_seconds: float
 ) -> grpc.RpcMethodHandler:
-    kind = GetMessageClass(method.input_type)
+    kind, name = GetMessageClass(method.input_type), method.name
 
     # No deserializer: grpc answers messages that it cannot parse without a word to the client.
     async def unary_unary(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         call = Call(deadline=_deadline(context))
         try:
-            with admission:
-                request, call = parse(kind, raw, method.name, call, message_bytes)
-                response = await answer(request, call)
+            guest = door.admit(name, context.invocation_metadata)
+            with guest.place.admission:
+                request, call = parse(kind, raw, name, call, message_bytes)
+                guest.check_scope(name, request)
+                response = await getattr(guest.place.servicer, name)(request, call)
                 return _check_size(response.SerializeToString(), message_bytes)
         except Exception as error:
             return await _abort(context, error, call)
@@ -75,9 +82,10 @@ def _handler(
     async def stream_unary(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         call = Call(deadline=_deadline(context))
         try:
-            with admission:
-                async with aclosing(_parse_each(kind, chunks, stall_seconds)) as requests:
-                    return (await answer(requests, call)).SerializeToString()
+            guest = door.admit(name, context.invocation_metadata)
+            with guest.place.admission:
+                async with aclosing(_parse_each(kind, chunks, stall_seconds, guest)) as requests:
+                    return (await getattr(guest.place.servicer, name)(requests, call)).SerializeToString()
         except Exception as error:
             return await _abort(context, error, call)
 
@@ -85,10 +93,12 @@ def _handler(
     async def unary_stream(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         call = Call(deadline=_deadline(context))
         try:
-            with admission:
-                request, call = parse(kind, raw, method.name, call, message_bytes)
-                async with aclosing(answer(request, call)) as responses:
+            guest = door.admit(name, context.invocation_metadata)
+            with guest.place.admission:
+                request, call = parse(kind, raw, name, call, message_bytes)
+                async with aclosing(getattr(guest.place.servicer, name)(request, call)) as responses:
                     async for response in responses:
+                        guest.check()
                         raw = response if isinstance(response, bytes) else response.SerializeToString()
                         await _in_time(context.write(raw), stall_seconds)
         except Exception as error:
@@ -102,26 +112,27 @@ def _handler(
 
 
 def _own_handler(
-    method: MethodDescriptor,
-    answer: Callable[..., Any],
-    admission: Admission,
-    message_bytes: int,
-    stall_seconds: float,
+    method: MethodDescriptor, door: Door[Place], message_bytes: int, stall_seconds: float
 ) -> grpc.RpcMethodHandler:
+    name = method.name
+
     async def unary_unary(raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         call = Call(deadline=_deadline(context))
         try:
-            with admission:
-                return _check_size(await answer(raw, call), message_bytes)
+            guest = door.admit(name, context.invocation_metadata)
+            with guest.place.admission:
+                return _check_size(await guest.place.own[name](raw, call), message_bytes)
         except Exception as error:
             return await _abort(context, error, call)
 
     async def stream_stream(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         call = Call(deadline=_deadline(context))
         try:
-            with admission:
-                async with aclosing(answer(messages, call)) as responses:
+            guest = door.admit(name, context.invocation_metadata)
+            with guest.place.admission:
+                async with aclosing(guest.place.own[name](messages, call)) as responses:
                     async for response in responses:
+                        guest.check()
                         await _in_time(context.write(response), stall_seconds)
         except Exception as error:
             await _abort(context, error, call)
@@ -137,11 +148,12 @@ def _deadline(context: grpc.aio.ServicerContext) -> float | None:
 
 
 async def _parse_each(
-    kind: type[Message], chunks: AsyncIterator[bytes], stall_seconds: float
+    kind: type[Message], chunks: AsyncIterator[bytes], stall_seconds: float, guest: Guest[Any]
 ) -> AsyncGenerator[Any, None]:
     following = aiter(chunks)
     is_upload = kind is gradient_service_pb2.UploadTensorsRequest
     while (raw := await _in_time(anext(following, None), stall_seconds)) is not None:
+        guest.check()
         yield parse_upload(raw) if is_upload else parse_one(kind, raw)
 
 

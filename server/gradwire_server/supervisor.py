@@ -8,7 +8,6 @@ With --ray-address it becomes the frontend alone: whoever runs that Ray can rest
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from gradwire_server.config import ConfigError, ServerConfig, add_flags, config_from_flags
+from gradwire_server.doors.exposure import check_exposure
 from gradwire_server.processes.process_tree import MARKER, ends_with_parent, kill_members, named_children
 from gradwire_server.processes.rank_template import start_template
 from gradwire_server.processes.ray_head import (
@@ -46,17 +46,11 @@ def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FR
     parser = argparse.ArgumentParser(prog="python -m gradwire_server.supervisor", allow_abbrev=False)
     parser.description = "A gradwire service with a Ray of its own, or a frontend for the Ray at --ray-address."
     parser.add_argument("--owner-pid", type=int, help="the parent process; the service ends at once when it is gone")
-    parser.add_argument(
-        "--insecure-listen-anywhere",
-        action="store_true",
-        help="listen beyond this machine: whoever reaches the port can use the service and read its traffic",
-    )
     add_flags(parser)
     flags = parser.parse_args(arguments)
     try:
         config = config_from_flags(flags)
-        if not flags.insecure_listen_anywhere:
-            _require_loopback(config.listen)
+        check_exposure(config)
         if config.storage:
             log_folder(config.storage)
     except ConfigError as error:
@@ -73,22 +67,6 @@ def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FR
         flags.owner_pid,
         lambda folders: Supervisor(config, service, folders, frontend).run(),
     )
-
-
-def _require_loopback(listen: str) -> None:
-    host = listen.rpartition(":")[0].strip("[]")
-    if host != "localhost" and not _is_loopback(host):
-        raise ConfigError(
-            f"listen: {listen} can be reached from other machines, and there is neither TLS nor a token yet. "
-            "Listen on 127.0.0.1, or add --insecure-listen-anywhere if the network is trusted"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Supervisor:

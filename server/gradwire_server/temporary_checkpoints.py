@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 
 from gradwire_proto.errors import GradwireError
-from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.storages import Storages
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ def _remove(storage: Path, url: str) -> None:
     try:
         lock = StorageLock.take(storage, 0.0)
         try:
-            CheckpointStore(url, storage / "fetched", owner=lock.storage_id, fence=lock.check).remove_own()
+            storages = Storages(lock, url)
+            for owner in storages.owners():
+                storages.of(owner).checkpoints.remove_own()
         finally:
             lock.release()
     except GradwireError as error:

@@ -245,8 +245,16 @@ class Capacity(Protocol):
     def gpus(self) -> float: ...
 
 
+class Clusters(Protocol):
+    """Where ranks come from, for all owners."""
+
+    def of(self, owner: str) -> Cluster:
+        """For this one: ranks that serve nobody else."""
+        ...
+
+
 class Cluster(Protocol):
-    """Where ranks come from."""
+    """Where the ranks of one owner come from."""
 
     @property
     def capacity(self) -> Capacity: ...

@@ -19,6 +19,7 @@ from server.small_models import model_spec, read, two_floats, variant
 from gradwire_proto import codec
 from gradwire_proto.errors import GradwireError
 from gradwire_proto.status import from_rpc_error
+from gradwire_proto.token_file import DEFAULT_OWNER
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import gradient_service_pb2_grpc as pb_grpc
 from gradwire_proto.v1 import model_pb2
@@ -27,10 +28,10 @@ from gradwire_proto.values import (
     TensorData,
 )
 from gradwire_server.config import ServerConfig, load_config
-from gradwire_server.model_storage import ModelStorage
 from gradwire_server.service import Service
-from gradwire_server.storage.checkpoint_store import CheckpointStore
 from gradwire_server.storage.storage_lock import StorageLock
+from gradwire_server.storages import Storages
+from gradwire_server.tenant import Tenant
 
 
 class Frontend:
@@ -89,6 +90,11 @@ class Frontend:
         """The bytes of a download."""
         return b"".join([r.chunk async for r in self.stub.DownloadTensors(pb.DownloadTensorsRequest(name=name))])
 
+    @property
+    def tenant(self) -> Tenant:
+        """What belongs to clients without a token."""
+        return self.service._tenants.of(DEFAULT_OWNER)
+
     async def error(self, call: Awaitable[Any]) -> GradwireError:
         """The error that a call ends with, as the SDK would raise it."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -116,10 +122,7 @@ async def _running(
     if held:
         cluster.gate.clear()
     lock = StorageLock.take(storage, 1.0)
-    checkpoints = CheckpointStore(
-        str(storage / "checkpoints"), storage / "fetched", owner=lock.storage_id, fence=lock.check
-    )
-    service = Service(cluster, folder, config, ModelStorage(lock, checkpoints), sockets)
+    service = Service(cluster, folder, config, Storages(lock, None), sockets)
     target = f"127.0.0.1:{await service.start()}"
     try:
         async with grpc.aio.insecure_channel(target) as channel:

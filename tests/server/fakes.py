@@ -357,9 +357,14 @@ class FakeCluster:
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     places: list[FakeWorkers | None] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
+
+    def of(self, owner: str) -> FakeCluster:
+        self.owners.append(owner)
+        return self
 
     async def start_group(
         self,

@@ -52,8 +52,8 @@ async def test_dataset_with_a_time_goes_when_no_fit_used_it_for_so_long(start: A
     async with start() as frontend:
         # From its start on it stays as long again.
         assert await frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")) == made
-        held = frontend.service._tensors.held
-        await frontend.until(lambda: not frontend.service._datasets._stored)
+        held = frontend.tenant.tensors.held
+        await frontend.until(lambda: not frontend.tenant._datasets._stored)
         assert held.count == 0
         error = await frontend.error(frontend.stub.GetDataset(pb.GetDatasetRequest(name="datasets/d")))
         assert isinstance(error, DatasetNotFound)
@@ -75,7 +75,7 @@ async def test_dataset_whose_time_is_over_and_cannot_be_deleted_is_tried_again(
     monkeypatch.setattr(StoredDataset, "forget", fails_twice)
     await frontend.stub.CreateDataset(request)
     await frontend.until(lambda: len(tries) == 3)
-    await frontend.until(lambda: not frontend.service._datasets._stored)
+    await frontend.until(lambda: not frontend.tenant._datasets._stored)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 30 * 86_400 + 1])
@@ -165,9 +165,9 @@ async def test_making_that_fails_when_its_caller_is_gone_is_no_error_that_nobody
     caller = asyncio.ensure_future(frontend.stub.CreateDataset(creation()))
     await frontend.until(lambda: writing)
     caller.cancel()
-    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    await frontend.until(lambda: not frontend.tenant.admission.in_flight)
     go_on.set()
-    await frontend.until(lambda: not frontend.service._datasets._making)
+    await frontend.until(lambda: not frontend.tenant._datasets._making)
     gc.collect()
     assert not unseen
 

@@ -67,7 +67,7 @@ async def test_other_requests_get_their_turn_between_the_steps_of_a_fit(frontend
     await frontend.stub.TrainStep(frontend.train(b"a"))
     assert "train_step" in [call[0] for call in workers.calls]
     stream.cancel()
-    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    await frontend.until(lambda: not frontend.tenant.admission.in_flight)
     count = len(workers.fitting.applied)
     await asyncio.sleep(0.05)
     assert len(workers.fitting.applied) == count < 300_000
@@ -82,7 +82,7 @@ async def test_fit_that_was_cut_off_goes_on_where_it_was_with_its_request_id(fro
     workers.gate.clear()
     await frontend.until(lambda: workers.busy)
     stream.cancel()
-    await frontend.until(lambda: not frontend.service._admission.in_flight)
+    await frontend.until(lambda: not frontend.tenant.admission.in_flight)
     workers.gate.set()
     request.completed_steps = len(losses(first))
     rest, error = await told(frontend, request)

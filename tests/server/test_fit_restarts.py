@@ -93,7 +93,7 @@ async def test_fit_of_which_a_checkpoint_tells_goes_on_where_it_was(
         await frontend.create()
         await frontend.stub.CreateDataset(creation())
         await told(frontend, request)
-        checkpoints = frontend.service._storage.checkpoints
+        checkpoints = frontend.tenant._storage.checkpoints
         await frontend.until(lambda: checkpoints.automatic("m")[0] == 9)
     async with start() as frontend:
         workers = await ready(frontend)

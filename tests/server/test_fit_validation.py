@@ -118,7 +118,7 @@ async def test_validation_ends_between_two_pieces_when_the_service_drains(
     workers = await prepared(frontend)
 
     def drain() -> None:
-        for running in frontend.service._fits._running:
+        for running in frontend.tenant._fits._running:
             running.draining = True
 
     before(workers, 6, drain)
@@ -170,7 +170,7 @@ async def test_validation_that_had_room_to_begin_goes_on_when_the_model_has_no_m
     frontend: Any, fakes: Any
 ) -> None:
     workers = await prepared(frontend)
-    queue = frontend.service._models._hosted["m"].commands._queue
+    queue = frontend.tenant._models._hosted["m"].commands._queue
 
     def fill() -> None:
         queue._limit = 0

@@ -78,9 +78,9 @@ async def test_client_that_hangs_up_before_its_turn_wants_no_step(local: Any, pe
     first = asyncio.ensure_future(local.stub.TrainStep(local.train(b"a")))
     await local.until(lambda: workers.busy)
     send_packet(peer.socket, called(local.train(b"b")))
-    await local.until(lambda: local.service._admission.in_flight == 2)
+    await local.until(lambda: local.tenant.admission.in_flight == 2)
     peer.socket.close()
-    await local.until(lambda: local.service._admission.in_flight == 1)
+    await local.until(lambda: local.tenant.admission.in_flight == 1)
     workers.gate.set()
     await first
     assert (await local.stub.TrainStep(local.train(b"c"))).result.step == 2
@@ -93,7 +93,7 @@ async def test_client_that_hangs_up_in_its_turn_has_its_step(local: Any, peer: P
     send_packet(peer.socket, called(local.train(b"a")))
     await local.until(lambda: workers.busy)
     peer.socket.close()
-    await local.until(lambda: not local.service._admission.in_flight)
+    await local.until(lambda: not local.tenant.admission.in_flight)
     workers.gate.set()
     assert (await local.stub.TrainStep(local.train(b"b"))).result.step == 2
 

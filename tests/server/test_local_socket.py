@@ -247,7 +247,7 @@ async def test_client_that_dies_leaves_no_file_open(local, fakes, open_files):
     await asyncio.sleep(0.1)
     # At most what it had sent whole: that goes unused when its time is over, as uploads by gRPC do.
     assert open_files() <= before + 3
-    local.service._tensors.uploads.close()
+    local.tenant.tensors.uploads.close()
     assert open_files() == before
 
 
@@ -268,7 +268,7 @@ async def test_download_is_lent_once_and_its_file_goes_when_nobody_has_it(local,
     (place,) = reply.downloaded.places
     assert os.pread(file, place.nbytes, place.offset) == b"content"
     assert (await peer.download(name))[0].refusal.reason == "DOWNLOAD_NOT_FOUND"
-    lent = local.service._tensors.downloads._lent
+    lent = local.tenant.tensors.downloads._lent
     lent._sweep(idle=0.0)
     assert len(local.files) == 1 and lent.nbytes
     os.close(file)

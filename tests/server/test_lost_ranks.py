@@ -15,7 +15,7 @@ from gradwire_proto.v1 import model_pb2
 
 async def replaced(frontend: Any, old: Any) -> Any:
     """The ranks that have taken the place of `old`, once the model is there again."""
-    hosted = frontend.service._models._hosted["m"]
+    hosted = frontend.tenant._models._hosted["m"]
     await frontend.until(lambda: frontend.cluster.groups["m"] is not old)
     await frontend.until(lambda: hosted.description.info.state != "recovering")
     assert (await frontend.model()).state == model_pb2.MODEL_STATE_READY
@@ -77,7 +77,7 @@ async def test_ranks_to_which_a_journal_was_applied_are_asked_for_their_state_wh
         await replaced(frontend, again)
         assert (old.salvaged, again.salvaged) == ([3], [3])
     async with start() as frontend:
-        await frontend.until(lambda: frontend.service._models._hosted["m"].description.info.state == "ready")
+        await frontend.until(lambda: frontend.tenant._models._hosted["m"].description.info.state == "ready")
         old = frontend.cluster.groups["m"]
         old.on_lost(RankLost("rank 0 died"))
         await replaced(frontend, old)

@@ -32,7 +32,7 @@ async def test_what_is_read_or_saved_behind_a_command_that_fails_to_be_durable_w
 
     async with start() as frontend:
         await frontend.create(durability="disk")
-        commands = frontend.service._models._hosted["m"].life.commands
+        commands = frontend.tenant._models._hosted["m"].life.commands
         with monkeypatch.context() as patch:
             patch.setattr(SegmentWriter, "sync", sync)
             patch.setattr("gradwire_server.storage.local_folders.os.rename", broken)

@@ -23,7 +23,7 @@ def forward(fakes: Any, **fields: Any) -> Any:
 
 async def comes_back(frontend: Any) -> bool:
     """Whether the model is served once it has been brought back, or does not come back."""
-    hosted = frontend.service._models._hosted["m"]
+    hosted = frontend.tenant._models._hosted["m"]
     await frontend.until(lambda: hosted.description.info.state != "recovering")
     return (await frontend.model()).state == model_pb2.MODEL_STATE_READY
 

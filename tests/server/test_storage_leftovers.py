@@ -57,7 +57,7 @@ async def test_frontend_whose_storage_was_taken_over_deletes_and_makes_no_model(
         error = await frontend.error(frontend.stub.DeleteModel(DELETE))
         assert (error.reason, error.outcome) == ("MODEL_FENCED", "not_applied")
         with pytest.raises(FailedPrecondition) as refused:
-            frontend.service._storage.make("other", None)
+            frontend.tenant._storage.make("other", None)
         assert refused.value.reason == "MODEL_FENCED"
         assert [path.name for path in (storage / "models").iterdir()] == ["m"]
     async with start() as frontend:
@@ -134,5 +134,5 @@ async def test_folder_of_another_name_among_the_named_ones_is_left_out_and_left_
         listed = await frontend.stub.ListCheckpoints(pb.ListCheckpointsRequest())
         assert "checkpoints/best" in [each.name for each in listed.checkpoints] and len(listed.checkpoints) == 2
     async with start() as frontend:
-        await asyncio.wait_for(frontend.service._storage.swept(), 5)
+        await asyncio.wait_for(frontend.tenant._storage.swept(), 5)
         assert stray.exists() and (storage / "checkpoints/named/Other").exists()

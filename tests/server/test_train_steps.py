@@ -193,7 +193,7 @@ async def test_a_client_that_does_not_take_its_answers_does_not_keep_its_place(s
             requests = steps(frontend, fakes, *[b"a"] * 1000)
             await call.write(pb.TrainStepsRequest(steps=requests).SerializeToString())
             await frontend.until(lambda: workers.step)
-            await frontend.until(lambda: not frontend.service._admission.in_flight)
+            await frontend.until(lambda: not frontend.tenant.admission.in_flight)
             assert workers.step < 500
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 [response async for response in call]
@@ -329,7 +329,7 @@ async def test_steps_behind_a_repeat_of_a_refused_one_are_not_applied(frontend: 
 async def test_steps_behind_one_whose_reply_is_not_known_are_not_applied(frontend: Any, fakes: Any) -> None:
     workers = await frontend.create()
     known, behind = steps(frontend, fakes, b"a", b"b")
-    log = frontend.service._models._hosted["m"].life.commands.log
+    log = frontend.tenant._models._hosted["m"].life.commands.log
     body = fingerprint("TrainStep", known.SerializeToString())
     log.restore(known.request_id, body, EndedCommand(1, "TrainStep", None))
     stream = Stream(frontend)
@@ -418,7 +418,7 @@ async def test_a_client_that_does_not_read_holds_up_neither_the_model_nor_memory
         await frontend.until(lambda: workers.busy)
         await asyncio.sleep(0.05)
         # As many wait as a quarter of a model's requests.
-        queue = frontend.service._models._hosted["m"].life._queue
+        queue = frontend.tenant._models._hosted["m"].life._queue
         assert queue._count <= 2
         unary = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"unary")))
         await asyncio.sleep(0.05)

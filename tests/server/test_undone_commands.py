@@ -54,7 +54,7 @@ def breaks_while_written_ahead(number: int, patch: pytest.MonkeyPatch) -> None:
 
 async def lost_after_failure(frontend: Any, request: Any) -> None:
     """A command, then `request`, neither of them durable; then the ranks are lost, and brought back."""
-    life = frontend.service._models._hosted["m"].life
+    life = frontend.tenant._models._hosted["m"].life
     first = asyncio.ensure_future(frontend.stub.TrainStep(frontend.train(b"a")))
     await frontend.until(lambda: life.commands.number == 1)
     error = await frontend.error(frontend.stub.TrainStep(request))
@@ -71,7 +71,7 @@ async def lost_after_failure(frontend: Any, request: Any) -> None:
 
 async def restarted(frontend: Any) -> list[bytes]:
     """What was applied once more when the service was started."""
-    life = frontend.service._models._hosted["m"].life
+    life = frontend.tenant._models._hosted["m"].life
     await frontend.until(lambda: life.description.info.state == "ready")
     return steps(frontend.cluster.groups["m"])
 

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,23 +17,19 @@ from gradwire_proto.errors import GradwireError, RankLost
 from gradwire_proto.values import (
     ArchitectureSpec,
     Batch,
-    DerivativeQuery,
-    DerivativeResult,
-    FunctionSpec,
-    GradientQuery,
-    GradientResult,
     Limits,
     ModelSpec,
     ModelState,
     NamedTensors,
     StateTensor,
-    TensorData,
 )
 from gradwire_workers import segments
 from gradwire_workers.function_rank import FunctionRank
+from gradwire_workers.function_ranks import FunctionRanks
 from gradwire_workers.group_state import for_rank
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.open_variants import OpenVariants
+from gradwire_workers.owners_cluster import OwnersCluster
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
 from gradwire_workers.pool.lease import Lease
@@ -59,6 +54,7 @@ class ClusterConfig:
     workers: how many ranks models may hold, None for as many as Ray has CPUs. spare_ranks: warm ones kept ready.
     threads_per_rank: torch's threads, 0 for an equal share of the machine's cores.
     weights_folder: where architectures may find their first weights, None for nowhere.
+    workers_per_owner: how many of them models of one owner may hold, None for all.
     kernels_folder: private, where ranks find and leave compiled kernels; None for nowhere, and none are compiled.
     """
 
@@ -72,6 +68,7 @@ class ClusterConfig:
     limits: Limits = field(default_factory=Limits)
     weights_folder: str | None = None
     kernels_folder: str | None = None
+    workers_per_owner: int | None = None
 
 
 class Cluster:
@@ -103,7 +100,9 @@ class Cluster:
         await in_thread(self._placement.kill_orphans)
         self._sweep()
         cpus, gpus = await in_thread(self._placement.totals)
-        self.capacity = Capacity(workers=self._config.workers or cpus, gpus=gpus)
+        self.capacity = Capacity(
+            workers=self._config.workers or cpus, gpus=gpus, most_per_owner=self._config.workers_per_owner
+        )
         cores = len(os.sched_getaffinity(0))
         self._threads = self._config.threads_per_rank or max(1, cores // max(1, self.capacity.workers))
         self._pool = WarmPool[RankProcess](
@@ -113,14 +112,7 @@ class Cluster:
             most=self.capacity.workers + 1 + self._config.spare_ranks,
             at_once=cores,
         )
-        self._functions = FunctionRank(
-            take=self._take_one,
-            give_up=partial(self._pool.give_back, reuse=False),
-            writer=self._writer,
-            device="cpu",
-            threads=self._threads,
-            limits=self._config.limits,
-        )
+        self._functions = FunctionRanks(self._function_rank)
         self._pool.open()
 
     def _sweep(self) -> None:
@@ -140,9 +132,19 @@ class Cluster:
     def _watch_idle(self, process: RankProcess) -> None:
         process.channel.on_lost = lambda _: self._pool.remove(process)
 
-    async def _take_one(self) -> RankProcess:
-        (process,) = await self._pool.take(1, "")
-        return process
+    def _function_rank(self, owner: str) -> FunctionRank:
+        async def take() -> RankProcess:
+            (process,) = await self._pool.take(1, owner)
+            return process
+
+        return FunctionRank(
+            take=take,
+            give_up=partial(self._pool.give_back, reuse=False),
+            writer=self._writer,
+            device="cpu",
+            threads=self._threads,
+            limits=self._config.limits,
+        )
 
     async def warm(self, ranks: int | None = None) -> None:
         """Waits until so many ranks are warm, or as many as are kept."""
@@ -192,7 +194,7 @@ class Cluster:
         place: object,
         again: bool,
     ) -> WorkerGroup:
-        demand = self.capacity.demand(spec)
+        demand = self.capacity.demand(spec, owner)
         lease = Lease(
             capacity=self.capacity,
             placement=self._placement,
@@ -202,7 +204,7 @@ class Cluster:
         )
         threads = self._threads if state is None else state.threads
         try:
-            await lease.acquire(demand, owner, place=_lease_of(place))
+            await lease.acquire(demand, place=_lease_of(place))
             ranks = Ranks(lease.processes)
             group = WorkerGroup(
                 ranks=ranks,
@@ -279,17 +281,13 @@ class Cluster:
             StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]
         )
 
-    async def compute_function_gradients(
-        self, function: FunctionSpec, batch: Batch, query: GradientQuery
-    ) -> GradientResult:
-        """Gradients of a function that no model holds. See `FunctionRank`."""
-        return await self._functions.compute_gradients(function, batch, query)
+    def functions(self, owner: str) -> FunctionRank:
+        """Where functions of this owner are computed, which no model holds. To be asked for each."""
+        return self._functions.of(owner)
 
-    async def differentiate_function(
-        self, function: FunctionSpec, batch: Batch, query: DerivativeQuery, vectors: Sequence[TensorData]
-    ) -> DerivativeResult:
-        """Another derivative of a function that no model holds. See `FunctionRank`."""
-        return await self._functions.differentiate(function, batch, query, vectors)
+    def of(self, owner: str) -> OwnersCluster:
+        """The cluster as one owner has it: ranks that serve nobody else."""
+        return OwnersCluster(self, owner)
 
     async def close(self) -> None:
         """Ends every rank and leaves Ray. Groups that are still open are lost."""

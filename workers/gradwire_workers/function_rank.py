@@ -86,6 +86,12 @@ class FunctionRank:
         self._turn = asyncio.Lock()
         self._ranks: Ranks | None = None
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._calls = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a function is computed, or waits to be."""
+        return self._calls > 0
 
     async def compute_gradients(self, function: FunctionSpec, batch: Batch, query: GradientQuery) -> GradientResult:
         """The function's value, gradients and outputs. One function at a time.
@@ -110,21 +116,25 @@ class FunctionRank:
 
     async def close(self) -> None:
         """Gives the rank up, whatever it is computing."""
-        self._drop_rank()
+        self.drop()
 
     @asynccontextmanager
     async def _computed(
         self, kind: str, function: FunctionSpec, batch: Batch, extra: Mapping[str, Any], training: bool
     ) -> AsyncIterator[_Done]:
         """What the rank answers to a command about the function. Inside, no other command runs."""
-        sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
-        async with self._turn:
-            try:
-                done = await self._compute(kind, function, sent, batch, extra, training)
-            except RankLost as lost:
-                logger.warning("the rank of functions was lost, and another takes its place: %s", lost)
-                done = await self._compute(kind, function, sent, batch, extra, training)
-            yield done
+        self._calls += 1
+        try:
+            sent = None if function.program is None else await asyncio.to_thread(_prepare, function)
+            async with self._turn:
+                try:
+                    done = await self._compute(kind, function, sent, batch, extra, training)
+                except RankLost as lost:
+                    logger.warning("the rank of functions was lost, and another takes its place: %s", lost)
+                    done = await self._compute(kind, function, sent, batch, extra, training)
+                yield done
+        finally:
+            self._calls -= 1
 
     async def _compute(
         self,
@@ -161,10 +171,10 @@ class FunctionRank:
         try:
             answers = await ranks.call(kind, [fields], changes=False)
         except asyncio.CancelledError:
-            self._drop_rank()
+            self.drop()
             raise
         except RankLost as lost:
-            self._drop_rank()
+            self.drop()
             # A function changes nothing: what was lost can be asked for again.
             raise RankLost(lost.message, reason=lost.reason) from lost
         self._known[digest] = chosen
@@ -183,12 +193,13 @@ class FunctionRank:
 
     async def _living_ranks(self) -> Ranks:
         if self._ranks is not None and self._ranks.lost is not None:
-            self._drop_rank()
+            self.drop()
         if self._ranks is None:
             self._ranks = Ranks([await self._take()])
         return self._ranks
 
-    def _drop_rank(self) -> None:
+    def drop(self) -> None:
+        """Gives the rank up, and forgets what it knew."""
         self._known.clear()
         if self._ranks is not None:
             self._give_up(self._ranks.processes[0])

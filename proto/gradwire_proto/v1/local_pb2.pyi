@@ -21,8 +21,10 @@ class LocalRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[LocalHello, _Mapping]] = ..., upload: _Optional[_Union[LocalUpload, _Mapping]] = ..., download: _Optional[_Union[LocalDownload, _Mapping]] = ..., call: _Optional[_Union[LocalCall, _Mapping]] = ...) -> None: ...
 
 class LocalHello(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
 
 class LocalUpload(_message.Message):
     __slots__ = ("manifest",)

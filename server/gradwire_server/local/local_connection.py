@@ -12,13 +12,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gradwire_proto.codec import refuse_unknown_fields
-from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted
+from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted, Unauthenticated
 from gradwire_proto.local_wire import PacketError, close_files, receive_packet, send_packet
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import Limits
+from gradwire_server.doors.door import Door
 from gradwire_server.local.local_calls import LocalCalls
 from gradwire_server.tensors.file_threads import THREAD_BYTES, in_thread
 from gradwire_server.tensors.held_files import TensorType
@@ -35,6 +36,16 @@ MOST_OPEN_FILES = 256
 """The same of all connections together, those that have ended included."""
 
 
+class LocalPlace(Protocol):
+    """What answers the requests of one owner."""
+
+    @property
+    def calls(self) -> LocalCalls: ...
+
+    @property
+    def tensors(self) -> TensorStore: ...
+
+
 @dataclass(slots=True)
 class Held:
     """How many uploads are held."""
@@ -44,6 +55,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
+    store: TensorStore
     file: SealedFile
     types: Sequence[TensorType]
     name: str
@@ -55,18 +67,18 @@ class LocalConnection:
     def __init__(
         self,
         peer: socket.socket,
-        tensors: TensorStore,
+        door: Door[LocalPlace],
         limits: Limits,
         service: str,
-        calls: LocalCalls,
         all_held: Held,
         ended: Callable[[LocalConnection], None],
     ) -> None:
         self._peer = peer
-        self._tensors = tensors
+        self._door = door
+        self._guest = door.everybody
+        """Who has said hello; where all may come in, anybody."""
         self._limits = limits
         self._service = service
-        self._calls = calls
         self._ended = ended
         self._held = Held()
         self._all_held = all_held
@@ -117,6 +129,7 @@ class LocalConnection:
         refuse_unknown_fields(request)
         match request.WhichOneof("kind"):
             case "hello":
+                self._guest = self._door.admit_token(request.hello.token)
                 self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
             case "call":
                 self._call(request.call)
@@ -135,18 +148,26 @@ class LocalConnection:
             if not calling.cancelled():
                 self._say(calling.result())
 
-        self._calling = self._calls.begin(request)
+        self._calling = self._place(request.method).calls.begin(request)
         self._calling.add_done_callback(answer)
+
+    def _place(self, method: str) -> LocalPlace:
+        """What answers a call of this method. Raises Unauthenticated, PermissionDenied."""
+        if self._guest is None:
+            raise Unauthenticated("expected a hello first", reason="TOKEN_MISSING")
+        self._door.check_method(self._guest, method)
+        return self._guest.place
 
     def _upload(self, request: pb.LocalUpload, files: list[int]) -> None:
         """Takes the one file over, out of `files`."""
+        place = self._place("UploadTensors")
         types, name = decode_manifest(request.manifest, self._limits)
         if name is None or len(files) != 1:
             raise InvalidArgument("expected an upload_id and one file", field="manifest", reason="FIELD_MISSING")
         if self._held.count >= MOST_UPLOADS or self._all_held.count >= MOST_OPEN_FILES:
             message = f"{self._held.count} uploads of this client, and {self._all_held.count} of all, wait to be used"
             raise ResourceExhausted(message, reason="TOO_MANY_UPLOADS", retryable=True)
-        upload = _Upload(SealedFile(files.pop(), types), types, name)
+        upload = _Upload(place.tensors, SealedFile(files.pop(), types), types, name)
         for held in (self._held, self._all_held):
             held.count += 1
         if upload.file.bool_bytes < THREAD_BYTES:
@@ -176,7 +197,7 @@ class LocalConnection:
             raise
 
     def _adopt(self, upload: _Upload) -> None:
-        self._tensors.uploads.adopt(upload.types, upload.file, upload.name, self._discarded)
+        upload.store.uploads.adopt(upload.types, upload.file, upload.name, self._discarded)
         self._say(pb.LocalReply(uploaded=pb.LocalUploaded(name=upload.name)))
 
     def _discarded(self) -> None:
@@ -184,7 +205,7 @@ class LocalConnection:
             held.count -= 1
 
     def _download(self, name: str) -> None:
-        lent = self._tensors.downloads.lend(name)
+        lent = self._place("DownloadTensors").tensors.downloads.lend(name)
         places = [pb.LocalPlace(file=each.file, offset=each.offset, nbytes=each.nbytes) for each in lent.places]
         try:
             if self._say(pb.LocalReply(downloaded=pb.LocalDownloaded(places=places)), lent.files):

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from gradwire_proto.local_wire import MOST_PATH_BYTES, new_socket, peer_user, service_of
 from gradwire_proto.values import Limits
-from gradwire_server.local.local_calls import LocalCalls
-from gradwire_server.local.local_connection import Held, LocalConnection
-from gradwire_server.tensors.tensor_store import TensorStore
+from gradwire_server.doors.door import Door
+from gradwire_server.local.local_connection import Held, LocalConnection, LocalPlace
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +39,9 @@ _PR_GET_DUMPABLE = 3
 class LocalSocket:
     """Listens at `path`, in a private folder, once it was started. All methods belong to the event loop's thread."""
 
-    def __init__(self, path: Path, tensors: TensorStore, limits: Limits, calls: LocalCalls) -> None:
+    def __init__(self, path: Path, door: Door[LocalPlace], limits: Limits) -> None:
         self._path = path
-        self._calls = calls
-        self._tensors = tensors
+        self._door = door
         self._limits = limits
         self._listener: socket.socket | None = None
         self._connections: set[LocalConnection] = set()
@@ -104,9 +102,7 @@ class LocalSocket:
             return
         peer.setblocking(False)
         service = service_of(self.path)
-        self._connections.add(
-            LocalConnection(peer, self._tensors, self._limits, service, self._calls, self._held, self._ended)
-        )
+        self._connections.add(LocalConnection(peer, self._door, self._limits, service, self._held, self._ended))
 
     def _ended(self, connection: LocalConnection) -> None:
         self._connections.discard(connection)

@@ -22,9 +22,9 @@ KEEP_SECONDS = 3600.0
 class DeletionNotes:
     """A small file for each, which is kept for an hour. Methods block, and any thread may call them."""
 
-    def __init__(self, lock: StorageLock) -> None:
+    def __init__(self, lock: StorageLock, folder: Path | None = None) -> None:
         self._lock = lock
-        self._folder = lock.storage / "deletions"
+        self._folder = (folder or lock.storage) / "deletions"
         self._written: deque[tuple[float, Path]] = deque()
         self._one_at_a_time = threading.Lock()
 

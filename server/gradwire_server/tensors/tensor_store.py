@@ -15,13 +15,15 @@ class TensorStore:
     """Uploads and downloads, in files of `folder`, which must be private and in shared memory.
 
     `limits.held_bytes` bounds what all of them hold together, `limits.held_seconds` how long each waits unused.
+
+    held: what all owners hold, where this is one's store.
     """
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, held: HeldBytes | None = None) -> None:
         # What a frontend that was killed left behind has no owner any more.
         for prefix in (UPLOAD_PREFIX, DOWNLOAD_PREFIX):
             remove_files(str(path) for path in folder.glob(f"{prefix}*"))
-        self.held = HeldBytes(limits.held_bytes)
+        self.held = HeldBytes(limits.held_bytes, "owner_held_bytes" if held is not None else "held_bytes", held)
         self.uploads = Uploads(folder, limits, self.held)
         self.downloads = Downloads(folder, limits, self.held)
 

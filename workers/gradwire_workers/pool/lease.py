@@ -39,7 +39,7 @@ class Lease:
         self._demand: Demand | None = None
         self._reserving: asyncio.Future[Reservation] | None = None
 
-    async def acquire(self, demand: Demand, owner: str, *, place: Lease | None = None) -> None:
+    async def acquire(self, demand: Demand, *, place: Lease | None = None) -> None:
         """Takes what the model needs, or fails and holds what it got until `release`.
 
         place: one whose ranks have left. What it holds beside them is taken over, where it is as much.
@@ -49,7 +49,7 @@ class Lease:
             place.hand_over(self)
         if self._demand is None:
             await self._claim(demand)
-        self.processes = await self._pool.take(demand.ranks, owner)
+        self.processes = await self._pool.take(demand.ranks, demand.owner)
 
     async def _claim(self, demand: Demand) -> None:
         self._capacity.claim(demand)

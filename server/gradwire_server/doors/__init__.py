@@ -1,0 +1,1 @@
+"""Who may come in, and as whom: certificates, tokens, and what each call needs of them."""

@@ -1,0 +1,73 @@
+"""The tokens that are good now: read from their file, and again when it changes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from gradwire_proto.errors import GradwireError, Unauthenticated
+from gradwire_proto.token_file import TokenFile, TokenRecord, id_in
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.5
+"""How long a change of the file may go unnoticed."""
+
+
+class TokenBook:
+    """See the module. Where a changed file cannot be read, what was read before goes on being good."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FailedPrecondition TOKENS_UNREADABLE."""
+        self._file = TokenFile(path)
+        self._mark = _mark(path)
+        self._records = {each.id: each for each in self._file.read()}
+        self._looked_at = time.monotonic()
+
+    def find(self, token: str) -> TokenRecord:
+        """What is known of a token. Raises Unauthenticated TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_REVOKED."""
+        self._look()
+        record = self._records.get(id_in(token) or "")
+        if record is None or not record.fits(token):
+            raise Unauthenticated("the token is not known here", reason="TOKEN_UNKNOWN")
+        return self._good(record)
+
+    def still_good(self, record: TokenRecord) -> TokenRecord:
+        """The same as it is now, of one that was found. Raises as `find`."""
+        self._look()
+        known = self._records.get(record.id)
+        if known is None or known.digest != record.digest:
+            raise Unauthenticated("the token is not known here any more", reason="TOKEN_UNKNOWN")
+        return self._good(known)
+
+    def _good(self, record: TokenRecord) -> TokenRecord:
+        state = record.state(time.time())
+        if state != "valid":
+            raise Unauthenticated(f"the token {record.name!r} is {state}", reason=f"TOKEN_{state.upper()}")
+        return record
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        mark = _mark(self._file.path)
+        if mark == self._mark:
+            return
+        self._mark = mark
+        try:
+            self._records = {each.id: each for each in self._file.read()}
+            logger.info("the tokens were read again: %d", len(self._records))
+        except GradwireError as error:
+            logger.error("%s; those that were read before stay good", error)
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    """What differs once the file was replaced, also behind a symbolic link."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
