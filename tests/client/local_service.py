@@ -17,13 +17,16 @@ REFUSED = pb.LocalReply(refusal=pb.LocalRefusal(reason="NO", message="no"))
 
 
 class LocalService:
-    """A socket that answers what `answer` says; None hangs up. `requests`: those that came besides hellos."""
+    """A socket that answers what `answer` says; None hangs up. `requests`: those that came besides hellos,
+    whose tokens are `tokens`.
+    """
 
     def __init__(self, folder: Path, says: str = "clients-a") -> None:
         self.path = str(folder / "clients-a.sock")
         self.answer: Answer = lambda request, files: (REFUSED, [])
         self.requests: list[pb.LocalRequest] = []
         self.connections = 0
+        self.tokens: list[str] = []
         self._peers: list[socket.socket] = []
         self._welcome = pb.LocalReply(welcome=pb.LocalWelcome(service=says))
         self._listener = new_socket()
@@ -58,6 +61,7 @@ class LocalService:
                 except (EOFError, OSError):
                     return
                 if request.WhichOneof("kind") == "hello":
+                    self.tokens.append(request.hello.token)
                     send_packet(peer, self._welcome)
                     continue
                 self.requests.append(request)

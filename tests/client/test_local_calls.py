@@ -163,12 +163,18 @@ def test_call_that_is_interrupted_leaves_no_answer_for_the_next(service, calls, 
     assert ask(calls).result.step == 2
 
 
-def test_commands_of_a_client_with_a_token_go_by_grpc_which_carries_it(service, scripted):
+def test_every_connection_brings_the_clients_token(service, scripted):
     rpc = Rpc(scripted.target, token="secret", timeout=5)
     rpc.local.offer(service.path)
+    service.answer = lambda request, files: (pb.LocalReply(response=STEP.SerializeToString()), [])
+    assert rpc.call("TrainStep", service_pb.TrainStepRequest(name="models/m")) == STEP
+    # That of memory, and that of calls.
+    assert service.tokens == ["secret", "secret"] and not scripted.tokens
+    # Where it is not taken, gRPC says why.
+    service.answer = lambda request, files: (pb.LocalReply(refusal=pb.LocalRefusal(reason="TOKEN_REVOKED")), [])
     scripted.answers["TrainStep"] = lambda request, context: STEP
     assert rpc.call("TrainStep", service_pb.TrainStepRequest(name="models/m")) == STEP
-    assert not service.requests and scripted.tokens == ["Bearer secret"]
+    assert scripted.tokens == ["Bearer secret"]
     rpc.close()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from server.small_models import WEIGHT, read, two_floats, whole
 
 from gradwire_proto.errors import InvalidArgument, RankLost
+from gradwire_proto.token_file import DEFAULT_OWNER
 from gradwire_proto.values import (
     ArchitectureSpec,
     BackwardResult,
@@ -357,14 +358,14 @@ class FakeCluster:
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     places: list[FakeWorkers | None] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
-    owners: list[str] = field(default_factory=list)
+    others: dict[str, FakeCluster] = field(default_factory=dict)
+    """Those of owners that have a name."""
 
     def __post_init__(self) -> None:
         self.gate.set()
 
     def of(self, owner: str) -> FakeCluster:
-        self.owners.append(owner)
-        return self
+        return self if owner == DEFAULT_OWNER else self.others.setdefault(owner, FakeCluster())
 
     async def start_group(
         self,
