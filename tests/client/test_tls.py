@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import grpc
 import pytest
+from certificates import make_authority, make_certificate, needs_openssl
 from client.one_model import OneModel, empty
 from typer.testing import CliRunner
 
@@ -15,13 +14,7 @@ import gradwire
 from gradwire import errors
 from gradwire.cli import app
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made with openssl")
-
-KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+pytestmark = needs_openssl
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +22,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ca, server, client (all of one authority) and stranger (signed by itself) as .pem and .key."""
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("ca", "stranger"):
-        openssl(folder, "req", "-x509", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+        make_authority(folder, name)
     for name in ("server", "client"):
-        openssl(folder, "req", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        authority = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names"]
-        openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *authority)
+        make_certificate(folder, name)
     return folder
 
 

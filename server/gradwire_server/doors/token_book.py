@@ -13,7 +13,7 @@ from gradwire_proto.token_file import TokenFile, TokenRecord, id_in
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""How long a change of the file may go unnoticed."""
+"""How long a token that was revoked may go on being good. One that was made is found at once."""
 
 
 class TokenBook:
@@ -29,10 +29,18 @@ class TokenBook:
     def find(self, token: str) -> TokenRecord:
         """What is known of a token. Raises Unauthenticated TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_REVOKED."""
         self._look()
-        record = self._records.get(id_in(token) or "")
-        if record is None or not record.fits(token):
+        record = self._record(token)
+        if record is None:
+            # It may have been made just now.
+            self._look(at_once=True)
+            record = self._record(token)
+        if record is None:
             raise Unauthenticated("the token is not known here", reason="TOKEN_UNKNOWN")
         return self._good(record)
+
+    def _record(self, token: str) -> TokenRecord | None:
+        record = self._records.get(id_in(token) or "")
+        return record if record is not None and record.fits(token) else None
 
     def still_good(self, record: TokenRecord) -> TokenRecord:
         """The same as it is now, of one that was found. Raises as `find`."""
@@ -48,9 +56,9 @@ class TokenBook:
             raise Unauthenticated(f"the token {record.name!r} is {state}", reason=f"TOKEN_{state.upper()}")
         return record
 
-    def _look(self) -> None:
+    def _look(self, at_once: bool = False) -> None:
         now = time.monotonic()
-        if now - self._looked_at < LOOK_SECONDS:
+        if not at_once and now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
         mark = _mark(self._file.path)

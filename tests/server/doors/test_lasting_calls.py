@@ -186,3 +186,6 @@ def test_changes_are_looked_for_no_more_often_than_is_said(tokens: TokenFile, mo
     now[0] = token_book.LOOK_SECONDS
     with pytest.raises(Unauthenticated):
         book.still_good(record)
+    # One that is new is found at once.
+    other, _ = tokens.create("two", "alice", ["train"])
+    assert book.find(other).name == "two"
