@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from gradwire_proto.encoding.nested_tensors import tensors_of
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import tensor_pb2
 
@@ -74,7 +75,7 @@ class StepTemplate:
 
 def template_of(request: pb.TrainStepRequest, raw: bytes | None = None) -> StepTemplate | None:
     """The template of this request, whose bytes are `raw`; None where it has to be built and parsed as a message."""
-    tensors = list(_tensors(request.batch.inputs)) + list(_tensors(request.batch.targets))
+    tensors = list(tensors_of(request.batch.inputs)) + list(tensors_of(request.batch.targets))
     if not all(map(_can_be_cut_out, tensors)) or len(request.request_id) != _ID_BYTES:
         return None
     if raw is not None and request.SerializeToString() != raw:
@@ -82,7 +83,7 @@ def template_of(request: pb.TrainStepRequest, raw: bytes | None = None) -> StepT
     marked = pb.TrainStepRequest()
     marked.CopyFrom(request)
     marks = []
-    for tensor in [*_tensors(marked.batch.inputs), *_tensors(marked.batch.targets)]:
+    for tensor in [*tensors_of(marked.batch.inputs), *tensors_of(marked.batch.targets)]:
         mark, nbytes = os.urandom(_LEAST_BYTES), len(tensor.data)
         tensor.data = mark + bytes(nbytes - _LEAST_BYTES)
         marks.append((mark, nbytes))
@@ -102,16 +103,3 @@ def _can_be_cut_out(tensor: tensor_pb2.Tensor) -> bool:
     # The bytes of a bool are looked at when the message is decoded.
     has_data = tensor.WhichOneof("content") == "data" and len(tensor.data) >= _LEAST_BYTES
     return has_data and tensor.dtype != tensor_pb2.DTYPE_BOOL
-
-
-def _tensors(value: tensor_pb2.Value) -> Iterator[tensor_pb2.Tensor]:
-    """The tensors of a nested value, in order."""
-    kind = value.WhichOneof("kind")
-    if kind == "tensor":
-        yield value.tensor
-    elif kind in ("tuple", "list"):
-        for item in getattr(value, kind).items:
-            yield from _tensors(item)
-    elif kind == "dict":
-        for entry in value.dict.entries:
-            yield from _tensors(entry.value)
