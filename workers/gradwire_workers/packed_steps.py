@@ -1,8 +1,8 @@
 """Training steps as one message to each rank: what they have in common once, and each one's numbers and bytes.
 
-Of the message's fields, `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
-number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
-first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
+Of the message's fields, `layouts` is JSON: those of the shards. `steps` is JSON, too: for each step the layout that it
+has, the number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers:
+the first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
 tensor. `part_seconds`, `part_row` and `follows`: see RankServer.
 """
 
@@ -136,8 +136,8 @@ def pack_steps(
             small.append(data)
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
-    text = f'{{"layouts":[{",".join(described)}],"steps":[{",".join(rows)}]}}'
     # Half of them early: what is done about these, and the next message, is done while the rank computes the rest.
     part_row = (len(steps) + 1) // 2 if len(steps) > 1 else 0
     parts = {"part_seconds": part_seconds, "part_row": part_row, "follows": follows}
-    return {"steps": text.encode(), "data": [b"".join(small), *large], **parts}
+    texts = {"layouts": f"[{','.join(described)}]".encode(), "steps": f"[{','.join(rows)}]".encode()}
+    return {**texts, "data": [b"".join(small), *large], **parts}
