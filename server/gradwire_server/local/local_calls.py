@@ -34,9 +34,12 @@ class LocalCalls:
         self._admission = admission
         self._methods = {name: _parsed(servicer, name, message_bytes) for name in PARSED} | dict(own)
 
-    def begin(self, request: pb.LocalCall) -> asyncio.Future[pb.LocalReply]:
+    def begin(
+        self, request: pb.LocalCall, answered: Callable[[pb.LocalReply], None]
+    ) -> asyncio.Future[pb.LocalReply]:
         """Make a call; it gives its reply, an error too. Cancelled, it is given up as a call of gRPC is.
 
+        answered: may be called with that reply before, as soon as it is there; even before this returns.
         Raises InvalidArgument where it is none.
         """
         method = self._methods.get(request.method)
@@ -46,7 +49,10 @@ class LocalCalls:
         if not (request.timeout_seconds > 0 and isfinite(request.timeout_seconds)):
             message = f"expected more than 0 seconds, got {request.timeout_seconds:g}"
             raise InvalidArgument(message, field="call.timeout_seconds", reason="OUT_OF_RANGE")
-        call = Call(deadline=time.monotonic() + request.timeout_seconds)
+        call = Call(
+            deadline=time.monotonic() + request.timeout_seconds,
+            answered=lambda response: answered(pb.LocalReply(response=response)),
+        )
         return begin(self._reply(method, request.request, call))
 
     async def _reply(self, method: Method, raw: bytes, call: Call) -> pb.LocalReply:

@@ -130,13 +130,19 @@ class LocalConnection:
     def _call(self, request: pb.LocalCall) -> None:
         """The connection is watched meanwhile: a client that hangs up gives its call up."""
 
-        def answer(calling: asyncio.Future[pb.LocalReply]) -> None:
-            self._calling = None
-            if not calling.cancelled():
-                self._say(calling.result())
+        is_answered = False
 
-        self._calling = self._calls.begin(request)
-        self._calling.add_done_callback(answer)
+        def answer(reply: pb.LocalReply) -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
+                self._calling = None
+                self._say(reply)
+
+        calling = self._calls.begin(request, answer)
+        if not is_answered:
+            self._calling = calling
+            calling.add_done_callback(lambda ended: None if ended.cancelled() else answer(ended.result()))
 
     def _upload(self, request: pb.LocalUpload, files: list[int]) -> None:
         """Takes the one file over, out of `files`."""
