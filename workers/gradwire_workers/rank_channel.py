@@ -18,8 +18,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from gradwire_proto.errors import GradwireError, RankLost, by_name
 from gradwire_workers import direct_socket
-from gradwire_workers.frames import Frame, pack, unpack
-from gradwire_workers.step_rows import StepRow, decode_rows
+from gradwire_workers.frames import Encoded, Frame, pack, unpack
+from gradwire_workers.step_rows import StepRow, decode_part
 
 # Frames above this are handed to ZeroMQ uncopied; below, the bookkeeping costs more than the copy.
 _COPY_BELOW = 64 << 10
@@ -84,7 +84,7 @@ class RankChannel:
     def call(
         self,
         kind: str,
-        fields: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | Encoded | None = None,
         take: Callable[[list[StepRow]], None] | None = None,
     ) -> asyncio.Future[Answer]:
         """Sends a command at once. The future holds what the rank answers, an error that it raised included.
@@ -137,7 +137,7 @@ class RankChannel:
         while not self._closed and _has_news(self._socket):
             while self._read_direct():
                 pass
-            self._told(unpack(self._socket.recv_multipart(_NOBLOCK)))
+            self._told(self._socket.recv_multipart(_NOBLOCK))
 
     def _read_direct(self) -> bool:
         """Whether a message was there."""
@@ -153,39 +153,40 @@ class RankChannel:
             # What becomes of the rank, ZeroMQ will tell.
             self._leave_direct()
             return False
-        self._told(unpack(frames))
+        self._told(frames)
         return True
 
-    def _told(self, message: Mapping[str, Any]) -> None:
-        if "rows" in message and not self._take(message):
-            return
-        self._by_zmq.discard(message["call"])
-        answer = self._waiting.pop(message["call"], None)
-        if answer is None or answer.done():
-            return
-        error = message.get("error")
-        answer.set_result(
-            Answer(
+    def _told(self, frames: Sequence[Frame]) -> None:
+        part = decode_part(frames)
+        if part is None:
+            message = unpack(frames)
+            error = message.get("error")
+            self._answered(
+                message["call"],
                 fields=message.get("result") or {},
                 error=decode_error(error) if error else None,
                 needs_rejoin=message.get("needs_rejoin", False),
                 busy=message["busy"],
             )
-        )
+            return
+        take = self._takers.get(part.call)
+        if take is not None and part.rows:
+            take(part.rows)
+        if part.is_over:
+            self._answered(part.call, fields={}, error=None, needs_rejoin=False, busy=part.busy)
+
+    def _answered(self, call: int, **answered: Any) -> None:
+        self._takers.pop(call, None)
+        self._by_zmq.discard(call)
+        answer = self._waiting.pop(call, None)
+        if answer is not None and not answer.done():
+            answer.set_result(Answer(**answered))
 
     def _leave_direct(self) -> None:
         if self._direct is not None:
             self._loop.remove_reader(self._direct)
             self._direct.close()
             self._direct = None
-
-    def _take(self, message: Mapping[str, Any]) -> bool:
-        """Hand over the rows of a part. Whether it was the last."""
-        is_over = message.get("is_over", False)
-        take = self._takers.pop(message["call"], None) if is_over else self._takers.get(message["call"])
-        if take is not None:
-            take(decode_rows(message["rows"]))
-        return is_over
 
     def _watch(self) -> None:
         while not self._closed and _has_news(self._monitor):

@@ -20,7 +20,7 @@ from gradwire_proto.errors import GradwireError, InternalError
 from gradwire_workers.command_sockets import CommandSockets
 from gradwire_workers.frames import Frame, pack, unpack
 from gradwire_workers.rank_channel import encode_error
-from gradwire_workers.step_rows import StepRow, encode_rows
+from gradwire_workers.step_rows import RowsPart, StepRow, encode_part
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class RankServer:
             return pack({**reply, "call": message["call"], "busy": time.perf_counter() - started})
 
         if message["kind"] == "train_steps":
-            self._serve_rows(message["kind"], message["fields"], packed)
+            self._serve_rows(message, packed, started)
             return
         self._sockets.send(self._reply(message["kind"], message["fields"], packed))
 
@@ -90,15 +90,21 @@ class RankServer:
         return packed({"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin})
 
     def _serve_rows(
-        self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
+        self, message: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]], started: float
     ) -> None:
         """Answer a command with its rows, in parts: one when `part_seconds` have passed since the last, and one behind
-        row number `part_row`; both are its fields. The last part says that it is over, and how.
+        row number `part_row`; both are its fields. The last part says that it is over; an error comes behind all parts.
 
         One that `follows` on the command before, and was sent before that one was over, is refused where it failed.
         """
+        kind, fields = message["kind"], message["fields"]
         rows: list[StepRow] = []
         sent = time.perf_counter()
+
+        def tell(*, is_over: bool) -> None:
+            part = RowsPart(message["call"], is_over, time.perf_counter() - started, rows)
+            self._sockets.send([encode_part(part)])
+
         ending: dict[str, Any] = {}
         try:
             if fields["follows"] and self._steps_failed:
@@ -107,7 +113,7 @@ class RankServer:
                 rows.append(row)  # pyright: ignore[reportArgumentType]
                 now = time.perf_counter()
                 if now - sent >= fields["part_seconds"] or number == fields["part_row"]:
-                    self._sockets.send(packed({"rows": encode_rows(rows)}))
+                    tell(is_over=False)
                     rows, sent = [], now
         except GradwireError as error:
             ending = {"error": encode_error(error), "needs_rejoin": self._commands.needs_rejoin}
@@ -116,7 +122,10 @@ class RankServer:
             failure = InternalError(f"{type(error).__name__}: {error}", outcome="not_applied")
             ending = {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
         self._steps_failed = bool(ending)
-        self._sockets.send(packed({"rows": encode_rows(rows), "is_over": True, **ending}))
+        if rows or not ending:
+            tell(is_over=not ending)
+        if ending:
+            self._sockets.send(packed(ending))
 
     def _watch(self) -> None:
         if not self._monitor.poll(self._patience * 1000):

@@ -34,9 +34,7 @@ class LocalCalls:
         self._admission = admission
         self._methods = {name: _parsed(servicer, name, message_bytes) for name in PARSED} | dict(own)
 
-    def begin(
-        self, request: pb.LocalCall, answered: Callable[[pb.LocalReply], None]
-    ) -> asyncio.Future[pb.LocalReply]:
+    def begin(self, request: pb.LocalCall, answered: Callable[[pb.LocalReply], None]) -> asyncio.Future[pb.LocalReply]:
         """Make a call; it gives its reply, an error too. Cancelled, it is given up as a call of gRPC is.
 
         answered: may be called with that reply before, as soon as it is there; even before this returns.
