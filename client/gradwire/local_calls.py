@@ -34,6 +34,9 @@ _BODY_BYTES = PACKET_BYTES - 256
 
 _MOST_CONNECTIONS = 4
 
+_SENT_AT_ONCE = 0.001
+"""Seconds that sending may take for the rest of a call to have the whole timeout: setting another takes its time."""
+
 _PAUSE = 1.0
 """Seconds after a failure until there is another connection."""
 
@@ -128,12 +131,16 @@ def _ask(connection: socket.socket, method: str, body: bytes, timeout: float) ->
     """The reply, in `timeout` seconds; None where the request did not leave."""
     end = time.monotonic() + timeout
     connection.settimeout(timeout)
-    call = local_pb2.LocalCall(method=method, request=body, timeout_seconds=timeout)
+    request = local_pb2.LocalRequest()
+    call = request.call
+    call.method, call.request, call.timeout_seconds = method, body, timeout
     try:
-        send_packet(connection, local_pb2.LocalRequest(call=call))
+        send_packet(connection, request)
     except OSError:
         return None
-    connection.settimeout(max(end - time.monotonic(), 0.001))
+    left = end - time.monotonic()
+    if timeout - left > _SENT_AT_ONCE:
+        connection.settimeout(max(left, 0.001))
     reply, files = receive_packet(connection, local_pb2.LocalReply)
     close_files(files)
     return reply
