@@ -14,6 +14,9 @@ from gradwire_proto.v1 import local_pb2
 _IN_PACKET_BYTES = PACKET_BYTES - 256
 """Bytes of a request at most that travels in a packet: what is around it must fit into it, too."""
 
+_SENT_AT_ONCE = 0.001
+"""Seconds that sending may take for the rest of a call to have the whole timeout: setting another takes its time."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallReply:
@@ -36,17 +39,21 @@ class CallConnection:
         """The reply, in `timeout` seconds; None where the request did not leave. OSError, EOFError."""
         end = time.monotonic() + timeout
         self._socket.settimeout(timeout)
-        call = local_pb2.LocalCall(method=method, timeout_seconds=timeout)
+        packet = local_pb2.LocalRequest()
+        call = packet.call
+        call.method, call.timeout_seconds = method, timeout
         files: tuple[int, ...] = ()
         try:
             if len(request) <= _IN_PACKET_BYTES:
                 call.request = request
             else:
                 call.request_bytes, files = len(request), (self._written(request),)
-            send_packet(self._socket, local_pb2.LocalRequest(call=call), files)
+            send_packet(self._socket, packet, files)
         except OSError:
             return None
-        self._socket.settimeout(max(end - time.monotonic(), 0.001))
+        left = end - time.monotonic()
+        if timeout - left > _SENT_AT_ONCE:
+            self._socket.settimeout(max(left, 0.001))
         message, found = receive_packet(self._socket, local_pb2.LocalReply)
         try:
             response = message.response

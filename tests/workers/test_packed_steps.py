@@ -21,7 +21,7 @@ from gradwire_proto.values import Batch, Limits, ModelSpec, OptimizerSpec, Tenso
 from gradwire_workers.frames import pack, unpack
 from gradwire_workers.packed_steps import SMALL_BYTES, Layout, pack_steps
 from gradwire_workers.rank_commands import RankCommands
-from gradwire_workers.rank_steps import RankSteps
+from gradwire_workers.rank_steps import KnownLayouts, RankSteps
 from gradwire_workers.shard import shard_fields
 from gradwire_workers.sharding import split
 from gradwire_workers.step_rows import StepRow, decode_rows, encode_rows, step_result
@@ -147,7 +147,7 @@ def test_shards_of_several_ranks_are_cut_out_of_the_bytes(variant):
     _, rows = select_variant([variant], batch, training=True, targets=True)
     wanted = split(variant, rows, batch, ranks=3, whole=False)
     for rank, shard in enumerate(wanted):
-        (found,) = RankSteps(sent(variant, [formed(batch)], ranks=3, rank=rank)).shards()
+        (found,) = RankSteps(sent(variant, [formed(batch)], ranks=3, rank=rank), KnownLayouts()).shards()
         assert (found.start, found.stop, found.rows) == (shard.start, shard.stop, shard.rows)
         for tensor, data in zip((*found.inputs, *found.targets), (*shard.inputs, *shard.targets), strict=True):
             assert tensor.shape == data.shape and bytes(from_any(tensor).data) == bytes(data.data)

@@ -1,9 +1,9 @@
 """Training steps as one message to each rank: what they have in common once, and each one's numbers and bytes.
 
-Of the message's fields, `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
-number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
-first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
-tensor. `part_seconds`, `part_row` and `follows`: see RankServer.
+Of the message's fields, `layouts` is JSON: those of the shards. `steps` is JSON, too: for each step the layout that it
+has, the number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers:
+the first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a
+large tensor. `part_seconds`, `part_row` and `follows`: see RankServer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from gradwire_proto.batch_form import BatchForm, FormedStep
 from gradwire_proto.values import Segment, TensorData
-from gradwire_workers.frames import to_json
+from gradwire_workers.frames import Encoded, Frame, frame_at, to_json
 from gradwire_workers.shard import Shard, shard_fields
 
 SMALL_BYTES = 16 << 10
@@ -106,7 +106,7 @@ def pack_steps(
     command: int,
     number: int,
     follows: bool = False,
-) -> dict[str, Any]:
+) -> Encoded:
     """The fields of one rank's message. `layouts`: each step's. command, number: the first step's; they count up.
 
     follows: whether the rank may still be at the message before, which the steps are behind.
@@ -136,8 +136,13 @@ def pack_steps(
             small.append(data)
             if rest := -nbytes % ALIGNMENT:
                 small.append(_PADDING[:rest])
-    text = f'{{"layouts":[{",".join(described)}],"steps":[{",".join(rows)}]}}'
     # Half of them early: what is done about these, and the next message, is done while the rank computes the rest.
     part_row = (len(steps) + 1) // 2 if len(steps) > 1 else 0
-    parts = {"part_seconds": part_seconds, "part_row": part_row, "follows": follows}
-    return {"steps": text.encode(), "data": [b"".join(small), *large], **parts}
+    frames: list[Frame] = [f"[{','.join(described)}]".encode(), f"[{','.join(rows)}]".encode(), b"".join(small), *large]
+    buffers = ",".join([frame_at(index) for index in range(3, len(frames) + 1)])
+    text = (
+        f'{{"layouts":{frame_at(1)},"steps":{frame_at(2)},"data":[{buffers}],"part_seconds":{part_seconds},'
+        f'"part_row":{part_row},"follows":{"true" if follows else "false"}}}'
+    )
+    # Made by hand: it is on the way of each step, and `pack` takes several times as long.
+    return Encoded(text, frames)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gradwire_proto.tensors import torch_dtype
 from gradwire_proto.values import TensorData
+from gradwire_workers.frames import from_json
 from gradwire_workers.packed_steps import ALIGNMENT, SMALL_BYTES
 from gradwire_workers.rank_tensors import leaves_in
 from gradwire_workers.shard import Shard
@@ -21,9 +21,11 @@ from gradwire_workers.training.reports import StepReport
 
 Fields = Mapping[str, Any]
 
+_MOST_KNOWN = 32
+
 
 class _Layout:
-    """A layout of a message. Its steps' small tensors take turns in the same memory, each until the next step's."""
+    """A layout of messages. Their steps' small tensors take turns in the same memory, each until the next step's."""
 
     def __init__(self, fields: Fields) -> None:
         self._fields = {name: value for name, value in fields.items() if name not in ("inputs", "targets")}
@@ -78,13 +80,29 @@ def _zeros(kind: str, *content: Any) -> Any:
     return content[0] if kind == "constant" else torch.zeros((), dtype=torch_dtype(content[0])).expand(content[1])
 
 
+class KnownLayouts:
+    """The layouts of messages that have come: most messages have those of one before, and take turns in its memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, list[_Layout]] = {}
+
+    def of(self, described: bytes) -> list[_Layout]:
+        """Those of a message, which are described so."""
+        found = self._known.get(described)
+        if found is None:
+            found = [_Layout(each) for each in from_json(described)]
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[described] = found
+        return found
+
+
 class RankSteps:
     """The steps of one message."""
 
-    def __init__(self, fields: Fields) -> None:
-        header = json.loads(bytes(fields["steps"]))
-        self._layouts = [_Layout(each) for each in header["layouts"]]
-        self._steps = header["steps"]
+    def __init__(self, fields: Fields, known: KnownLayouts) -> None:
+        self._layouts = known.of(bytes(fields["layouts"]))
+        self._steps = from_json(fields["steps"])
         self._small, *self._large = fields["data"]
 
     def carry_out(

@@ -48,9 +48,12 @@ class LocalCalls:
         self._admission = admission
         self._methods = {name: _parsed(servicer, name, message_bytes) for name in PARSED} | dict(own)
 
-    def begin(self, request: pb.LocalCall, files: Sequence[int] = ()) -> asyncio.Future[Answer]:
+    def begin(
+        self, request: pb.LocalCall, files: Sequence[int], answered: Callable[[Answer], None]
+    ) -> asyncio.Future[Answer]:
         """Make a call. Cancelled, it is given up as a call of gRPC is. files: what came with it.
 
+        answered: may be called with that reply before, as soon as it is there; even before this returns.
         Raises InvalidArgument where it is none.
         """
         method = self._methods.get(request.method)
@@ -60,7 +63,10 @@ class LocalCalls:
         if not (request.timeout_seconds > 0 and isfinite(request.timeout_seconds)):
             message = f"expected more than 0 seconds, got {request.timeout_seconds:g}"
             raise InvalidArgument(message, field="call.timeout_seconds", reason="OUT_OF_RANGE")
-        call = Call(deadline=time.monotonic() + request.timeout_seconds)
+        call = Call(
+            deadline=time.monotonic() + request.timeout_seconds,
+            answered=lambda response: answered(Answer(response)),
+        )
         return begin(self._answer(method, request_of(request, files), call))
 
     async def _answer(self, method: Method, raw: bytes, call: Call) -> Answer:

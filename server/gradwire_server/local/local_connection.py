@@ -146,14 +146,20 @@ class LocalConnection:
     def _call(self, request: pb.LocalCall, files: Sequence[int]) -> None:
         """The connection is watched meanwhile: a client that hangs up gives its call up."""
 
-        def answer(calling: asyncio.Future[Answer]) -> None:
-            self._calling = None
-            if not calling.cancelled():
-                with self._refusals():
-                    self._answer(calling.result())
+        is_answered = False
 
-        self._calling = self._calls.begin(request, files)
-        self._calling.add_done_callback(answer)
+        def answer(answer: Answer) -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
+                self._calling = None
+                with self._refusals():
+                    self._answer(answer)
+
+        calling = self._calls.begin(request, files, answer)
+        if not is_answered:
+            self._calling = calling
+            calling.add_done_callback(lambda ended: None if ended.cancelled() else answer(ended.result()))
 
     def _answer(self, answer: Answer) -> None:
         if answer.error is not None:
