@@ -293,7 +293,10 @@ class Commands:
         return self._records.append(entry, job)
 
     def record_steps(self, jobs: Sequence[StepJob], results: Sequence[StepResult]) -> list[asyncio.Future[None] | None]:
-        """Number steps that were applied and put them into the journal together; for each as `_record`."""
+        """Number steps that were applied and put them into the journal together; for each as `_record`.
+
+        `recorded` must follow in the same turn of the event loop.
+        """
         entries: list[Entry] = []
         for job, result in zip(jobs, results, strict=True):
             call, reply = job.call, stored_reply("TrainStep", result)
@@ -313,8 +316,11 @@ class Commands:
                 released=() if entries else self._released(),
             )
             entries.append(entry)
-        self._applied()
         return self._records.append_all(entries, jobs)
+
+    def recorded(self) -> None:
+        """Steps were recorded, and who waits for them has been told."""
+        self._applied()
 
     async def _run_again(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None

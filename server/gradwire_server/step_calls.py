@@ -46,7 +46,7 @@ class StepCalls:
             model = await self._find(parse_model_name(request.name), request.call)
             job = await model.steps.submit(request.call, request.step, Chain(), 0, at_once=True)
             if call.answered is not None and isinstance(job, Job):
-                job.on_end(partial(_answer, call.answered))
+                job.on_end(partial(_answer, call.answered), first=True)
             result = await job.result(call.deadline)
         except Exception as error:
             raise answer_of(error, request_id) from None

@@ -32,6 +32,12 @@ async def test_step_is_the_same_command_as_by_grpc(local: Any, peer: Peer, fakes
     assert [call[0] for call in local.cluster.groups["m"].calls] == ["train_step"]
 
 
+async def test_client_may_call_again_as_soon_as_it_is_answered(local: Any, peer: Peer, fakes: Any) -> None:
+    for step in range(1, 31):
+        reply, _ = await peer.ask(called(local.train(b"a", request_id=fakes.request_id())))
+        assert pb.TrainStepResponse.FromString(reply.response).result.step == step
+
+
 async def test_other_small_commands_can_be_called(local: Any, peer: Peer) -> None:
     backward = pb.ForwardBackwardRequest(name="models/m", batch=local.train(b"a").batch)
     named = {"ForwardBackward": backward, "OptimizerStep": pb.OptimizerStepRequest(name="models/m")}

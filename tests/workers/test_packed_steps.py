@@ -25,7 +25,15 @@ from gradwire_workers.rank_steps import KnownLayouts, RankSteps
 from gradwire_workers.shard import shard_fields
 from gradwire_workers.sharding import split
 from gradwire_workers.step_memory import StepMemory
-from gradwire_workers.step_rows import StepRow, decode_rows, encode_rows, step_result
+from gradwire_workers.step_rows import (
+    RowsPart,
+    StepRow,
+    decode_part,
+    decode_rows,
+    encode_part,
+    encode_rows,
+    step_result,
+)
 
 
 def network() -> nn.Module:
@@ -94,11 +102,17 @@ def laid_out(variant: Variant, step: FormedStep, ranks: int = 1) -> Layout:
 
 
 def sent(
-    variant: Variant, steps: list[FormedStep], *, ranks: int = 1, rank: int = 0, memory: StepMemory | None = None
+    variant: Variant,
+    steps: list[FormedStep],
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    first: int = 1,
+    memory: StepMemory | None = None,
 ) -> dict[str, Any]:
     """The fields as they come out of the message."""
     layouts = [laid_out(variant, step, ranks) for step in steps]
-    fields, region = pack_steps(steps, layouts, rank=rank, command=1, number=1, memory=memory)
+    fields, region = pack_steps(steps, layouts, rank=rank, command=first, number=first, memory=memory)
     assert (region is None) == (memory is None)
     return unpack([memoryview(bytes(frame)) for frame in pack({"fields": fields})])["fields"]
 
@@ -143,6 +157,16 @@ def test_steps_together_have_the_bits_of_steps_alone(start, variant, memory, is_
     assert rank.answer("standing", {}) == twin.answer("standing", {})
 
 
+def test_messages_one_after_another_in_the_same_memory_have_the_bits_of_steps_alone(start, variant):
+    batches = [step_data(rows, seed) for seed, rows in enumerate((4, 4, 5, 4))]
+    rank, twin = start(), start()
+    for number, batch in enumerate(batches, 1):
+        fields = sent(variant, [formed(batch)], first=number)
+        (row,) = rank.answer("train_steps", fields)
+        assert row.loss == alone(twin, variant, batch, number, None)["loss"]
+    assert state(rank) == state(twin)
+
+
 def test_a_step_that_fails_ends_the_message_and_counts_those_before(rank, variant):
     bad = step_data(4, 9)
     assert isinstance(bad.targets, TensorData)
@@ -175,6 +199,9 @@ def test_rows_come_back_as_they_went_and_make_the_result():
     second = first._replace(compute=3e-3, busy=4e-3)
     third = StepRow(None, 6, None, 0.5, True, 65536.0, 1e-3, 0.0, 0.0, 2e-3)
     assert decode_rows(encode_rows([first, second, third])) == [first, second, third]
+    part = RowsPart(8, True, 0.25, [first, third])
+    assert decode_part([encode_part(part)]) == part
+    assert decode_part(pack({"call": 8, "result": {}})) is None
     result = step_result([first, second], 7, rank_rows=(3, 4), transfer=0.5)
     assert (result.loss, result.step, result.num_examples, result.rank_rows) == (0.1 + 0.2, 5, 7, (3, 4))
     assert (result.timing.compute, result.timing.transfer, result.timing.total) == (3e-3, 0.5, 0.504)
