@@ -153,7 +153,7 @@ class Trainer(Reads, RetainedCommands, KernelCommands):
         take(buffers)
         clock.computed(waited=done.waited)
         update = updater.apply(done.gradients, lr=lr, plan=plan)
-        # Here, where it counts as the update's time: to free the gradients of many parameters takes milliseconds.
+        # Freed while the clock runs, as a loop's zero_grad() does within its step.
         del done
         return self._updated(update, clock, loss=loss, rows=shard.count)
 
