@@ -37,7 +37,7 @@ class CommandSockets:
             self._sleep.register(self._listener, select.POLLIN)
 
     def receive(self) -> list[Frame]:
-        """The next command, however long it takes to come. See RankChannel about the order."""
+        """The next command, however long it takes to come. What came directly was sent first: see RankChannel."""
         while True:
             # Each time: ZeroMQ's descriptor signals changes only, and sending may swallow them.
             has_come = bool(self._pair.getsockopt(zmq.EVENTS) & _POLLIN)  # type: ignore[operator]
