@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from gradwire_proto import codec
+from gradwire_proto.encoding.gradient_reply import gradient_reply
 from gradwire_proto.names import parse_model_name
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
@@ -36,4 +36,4 @@ class ReadCalls:
             return response.SerializeToString()
         model = await self._find(parse_model_name(read.name), call)
         result = await model.compute_gradients(read.batch, read.query, None, read.max_inline_bytes, call)
-        return codec.encode_gradient_result(result).SerializeToString()
+        return gradient_reply(result)
