@@ -20,6 +20,7 @@ from gradwire_server.local.local_calls import LocalCalls
 from gradwire_server.local.local_socket import SOCKET_PREFIX, LocalSocket
 from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.read_calls import ReadCalls
 from gradwire_server.replaying import Replayer
 from gradwire_server.rpc_handlers import generic_handler
 from gradwire_server.server_info import ServerFacts
@@ -75,7 +76,12 @@ class Service:
             path = sockets / f"{SOCKET_PREFIX}{secrets.token_hex(8)}.sock"
             calls = LocalCalls(servicer, {"TrainStep": steps.train_step}, self._admission, limits.message_bytes)
             self._local = LocalSocket(path, self._tensors, limits, calls)
-        own = {"TrainStep": steps.train_step, "TrainSteps": steps.train_steps}
+        reads = ReadCalls(self._models.get, servicer.ComputeGradients, limits)
+        own = {
+            "TrainStep": steps.train_step,
+            "TrainSteps": steps.train_steps,
+            "ComputeGradients": reads.compute_gradients,
+        }
         handler = generic_handler(servicer, self._admission, limits.message_bytes, config.stall_seconds, own)
         self._server = GrpcServer(handler, limits.message_bytes)
 
