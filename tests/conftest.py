@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,12 @@ def one_torch_thread() -> None:
 def interrupts_are_heard() -> None:
     """A shell starts background jobs with Ctrl-C ignored, and what they start inherits it: tests of Ctrl-C need it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def open_files() -> Callable[[], int]:
+    """How many files this process has open."""
+    return lambda: len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
-"""Small calls to a service on this machine, past gRPC: they take a fraction of its time.
+"""Calls to a service on this machine, past gRPC: they take a fraction of its time.
 
 Where anything speaks against it, such as other threads' calls on all connections, a call goes by gRPC.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -14,23 +13,23 @@ from typing import Any
 from google.protobuf.message_factory import GetMessageClass
 
 from gradwire.attempts import Lost
+from gradwire.call_connection import CallConnection
 from gradwire.errors import DeadlineExceeded, GradwireError, Unavailable
 from gradwire.local_transport import LocalTransport
-from gradwire_proto.local_wire import PACKET_BYTES, close_files, receive_packet, send_packet
+from gradwire_proto.local_wire import CALL_BYTES
 from gradwire_proto.status import from_status
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.v1 import local_pb2
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GradientService"]
 
-SMALL_CALLS = {
+LOCAL_CALLS = {
     name: GetMessageClass(_SERVICE.methods_by_name[name].output_type)
-    for name in ("TrainStep", "ForwardBackward", "OptimizerStep", "ZeroGrad")
+    for name in ("TrainStep", "ForwardBackward", "OptimizerStep", "ZeroGrad", "ComputeGradients", "Forward")
 }
-"""The kinds of responses of the methods that can be called so. Each is a command: one that is lost is asked again."""
-
-_BODY_BYTES = PACKET_BYTES - 256
-"""Bytes of a request at most: what is around it must fit into its packet, too."""
+"""The kinds of responses of the methods that can be called so. One that is lost is asked again: each is a command, or
+changes nothing.
+"""
 
 _MOST_CONNECTIONS = 4
 
@@ -45,8 +44,8 @@ class LocalCalls:
         self._local = local
         self._target = target
         self._lock = threading.Lock()
-        self._idle: list[socket.socket] = []
-        self._busy: set[socket.socket] = set()
+        self._idle: list[CallConnection] = []
+        self._busy: set[CallConnection] = set()
         self._again_at = 0.0
         self._is_closed = False
 
@@ -55,13 +54,13 @@ class LocalCalls:
 
         Raises what `Rpc.send` raises.
         """
-        if len(body) > _BODY_BYTES or not self._local.is_connected or timeout <= 0:
+        if len(body) > CALL_BYTES or not self._local.is_connected or timeout <= 0:
             return None
         connection = self._take()
         if connection is None:
             return None
         try:
-            reply = _ask(connection, method, body, timeout)
+            reply = connection.ask(method, body, timeout)
         except (OSError, EOFError) as error:
             self._drop(connection)
             request_id = command.rpartition("/")[2] if command else None
@@ -69,15 +68,17 @@ class LocalCalls:
         except BaseException:  # Ctrl-C, say: its answer must not be taken for another one's.
             self._drop(connection)
             raise
-        kind = None if reply is None else reply.WhichOneof("kind")
+        kind = None if reply is None else reply.message.WhichOneof("kind")
         if reply is None or kind not in ("response", "error"):
             # The service, which may be of another version, did not take it.
             self._drop(connection)
             return None
         self._put_back(connection)
-        if kind == "response":
-            return SMALL_CALLS[method].FromString(reply.response)
-        raise _refusal(reply, command)
+        if kind == "error":
+            raise _refusal(reply.message, command)
+        if reply.message.HasField("brought"):
+            self._local.brought(reply.message.brought, reply.files)
+        return LOCAL_CALLS[method].FromString(reply.response)
 
     def close(self) -> None:
         """Hang up, for good: calls in flight are lost."""
@@ -86,12 +87,12 @@ class LocalCalls:
             for connection in self._busy:
                 # Whoever waits for it wakes, and closes it.
                 with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                    connection.hang_up()
             for connection in self._idle:
                 connection.close()
             self._idle.clear()
 
-    def _take(self) -> socket.socket | None:
+    def _take(self) -> CallConnection | None:
         with self._lock:
             if self._is_closed:
                 return None
@@ -99,14 +100,15 @@ class LocalCalls:
             if connection is None:
                 if len(self._busy) >= _MOST_CONNECTIONS or time.monotonic() < self._again_at:
                     return None
-                connection = self._local.connect_once_more()
-                if connection is None:
+                more = self._local.connect_once_more()
+                if more is None:
                     self._again_at = time.monotonic() + _PAUSE
                     return None
+                connection = CallConnection(more)
             self._busy.add(connection)
             return connection
 
-    def _put_back(self, connection: socket.socket) -> None:
+    def _put_back(self, connection: CallConnection) -> None:
         with self._lock:
             self._busy.discard(connection)
             if self._is_closed:
@@ -114,7 +116,7 @@ class LocalCalls:
             else:
                 self._idle.append(connection)
 
-    def _drop(self, connection: socket.socket) -> None:
+    def _drop(self, connection: CallConnection) -> None:
         """It is of no use any more, and those to the same service are not, either."""
         with self._lock:
             self._busy.discard(connection)
@@ -122,21 +124,6 @@ class LocalCalls:
                 each.close()
             self._idle.clear()
             self._again_at = time.monotonic() + _PAUSE
-
-
-def _ask(connection: socket.socket, method: str, body: bytes, timeout: float) -> local_pb2.LocalReply | None:
-    """The reply, in `timeout` seconds; None where the request did not leave."""
-    end = time.monotonic() + timeout
-    connection.settimeout(timeout)
-    call = local_pb2.LocalCall(method=method, request=body, timeout_seconds=timeout)
-    try:
-        send_packet(connection, local_pb2.LocalRequest(call=call))
-    except OSError:
-        return None
-    connection.settimeout(max(end - time.monotonic(), 0.001))
-    reply, files = receive_packet(connection, local_pb2.LocalReply)
-    close_files(files)
-    return reply
 
 
 def _lost(error: Exception, target: str, request_id: str | None) -> Lost:

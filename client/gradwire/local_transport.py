@@ -36,6 +36,9 @@ _UNANSWERED_BYTES = 4 << 20
 
 _MOST_UNREAD = 8
 
+_MOST_BROUGHT = 16
+"""Downloads that came by themselves, and are not asked for yet."""
+
 _PATIENCE = 5.0
 """Seconds until a service that does not answer is asked by gRPC instead, at most. Never more than half of those that
 the call has: gRPC has the others.
@@ -71,6 +74,7 @@ class LocalTransport:
         """Requests whose answers were not read yet."""
         self._is_offered = False
         self._again_at = 0.0
+        self._brought: dict[str, tuple[Sequence[Any], list[int]]] = {}
 
     @property
     def is_connected(self) -> bool:
@@ -140,6 +144,12 @@ class LocalTransport:
 
         It stands still for half of the timeout at most.
         """
+        if (brought := self._brought.pop(name, None)) is not None:
+            places, files = brought
+            try:
+                return _mapped(tensors, places, files)
+            finally:
+                close_files(files)
         if not self.is_connected:
             return None
         request = local_pb2.LocalRequest(download=local_pb2.LocalDownload(name=name))
@@ -151,11 +161,20 @@ class LocalTransport:
         finally:
             close_files(files)
 
+    def brought(self, brought: local_pb2.LocalBrought, files: list[int]) -> None:
+        """Tensors of a download came with the response that names it: `download` is going to ask for them."""
+        self._brought[brought.name] = (brought.places, files)
+        while len(self._brought) > _MOST_BROUGHT:  # Whoever should have asked was interrupted.
+            with suppress(KeyError, RuntimeError):
+                close_files(self._brought.pop(next(iter(self._brought)))[1])
+
     def close(self) -> None:
         """Hang up, for good."""
         with self._lock:
             self._enabled = self._is_offered = False
             self._drop()
+        while self._brought:
+            close_files(self._brought.popitem()[1][1])
 
     def _ask(self, request: Any, files: list[int], patience: float) -> tuple[local_pb2.LocalReply | None, list[int]]:
         """The reply and the files that came with it, in `patience` seconds. None: there is no use in the connection."""

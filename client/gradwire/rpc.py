@@ -22,7 +22,7 @@ from gradwire.channel import bind, open_channel, translate
 from gradwire.deadline import Deadline
 from gradwire.errors import FailedPrecondition, GradwireError, Unavailable
 from gradwire.exchange import Exchange
-from gradwire.local_calls import SMALL_CALLS, LocalCalls
+from gradwire.local_calls import LOCAL_CALLS, LocalCalls
 from gradwire.local_transport import LocalTransport
 from gradwire.stall_watch import StallWatch
 from gradwire.tls import TLS
@@ -162,7 +162,7 @@ class Rpc:
     def send(self, method: str, body: bytes, timeout: float, command: str | None = None, **options: Any) -> Any:
         """One attempt. Raises Lost where the service did not say what went wrong, GradwireError where it did."""
         call: Any = None
-        if method in SMALL_CALLS and not options:
+        if method in LOCAL_CALLS and not options:
             self.check_usable()
             reply = self._local_calls.ask(method, body, timeout, command)
             if reply is not None:

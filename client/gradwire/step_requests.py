@@ -90,4 +90,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    return tensor.detach().numpy().data
+    # Without a detach where there is nothing to detach: it takes as long as the rest.
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy().data

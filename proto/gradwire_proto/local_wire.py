@@ -1,7 +1,8 @@
 """How client and service share memory on one machine: packets of a Unix socket, and files of memory beside them.
 
 The messages are those of v1/local.proto. An upload's file is a memfd under all of SEALS: nobody can change or shrink it
-any more, its sender neither. A download's files are the receiver's to read, and to map copy on write.
+any more, its sender neither; so is that of a response. That of a request is only read, once, into memory of the
+receiver's own. A download's files are the receiver's to read, and to map copy on write.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
-from fcntl import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE
+from fcntl import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_WRITE, fcntl
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -24,6 +25,9 @@ ALIGNMENT = 64
 
 PACKET_BYTES = 64 << 10
 """Bytes of a packet at most. What does not fit travels by gRPC."""
+
+CALL_BYTES = 8 << 20
+"""Bytes of a call's request or response at most, which is in a file where it does not fit into a packet."""
 
 MOST_FILES = 16
 """Files that come with a packet at most."""
@@ -102,6 +106,14 @@ def close_files(files: Iterable[int]) -> None:
     """Close descriptors."""
     for descriptor in files:
         os.close(descriptor)
+
+
+def has_seals(descriptor: int, seals: int) -> bool:
+    """Whether it is a memfd with at least these seals. One that is not may be anything: a read may wait for ever."""
+    try:
+        return fcntl(descriptor, F_GET_SEALS) & seals == seals
+    except OSError:
+        return False
 
 
 def peer_user(of: socket.socket) -> int:

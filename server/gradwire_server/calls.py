@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradwire_proto.values import SplitDecision, TensorData
@@ -30,6 +30,9 @@ class Call:
     `method` is the RPC's name, `raw` the message as it arrived. `request_id` is the caller's, None where it gave none;
     `body` is the fingerprint of method and message: the same request id with another body is another request; without
     `body_checks` it is one of less than the message. `replay`: None for what a client sends.
+
+    `answered`: may be handed the response's bytes, once, as soon as there are any; what the call returns says the same
+    a little later, when all else about it is done, too.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -40,3 +43,4 @@ class Call:
     body: bytes = b""
     body_checks: bool = True
     replay: Replay | None = None
+    answered: Callable[[bytes], None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -117,12 +118,32 @@ class Commands:
         await self._records.try_to_mend()
         return self.log.get(request_id)
 
-    async def read(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]], *, limited: bool = True) -> T:
-        """Run `work(tensors)`, which changes nothing, in its turn."""
-        return await self.begin(call, tensors, work, limited=limited).result(call.deadline)
+    async def read(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any], Awaitable[T]],
+        *,
+        limited: bool = True,
+        at_once: bool = False,
+    ) -> T:
+        """Run `work(tensors)`, which changes nothing, in its turn. at_once: see `begin`."""
+        return await self.begin(call, tensors, work, limited=limited, at_once=at_once).result(call.deadline)
 
-    def begin(self, call: Call, tensors: Any, work: Callable[[Any], Awaitable[T]], *, limited: bool = True) -> Job[T]:
-        """Let `work(tensors)`, which changes nothing, run in its turn. limited: see WorkQueue.submit."""
+    def begin(
+        self,
+        call: Call,
+        tensors: Any,
+        work: Callable[[Any], Awaitable[T]],
+        *,
+        limited: bool = True,
+        at_once: bool = False,
+    ) -> Job[T]:
+        """Let `work(tensors)`, which changes nothing, run in its turn. limited, at_once: see WorkQueue.submit.
+
+        Where the deadline has passed already, it does not begin at once: the queue refuses it.
+        """
+        at_once = at_once and (call.deadline is None or call.deadline > time.monotonic())
         wait = Wait(self._ranks)
 
         async def look(values: Any) -> T | Unsettled[T]:
@@ -137,7 +158,7 @@ class Commands:
             # What was seen must outlive what the commands before outlive.
             return result if self._records.unsettled is None else Unsettled(result, self._records.unsettled)
 
-        return self.take_turn(call, tensors, look, limited=limited)
+        return self.take_turn(call, tensors, look, limited=limited, at_once=at_once)
 
     def take_turn(
         self,
@@ -293,7 +314,10 @@ class Commands:
         return self._records.append(entry, job)
 
     def record_steps(self, jobs: Sequence[StepJob], results: Sequence[StepResult]) -> list[asyncio.Future[None] | None]:
-        """Number steps that were applied and put them into the journal together; for each as `_record`."""
+        """Number steps that were applied and put them into the journal together; for each as `_record`.
+
+        `recorded` must follow in the same turn of the event loop.
+        """
         entries: list[Entry] = []
         for job, result in zip(jobs, results, strict=True):
             call, reply = job.call, stored_reply("TrainStep", result)
@@ -313,8 +337,11 @@ class Commands:
                 released=() if entries else self._released(),
             )
             entries.append(entry)
-        self._applied()
         return self._records.append_all(entries, jobs)
+
+    def recorded(self) -> None:
+        """Steps were recorded, and who waits for them has been told."""
+        self._applied()
 
     async def _run_again(
         self, call: Call, tensors: Any, work: Callable[[Any, int], Awaitable[T]], deliver: Deliver[T] | None

@@ -194,7 +194,7 @@ class HostedModel:
             result = await self._workers.compute_gradients(_batch(values), query, values["vectors"])
             return await deliver_gradients(result, self._tensors.downloads, max_inline_bytes)
 
-        return await self._commands.read(call, {**_tree(batch), "vectors": vectors}, work)
+        return await self._commands.read(call, {**_tree(batch), "vectors": vectors}, work, at_once=True)
 
     async def forward(
         self, inputs: Value, training: bool, seed: int | None, max_inline_bytes: int | None, call: Call

@@ -25,7 +25,7 @@ from gradwire_server.tensors.tensor_streams import parse_upload
 
 SERVICE = gradient_service_pb2.DESCRIPTOR.services_by_name["GradientService"]
 
-OWN = ("TrainStep", "TrainSteps")
+OWN = ("TrainStep", "TrainSteps", "ComputeGradients")
 """Methods that take and give bytes in place of messages, and parse for themselves."""
 
 T = TypeVar("T")

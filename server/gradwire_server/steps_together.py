@@ -128,6 +128,7 @@ class StepsTogether:
         self._description.settles(settled[-1], before)
         for job, result, its in zip(jobs, told, settled, strict=True):
             job.take(result if its is None else Unsettled(result, its))
+        self._commands.recorded()
         self._extend()
 
     async def _fail(self, error: Exception) -> None:

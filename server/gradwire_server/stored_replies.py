@@ -129,8 +129,14 @@ def _tensors_of(result: Any) -> Any:
 
 
 def _step_form(response: type[Any]) -> _Form:
+    def encode(result: Any) -> Message:
+        message = response()
+        # In its place: a copy takes as long again.
+        codec.encode_step_result(result, message.result)
+        return message
+
     return _Form(
-        encode=lambda result: response(result=codec.encode_step_result(result)),
+        encode=encode,
         decode=lambda raw: codec.decode_step_result(response.FromString(raw).result),
     )
 

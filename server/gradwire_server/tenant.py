@@ -22,6 +22,7 @@ from gradwire_server.hosting import Hosting
 from gradwire_server.local.local_calls import LocalCalls
 from gradwire_server.model_registry import ModelRegistry
 from gradwire_server.model_storage import ModelStorage
+from gradwire_server.read_calls import ReadCalls
 from gradwire_server.replaying import Replayer
 from gradwire_server.server_info import ServerFacts
 from gradwire_server.servicer import Servicer
@@ -90,7 +91,12 @@ class Tenant:
         taken = replace(limits, tensor_bytes=sys.maxsize, graph_nodes=sys.maxsize, model_bytes=sys.maxsize)
         hosting.replayer.servicer = Servicer(*parts, taken)
         steps = StepCalls(self._models.get, limits, self.admission, config.stall_seconds)
-        self.own: Mapping[str, Callable[..., Any]] = {"TrainStep": steps.train_step, "TrainSteps": steps.train_steps}
+        reads = ReadCalls(self._models.get, self.servicer.ComputeGradients, limits)
+        self.own: Mapping[str, Callable[..., Any]] = {
+            "TrainStep": steps.train_step,
+            "TrainSteps": steps.train_steps,
+            "ComputeGradients": reads.compute_gradients,
+        }
         """Methods that take and give bytes in place of messages, by name, and parse for themselves."""
         small = {"TrainStep": steps.train_step}
         self.calls = LocalCalls(self.servicer, small, self.admission, limits.message_bytes)

@@ -65,10 +65,14 @@ class Job(Generic[T]):
         self._has_ended = False
         self._at_end: list[Callable[[Job[T]], None]] = []
 
-    def on_end(self, callback: Callable[[Job[T]], None]) -> None:
-        """Have `callback` called at the end, before those who wait are woken; now, where that has been."""
+    def on_end(self, callback: Callable[[Job[T]], None], *, first: bool = False) -> None:
+        """Have `callback` called at the end, before those who wait are woken; now, where that has been. first: before
+        all others.
+        """
         if self._has_ended:
             callback(self)
+        elif first:
+            self._at_end.insert(0, callback)
         else:
             self._at_end.append(callback)
 

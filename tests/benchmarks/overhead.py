@@ -1,8 +1,8 @@
 """What a call takes besides computing: against the bytes that travel, and against parameters that do not.
 
-Overhead is what the client waits for a train_step, less forward, backward and update: what its rank frees after the
-update is part of it. The first curve is of batches from 1 KiB to 256 MiB, the second of networks from 10^3 to 10^8
-parameters that are given two rows of ten.
+Overhead is what the client waits for a train_step, less forward, backward and update. Freeing the gradients counts as
+the update's, not as overhead: a local loop's zero_grad() takes that time too. The first curve is of batches from 1 KiB
+to 256 MiB, the second of networks from 10^3 to 10^8 parameters that are given two rows of ten.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def against_parameters(client: gradwire.Client, rounds: int) -> Row:
         figure=taken.over(str(PARAMETERS[-1]), str(PARAMETERS[0])),
         unit="x that at 10^3",
         at_most=FLAT,
-        detail="a train_step of two rows, its rank's freeing of gradients included\n"
+        detail="a train_step of two rows; freeing its gradients counts as the update's\n"
         + text({count: taken.median(str(count)) for count in PARAMETERS}, "parameters", 1),
     )
 

@@ -1,7 +1,9 @@
-"""Small calls past gRPC: answered by a service on this machine, and what the SDK makes of one that does not answer."""
+"""Calls past gRPC: answered by a service on this machine, and what the SDK makes of one that does not answer."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from client.local_service import LocalService
 
 from gradwire.attempts import Lost
@@ -16,10 +19,12 @@ from gradwire.local_calls import LocalCalls
 from gradwire.local_transport import LocalTransport
 from gradwire.rpc import Rpc
 from gradwire_proto.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from gradwire_proto.local_wire import CALL_BYTES, has_seals
 from gradwire_proto.status import to_status
 from gradwire_proto.v1 import gradient_service_pb2 as service_pb
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.v1 import model_pb2
+from gradwire_proto.values import TensorData
 
 STEP = service_pb.TrainStepResponse(result=model_pb2.StepResult(step=7))
 COMMAND = "models/m/commands/r"
@@ -90,13 +95,9 @@ def test_service_that_knows_no_calls_is_asked_by_grpc(service, calls):
     assert ask(calls) is None and len(service.requests) == 1, "it is left alone for a while"
 
 
-@pytest.mark.parametrize("body", [bytes(64 << 10), bytes((64 << 10) - 200)])
-def test_request_that_fits_no_packet_goes_by_grpc(service, calls, body):
-    assert ask(calls, body) is None and not service.requests
-
-
-def test_largest_request_that_is_taken_fits(service, calls):
-    assert ask(calls, bytes((64 << 10) - 256)) == STEP
+@pytest.mark.parametrize("nbytes", [(64 << 10) - 256, (64 << 10) - 255, 64 << 10, CALL_BYTES])
+def test_request_of_any_size_that_is_taken_fits(service, calls, nbytes):
+    assert ask(calls, bytes(nbytes)) == STEP
 
 
 def test_calls_of_more_threads_than_there_are_connections_go_by_grpc(service, calls):
@@ -156,7 +157,7 @@ def test_call_that_is_interrupted_leaves_no_answer_for_the_next(service, calls, 
 
     service.answer = answer
     with monkeypatch.context() as patch:
-        patch.setattr("gradwire.local_calls.receive_packet", interrupted)
+        patch.setattr("gradwire.call_connection.receive_packet", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ask(calls)
     calls._again_at = 0.0
@@ -188,3 +189,68 @@ def test_command_whose_answer_is_lost_comes_again_by_grpc(service, scripted):
     assert [each.call.request for each in service.requests] == [request.SerializeToString()]
     assert scripted.requests("TrainStep") == [request]
     rpc.close()
+
+
+def test_request_that_does_not_fit_into_a_packet_comes_in_one_file_call_after_call(service, calls):
+    seen: list[tuple[bytes, int]] = []
+
+    def answer(request: Any, files: list[int]) -> Any:
+        (file,) = files
+        assert not request.call.request and has_seals(file, fcntl.F_SEAL_SHRINK)
+        seen.append((os.pread(file, request.call.request_bytes, 0), os.fstat(file).st_ino))
+        return pb.LocalReply(response=STEP.SerializeToString()), []
+
+    service.answer = answer
+    bodies = [b"a" * 100_000, b"b" * 70_000, b"c" * 300_000]
+    assert [ask(calls, body) for body in bodies] == [STEP] * 3
+    assert [body for body, _ in seen] == bodies
+    assert len({number for _, number in seen}) == 1
+
+
+def test_request_that_is_too_big_goes_by_grpc(service, calls):
+    assert ask(calls, bytes(CALL_BYTES + 1)) is None
+    assert not service.requests
+
+
+def test_response_in_a_file_is_read_and_one_that_is_not_whole_is_asked_for_again(service, calls, open_files):
+    def answer(request: Any, files: list[int]) -> Any:
+        file = os.memfd_create("response")
+        os.write(file, STEP.SerializeToString())
+        sent.append(file)
+        return pb.LocalReply(response=b"", response_bytes=size), [file]
+
+    sent: list[int] = []
+    size = STEP.ByteSize()
+    service.answer = answer
+    before = open_files()
+    assert ask(calls) == STEP
+    size += 1
+    with pytest.raises(Lost):
+        ask(calls)
+    for file in sent:
+        os.close(file)
+    # The connection that broke is gone, at both ends soon, and no file is left.
+    end = time.monotonic() + 5
+    while open_files() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert open_files() <= before
+
+
+def test_tensors_that_came_along_are_not_asked_for(service, calls):
+    content = torch.arange(40_000)
+
+    def answer(request: Any, files: list[int]) -> Any:
+        file = os.memfd_create("tensors")
+        os.write(file, content.numpy().tobytes())
+        brought = pb.LocalBrought(name="downloads/d", places=[pb.LocalPlace(nbytes=320_000)])
+        return pb.LocalReply(response=b"", brought=brought), [file]
+
+    service.answer = answer
+    local = calls._local
+    assert calls.ask("ComputeGradients", b"", 5.0, None) == service_pb.ComputeGradientsResponse()
+    (found,) = local.download("downloads/d", [TensorData("int64", (40_000,), b"")])
+    assert torch.equal(found, content) and len(service.requests) == 1
+    # Those that nobody asks for do not pile up.
+    for _ in range(40):
+        calls.ask("ComputeGradients", b"", 5.0, None)
+    assert len(local._brought) <= 16

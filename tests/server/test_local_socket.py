@@ -8,7 +8,6 @@ import fcntl
 import mmap
 import os
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,12 +40,6 @@ def load(name: str, shape: tuple[int, ...] = (1, 2)) -> pb.LoadStateDictRequest:
     request = pb.LoadStateDictRequest(name="models/m")
     codec.encode_named_tensors({"w": TensorData("float32", shape, Handle(f"{name}/tensors/0"))}, request.tensors)
     return request
-
-
-@pytest.fixture
-def open_files() -> Callable[[], int]:
-    """How many files this process, which is the frontend too, has open."""
-    return lambda: len(os.listdir("/proc/self/fd"))
 
 
 async def test_service_says_who_it_is(local, peer):

@@ -25,12 +25,18 @@ def rows_of(steps: Sequence[int]) -> Iterator[StepRow]:
 class Echo:
     needs_rejoin = False
 
+    def __init__(self) -> None:
+        self._counted = 0
+
     def answer(self, kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any] | Iterator[StepRow]:
         match kind:
             case "train_steps":
                 return rows_of(fields["steps"])
             case "echo":
                 return fields
+            case "count":
+                self._counted += 1
+                return {"count": self._counted}
             case "sleep":
                 time.sleep(fields["seconds"])
                 return {}

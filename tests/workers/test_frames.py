@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwire_proto.values import Segment, TensorData
-from gradwire_workers.frames import pack, unpack
+from gradwire_workers.frames import Encoded, frame_at, pack, unpack
 
 TENSORS = st.builds(lambda data: TensorData("uint8", (len(data),), data), st.binary(max_size=64))
 SEGMENTS = st.builds(
@@ -67,3 +67,12 @@ def test_the_header_is_json_that_anyone_can_read():
 def test_what_a_message_cannot_hold_is_refused(value):
     with pytest.raises(TypeError, match="a message cannot hold"):
         pack({"value": value})
+
+
+def test_a_value_that_is_encoded_already_comes_back_as_one_that_is_not():
+    encoded = Encoded(f'{{"data":[{frame_at(1)},{frame_at(2)}],"rate":0.5}}', [b"ab", memoryview(b"c")])
+    assert unpack(pack({"call": 7, "kind": "x", "fields": encoded})) == {
+        "call": 7,
+        "kind": "x",
+        "fields": {"data": [b"ab", b"c"], "rate": 0.5},
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,19 @@ from gradwire_proto.values import Batch, Limits, ModelSpec, OptimizerSpec, Tenso
 from gradwire_workers.frames import pack, unpack
 from gradwire_workers.packed_steps import SMALL_BYTES, Layout, pack_steps
 from gradwire_workers.rank_commands import RankCommands
-from gradwire_workers.rank_steps import RankSteps
+from gradwire_workers.rank_steps import KnownLayouts, RankSteps
 from gradwire_workers.shard import shard_fields
 from gradwire_workers.sharding import split
-from gradwire_workers.step_rows import StepRow, decode_rows, encode_rows, step_result
+from gradwire_workers.step_memory import StepMemory
+from gradwire_workers.step_rows import (
+    RowsPart,
+    StepRow,
+    decode_part,
+    decode_rows,
+    encode_part,
+    encode_rows,
+    step_result,
+)
 
 
 def network() -> nn.Module:
@@ -92,10 +101,19 @@ def laid_out(variant: Variant, step: FormedStep, ranks: int = 1) -> Layout:
     return Layout(step.form, split(variant, rows, batch, ranks=ranks, whole=False), rows)
 
 
-def sent(variant: Variant, steps: list[FormedStep], *, ranks: int = 1, rank: int = 0) -> dict[str, Any]:
+def sent(
+    variant: Variant,
+    steps: list[FormedStep],
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    first: int = 1,
+    memory: StepMemory | None = None,
+) -> dict[str, Any]:
     """The fields as they come out of the message."""
     layouts = [laid_out(variant, step, ranks) for step in steps]
-    fields = pack_steps(steps, layouts, rank=rank, command=1, number=1)
+    fields, region = pack_steps(steps, layouts, rank=rank, command=first, number=first, memory=memory)
+    assert (region is None) == (memory is None)
     return unpack([memoryview(bytes(frame)) for frame in pack({"fields": fields})])["fields"]
 
 
@@ -114,11 +132,20 @@ def alone(rank: RankCommands, variant: Variant, batch: Batch, command: int, lr: 
 LARGE = SMALL_BYTES // 20 + 1
 
 
-def test_steps_together_have_the_bits_of_steps_alone(start, variant):
-    batches = [step_data(rows, seed) for seed, rows in enumerate((4, 5, 4, LARGE, 4))]
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[StepMemory]:
+    memory = StepMemory(lambda: str(tmp_path / "steps"))
+    yield memory
+    memory.close()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_steps_together_have_the_bits_of_steps_alone(start, variant, memory, is_shared):
+    batches = [step_data(rows, seed) for seed, rows in enumerate((4, 5, 4, 2 * LARGE, 4))]
     rates = [None, 0.3, None, None, 0.2]
     rank, twin = start(), start()
-    rows = list(rank.answer("train_steps", sent(variant, list(map(formed, batches, rates)))))
+    fields = sent(variant, list(map(formed, batches, rates)), memory=memory if is_shared else None)
+    rows = list(rank.answer("train_steps", fields))
     answers = [
         alone(twin, variant, batch, number, lr)
         for number, (batch, lr) in enumerate(zip(batches, rates, strict=True), 1)
@@ -128,6 +155,16 @@ def test_steps_together_have_the_bits_of_steps_alone(start, variant):
     ]
     assert state(rank) == state(twin)
     assert rank.answer("standing", {}) == twin.answer("standing", {})
+
+
+def test_messages_one_after_another_in_the_same_memory_have_the_bits_of_steps_alone(start, variant):
+    batches = [step_data(rows, seed) for seed, rows in enumerate((4, 4, 5, 4))]
+    rank, twin = start(), start()
+    for number, batch in enumerate(batches, 1):
+        fields = sent(variant, [formed(batch)], first=number)
+        (row,) = rank.answer("train_steps", fields)
+        assert row.loss == alone(twin, variant, batch, number, None)["loss"]
+    assert state(rank) == state(twin)
 
 
 def test_a_step_that_fails_ends_the_message_and_counts_those_before(rank, variant):
@@ -142,12 +179,15 @@ def test_a_step_that_fails_ends_the_message_and_counts_those_before(rank, varian
     assert (standing["applied"], standing["torn"]) == (1, False)
 
 
-def test_shards_of_several_ranks_are_cut_out_of_the_bytes(variant):
-    batch = step_data(7, 2)
+@pytest.mark.parametrize("examples", [7, 4 * LARGE])
+def test_shards_of_several_ranks_are_cut_out_of_the_bytes(variant, memory, examples):
+    batch = step_data(examples, 2)
     _, rows = select_variant([variant], batch, training=True, targets=True)
     wanted = split(variant, rows, batch, ranks=3, whole=False)
     for rank, shard in enumerate(wanted):
-        (found,) = RankSteps(sent(variant, [formed(batch)], ranks=3, rank=rank)).shards()
+        shared = memory if examples > 7 else None
+        fields = sent(variant, [formed(batch)], ranks=3, rank=rank, memory=shared)
+        (found,) = RankSteps(fields, KnownLayouts()).shards()
         assert (found.start, found.stop, found.rows) == (shard.start, shard.stop, shard.rows)
         for tensor, data in zip((*found.inputs, *found.targets), (*shard.inputs, *shard.targets), strict=True):
             assert tensor.shape == data.shape and bytes(from_any(tensor).data) == bytes(data.data)
@@ -159,6 +199,9 @@ def test_rows_come_back_as_they_went_and_make_the_result():
     second = first._replace(compute=3e-3, busy=4e-3)
     third = StepRow(None, 6, None, 0.5, True, 65536.0, 1e-3, 0.0, 0.0, 2e-3)
     assert decode_rows(encode_rows([first, second, third])) == [first, second, third]
+    part = RowsPart(8, True, 0.25, [first, third])
+    assert decode_part([encode_part(part)]) == part
+    assert decode_part(pack({"call": 8, "result": {}})) is None
     result = step_result([first, second], 7, rank_rows=(3, 4), transfer=0.5)
     assert (result.loss, result.step, result.num_examples, result.rank_rows) == (0.1 + 0.2, 5, 7, (3, 4))
     assert (result.timing.compute, result.timing.transfer, result.timing.total) == (3e-3, 0.5, 0.504)

@@ -69,6 +69,38 @@ async def test_calls_may_overlap_and_are_answered_in_order(channel):
     assert finished == list(range(200))
 
 
+LARGE = bytes(100 << 10)
+"""More than goes past ZeroMQ."""
+
+
+async def test_small_and_large_commands_are_carried_out_in_the_order_in_which_they_were_sent(channel):
+    counts = []
+    for sizes in ([0, 0, len(LARGE), 0], [len(LARGE), 0, 0], [0, len(LARGE)], [0]) * 10:
+        calls = [channel.call("count", {"data": LARGE[:size]}) for size in sizes]
+        counts += [answer.fields["count"] for answer in await asyncio.gather(*calls)]
+    assert counts == list(range(1, 101))
+
+
+async def test_rows_of_small_and_large_messages_come_in_the_order_of_the_steps(channel):
+    found = []
+
+    def steps(first: int, data: bytes) -> asyncio.Future[Any]:
+        fields = {"steps": [first, first + 1], "part_seconds": 0.0, "part_row": 0, "follows": False, "data": data}
+        return channel.call("train_steps", fields, lambda rows: found.extend(row.step for row in rows))
+
+    await asyncio.gather(*(steps(2 * number, LARGE if number % 3 else b"") for number in range(60)))
+    assert found == list(range(120))
+
+
+async def test_a_rank_whose_direct_socket_cannot_be_found_is_reached_all_the_same(rank, tmp_path):
+    (tmp_path / "rank.seq").unlink()
+    context = zmq.Context()
+    channel = RankChannel(context, f"ipc://{tmp_path}/rank.sock", "rank-x")
+    assert (await channel.call("echo", {"a": 1})).fields == {"a": 1}
+    channel.close()
+    context.destroy(linger=0)
+
+
 async def test_an_error_arrives_as_the_rank_raised_it(channel):
     error = (await channel.call("refuse")).error
     assert isinstance(error, InvalidArgument)

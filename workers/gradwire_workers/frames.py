@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from gradwire_proto.values import Segment, TensorData
 
@@ -26,6 +26,21 @@ def from_json(raw: Frame) -> Any:
     return _raw_decode(str(raw, "utf-8"))[0]
 
 
+class Encoded(NamedTuple):
+    """A value of a message that its maker has encoded: `text` is its JSON, in which `frame_at(n)` is frame n, from 1.
+
+    No other value of the message may have frames.
+    """
+
+    text: str
+    frames: list[Frame]
+
+
+def frame_at(index: int) -> str:
+    """What stands for a frame in the text of an Encoded."""
+    return f'{{"{_BYTES}":{index}}}'
+
+
 # JSON has no word for these: each is an object with this one key.
 _TENSOR, _SEGMENT, _BYTES, _TUPLE, _DICT = "$tensor", "$segment", "$bytes", "$tuple", "$dict"
 
@@ -33,9 +48,16 @@ _TENSOR, _SEGMENT, _BYTES, _TUPLE, _DICT = "$tensor", "$segment", "$bytes", "$tu
 def pack(message: Mapping[str, Any]) -> list[Frame]:
     """The frames of a message; frame 0 is the header. TypeError for a value that a message cannot hold."""
     frames: list[Frame] = [b""]
-    header = {key: _encode(value, frames) for key, value in message.items()}
-    frames[0] = to_json(header).encode()
-    return frames
+    encoded = [(key, value) for key, value in message.items() if type(value) is Encoded]
+    if not encoded:
+        frames[0] = to_json({key: _encode(value, frames) for key, value in message.items()}).encode()
+        return frames
+    ((name, done),) = encoded
+    others = "".join(
+        [f"{to_json(key)}:{to_json(_encode(value, frames))}," for key, value in message.items() if key != name]
+    )
+    assert len(frames) == 1, "what is encoded has all of the message's frames"
+    return [f"{{{others}{to_json(name)}:{done.text}}}".encode(), *done.frames]
 
 
 def unpack(frames: Sequence[Frame]) -> dict[str, Any]:

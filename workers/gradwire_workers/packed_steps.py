@@ -1,9 +1,10 @@
 """Training steps as one message to each rank: what they have in common once, and each one's numbers and bytes.
 
-Of the message's fields, `steps` is JSON: the layouts of shards, and for each step the layout that it has, the
-number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers: the
-first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a large
-tensor. `part_seconds`, `part_row` and `follows`: see RankServer.
+Of the message's fields, `layouts` is JSON: those of the shards. `steps` is JSON, too: for each step the layout that it
+has, the number of its command, its number among the ranks' commands and its learning rate. `data` is a list of buffers:
+the first holds all small tensors of the steps, one after another, each at a multiple of 64 bytes; each other one is a
+large tensor. Where there is a `region` of StepMemory, it holds all tensors, as the first buffer holds the small ones.
+`part_seconds`, `part_row` and `follows`: see RankServer.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 from gradwire_proto.batch_form import BatchForm, FormedStep
 from gradwire_proto.values import Segment, TensorData
-from gradwire_workers.frames import to_json
+from gradwire_workers.frames import Encoded, Frame, frame_at, to_json
 from gradwire_workers.shard import Shard, shard_fields
+from gradwire_workers.step_memory import Region, StepMemory
 
 SMALL_BYTES = 16 << 10
 """Tensors with fewer bytes travel together: a frame of its own costs more than the copy."""
@@ -106,18 +108,19 @@ def pack_steps(
     command: int,
     number: int,
     follows: bool = False,
-) -> dict[str, Any]:
+    memory: StepMemory | None = None,
+) -> tuple[Encoded, Region | None]:
     """The fields of one rank's message. `layouts`: each step's. command, number: the first step's; they count up.
 
-    follows: whether the rank may still be at the message before, which the steps are behind.
+    follows: whether the rank may still be at the message before, which the steps are behind. memory: where the steps'
+    tensors may lie; then they are in the region that is returned until the rank has answered.
     """
     # Several ranks tell of each step at once: when one is lost, the others should not be further than is known.
     part_seconds = PART_SECONDS if len(layouts[0].shards) == 1 else 0.0
     used: dict[int, int] = {}
     described: list[str] = []
     rows: list[str] = []
-    small: list[Any] = []
-    large: list[Any] = []
+    buffers: list[Any] = []
     for offset, (step, layout) in enumerate(zip(steps, layouts, strict=True)):
         where = used.get(id(layout))
         if where is None:
@@ -129,15 +132,28 @@ def pack_steps(
             data = step.data[part.index]
             if part.start is not None:
                 data = memoryview(data).cast("B")[part.start : part.stop]
-            nbytes = len(data)
-            if nbytes >= SMALL_BYTES:
-                large.append(data)
-                continue
-            small.append(data)
-            if rest := -nbytes % ALIGNMENT:
-                small.append(_PADDING[:rest])
-    text = f'{{"layouts":[{",".join(described)}],"steps":[{",".join(rows)}]}}'
+            buffers.append(data)
+    region = None if memory is None else memory.place(_aligned(buffers))
     # Half of them early: what is done about these, and the next message, is done while the rank computes the rest.
     part_row = (len(steps) + 1) // 2 if len(steps) > 1 else 0
-    parts = {"part_seconds": part_seconds, "part_row": part_row, "follows": follows}
-    return {"steps": text.encode(), "data": [b"".join(small), *large], **parts}
+    frames: list[Frame] = [f"[{','.join(described)}]".encode(), f"[{','.join(rows)}]".encode()]
+    if region is None:
+        frames.append(b"".join(_aligned([each for each in buffers if len(each) < SMALL_BYTES])))
+        frames += [each for each in buffers if len(each) >= SMALL_BYTES]
+    data = ",".join([frame_at(index) for index in range(3, len(frames) + 1)])
+    text = (
+        f'{{"layouts":{frame_at(1)},"steps":{frame_at(2)},"data":[{data}],"region":{to_json(region)},'
+        f'"part_seconds":{part_seconds},"part_row":{part_row},"follows":{"true" if follows else "false"}}}'
+    )
+    # Made by hand: it is on the way of each step, and `pack` takes several times as long.
+    return Encoded(text, frames), region
+
+
+def _aligned(buffers: Sequence[Frame]) -> list[Frame]:
+    """These, and bytes between them so that each begins at a multiple of ALIGNMENT."""
+    parts: list[Frame] = []
+    for each in buffers:
+        parts.append(each)
+        if rest := -len(each) % ALIGNMENT:
+            parts.append(_PADDING[:rest])
+    return parts

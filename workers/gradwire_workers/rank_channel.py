@@ -4,12 +4,16 @@ The socket's file descriptor is watched by the loop itself (0.1 ms a round trip,
 nothing polls: an idle channel costs no CPU. A rank whose process is gone is noticed from the closed connection, in
 flight or idle, and every call that waits for it ends with RankLost. So is one that is stopped: ZeroMQ's own thread in
 a rank's process answers heartbeats, whatever the rank computes, and none come from a process that stands still.
+
+A small command goes past ZeroMQ, see direct_socket.py, if no other is unanswered: of several at once, ZeroMQ's threads
+see to the next while the rank is at the first. What comes directly was sent before what comes by ZeroMQ, and is taken
+first, by the rank as here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +21,9 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from gradwire_proto.errors import GradwireError, RankLost, by_name
-from gradwire_workers.frames import pack, unpack
-from gradwire_workers.step_rows import StepRow, decode_rows
+from gradwire_workers import direct_socket
+from gradwire_workers.frames import Encoded, Frame, pack, unpack
+from gradwire_workers.step_rows import StepRow, decode_part
 
 # Frames above this are handed to ZeroMQ uncopied; below, the bookkeeping costs more than the copy.
 _COPY_BELOW = 64 << 10
@@ -68,6 +73,10 @@ class RankChannel:
         self._socket.copy_threshold = _COPY_BELOW
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         self._socket.connect(endpoint)
+        path = direct_socket.direct_path(endpoint)
+        self._direct = None if path is None else direct_socket.connect(path)
+        if self._direct is not None:
+            self._loop.add_reader(self._direct, self._read_direct)
         self._descriptors = (self._socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptors[0], self._read)
         self._loop.add_reader(self._descriptors[1], self._watch)
@@ -77,7 +86,7 @@ class RankChannel:
     def call(
         self,
         kind: str,
-        fields: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | Encoded | None = None,
         take: Callable[[list[StepRow]], None] | None = None,
     ) -> asyncio.Future[Answer]:
         """Sends a command at once. The future holds what the rank answers, an error that it raised included.
@@ -92,9 +101,24 @@ class RankChannel:
             return answer
         self._last_call += 1
         frames = pack({"call": self._last_call, "kind": kind, "fields": fields or {}})
+        is_alone = not self._waiting
         self._waiting[self._last_call] = answer
         if take is not None:
             self._takers[self._last_call] = take
+        if not (is_alone and self._send_directly(frames)):
+            self._send_by_zmq(frames)
+        return answer
+
+    def _send_directly(self, frames: Sequence[Frame]) -> bool:
+        if self._direct is None:
+            return False
+        try:
+            return direct_socket.send(self._direct, frames)
+        except OSError:
+            # The rank is gone, which ZeroMQ finds too.
+            return False
+
+    def _send_by_zmq(self, frames: Sequence[Frame]) -> None:
         try:
             for frame in frames[:-1]:
                 self._socket.send(frame, _MORE, copy=False)
@@ -102,11 +126,10 @@ class RankChannel:
         except zmq.ZMQError:
             # There is no connection any more, and the news of it has not been read yet.
             self._fail()
-            return answer
+            return
         # Sending may swallow the signal that something came in.
         if _has_news(self._socket):
             self._loop.call_soon(self._read)
-        return answer
 
     def close(self) -> None:
         """Lets the rank go: it leaves by itself when the connection ends."""
@@ -114,35 +137,65 @@ class RankChannel:
 
     def _read(self) -> None:
         while not self._closed and _has_news(self._socket):
-            message = unpack(self._socket.recv_multipart(_NOBLOCK))
-            if "rows" in message and not self._take(message):
-                continue
-            answer = self._waiting.pop(message["call"], None)
-            if answer is None or answer.done():
-                continue
-            error = message.get("error")
-            answer.set_result(
-                Answer(
-                    fields=message.get("result") or {},
-                    error=decode_error(error) if error else None,
-                    needs_rejoin=message.get("needs_rejoin", False),
-                    busy=message["busy"],
-                )
-            )
+            while self._read_direct():
+                pass
+            self._told(self._socket.recv_multipart(_NOBLOCK))
 
-    def _take(self, message: Mapping[str, Any]) -> bool:
-        """Hand over the rows of a part. Whether it was the last."""
-        is_over = message.get("is_over", False)
-        take = self._takers.pop(message["call"], None) if is_over else self._takers.get(message["call"])
-        if take is not None:
-            take(decode_rows(message["rows"]))
-        return is_over
+    def _read_direct(self) -> bool:
+        """Whether a message was there."""
+        if self._direct is None:
+            return False
+        try:
+            frames = direct_socket.receive(self._direct)
+        except BlockingIOError:
+            return False
+        except OSError:
+            frames = None
+        if frames is None:
+            # What becomes of the rank, ZeroMQ will tell.
+            self._leave_direct()
+            return False
+        self._told(frames)
+        return True
+
+    def _told(self, frames: Sequence[Frame]) -> None:
+        part = decode_part(frames)
+        if part is None:
+            message = unpack(frames)
+            error = message.get("error")
+            self._answered(
+                message["call"],
+                fields=message.get("result") or {},
+                error=decode_error(error) if error else None,
+                needs_rejoin=message.get("needs_rejoin", False),
+                busy=message["busy"],
+            )
+            return
+        take = self._takers.get(part.call)
+        if take is not None and part.rows:
+            take(part.rows)
+        if part.is_over:
+            self._answered(part.call, fields={}, error=None, needs_rejoin=False, busy=part.busy)
+
+    def _answered(self, call: int, **answered: Any) -> None:
+        self._takers.pop(call, None)
+        answer = self._waiting.pop(call, None)
+        if answer is not None and not answer.done():
+            answer.set_result(Answer(**answered))
+
+    def _leave_direct(self) -> None:
+        if self._direct is not None:
+            self._loop.remove_reader(self._direct)
+            self._direct.close()
+            self._direct = None
 
     def _watch(self) -> None:
         while not self._closed and _has_news(self._monitor):
             event = parse_monitor_message(self._monitor.recv_multipart(_NOBLOCK))
             if event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 # What the rank said before it died still counts.
+                while self._read_direct():
+                    pass
                 self._read()
                 self._fail()
 
@@ -157,6 +210,7 @@ class RankChannel:
         if self._closed:
             return
         self._closed = True
+        self._leave_direct()
         for descriptor in self._descriptors:
             self._loop.remove_reader(descriptor)
         self._socket.disable_monitor()

@@ -28,7 +28,7 @@ from gradwire_workers.rank_fitting import RankFitting, report_of
 from gradwire_workers.rank_functions import RankFunctions
 from gradwire_workers.rank_standing import NUMBER, RankStanding
 from gradwire_workers.rank_states import saved_state_in
-from gradwire_workers.rank_steps import RankSteps, described_shard
+from gradwire_workers.rank_steps import KnownLayouts, RankSteps, described_shard
 from gradwire_workers.rank_tensors import incoming, leaves_in, outgoing, shard_in
 from gradwire_workers.rows_report import RowsReport
 from gradwire_workers.segments import SegmentWriter
@@ -75,6 +75,7 @@ class RankCommands:
         self._loaded: Callable[[Fields], Trainer] | None = None
         self._trainer: Trainer | None = None
         self._standing_of = RankStanding()
+        self._layouts = KnownLayouts()
         self._functions = RankFunctions(self._segments)
         self._fitting = RankFitting()
         self._commands: dict[str, Callable[[Fields], Fields]] = {
@@ -126,7 +127,7 @@ class RankCommands:
         """
         if kind == "train_steps":
             with self._together("train_step"):
-                steps = RankSteps(fields)
+                steps = RankSteps(fields, self._layouts)
             return steps.carry_out(self._model, self._step_applied, self._step_failed)
         command = self._commands.get(kind)
         if command is None:
@@ -229,6 +230,7 @@ class RankCommands:
         if self._trainer is not None:
             self._trainer.close()
         self._loaded = self._trainer = None
+        self._layouts = KnownLayouts()
         self._functions.clear()
         self._fitting.forget()
         compute_as_torch_does()

@@ -1,4 +1,4 @@
-"""A rank's end of the hot path: one thread takes commands from a ZeroMQ pair and answers them, one after another.
+"""A rank's end of the hot path: one thread takes commands from a frontend and answers them, one after another.
 
 Nothing here polls. A second thread sleeps on the connection and ends the process when the frontend is gone: a rank
 that lost its group must not linger, whatever it is computing.
@@ -17,9 +17,10 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from gradwire_proto.errors import GradwireError, InternalError
+from gradwire_workers.command_sockets import CommandSockets
 from gradwire_workers.frames import Frame, pack, unpack
 from gradwire_workers.rank_channel import encode_error
-from gradwire_workers.step_rows import StepRow, encode_rows
+from gradwire_workers.step_rows import RowsPart, StepRow, encode_part
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,8 @@ class RankServer:
         self._patience = patience
         self._steps_failed = False
         """Whether the last steps that came together ended with an error."""
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-        self._socket.bind(endpoint)
+        self._sockets = CommandSockets(endpoint)
+        self._monitor = self._sockets.monitor
 
     def start(self) -> None:
         """Serves from now on, in threads of its own."""
@@ -64,17 +61,17 @@ class RankServer:
             os._exit(1)
 
     def _serve_one(self) -> None:
-        frames = self._socket.recv_multipart(copy=False)
+        frames = self._sockets.receive()
         started = time.perf_counter()
-        message = unpack([frame.buffer for frame in frames])
+        message = unpack(frames)
 
         def packed(reply: Mapping[str, Any]) -> list[Frame]:
             return pack({**reply, "call": message["call"], "busy": time.perf_counter() - started})
 
         if message["kind"] == "train_steps":
-            self._serve_rows(message["kind"], message["fields"], packed)
+            self._serve_rows(message, packed, started)
             return
-        self._socket.send_multipart(self._reply(message["kind"], message["fields"], packed))
+        self._sockets.send(self._reply(message["kind"], message["fields"], packed))
 
     def _reply(
         self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
@@ -93,15 +90,21 @@ class RankServer:
         return packed({"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin})
 
     def _serve_rows(
-        self, kind: str, fields: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]]
+        self, message: Mapping[str, Any], packed: Callable[[Mapping[str, Any]], list[Frame]], started: float
     ) -> None:
         """Answer a command with its rows, in parts: one when `part_seconds` have passed since the last, and one behind
-        row number `part_row`; both are its fields. The last part says that it is over, and how.
+        row number `part_row`; both are its fields. The last part says that it is over; an error comes behind all parts.
 
         One that `follows` on the command before, and was sent before that one was over, is refused where it failed.
         """
+        kind, fields = message["kind"], message["fields"]
         rows: list[StepRow] = []
         sent = time.perf_counter()
+
+        def tell(*, is_over: bool) -> None:
+            part = RowsPart(message["call"], is_over, time.perf_counter() - started, rows)
+            self._sockets.send([encode_part(part)])
+
         ending: dict[str, Any] = {}
         try:
             if fields["follows"] and self._steps_failed:
@@ -110,7 +113,7 @@ class RankServer:
                 rows.append(row)  # pyright: ignore[reportArgumentType]
                 now = time.perf_counter()
                 if now - sent >= fields["part_seconds"] or number == fields["part_row"]:
-                    self._socket.send_multipart(packed({"rows": encode_rows(rows)}))
+                    tell(is_over=False)
                     rows, sent = [], now
         except GradwireError as error:
             ending = {"error": encode_error(error), "needs_rejoin": self._commands.needs_rejoin}
@@ -119,7 +122,10 @@ class RankServer:
             failure = InternalError(f"{type(error).__name__}: {error}", outcome="not_applied")
             ending = {"error": encode_error(failure), "needs_rejoin": self._commands.needs_rejoin}
         self._steps_failed = bool(ending)
-        self._socket.send_multipart(packed({"rows": encode_rows(rows), "is_over": True, **ending}))
+        if rows or not ending:
+            tell(is_over=not ending)
+        if ending:
+            self._sockets.send(packed(ending))
 
     def _watch(self) -> None:
         if not self._monitor.poll(self._patience * 1000):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -12,20 +12,28 @@ from torch import Tensor
 
 from gradwire_proto.tensors import torch_dtype
 from gradwire_proto.values import TensorData
+from gradwire_workers.frames import from_json
 from gradwire_workers.packed_steps import ALIGNMENT, SMALL_BYTES
 from gradwire_workers.rank_tensors import leaves_in
 from gradwire_workers.shard import Shard
+from gradwire_workers.step_memory import MappedMemory
 from gradwire_workers.step_rows import StepRow
 from gradwire_workers.trainer import Trainer
 from gradwire_workers.training.reports import StepReport
 
 Fields = Mapping[str, Any]
 
+_MOST_KNOWN = 32
+
 
 class _Layout:
-    """A layout of a message. Its steps' small tensors take turns in the same memory, each until the next step's."""
+    """A layout of messages. Their steps' small tensors take turns in the same memory, each until the next step's.
 
-    def __init__(self, fields: Fields) -> None:
+    small_bytes: what has fewer bytes is small.
+    """
+
+    def __init__(self, fields: Fields, small_bytes: float) -> None:
+        self._small_bytes = small_bytes
         self._fields = {name: value for name, value in fields.items() if name not in ("inputs", "targets")}
         self._inputs = len(fields["inputs"])
         self._leaves: list[Any] = []
@@ -39,7 +47,7 @@ class _Layout:
 
     def _tensor(self, dtype: str, shape: Sequence[int]) -> Tensor | TensorData:
         described = TensorData(dtype, tuple(shape), b"")
-        if described.nbytes >= SMALL_BYTES:
+        if described.nbytes >= self._small_bytes:
             return described
         # Nothing outlives a step that refers to its batch: what is kept of it is a copy.
         tensor = torch.empty(described.shape, dtype=torch_dtype(dtype))
@@ -78,14 +86,36 @@ def _zeros(kind: str, *content: Any) -> Any:
     return content[0] if kind == "constant" else torch.zeros((), dtype=torch_dtype(content[0])).expand(content[1])
 
 
+class KnownLayouts:
+    """The layouts of messages that have come: most messages have those of one before, and take turns in its memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, float], list[_Layout]] = {}
+        self.memory = MappedMemory()
+
+    def of(self, described: bytes, small_bytes: float) -> list[_Layout]:
+        """Those of a message, which are described so."""
+        key = described, small_bytes
+        found = self._known.get(key)
+        if found is None:
+            found = [_Layout(each, small_bytes) for each in from_json(described)]
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = found
+        return found
+
+
 class RankSteps:
     """The steps of one message."""
 
-    def __init__(self, fields: Fields) -> None:
-        header = json.loads(bytes(fields["steps"]))
-        self._layouts = [_Layout(each) for each in header["layouts"]]
-        self._steps = header["steps"]
-        self._small, *self._large = fields["data"]
+    def __init__(self, fields: Fields, known: KnownLayouts) -> None:
+        region = fields["region"]
+        self._layouts = known.of(bytes(fields["layouts"]), SMALL_BYTES if region is None else inf)
+        self._steps = from_json(fields["steps"])
+        if region is None:
+            self._small, *self._large = fields["data"]
+        else:
+            self._small, self._large = known.memory.view(region), []
 
     def carry_out(
         self, trainer: Trainer, applied: Callable[[int], None], failed: Callable[[int, BaseException], None]

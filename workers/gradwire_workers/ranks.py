@@ -10,6 +10,7 @@ from typing import Any
 
 from gradwire_proto.errors import GradwireError, InternalError, RankLost
 from gradwire_workers import segments
+from gradwire_workers.frames import Encoded
 from gradwire_workers.lifted_limits import AGAIN
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.rank_channel import Answer
@@ -94,7 +95,7 @@ class Ranks:
         raise await self._recover(kind, answers, failed, changes)
 
     def begin(
-        self, kind: str, fields: Sequence[Mapping[str, Any]], take: Sequence[Callable[[list[StepRow]], None]]
+        self, kind: str, fields: Sequence[Encoded], take: Sequence[Callable[[list[StepRow]], None]]
     ) -> list[asyncio.Future[Answer]]:
         """Sends each rank its fields. `take`: what each rank answers bit by bit. More may be begun before it is over.
 

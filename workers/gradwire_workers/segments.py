@@ -63,9 +63,13 @@ class SegmentWriter:
         finally:
             os.close(file)
 
+    def new_path(self) -> str:
+        """The name of a file that nobody has had."""
+        return os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
+
     def _open(self, size: int) -> tuple[int, str]:
         """(descriptor, path) of a file that is nobody else's: one that was lent to a client before, or a new one."""
-        path = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
+        path = self.new_path()
         for former in list(self._former):
             file = take_back(former, size, path)
             if file is not None:
@@ -82,7 +86,7 @@ class SegmentWriter:
         """The same nested value with the files that it names renamed to this writer's: they outlive who made them."""
         renamed = {}
         for path in _paths(value):
-            renamed[path] = os.path.join(self._folder, f"{self._name}-{next(self._numbers)}")
+            renamed[path] = self.new_path()
             os.rename(path, renamed[path])
 
         def moved(leaf: Any) -> Any:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from gradwire_proto.errors import RankLost
+from gradwire_workers.frames import Encoded
 from gradwire_workers.rank_channel import Answer
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.step_rows import StepRow
@@ -62,7 +62,7 @@ class StepDispatch:
             return False
         return self._ranks.lost is None and not any(map(_has_failed, self._messages))
 
-    def send(self, fields: Sequence[Mapping[str, Any]], count: int) -> None:
+    def send(self, fields: Sequence[Encoded], count: int) -> None:
         """Hand each rank its fields, of so many steps. RankLost where a rank was lost before."""
         if not self.unanswered:
             self._marked = asyncio.get_running_loop().time()

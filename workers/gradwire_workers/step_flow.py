@@ -10,6 +10,7 @@ from gradwire_proto.values import StepResult
 from gradwire_workers.packed_steps import Layout, pack_steps
 from gradwire_workers.ranks import Ranks
 from gradwire_workers.step_dispatch import StepDispatch
+from gradwire_workers.step_memory import Region, StepMemory
 from gradwire_workers.step_rows import StepRow, step_result
 
 
@@ -27,7 +28,13 @@ class StepFlow:
         layouts_of: Callable[[Sequence[FormedStep]], list[Layout]],
         took: Callable[[list[StepResult]], None],
         came: Callable[[Layout, int], None] | None = None,
+        memory: StepMemory | None = None,
     ) -> None:
+        self._memory = memory
+        self._regions: deque[tuple[int, list[Region]]] = deque()
+        """Of each message that is not answered: its last step's number, and where its batches lie."""
+        self._sent = self._told = 0
+        """Steps."""
         self._ranks = ranks
         self._came = came
         self._layouts_of = layouts_of
@@ -47,23 +54,38 @@ class StepFlow:
         """
         layouts, number = self._layouts_of(steps), self._ranks.applied + self._dispatch.unanswered + 1
         follows = self._dispatch.is_under_way
-        fields = [
-            pack_steps(steps, layouts, rank=rank, command=command, number=number, follows=follows)
+        packed = [
+            pack_steps(steps, layouts, rank=rank, command=command, number=number, follows=follows, memory=self._memory)
             for rank in range(len(self._ranks))
         ]
-        self._dispatch.send(fields, len(steps))
+        self._sent += len(steps)
+        self._regions.append((self._sent, [region for _, region in packed if region is not None]))
+        self._dispatch.send([fields for fields, _ in packed], len(steps))
         self._layouts.extend(layouts)
 
     async def ended(self) -> None:
         """Return when all steps are applied. Raises the error of the first that is not; those behind it were not."""
-        await self._dispatch.ended()
+        try:
+            await self._dispatch.ended()
+        finally:
+            # Where ranks are lost, whatever they still read is of no use.
+            self._free(self._sent)
 
     def _applied(self, steps: Sequence[Sequence[StepRow]], idle: float) -> None:
         layouts = [self._layouts.popleft() for _ in steps]
+        self._told += len(steps)
+        self._free(self._told)
         self._took([self._result(of_ranks, layout, idle) for of_ranks, layout in zip(steps, layouts, strict=True)])
         if self._came is not None:
             for layout, count in Counter(layouts).items():
                 self._came(layout, count)
+
+    def _free(self, told: int) -> None:
+        """The ranks have told of so many steps."""
+        while self._regions and self._regions[0][0] <= told:
+            for region in self._regions.popleft()[1]:
+                assert self._memory is not None, "it has placed them"
+                self._memory.free(region)
 
     def _result(self, of_ranks: Sequence[StepRow], layout: Layout, idle: float) -> StepResult:
         return step_result(of_ranks, layout.rows, rank_rows=layout.rank_rows, transfer=idle)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gradwire_proto.values import StepResult, Timing
+from gradwire_workers.frames import Frame
 
 
 class StepRow(NamedTuple):
@@ -36,6 +37,32 @@ def decode_rows(raw: bytes | memoryview) -> list[StepRow]:
     """The rows that `encode_rows` has encoded."""
     return [_unpacked(*each) for each in _ROW.iter_unpack(raw)]
 
+
+class RowsPart(NamedTuple):
+    """A part of what a rank answers to call number `call`. is_over: the last one. busy: seconds, see Answer."""
+
+    call: int
+    is_over: bool
+    busy: float
+    rows: list[StepRow]
+
+
+def encode_part(part: RowsPart) -> bytes:
+    """A part as a message by itself, of one frame, which no other message looks like: those begin with JSON."""
+    return _PART.pack(_IS_PART, part.is_over, part.call, part.busy) + encode_rows(part.rows)
+
+
+def decode_part(frames: Sequence[Frame]) -> RowsPart | None:
+    """The part that these frames are; None where they are another message."""
+    first = frames[0]
+    if first[0] != _IS_PART:
+        return None
+    _, is_over, call, busy = _PART.unpack_from(first)
+    return RowsPart(call, is_over, busy, decode_rows(memoryview(first)[_PART.size :]))
+
+
+_IS_PART = 0
+_PART = struct.Struct("<B?qd")
 
 _ROW = struct.Struct("<Bq8d")
 """Which may be None and are there, and whether it was skipped, as bits; the step; the other numbers in order."""

@@ -153,6 +153,8 @@ class Trainer(Reads, RetainedCommands, KernelCommands):
         take(buffers)
         clock.computed(waited=done.waited)
         update = updater.apply(done.gradients, lr=lr, plan=plan)
+        # Freed while the clock runs, as a loop's zero_grad() does within its step.
+        del done
         return self._updated(update, clock, loss=loss, rows=shard.count)
 
     def forward_backward(self, shard: Shard, *, command: int) -> StepReport:

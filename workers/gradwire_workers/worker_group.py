@@ -45,6 +45,7 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.shard import Shard, shard_fields
 from gradwire_workers.sharding import least_rows
 from gradwire_workers.step_flow import StepFlow
+from gradwire_workers.step_memory import StepMemory
 from gradwire_workers.variant_splits import varies
 
 
@@ -76,6 +77,7 @@ class WorkerGroup:
         self._threads = threads
         self._writer = writer
         self._layouts = Layouts(self._layout)
+        self._step_memory = StepMemory(writer.new_path)
         self._release = release
         self._closed = False
         self._releasing: asyncio.Future[None] | None = None
@@ -151,6 +153,7 @@ class WorkerGroup:
         if not self._closed:
             self._closed = True
             self._ranks.on_lost = None
+            self._step_memory.close()
             # To its end, whoever is cancelled: nobody could begin it again.
             self._releasing = asyncio.ensure_future(self._release(reuse and self._ranks.lost is None))
             await asyncio.shield(self._releasing)
@@ -226,7 +229,13 @@ class WorkerGroup:
             self.kernels.came(layout.variant, layout.form.numbered, steps)
 
         known = came if self.kernels.wanted else None
-        return StepFlow(self._ranks, lambda steps: self._layouts.of_first(steps, self._variants.count), took, known)
+        return StepFlow(
+            self._ranks,
+            lambda steps: self._layouts.of_first(steps, self._variants.count),
+            took,
+            known,
+            self._step_memory,
+        )
 
     def _layout(self, form: BatchForm) -> Layout | None:
         """How batches of this form are spread; None where only trying tells."""

@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from gradwire_proto.v1 import gradient_service_pb2 as gradwire__proto_dot_v1_dot_gradient__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgradwire_proto/v1/local.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a(gradwire_proto/v1/gradient_service.proto\"\xc4\x01\n\x0cLocalRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.LocalHelloH\x00\x12*\n\x06upload\x18\x02 \x01(\x0b\x32\x18.gradwire.v1.LocalUploadH\x00\x12.\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x1a.gradwire.v1.LocalDownloadH\x00\x12&\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x16.gradwire.v1.LocalCallH\x00\x42\x06\n\x04kind\"\x1b\n\nLocalHello\x12\r\n\x05token\x18\x01 \x01(\t\"<\n\x0bLocalUpload\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.gradwire.v1.UploadManifest\"\x1d\n\rLocalDownload\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\tLocalCall\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x03 \x01(\x01\"\x8d\x02\n\nLocalReply\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.LocalWelcomeH\x00\x12.\n\x08uploaded\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.LocalUploadedH\x00\x12\x32\n\ndownloaded\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.LocalDownloadedH\x00\x12,\n\x07refusal\x18\x04 \x01(\x0b\x32\x19.gradwire.v1.LocalRefusalH\x00\x12\x12\n\x08response\x18\x05 \x01(\x0cH\x00\x12#\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x06\n\x04kind\"\x1f\n\x0cLocalWelcome\x12\x0f\n\x07service\x18\x01 \x01(\t\"\x1d\n\rLocalUploaded\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x0fLocalDownloaded\x12\'\n\x06places\x18\x01 \x03(\x0b\x32\x17.gradwire.v1.LocalPlace\":\n\nLocalPlace\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06nbytes\x18\x03 \x01(\x03\"/\n\x0cLocalRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dgradwire_proto/v1/local.proto\x12\x0bgradwire.v1\x1a\x17google/rpc/status.proto\x1a(gradwire_proto/v1/gradient_service.proto\"\xc4\x01\n\x0cLocalRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.gradwire.v1.LocalHelloH\x00\x12*\n\x06upload\x18\x02 \x01(\x0b\x32\x18.gradwire.v1.LocalUploadH\x00\x12.\n\x08\x64ownload\x18\x03 \x01(\x0b\x32\x1a.gradwire.v1.LocalDownloadH\x00\x12&\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x16.gradwire.v1.LocalCallH\x00\x42\x06\n\x04kind\"\x1b\n\nLocalHello\x12\r\n\x05token\x18\x01 \x01(\t\"<\n\x0bLocalUpload\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.gradwire.v1.UploadManifest\"\x1d\n\rLocalDownload\x12\x0c\n\x04name\x18\x01 \x01(\t\"\\\n\tLocalCall\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07request\x18\x02 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x03 \x01(\x01\x12\x15\n\rrequest_bytes\x18\x04 \x01(\x03\"\xd1\x02\n\nLocalReply\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.gradwire.v1.LocalWelcomeH\x00\x12.\n\x08uploaded\x18\x02 \x01(\x0b\x32\x1a.gradwire.v1.LocalUploadedH\x00\x12\x32\n\ndownloaded\x18\x03 \x01(\x0b\x32\x1c.gradwire.v1.LocalDownloadedH\x00\x12,\n\x07refusal\x18\x04 \x01(\x0b\x32\x19.gradwire.v1.LocalRefusalH\x00\x12\x12\n\x08response\x18\x05 \x01(\x0cH\x00\x12#\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x16\n\x0eresponse_bytes\x18\x07 \x01(\x03\x12*\n\x07\x62rought\x18\x08 \x01(\x0b\x32\x19.gradwire.v1.LocalBroughtB\x06\n\x04kind\"\x1f\n\x0cLocalWelcome\x12\x0f\n\x07service\x18\x01 \x01(\t\"\x1d\n\rLocalUploaded\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x0fLocalDownloaded\x12\'\n\x06places\x18\x01 \x03(\x0b\x32\x17.gradwire.v1.LocalPlace\"E\n\x0cLocalBrought\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06places\x18\x02 \x03(\x0b\x32\x17.gradwire.v1.LocalPlace\":\n\nLocalPlace\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06nbytes\x18\x03 \x01(\x03\"/\n\x0cLocalRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,17 +42,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOCALDOWNLOAD']._serialized_start=403
   _globals['_LOCALDOWNLOAD']._serialized_end=432
   _globals['_LOCALCALL']._serialized_start=434
-  _globals['_LOCALCALL']._serialized_end=503
-  _globals['_LOCALREPLY']._serialized_start=506
-  _globals['_LOCALREPLY']._serialized_end=775
-  _globals['_LOCALWELCOME']._serialized_start=777
-  _globals['_LOCALWELCOME']._serialized_end=808
-  _globals['_LOCALUPLOADED']._serialized_start=810
-  _globals['_LOCALUPLOADED']._serialized_end=839
-  _globals['_LOCALDOWNLOADED']._serialized_start=841
-  _globals['_LOCALDOWNLOADED']._serialized_end=899
-  _globals['_LOCALPLACE']._serialized_start=901
-  _globals['_LOCALPLACE']._serialized_end=959
-  _globals['_LOCALREFUSAL']._serialized_start=961
-  _globals['_LOCALREFUSAL']._serialized_end=1008
+  _globals['_LOCALCALL']._serialized_end=526
+  _globals['_LOCALREPLY']._serialized_start=529
+  _globals['_LOCALREPLY']._serialized_end=866
+  _globals['_LOCALWELCOME']._serialized_start=868
+  _globals['_LOCALWELCOME']._serialized_end=899
+  _globals['_LOCALUPLOADED']._serialized_start=901
+  _globals['_LOCALUPLOADED']._serialized_end=930
+  _globals['_LOCALDOWNLOADED']._serialized_start=932
+  _globals['_LOCALDOWNLOADED']._serialized_end=990
+  _globals['_LOCALBROUGHT']._serialized_start=992
+  _globals['_LOCALBROUGHT']._serialized_end=1061
+  _globals['_LOCALPLACE']._serialized_start=1063
+  _globals['_LOCALPLACE']._serialized_end=1121
+  _globals['_LOCALREFUSAL']._serialized_start=1123
+  _globals['_LOCALREFUSAL']._serialized_end=1170
 # @@protoc_insertion_point(module_scope)

@@ -39,30 +39,36 @@ class LocalDownload(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class LocalCall(_message.Message):
-    __slots__ = ("method", "request", "timeout_seconds")
+    __slots__ = ("method", "request", "timeout_seconds", "request_bytes")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     method: str
     request: bytes
     timeout_seconds: float
-    def __init__(self, method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+    request_bytes: int
+    def __init__(self, method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ..., request_bytes: _Optional[int] = ...) -> None: ...
 
 class LocalReply(_message.Message):
-    __slots__ = ("welcome", "uploaded", "downloaded", "refusal", "response", "error")
+    __slots__ = ("welcome", "uploaded", "downloaded", "refusal", "response", "error", "response_bytes", "brought")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     UPLOADED_FIELD_NUMBER: _ClassVar[int]
     DOWNLOADED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BROUGHT_FIELD_NUMBER: _ClassVar[int]
     welcome: LocalWelcome
     uploaded: LocalUploaded
     downloaded: LocalDownloaded
     refusal: LocalRefusal
     response: bytes
     error: _status_pb2.Status
-    def __init__(self, welcome: _Optional[_Union[LocalWelcome, _Mapping]] = ..., uploaded: _Optional[_Union[LocalUploaded, _Mapping]] = ..., downloaded: _Optional[_Union[LocalDownloaded, _Mapping]] = ..., refusal: _Optional[_Union[LocalRefusal, _Mapping]] = ..., response: _Optional[bytes] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    response_bytes: int
+    brought: LocalBrought
+    def __init__(self, welcome: _Optional[_Union[LocalWelcome, _Mapping]] = ..., uploaded: _Optional[_Union[LocalUploaded, _Mapping]] = ..., downloaded: _Optional[_Union[LocalDownloaded, _Mapping]] = ..., refusal: _Optional[_Union[LocalRefusal, _Mapping]] = ..., response: _Optional[bytes] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response_bytes: _Optional[int] = ..., brought: _Optional[_Union[LocalBrought, _Mapping]] = ...) -> None: ...
 
 class LocalWelcome(_message.Message):
     __slots__ = ("service",)
@@ -81,6 +87,14 @@ class LocalDownloaded(_message.Message):
     PLACES_FIELD_NUMBER: _ClassVar[int]
     places: _containers.RepeatedCompositeFieldContainer[LocalPlace]
     def __init__(self, places: _Optional[_Iterable[_Union[LocalPlace, _Mapping]]] = ...) -> None: ...
+
+class LocalBrought(_message.Message):
+    __slots__ = ("name", "places")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    places: _containers.RepeatedCompositeFieldContainer[LocalPlace]
+    def __init__(self, name: _Optional[str] = ..., places: _Optional[_Iterable[_Union[LocalPlace, _Mapping]]] = ...) -> None: ...
 
 class LocalPlace(_message.Message):
     __slots__ = ("file", "offset", "nbytes")

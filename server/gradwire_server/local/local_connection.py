@@ -16,11 +16,20 @@ from typing import Any, Protocol
 
 from gradwire_proto.codec import refuse_unknown_fields
 from gradwire_proto.errors import GradwireError, InvalidArgument, ResourceExhausted, Unauthenticated
-from gradwire_proto.local_wire import PacketError, close_files, receive_packet, send_packet
+from gradwire_proto.local_wire import (
+    MOST_FILES,
+    PACKET_BYTES,
+    PacketError,
+    close_files,
+    receive_packet,
+    send_packet,
+)
 from gradwire_proto.v1 import local_pb2 as pb
 from gradwire_proto.values import Limits
 from gradwire_server.doors.door import Door
-from gradwire_server.local.local_calls import LocalCalls
+from gradwire_server.local.call_files import response_file
+from gradwire_server.local.local_calls import Answer, LocalCalls
+from gradwire_server.tensors.downloads import Lent
 from gradwire_server.tensors.file_threads import THREAD_BYTES, in_thread
 from gradwire_server.tensors.held_files import TensorType
 from gradwire_server.tensors.sealed_files import SealedFile
@@ -34,6 +43,13 @@ MOST_UPLOADS = 32
 
 MOST_OPEN_FILES = 256
 """The same of all connections together, those that have ended included."""
+
+
+_IN_PACKET_BYTES = PACKET_BYTES - 256
+"""Bytes of a response, with what comes along, from which on it travels in a file."""
+
+_MOST_PLACES = 1024
+"""Tensors that come along with a response at most: their places must fit into its packet."""
 
 
 class LocalPlace(Protocol):
@@ -84,7 +100,7 @@ class LocalConnection:
         self._all_held = all_held
         self._loop = asyncio.get_running_loop()
         self._checking: asyncio.Task[None] | None = None
-        self._calling: asyncio.Future[pb.LocalReply] | None = None
+        self._calling: asyncio.Future[Answer] | None = None
         self._loop.add_reader(peer, self._read)
 
     def close(self) -> None:
@@ -132,7 +148,7 @@ class LocalConnection:
                 self._guest = self._door.admit_token(request.hello.token)
                 self._say(pb.LocalReply(welcome=pb.LocalWelcome(service=self._service)))
             case "call":
-                self._call(request.call)
+                self._call(request.call, files)
             case "upload":
                 self._upload(request.upload, files)
             case "download":
@@ -140,16 +156,47 @@ class LocalConnection:
             case _:
                 raise InvalidArgument("expected a request", field="kind", reason="FIELD_MISSING")
 
-    def _call(self, request: pb.LocalCall) -> None:
+    def _call(self, request: pb.LocalCall, files: Sequence[int]) -> None:
         """The connection is watched meanwhile: a client that hangs up gives its call up."""
 
-        def answer(calling: asyncio.Future[pb.LocalReply]) -> None:
-            self._calling = None
-            if not calling.cancelled():
-                self._say(calling.result())
+        is_answered = False
 
-        self._calling = self._place(request.method).calls.begin(request)
-        self._calling.add_done_callback(answer)
+        def answer(answer: Answer) -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
+                self._calling = None
+                with self._refusals():
+                    self._answer(answer, place.tensors)
+
+        place = self._place(request.method)
+        calling = place.calls.begin(request, files, answer, self._check_scope)
+        if not is_answered:
+            self._calling = calling
+            calling.add_done_callback(lambda ended: None if ended.cancelled() else answer(ended.result()))
+
+    def _check_scope(self, method: str, request: Any) -> None:
+        assert self._guest is not None, "it was let in"
+        self._guest.check_scope(method, request)
+
+    def _answer(self, answer: Answer, tensors: TensorStore) -> None:
+        if answer.error is not None:
+            self._say(pb.LocalReply(error=answer.error))
+            return
+        reply = pb.LocalReply(response=answer.response)
+        if not answer.download and len(answer.response) < _IN_PACKET_BYTES:
+            self._say(reply)
+            return
+        files: list[int] = []
+        try:
+            lent = _bring(tensors, answer.download, reply, files) if answer.download else None
+            if reply.ByteSize() >= _IN_PACKET_BYTES:
+                files.append(response_file(answer.response))
+                reply.response, reply.response_bytes = b"", len(answer.response)
+            if self._say(reply, files) and lent is not None:
+                lent.taken()
+        finally:
+            close_files(files)
 
     def _place(self, method: str) -> LocalPlace:
         """What answers a call of this method. Raises Unauthenticated, PermissionDenied."""
@@ -206,9 +253,8 @@ class LocalConnection:
 
     def _download(self, name: str) -> None:
         lent = self._place("DownloadTensors").tensors.downloads.lend(name)
-        places = [pb.LocalPlace(file=each.file, offset=each.offset, nbytes=each.nbytes) for each in lent.places]
         try:
-            if self._say(pb.LocalReply(downloaded=pb.LocalDownloaded(places=places)), lent.files):
+            if self._say(pb.LocalReply(downloaded=pb.LocalDownloaded(places=_places(lent))), lent.files):
                 lent.taken()
         finally:
             close_files(lent.files)
@@ -226,3 +272,22 @@ class LocalConnection:
             self.close()
             return False
         return True
+
+
+def _places(lent: Lent) -> list[pb.LocalPlace]:
+    return [pb.LocalPlace(file=each.file, offset=each.offset, nbytes=each.nbytes) for each in lent.places]
+
+
+def _bring(tensors: TensorStore, download: str, reply: pb.LocalReply, files: list[int]) -> Lent | None:
+    """Send the tensors along that are to be downloaded; None where the client has to ask for them."""
+    try:
+        lent = tensors.downloads.lend(download)
+    except GradwireError:
+        return None
+    if len(lent.files) >= MOST_FILES or len(lent.places) > _MOST_PLACES:
+        close_files(lent.files)
+        return None
+    files += lent.files
+    reply.brought.name = download
+    reply.brought.places.extend(_places(lent))
+    return lent

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 
 from gradwire_proto.errors import InvalidArgument
-from gradwire_proto.local_wire import SEALS, aligned
+from gradwire_proto.local_wire import SEALS, aligned, has_seals
 from gradwire_proto.values import Segment, TensorData
 from gradwire_server.tensors.held_files import TensorType, check_bools
 
@@ -60,11 +59,7 @@ class SealedFile:
             self._descriptor = -1
 
     def _check(self) -> None:
-        try:
-            seals = fcntl.fcntl(self._descriptor, fcntl.F_GET_SEALS)
-        except OSError:  # It is a file of another kind.
-            seals = 0
-        if seals & SEALS != SEALS:
+        if not has_seals(self._descriptor, SEALS):
             raise InvalidArgument(
                 "expected a memfd that is sealed against writing, shrinking, growing and more seals",
                 field="manifest",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,17 @@ async def _forever(frontend: Any) -> Any:
         await asyncio.sleep(0.01)
 
 
-async def test_socket_of_this_machine_wants_the_token_too(locked: Any, tokens: TokenFile, tmp_path: Path) -> None:
-    (tmp_path / "sockets").mkdir()
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    """A folder with a short path: that of a socket must be."""
+    with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+async def test_socket_of_this_machine_wants_the_token_too(locked: Any, tokens: TokenFile, sockets: Path) -> None:
     token, _ = tokens.create("trainer", "alice", ["train"])
     reader, _ = tokens.create("reader", "alice", ["read"])
-    async with locked(sockets=tmp_path / "sockets") as frontend:
+    async with locked(sockets=sockets) as frontend:
         mine = frontend(token)
         await mine.stub.CreateModel(mine.creation("m"))
         step = local_pb2.LocalCall(

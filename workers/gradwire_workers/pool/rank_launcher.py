@@ -101,8 +101,9 @@ class RankLauncher:
         # One that was starting may have appeared meanwhile.
         await asyncio.to_thread(self._placement.kill_orphans)
         await asyncio.to_thread(self._placement.leave)
-        for path in Path(self._folder).glob("rank-*.sock"):
-            path.unlink(missing_ok=True)
+        for pattern in ("rank-*.sock", "rank-*.seq"):
+            for path in Path(self._folder).glob(pattern):
+                path.unlink(missing_ok=True)
         segments.sweep(self._memory_folder, "rank")
         self._context.destroy(linger=0)
 

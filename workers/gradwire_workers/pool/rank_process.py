@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gradwire_workers.frames import Encoded
 from gradwire_workers.rank_channel import Answer, RankChannel
 from gradwire_workers.step_rows import StepRow
 
@@ -69,7 +70,7 @@ class RankProcess:
     def call(
         self,
         kind: str,
-        fields: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | Encoded | None = None,
         take: Callable[[list[StepRow]], None] | None = None,
     ) -> asyncio.Future[Answer]:
         """See `RankChannel.call`."""
