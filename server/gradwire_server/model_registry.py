@@ -248,6 +248,10 @@ class ModelRegistry:
         waits += [model.life.idle() for model in self._hosted.values()]
         await asyncio.gather(*waits)
 
+    async def save_changed(self) -> None:
+        """Take a checkpoint of every model that has changed since its newest one. What fails is logged."""
+        await asyncio.gather(*(model.life.checkpoints.save_changed() for model in self._hosted.values()))
+
     async def close(self) -> None:
         """End every model. The storage keeps them."""
         creations = [creation.cancel() for creation in list(self._creations.values())]

@@ -116,6 +116,10 @@ class Tenant:
         """Return when nothing runs that was begun, whoever waits for it."""
         await asyncio.gather(self._models.idle(), self._functions.idle())
 
+    async def save_changed(self) -> None:
+        """Take a checkpoint of every model that has changed since its newest one."""
+        await self._models.save_changed()
+
     async def close(self) -> None:
         """Free ranks, remove files. What is in the storage stays."""
         await asyncio.gather(

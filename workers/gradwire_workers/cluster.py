@@ -281,6 +281,10 @@ class Cluster:
             StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]
         )
 
+    def check(self) -> None:
+        """Whether Ray answers; for a thread that may wait for long. Raises Unavailable."""
+        self._placement.check()
+
     def functions(self, owner: str) -> FunctionRank:
         """Where functions of this owner are computed, which no model holds. To be asked for each."""
         return self._functions.of(owner)

@@ -57,6 +57,11 @@ class Placement:
         """Disconnects. Reservations go with the connection."""
         ray.shutdown()
 
+    def check(self) -> None:
+        """Raises Unavailable where Ray has no node any more. Does not return while its head does not answer."""
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise Unavailable(f"Ray at {self._address} has no node that is alive", reason="RAY_UNAVAILABLE")
+
     def totals(self) -> tuple[int, float]:
         """CPUs and GPUs of the cluster."""
         deadline = time.monotonic() + _SECONDS_TO_APPEAR
