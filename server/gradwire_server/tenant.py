@@ -109,8 +109,9 @@ class Tenant:
         self._models.open(deletions)
 
     def drain(self) -> None:
-        """Have what lasts end soon."""
+        """Have what lasts end soon, and what waits for ranks at once."""
         self._fits.drain()
+        self._models.drain()
 
     async def idle(self) -> None:
         """Return when nothing runs that was begun, whoever waits for it."""
