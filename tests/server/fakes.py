@@ -385,8 +385,8 @@ class FakeCluster:
         wait_until: float | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> FakeWorkers:
-        if self.queue is not None:
-            demand = self.capacity.demand(spec)
+        demand = None if self.queue is None else self.capacity.demand(spec)
+        if self.queue is not None and demand is not None:
             await self.queue.claim(demand, Waiting(until=wait_until, tell=tell))
         self.places.append(place)
         self.starting += 1
@@ -398,7 +398,7 @@ class FakeCluster:
                 raise self.error
             self.started.append((model_id, state))
             group = self.groups[model_id] = FakeWorkers(state, self)
-            if self.queue is not None:
+            if demand is not None:
                 group.on_close = lambda: self.capacity.free(demand)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors, group.variants = self.built
