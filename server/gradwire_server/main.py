@@ -7,9 +7,10 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TypeVar
 
 from gradwire_proto.errors import GradwireError
 from gradwire_server.config import ConfigError, ServerConfig, read_config
@@ -20,12 +21,14 @@ from gradwire_server.health.part_watch import PartWatch
 from gradwire_server.health.readiness import RAY, STORAGE, Readiness
 from gradwire_server.private_folders import SHARED_MEMORY, private_folder
 from gradwire_server.processes.service_folders import log_folder
-from gradwire_server.service import Service
+from gradwire_server.service import Service, keys
 from gradwire_server.stopping import Grace, stop_in_order
 from gradwire_server.storage.storage_lock import StorageLock
 from gradwire_server.storages import Storages
 from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
 from gradwire_workers.cluster import Cluster, ClusterConfig
+
+T = TypeVar("T")
 
 logger = logging.getLogger("gradwire_server")
 
@@ -86,6 +89,8 @@ async def run(config: ServerConfig) -> None:
 
 async def _run(config: ServerConfig, health: Health, stop: asyncio.Queue[int]) -> None:
     grace = Grace(config.grace)
+    # Before anything is touched: whoever has mistyped a file hears so at once.
+    keys(config)
     with ExitStack() as folders:
         runtime = folders.enter_context(private_folder("runtime_dir", config.runtime_dir))
         memory = folders.enter_context(private_folder("shared_memory_dir", config.shared_memory_dir, SHARED_MEMORY))
@@ -95,7 +100,9 @@ async def _run(config: ServerConfig, health: Health, stop: asyncio.Queue[int]) -
         lock = await asyncio.to_thread(StorageLock.take, place, LOCK_SECONDS)
         try:
             storages = Storages(lock, config.checkpoint_url)
-            cluster = await Cluster.connect(_cluster_config(config, runtime, memory, place))
+            joining = Cluster.connect(_cluster_config(config, runtime, memory, place))
+            if (cluster := await _unless_stopped(joining, stop)) is None:
+                return
             # Again: Ray puts handlers of its own in place, which print a stack.
             _listen_for_signals(stop)
             try:
@@ -112,6 +119,18 @@ async def _run(config: ServerConfig, health: Health, stop: asyncio.Queue[int]) -
             lock.release()
         if config.storage is None and config.checkpoint_url is not None:
             await asyncio.to_thread(remove_automatic_checkpoints, place, config.checkpoint_url, CLOSE_SECONDS)
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Queue[int]) -> T | None:
+    """What `work` gives; None where a signal came before."""
+    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.get())
+    await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)
+    if working.done():
+        stopped.cancel()
+        return working.result()
+    working.cancel()
+    await asyncio.wait([working])
+    return None
 
 
 async def _serve(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+import grpc
+
 from gradwire_server.config import ServerConfig
 from gradwire_server.doors.certificates import Certificates
 from gradwire_server.doors.door import Door
@@ -19,12 +21,23 @@ from gradwire_server.tenants import Tenants
 from gradwire_server.workers import Clusters
 
 
+def keys(config: ServerConfig) -> tuple[grpc.ServerCredentials | None, TokenBook | None]:
+    """(The port's certificates, None for plain text; the tokens that let in, None for everybody.)
+
+    Raises FailedPrecondition TOKENS_UNREADABLE and CERTIFICATE_INVALID, which name the setting and the file.
+    """
+    credentials = None
+    if config.tls_certificate is not None and config.tls_key is not None:
+        files = Certificates(certificate=config.tls_certificate, key=config.tls_key, client_ca=config.tls_client_ca)
+        credentials = files.credentials()
+    return credentials, None if config.tokens is None else TokenBook(config.tokens)
+
+
 class Service:
     """Everything between the socket and the ranks. `folder` is private, in shared memory, and the service's alone.
 
     sockets: a private folder for the socket over which clients share memory; None: they do not. health: what its port
-    answers, too; None: it is ready as long as it does not drain. Raises FailedPrecondition TOKENS_UNREADABLE and
-    CERTIFICATE_INVALID.
+    answers, too; None: it is ready as long as it does not drain. Raises what `keys` does.
     """
 
     def __init__(
@@ -38,11 +51,7 @@ class Service:
     ) -> None:
         self._listen = config.listen
         self._health = Health(Readiness()) if health is None else health
-        self._credentials = None
-        if config.tls_certificate is not None and config.tls_key is not None:
-            files = Certificates(certificate=config.tls_certificate, key=config.tls_key, client_ca=config.tls_client_ca)
-            self._credentials = files.credentials()
-        book = None if config.tokens is None else TokenBook(config.tokens)
+        self._credentials, book = keys(config)
         self._tenants = Tenants(clusters, folder, config, storages)
         self._door = door = Door(self._tenants.of, book)
         self._local: LocalSocket | None = None

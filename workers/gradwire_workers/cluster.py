@@ -31,6 +31,7 @@ from gradwire_workers.group_state import for_rank
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.owners_cluster import OwnersCluster
+from gradwire_workers.patient_calls import within
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
 from gradwire_workers.pool.capacity_queue import CapacityQueue, Waiting
@@ -43,6 +44,9 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.worker_group import WorkerGroup
 
 _FRONTEND = "frontend"
+
+_SECONDS_TO_JOIN = 30.0
+"""How long Ray may take to let this process join."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +102,10 @@ class Cluster:
 
     async def _join(self) -> None:
         in_thread = self._launcher.in_thread
-        await in_thread(self._placement.join)
+        try:
+            await within(_SECONDS_TO_JOIN, self._placement.join)
+        except TimeoutError:
+            raise self._placement.no_answer(f"not within {_SECONDS_TO_JOIN:g} s") from None
         await in_thread(self._placement.kill_orphans)
         self._sweep()
         cpus, gpus = await in_thread(self._placement.totals)
