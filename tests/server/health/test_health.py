@@ -81,7 +81,7 @@ async def test_the_plain_port_answers_before_the_service_is_ready_and_has_nothin
 
 async def test_a_part_that_fails_hangs_and_comes_back_is_told_in_words() -> None:
     readiness, gate = Readiness(), threading.Event()
-    answers: list[Any] = [Unavailable("no node is alive"), gate.wait, lambda: None]
+    answers: list[Any] = [Unavailable("no node is alive"), gate.wait, gate.wait, lambda: None]
 
     def look() -> None:
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
