@@ -7,7 +7,7 @@ from typing import Any
 
 from gradwire.arguments import as_count, as_text, wrong_type
 from gradwire.deadline import Deadline
-from gradwire.made_models import make_model
+from gradwire.made_models import as_wait, make_model
 from gradwire.rpc import Rpc, new_request_id
 from gradwire_proto import codec
 from gradwire_proto.names import check_checkpoint_id, check_model_id, checkpoint_name
@@ -46,10 +46,12 @@ def delete_checkpoint(rpc: Rpc, checkpoint: Checkpoint | str) -> None:
     rpc.call("DeleteCheckpoint", request, deletes=True)
 
 
-def restore_model(rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, workers: int | None) -> ModelInfo:
+def restore_model(
+    rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, workers: int | None, wait_for_capacity: float
+) -> ModelInfo:
     """See `Client.restore_model`."""
     name = checkpoint_name(_name_of(checkpoint))
-    count = as_count(workers, "workers")
+    count, wait = as_count(workers, "workers"), as_wait(wait_for_capacity)
     deadline = Deadline(rpc.timeout)
     if model_id is None:
         saved = checkpoint if isinstance(checkpoint, Checkpoint) else get_checkpoint(rpc, checkpoint, deadline)
@@ -57,7 +59,7 @@ def restore_model(rpc: Rpc, checkpoint: Checkpoint | str, model_id: str | None, 
     request = pb.RestoreModelRequest(
         checkpoint=name, model_id=check_model_id(model_id), workers=count or 0, request_id=new_request_id()
     )
-    return codec.decode_model_info(make_model(rpc, "RestoreModel", request, deadline))
+    return codec.decode_model_info(make_model(rpc, "RestoreModel", request, deadline, wait=wait))
 
 
 def _name_of(checkpoint: Any) -> str:

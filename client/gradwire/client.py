@@ -116,6 +116,7 @@ class Client(FunctionTransforms):
         deterministic: bool = False,
         sync_batch_norm: bool = True,
         compile: bool = False,
+        wait_for_capacity: float = 0.0,
     ) -> Model:
         """Bring `module`, with its weights as they are, to the service. Returns when the model is ready.
 
@@ -166,6 +167,10 @@ class Client(FunctionTransforms):
             repeat. Steps go on eagerly while that is done in the background; once what was compiled gives the same
             results but for rounding, steps of those shapes run on it, here and wherever the model comes back.
             `Model.info().compiled` says for which shapes, or why not. Not for architectures.
+        wait_for_capacity: seconds that the model may wait until as many ranks and GPUs as it asks for are free, in the
+            order of asking; the client's timeout counts from then. What it waits for is logged after a second, and
+            `ModelInfo.waits_for` has it. Ctrl-C gives it up, and so does deleting the model. What the service could
+            never give is refused at once. 0: so is what it cannot give now.
 
         Raises ExportError where the module or the loss cannot become a graph whose gradients are PyTorch's;
         InvalidArgument for an argument out of range; AlreadyExists where the id is taken; ResourceExhausted where the
@@ -196,6 +201,7 @@ class Client(FunctionTransforms):
             deterministic=deterministic,
             sync_batch_norm=sync_batch_norm,
             compile=compile,
+            wait_for_capacity=wait_for_capacity,
         )
         self._models.add(model)
         return model
@@ -223,7 +229,12 @@ class Client(FunctionTransforms):
             request.page_token = reply.next_page_token
 
     def restore_model(
-        self, checkpoint: Checkpoint | str, *, model_id: str | None = None, workers: int | None = None
+        self,
+        checkpoint: Checkpoint | str,
+        *,
+        model_id: str | None = None,
+        workers: int | None = None,
+        wait_for_capacity: float = 0.0,
     ) -> Model:
         """Make a model of a checkpoint, which goes on as the saved one would have. Returns when it is ready.
 
@@ -231,13 +242,13 @@ class Client(FunctionTransforms):
 
         checkpoint: what `Model.save` or `list_checkpoints` gave, or its name. model_id: the saved model's where left
         out. workers: how many ranks; as many as it had where left out. With another number, sums may round differently
-        from here on.
+        from here on. wait_for_capacity: as for `create_model`.
 
         Raises CheckpointNotFound; AlreadyExists where the id is taken; ResourceExhausted where the service has no room;
         FailedPrecondition where the files cannot be read: CHECKPOINT_CORRUPT, or CHECKPOINT_VERSION for those of
         another version of the service.
         """
-        model = Model(self._rpc, restore_model(self._rpc, checkpoint, model_id, workers))
+        model = Model(self._rpc, restore_model(self._rpc, checkpoint, model_id, workers, wait_for_capacity))
         self._models.add(model)
         return model
 

@@ -12,7 +12,7 @@ from gradwire.errors import InvalidArgument
 from gradwire.export import ModuleExporter
 from gradwire.exporting.loss_mapping import LOSSES_BY_NAME, as_loss
 from gradwire.exporting.weight_export import LossWeight
-from gradwire.made_models import make_model
+from gradwire.made_models import as_wait, make_model
 from gradwire.model import Model
 from gradwire.optim import Optimizer
 from gradwire.optim.checks import check_positive
@@ -57,10 +57,12 @@ def create_model(
     deterministic: bool,
     sync_batch_norm: bool,
     compile: bool,
+    wait_for_capacity: float,
 ) -> Model:
     """See `Client.create_model`."""
     rpc.check_usable()
     optimizer_spec = as_optimizer(optimizer)
+    wait = as_wait(wait_for_capacity)
     settings: dict[str, Any] = {
         "workers": as_int(workers, "model.workers"),
         "device": as_text(device, "model.device"),
@@ -94,7 +96,7 @@ def create_model(
         spec = ModelSpec(program=module.spec(), loss=_loss_by_name(loss, targets), **settings)
         batch = Batch(normalize(inputs, "example.inputs"), normalize(targets, "example.targets"))
         # Always with the example: a batch that the module does not take is refused at once.
-        return Model(rpc, codec.decode_model_info(_create(rpc, spec, {}, batch, chosen_id)))
+        return Model(rpc, codec.decode_model_info(_create(rpc, spec, {}, batch, chosen_id, wait)))
     exporter = ModuleExporter(module, loss, settings["precision"], loss_weight)
     exported = exporter.export_model(inputs, targets)
     if exported.loss is None and loss_weight is not None:
@@ -104,7 +106,7 @@ def create_model(
     # One rank has nothing to split: what the caller says of the loss is all that there is to check.
     is_tried = spec.workers > 1 or loss_reduction is not None or loss_weight is not None
     batch = exported.example if is_tried else None
-    reply = _create(rpc, spec, exported.tensors, batch, chosen_id)
+    reply = _create(rpc, spec, exported.tensors, batch, chosen_id, wait)
     return Model(rpc, codec.decode_model_info(reply), exporter=exporter, exported=exported.variants)
 
 
@@ -135,7 +137,9 @@ def _loss_by_name(loss: Any, targets: Any) -> LossSpec:
     return known.spec
 
 
-def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str) -> Any:
+def _create(
+    rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch | None, model_id: str, wait: float
+) -> Any:
     """The service's reply."""
     request = pb.CreateModelRequest(model_id=model_id, request_id=new_request_id())
     codec.encode_model_spec(spec, request.model)
@@ -147,4 +151,4 @@ def _create(rpc: Rpc, spec: ModelSpec, values: Mapping[str, Any], example: Batch
     codec.encode_named_tensors(tensors, request.tensors)
     if example is not None:
         codec.encode_batch(Batch(inputs, targets), request.example, "example")
-    return make_model(rpc, "CreateModel", request, uploads.deadline, uploads.send_again)
+    return make_model(rpc, "CreateModel", request, uploads.deadline, uploads.send_again, wait)

@@ -42,6 +42,7 @@ def summary(info: ModelInfo) -> dict[str, Any]:
         "compiled": [
             {"variant": each.batches.variant, "state": each.state, "reason": each.reason} for each in info.compiled
         ],
+        "waits_for": info.waits_for or None,
         "labels": dict(info.labels),
         "created_at": info.created_at,
         "last_error": info.last_error,

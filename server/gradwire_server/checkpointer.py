@@ -120,6 +120,19 @@ class Checkpointer:
             saving.task.add_done_callback(self._ended)
         return await saving.result()
 
+    async def save_changed(self) -> None:
+        """Take an automatic checkpoint now, whether it is time or not, where the model has changed since the newest.
+
+        A failure is logged: what it would have held is in the journal.
+        """
+        if self._policy is None or self._closed or self._model.number <= self.newest:
+            return
+        try:
+            await self._take(self._model.number)
+        except GradwireError as error:
+            self.last_error = str(error)
+            logger.warning("model %s: no last checkpoint could be taken: %s", self._model.model_id, error)
+
     def request(self, request_id: str) -> Saving | None:
         """What one of the last requests, since the service started, asked for; None: no such request is known."""
         return self._requests.get(request_id)

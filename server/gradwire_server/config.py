@@ -65,6 +65,20 @@ class ServerConfig(BaseSettings):
         description="let other machines in without TLS and tokens: whoever reaches the port can use the service and"
         " read its traffic",
     )
+    health_listen: Address | None = Field(
+        None,
+        description="HOST:PORT that answers health checks (grpc.health.v1) and nothing else, in plain text whatever the"
+        " other port needs; none: only that one does",
+    )
+    connection_age_seconds: float | None = Field(
+        None,
+        ge=1,
+        le=86400 * 365,
+        description="how old a connection may get before its client is told to make another; none: any age",
+    )
+    connection_age_grace_seconds: float = Field(
+        60.0, ge=1, le=86400, description="how long the calls of a connection of that age may go on before they are cut"
+    )
     workers: int = Field(2, ge=1, le=4096, description="ranks that models may hold together")
     storage: Path | None = Field(
         None,
@@ -108,6 +122,18 @@ class ServerConfig(BaseSettings):
         description="folder of safetensors from which architectures may take their first weights; none: they may not",
     )
     drain_seconds: float = Field(30.0, ge=0, le=86400, description="how long a stopping service waits for requests")
+    grace_seconds: float | None = Field(
+        None,
+        ge=1,
+        le=86400 * 2,
+        description="how long its end may take in all, the wait for requests and a last checkpoint of every model"
+        " included; none: drain_seconds and 15 more",
+    )
+    checkpoint_at_stop: bool = Field(
+        True,
+        description="whether a stopping service takes a last checkpoint of every model that has changed: the next one"
+        " is ready sooner",
+    )
     delete_seconds: float = Field(
         3.0, ge=0, le=86400, description="how long a running command of a deleted model may take; then its ranks end"
     )
@@ -152,6 +178,11 @@ class ServerConfig(BaseSettings):
     stored_replies: int = Field(
         1024, ge=1, le=1_000_000, description="commands of one model whose replies are kept for repeats"
     )
+
+    @property
+    def grace(self) -> float:
+        """Seconds that the end of the service may take in all."""
+        return self.drain_seconds + 15.0 if self.grace_seconds is None else self.grace_seconds
 
     @property
     def shares_memory(self) -> bool:

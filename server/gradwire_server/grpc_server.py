@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import descriptor_pool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from gradwire_proto.errors import Unavailable
+from gradwire_server.health.health_service import Health
+from gradwire_server.ports import add_port
 from gradwire_server.rpc_handlers import SERVICE
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LARGEST_MESSAGE = (1 << 31) - 1
 
 
@@ -39,37 +38,38 @@ def server_options(message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+def age_options(seconds: float | None, grace_seconds: float) -> list[tuple[str, int]]:
+    """Options of a server whose connections end at this age: new calls go over others, and those that run have so many
+    seconds more. None: at any age.
+    """
+    if seconds is None:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", int(1000 * seconds)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * grace_seconds)),
+    ]
+
+
 class GrpcServer:
     """A server that answers health checks and reflection beside GradientService."""
 
-    def __init__(self, handler: grpc.GenericRpcHandler, message_bytes: int) -> None:
-        self._server = grpc.aio.server(options=server_options(message_bytes))
+    def __init__(
+        self, handler: grpc.GenericRpcHandler, message_bytes: int, health_service: Health, age: list[tuple[str, int]]
+    ) -> None:
+        """age: see `age_options`."""
+        self._server = grpc.aio.server(options=[*server_options(message_bytes), *age])
         self._server.add_generic_rpc_handlers((handler,))
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health = health_service
+        health_service.add_to(self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server, descriptor_pool.Default())
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        """Serve on HOST:PORT; returns the port. credentials: None for plain text.
-
-        Raises Unavailable ADDRESS_IN_USE where that cannot be.
-        """
-        try:
-            if credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, credentials)
-        except RuntimeError:
-            raise Unavailable(f"cannot listen on {address}: is it taken?", reason="ADDRESS_IN_USE") from None
+        """Serve on HOST:PORT; returns the port. credentials: None for plain text. Raises Unavailable ADDRESS_IN_USE."""
+        port = add_port(self._server, address, credentials)
+        await self._health.publish()
         await self._server.start()
-        for name in ("", SERVICE.full_name):
-            await self._health.set(name, SERVING)
         return port
-
-    async def announce_stop(self) -> None:
-        """Health says NOT_SERVING from now on."""
-        await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
         """Take no more connections; cut RPCs that have not ended after `grace` seconds."""

@@ -164,6 +164,11 @@ class ModelCheckpoints:
         if self._checkpointer is not None:
             self._checkpointer.applied()
 
+    async def save_changed(self) -> None:
+        """Take one of a model that is served, where it has changed since the newest. A failure is logged."""
+        if self._checkpointer is not None and self._description.info.state == "ready":
+            await self._checkpointer.save_changed()
+
     def came_from(self, number: int) -> None:
         """The model was brought back from its automatic checkpoint of that number: newer ones cannot be read."""
         self._came_from = number

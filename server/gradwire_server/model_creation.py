@@ -29,6 +29,7 @@ class ModelCreation:
         self.model_id = model_id
         self.error: GradwireError | None = None
         self._result: ModelInfo | None = None
+        self._given_up: GradwireError | None = None
         self._waiters = 0
         self._task = asyncio.get_running_loop().create_task(self._run(make, request_id))
         self._task.add_done_callback(lambda _: self._end(ended))
@@ -47,7 +48,9 @@ class ModelCreation:
 
     def _end(self, ended: Callable[[ModelCreation], None]) -> None:
         if self._task.cancelled():
-            self.error = Cancelled("the model was not created: its caller gave up, or somebody deleted it")
+            self.error = self._given_up or Cancelled(
+                "the model was not created: its caller gave up, or somebody deleted it"
+            )
         ended(self)
 
     async def result(self, deadline: float | None) -> ModelInfo:
@@ -69,6 +72,11 @@ class ModelCreation:
     async def wait(self) -> None:
         """Wait for the end, without wanting the model."""
         await asyncio.wait([self._task])
+
+    def give_up(self, why: GradwireError) -> None:
+        """End it; whoever waits for the model gets this error."""
+        self._given_up = why
+        self._task.cancel()
 
     async def cancel(self) -> None:
         """Give it up; returns when it has ended."""

@@ -26,7 +26,8 @@ from gradwire_server.current_spec import CurrentSpec, trained_only, updated_opti
 
 
 class ModelDescription:
-    """What is known of one model: first "creating" or "recovering", then "ready", in the end "failed" or "deleting".
+    """What is known of one model: first "creating", "waiting" or "recovering", then "ready", in the end "failed" or
+    "deleting".
 
     A model that was restored, and whose spec has not been read yet, has only an id. `operators` are the schemas of all
     operators that its program names; `has_failed` stays true while it is deleted; `made_by` is the id of the request
@@ -139,6 +140,16 @@ class ModelDescription:
         state, last_error = self._info.state, self._info.last_error
         self._begin(self._info.id, spec, state)
         self._info = replace(self._info, step=step, last_error=last_error)
+
+    def waits_for(self, words: str) -> None:
+        """It is to be made, and waits until this is free; "": it waits no more. One that is being deleted stays so."""
+        if self._info.state in ("creating", "waiting"):
+            self._info = replace(self._info, state="waiting" if words else "creating", waits_for=words)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be made, and waits until ranks are free."""
+        return self._known.state == "waiting"
 
     def trains(self, names: Sequence[str]) -> None:
         """The parameters of these names are trained, and no others."""
@@ -258,16 +269,15 @@ class ModelDescription:
                 f"{self.name} has failed{kept}; it failed with: {self._known.last_error}",
                 reason="MODEL_FAILED",
             )
-        if state == "creating":
-            raise not_ready(self.name)
+        if state in ("creating", "waiting"):
+            raise not_ready(self.name, self._known.waits_for)
         raise deleted(self.name)
 
 
-def not_ready(name: str) -> FailedPrecondition:
-    """The error of requests that come while the model is made."""
-    return FailedPrecondition(
-        f"{name} is still being created", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1
-    )
+def not_ready(name: str, waits_for: str = "") -> FailedPrecondition:
+    """The error of requests that come while the model is made. waits_for: what is not free yet, in words."""
+    what = f"waits for {waits_for}" if waits_for else "is still being created"
+    return FailedPrecondition(f"{name} {what}", reason="MODEL_NOT_READY", retryable=True, retry_after=0.1)
 
 
 def recovering(message: str) -> Unavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from gradwire_server.storage.saved_model import SavedModel
 from gradwire_server.tensors.file_threads import in_thread
 from gradwire_server.workers import Workers
 
+_SECONDS_TO_ANSWER = 0.5
+"""How long before its caller's deadline a model that waits in vain is given up."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Making:
@@ -28,15 +32,22 @@ class Making:
     ended: Callable[[ModelCreation], None]
 
 
-def made_of_spec(hosting: Hosting, spec: ModelSpec, values: NamedTensors, example: Batch | None, call: Call) -> Making:
-    """Of what a client sent. Claims the uploads that it names; raises ModelNotFound UPLOAD_NOT_FOUND."""
+def made_of_spec(
+    hosting: Hosting, spec: ModelSpec, values: NamedTensors, example: Batch | None, call: Call, wait: float
+) -> Making:
+    """Of what a client sent. Claims the uploads that it names; raises ModelNotFound UPLOAD_NOT_FOUND.
+
+    wait: seconds that it may wait for capacity.
+    """
     spec = hosting.keeping.of(spec)
     batch = {"inputs": example.inputs, "targets": example.targets} if example is not None else None
     claim = hosting.tensors.uploads.claim({"tensors": values, "example": batch})
 
     async def make(new: HostedModel) -> ModelInfo:
         example = Batch(**claim.value["example"]) if claim.value["example"] is not None else None
-        workers = await hosting.cluster.start_group(spec, claim.value["tensors"], example, model_id=new.life.id)
+        workers = await hosting.cluster.start_group(
+            spec, claim.value["tensors"], example, model_id=new.life.id, **_waiting(new, call, wait)
+        )
         return await _begun(new, workers, call)
 
     def ended(creation: ModelCreation) -> None:
@@ -49,15 +60,15 @@ def made_of_spec(hosting: Hosting, spec: ModelSpec, values: NamedTensors, exampl
     return Making(spec=spec, make=make, ended=ended)
 
 
-def made_of_checkpoint(hosting: Hosting, saved: SavedModel, spec: CurrentSpec, call: Call) -> Making:
-    """Of a checkpoint, whose files are removed at the end."""
+def made_of_checkpoint(hosting: Hosting, saved: SavedModel, spec: CurrentSpec, call: Call, wait: float) -> Making:
+    """Of a checkpoint, whose files are removed at the end. wait: seconds that it may wait for capacity."""
 
     async def make(new: HostedModel) -> ModelInfo:
         state = saved.state
         new.description.goes_back_to(spec, state.step)
         try:
             workers = await hosting.cluster.start_group(
-                spec.value, state.tensors, None, model_id=new.life.id, state=state
+                spec.value, state.tensors, None, model_id=new.life.id, state=state, **_waiting(new, call, wait)
             )
             return await _begun(new, workers, call, number=state.command, trained=state.trained)
         finally:
@@ -65,6 +76,16 @@ def made_of_checkpoint(hosting: Hosting, saved: SavedModel, spec: CurrentSpec, c
 
     # Once more, should it be that `make` was cancelled before it began.
     return Making(spec=spec.value, make=make, ended=lambda _: saved.remove_files())
+
+
+def _waiting(new: HostedModel, call: Call, seconds: float) -> dict[str, Any]:
+    """How `Cluster.start_group` is to wait for capacity: no longer than the caller does, who then hears the numbers."""
+    if not seconds:
+        return {}
+    until = time.monotonic() + seconds
+    if call.deadline is not None:
+        until = min(until, call.deadline - _SECONDS_TO_ANSWER)
+    return {"wait_until": until, "tell": new.description.waits_for}
 
 
 async def _begun(new: HostedModel, workers: Workers, call: Call, **begin: Any) -> ModelInfo:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from gradwire_proto.errors import AlreadyExists, GradwireError, ModelNotFound, ResourceExhausted
 from gradwire_proto.names import check_model_id, command_name, model_name
 from gradwire_proto.values import Batch, CommandInfo, ModelInfo, ModelSpec, NamedTensors
+from gradwire_server.admission import draining
 from gradwire_server.calls import Call
 from gradwire_server.checkpoint_reading import read_checkpoint
 from gradwire_server.deletions import Deletion, Deletions
@@ -55,9 +56,18 @@ class ModelRegistry:
         self._hosting.storage.begin_sweep()
 
     async def create(
-        self, spec: ModelSpec, values: NamedTensors, example: Batch | None, model_id: str, call: Call
+        self,
+        spec: ModelSpec,
+        values: NamedTensors,
+        example: Batch | None,
+        model_id: str,
+        call: Call,
+        *,
+        wait: float = 0.0,
     ) -> ModelInfo:
         """Make a model; `model_id` "" lets the registry choose. A repeat of a request id joins it or gets its answer.
+
+        wait: seconds that it may wait for ranks, in the order of asking, where too few are free now.
 
         Raises AlreadyExists, ResourceExhausted (the limit models, or too few free ranks), Unavailable MODEL_RECOVERING
         while a model of the storage may still take ranks, and what the ranks find wrong.
@@ -70,11 +80,14 @@ class ModelRegistry:
             creation = self._seen.find(call)
         if creation is None:
             self._check_new(model_id)
-            creation = self._begin(made_of_spec(self._hosting, spec, values, example, call), model_id, call)
+            creation = self._begin(made_of_spec(self._hosting, spec, values, example, call, wait), model_id, call)
         return await creation.result(call.deadline)
 
-    async def restore(self, name: str, model_id: str | None, workers: int | None, call: Call) -> ModelInfo:
+    async def restore(
+        self, name: str, model_id: str | None, workers: int | None, call: Call, *, wait: float = 0.0
+    ) -> ModelInfo:
         """Make a model of the checkpoint `name`. None: the id, or as many ranks, as the model had that was saved.
+        wait: as for `create`.
 
         Raises CheckpointNotFound, FailedPrecondition CHECKPOINT_CORRUPT and CHECKPOINT_VERSION, and what `create` does.
         """
@@ -94,7 +107,7 @@ class ModelRegistry:
                 await in_thread(saved.remove_files)
                 raise
             if creation is None:
-                creation = self._begin(made_of_checkpoint(self._hosting, saved, spec, call), model_id, call)
+                creation = self._begin(made_of_checkpoint(self._hosting, saved, spec, call, wait), model_id, call)
             else:
                 await in_thread(saved.remove_files)
         return await creation.result(call.deadline)
@@ -242,11 +255,21 @@ class ModelRegistry:
             raise
         del self._hosted[model_id], self._descriptions[model_id]
 
+    def drain(self) -> None:
+        """Give up the models that wait for ranks: whoever wants them asks again, another frontend perhaps."""
+        for model_id, creation in self._creations.items():
+            if self._descriptions[model_id].waits:
+                creation.give_up(draining())
+
     async def idle(self) -> None:
         """Return when no model is made and no request of a model waits or runs."""
         waits = [creation.wait() for creation in self._creations.values()]
         waits += [model.life.idle() for model in self._hosted.values()]
         await asyncio.gather(*waits)
+
+    async def save_changed(self) -> None:
+        """Take a checkpoint of every model that has changed since its newest one. What fails is logged."""
+        await asyncio.gather(*(model.life.checkpoints.save_changed() for model in self._hosted.values()))
 
     async def close(self) -> None:
         """End every model. The storage keeps them."""

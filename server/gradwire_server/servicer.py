@@ -63,7 +63,9 @@ class Servicer:
         spec = await asyncio.to_thread(codec.decode_model_spec, request.model, "model", self._limits)
         values = codec.decode_named_tensors(request.tensors, "tensors", self._limits)
         example = self._example(request)
-        return codec.encode_model_info(await self._models.create(spec, values, example, request.model_id, call))
+        wait = codec.decode_wait(request)
+        info = await self._models.create(spec, values, example, request.model_id, call, wait=wait)
+        return codec.encode_model_info(info)
 
     async def GetModel(self, request: pb.GetModelRequest, call: Call) -> model_pb2.Model:
         return codec.encode_model_info(self._models.describe(parse_model_name(request.name)).shown)
@@ -246,7 +248,8 @@ class Servicer:
 
     async def RestoreModel(self, request: pb.RestoreModelRequest, call: Call) -> model_pb2.Model:
         name, model_id, workers = codec.decode_restoration(request)
-        return codec.encode_model_info(await self._models.restore(name, model_id, workers, call))
+        wait = codec.decode_wait(request)
+        return codec.encode_model_info(await self._models.restore(name, model_id, workers, call, wait=wait))
 
     # --- datasets ---------------------------------------------------------------------------------------------------
 

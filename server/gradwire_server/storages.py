@@ -10,6 +10,7 @@ from gradwire_server.storage.storage_errors import storage_error
 from gradwire_server.storage.storage_lock import StorageLock
 
 _FOLDERS = "owners"
+_PROBE = "probe"
 
 
 class Storages:
@@ -27,6 +28,19 @@ class Storages:
         except OSError as error:
             raise storage_error(error, f"be opened ({folder})") from error
         return [DEFAULT_OWNER, *filter(_is_owner, found)]
+
+    def check(self) -> None:
+        """Whether the storage can be written to, and is still this frontend's. Blocks, and leaves nothing.
+
+        Raises FailedPrecondition MODEL_FENCED, and the errors of `storage_error`.
+        """
+        self._lock.check()
+        probe = self._lock.storage / _PROBE
+        try:
+            probe.write_bytes(b"\0")
+            probe.unlink()
+        except OSError as error:
+            raise storage_error(error, f"be written to ({self._lock.storage})") from error
 
     def of(self, owner: str) -> ModelStorage:
         """One owner's."""

@@ -38,7 +38,7 @@ from gradwire_server.processes.service_guard import guard
 FRONTEND = (sys.executable, "-m", "gradwire_server.main_when_ray_is_ready")
 
 _LISTENING = re.compile(rb"gradwire listening on (\S+)")
-_DRAIN_MARGIN = 5.0  # seconds beyond drain_seconds until a frontend that does not end is killed
+_GRACE_MARGIN = 5.0  # seconds beyond its grace until a frontend that does not end is killed
 
 
 def main(arguments: Sequence[str] | None = None, *, frontend: Sequence[str] = FRONTEND) -> int:
@@ -80,6 +80,8 @@ class Supervisor:
                 "runtime_dir": folders.frontend,
                 "shared_memory_dir": folders.shared_memory,
                 "storage": folders.storage,
+                # A temporary storage goes with the service.
+                "checkpoint_at_stop": config.checkpoint_at_stop and config.storage is not None,
             }
         )
         self._is_temporary = config.storage is None
@@ -207,16 +209,16 @@ class Supervisor:
             return 0
         self._frontend.terminate()
         try:
-            code = self._frontend.wait(self._config.drain_seconds + _DRAIN_MARGIN)
+            code = self._frontend.wait(self._config.grace + _GRACE_MARGIN)
         except subprocess.TimeoutExpired:
-            _say("the frontend did not drain in time")
+            _say("the frontend did not end within its grace")
             return 1
         url = self._config.checkpoint_url
         if self._is_temporary and url is not None:
             # Here: a frontend that ends by itself is followed by another, which needs them.
             from gradwire_server.temporary_checkpoints import remove_automatic_checkpoints
 
-            remove_automatic_checkpoints(self._folders.storage, url, _DRAIN_MARGIN)
+            remove_automatic_checkpoints(self._folders.storage, url, _GRACE_MARGIN)
         return 0 if code in (0, -signal.SIGTERM) else 1
 
     def _close_frontend(self) -> None:

@@ -115,12 +115,17 @@ class Tenant:
         self._models.open(deletions)
 
     def drain(self) -> None:
-        """Have what lasts end soon."""
+        """Have what lasts end soon, and what waits for ranks at once."""
         self._fits.drain()
+        self._models.drain()
 
     async def idle(self) -> None:
         """Return when nothing runs that was begun, whoever waits for it."""
         await asyncio.gather(self._models.idle(), self._functions.idle())
+
+    async def save_changed(self) -> None:
+        """Take a checkpoint of every model that has changed since its newest one."""
+        await self._models.save_changed()
 
     async def close(self) -> None:
         """Free ranks, remove files. What is in the storage stays."""

@@ -71,6 +71,10 @@ class Tenants:
         # Work goes on without callers: a command that was begun ends.
         await asyncio.gather(*(tenant.idle() for tenant in self._tenants.values()))
 
+    async def save_changed(self) -> None:
+        """Take a checkpoint of every model that has changed since its newest one."""
+        await asyncio.gather(*(tenant.save_changed() for tenant in self._tenants.values()))
+
     async def close(self) -> None:
         """End everything. What is in the storage stays."""
         await asyncio.gather(*(tenant.close() for tenant in self._tenants.values()))

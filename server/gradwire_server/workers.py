@@ -269,10 +269,14 @@ class Cluster(Protocol):
         state: ModelState | None = None,
         place: Workers | None = None,
         again: bool = False,
+        wait_until: float | None = None,
+        tell: Callable[[str], None] = ...,
     ) -> Workers:
         """Ranks that hold a new model, or, with `state`, one that goes on from there.
 
-        again: the model was served before, maybe under other limits, which do not count.
+        again: the model was served before, maybe under other limits, which do not count. wait_until: how long it may
+        wait for its turn where the capacity is taken, on time.monotonic(); None: not at all. tell: called with the
+        words of what it waits for, and "" when it does no more.
 
         place: ranks that were vacated. What they hold is taken, and given back to them should this fail.
         """

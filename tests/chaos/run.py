@@ -66,15 +66,16 @@ def run(
     for each in trainings:
         outcome.made.append(each.made)
         outcome.refused.update(error.reason for error in each.refused)
-        outcome.wrong += _broken_promises(each)
+        outcome.wrong += broken_promises(each)
     with gradwire.launch(workers=ranks_each, threads_per_rank=1) as client:
         for each in trainings:
             if each.subject.name in states:
-                outcome.wrong += _compared(client, each, ranks_each, states[each.subject.name])
+                outcome.wrong += compared(client, each, ranks_each, states[each.subject.name])
     return outcome
 
 
-def _broken_promises(training: Training) -> list[str]:
+def broken_promises(training: Training) -> list[str]:
+    """What the training itself shows of them, in words."""
     name, wrong = training.subject.name, []
     if training.failure is not None:
         wrong.append(f"{name}: the loop ended with {type(training.failure).__name__}: {training.failure}")
@@ -87,7 +88,8 @@ def _broken_promises(training: Training) -> list[str]:
     return wrong
 
 
-def _compared(client: gradwire.Client, training: Training, ranks_each: int, state: dict) -> list[str]:
+def compared(client: gradwire.Client, training: Training, ranks_each: int, state: dict) -> list[str]:
+    """What is not as without faults, in words."""
     name = training.subject.name
     losses, expected = undisturbed(client, training.subject, ranks_each, len(training.made))
     wrong = [f"{name}: {path} is not as without faults" for path in differences(state, expected)]

@@ -42,10 +42,10 @@ PARAMETERS = {
     "Client.create_model": "module *example *loss *optimizer *workers *model_id *seed *device *gpus_per_worker"
     " *require_sharding *on_nan *labels *clip_grad_norm *clip_grad_value"
     " *precision *loss_reduction *loss_weight *durability *checkpoint_every *keep_checkpoints *deterministic"
-    " *sync_batch_norm *compile",
+    " *sync_batch_norm *compile *wait_for_capacity",
     "Client.get_model": "model_id",
     "Client.list_models": "",
-    "Client.restore_model": "checkpoint *model_id *workers",
+    "Client.restore_model": "checkpoint *model_id *workers *wait_for_capacity",
     "Client.list_checkpoints": "",
     "Client.get_checkpoint": "name",
     "Client.delete_checkpoint": "name",

@@ -102,7 +102,8 @@ MODEL_SPECS = st.builds(
 MODEL_INFOS = st.builds(
     values.ModelInfo,
     id=NAMES,
-    state=st.sampled_from(["creating", "ready", "recovering", "failed", "deleting"]),
+    state=st.sampled_from(["creating", "ready", "recovering", "failed", "deleting", "waiting"]),
+    waits_for=st.text(max_size=20),
     step=COUNTS,
     workers=st.integers(0, 1000),
     sharding=st.none() | st.builds(values.Sharding, st.sampled_from(["rows", "whole"]), TEXTS),

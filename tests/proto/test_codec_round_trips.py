@@ -34,6 +34,7 @@ EXAMPLES = settings(max_examples=25, deadline=None)
 FEW_EXAMPLES = settings(max_examples=8, deadline=None)
 WHOLES = ("variant", "program", "model_spec", "function")
 SPECIAL = {
+    "wait",
     "model_update",
     "model_info",
     "named_tensors",
@@ -225,3 +226,12 @@ def test_train_step_request_is_read_in_tens_of_microseconds() -> None:
     # The shortest of many short runs: the machine is shared.
     best = min(timeit.repeat(read, number=10, repeat=200)) / 10
     assert best < 100e-6, f"{best * 1e6:.0f} us"
+
+
+@pytest.mark.parametrize("kind", [pb.CreateModelRequest, pb.RestoreModelRequest])
+@given(seconds=st.integers(0, codec.LONGEST_WAIT * 1000).map(lambda ms: ms / 1000))
+def test_how_long_a_model_may_wait_comes_back_as_it_was(kind: type, seconds: float) -> None:
+    message = kind()
+    codec.encode_wait(seconds, message)
+    assert codec.decode_wait(through_the_wire(message)) == pytest.approx(seconds, rel=1e-12)
+    assert message.HasField("wait_for_capacity") == (seconds > 0)

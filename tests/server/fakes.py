@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from gradwire_proto.values import (
     Timing,
     Variant,
 )
+from gradwire_workers.pool.capacity_queue import CapacityQueue, Waiting
 
 
 class FakeRetained:
@@ -208,6 +209,7 @@ class FakeWorkers:
         self.busy = False
         self.closed: list[bool] = []
         self.vacated = False
+        self.on_close: Callable[[], None] = lambda: None
         self.limited = True
         self.retained = FakeRetained(self)
         self.fitting = FakeFitting(self)
@@ -336,12 +338,14 @@ class FakeWorkers:
 
     async def close(self, *, reuse: bool = True) -> None:
         self.closed.append(reuse)
+        self.on_close()
 
 
 @dataclass
 class FakeCluster:
     """Starts FakeWorkers. `gate` cleared holds it in the middle of a start. `deadly` batches kill ranks.
 
+    queue: where new models wait for capacity, which they hold until their ranks are closed; None: there is always some.
     tried: why batches of a variant that is added are not split, as trying tells.
     """
 
@@ -358,6 +362,7 @@ class FakeCluster:
     started: list[tuple[str, ModelState | None]] = field(default_factory=list)
     places: list[FakeWorkers | None] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
+    queue: CapacityQueue | None = None
     others: dict[str, FakeCluster] = field(default_factory=dict)
     """Those of owners that have a name."""
 
@@ -377,7 +382,12 @@ class FakeCluster:
         state: ModelState | None = None,
         place: FakeWorkers | None = None,
         again: bool = False,
+        wait_until: float | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> FakeWorkers:
+        demand = None if self.queue is None else self.capacity.demand(spec)
+        if self.queue is not None and demand is not None:
+            await self.queue.claim(demand, Waiting(until=wait_until, tell=tell))
         self.places.append(place)
         self.starting += 1
         self.tries += 1
@@ -388,6 +398,8 @@ class FakeCluster:
                 raise self.error
             self.started.append((model_id, state))
             group = self.groups[model_id] = FakeWorkers(state, self)
+            if demand is not None:
+                group.on_close = lambda: self.capacity.free(demand)
             if isinstance(spec.program, ArchitectureSpec):
                 group.tensors, group.variants = self.built
             return group

@@ -210,7 +210,7 @@ async def test_requests_in_flight_is_a_limit_with_a_name(start: Any) -> None:
         await frontend.until(lambda: workers.busy)
         await asyncio.sleep(0.05)
         error = await frontend.error(frontend.stub.GetServerInfo(pb.GetServerInfoRequest()))
-        assert error.reason == "TOO_MANY_REQUESTS" and "requests_in_flight" in error.message
+        assert error.reason == "TOO_MANY_REQUESTS" and "requests_in_flight" in error.message and error.retry_after
         workers.gate.set()
         await asyncio.gather(*calls)
         await frontend.stub.GetServerInfo(pb.GetServerInfoRequest())

@@ -263,7 +263,8 @@ async def test_held_bytes_is_a_limit_with_a_name(start: Any) -> None:
         await frontend.create()
         await frontend.upload(TensorData("uint8", (90,), b"x" * 90))
         error = await frontend.error(frontend.upload(TensorData("uint8", (11,), b"x" * 11)))
-        assert error.reason == "HELD_BYTES_EXHAUSTED" and "held_bytes" in error.message and error.retryable
+        assert error.reason == "HELD_BYTES_EXHAUSTED" and "held_bytes" in error.message
+        assert error.retryable and error.retry_after
         error = await frontend.error(frontend.upload(TensorData("uint8", (101,), b"x" * 101)))
         assert error.reason == "HELD_BYTES_EXHAUSTED" and not error.retryable
         frontend.cluster.groups["m"].weights = TensorData("uint8", (11,), b"x" * 11)

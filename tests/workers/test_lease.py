@@ -103,7 +103,7 @@ async def test_capacity_comes_back_whatever_a_reservation_fails_of(scene, error)
     scene.reservations.error = error
     lease = scene.lease()
     with pytest.raises(type(error)):
-        await lease.acquire(TWO, "")
+        await lease.acquire(TWO)
     assert scene.capacity.free_workers == 0
     await lease.release(True)
     assert scene.capacity.free_workers == 2 and not lease.folder.exists()
@@ -111,7 +111,7 @@ async def test_capacity_comes_back_whatever_a_reservation_fails_of(scene, error)
 
 async def test_ranks_end_though_whoever_gives_them_back_is_cancelled(scene):
     lease = scene.lease()
-    await lease.acquire(TWO, "")
+    await lease.acquire(TWO)
     assert scene.capacity.free_workers == 0 and scene.reservations.there
     releasing = asyncio.ensure_future(lease.release(False))
     await asyncio.sleep(0.01)
@@ -127,13 +127,13 @@ async def test_ranks_end_though_whoever_gives_them_back_is_cancelled(scene):
 async def test_place_of_ranks_that_are_lost_is_nobody_elses_until_it_is_given_up(scene):
     scene.gate.set()
     lost, new, other = scene.lease("lost"), scene.lease("new"), scene.lease("other")
-    await lost.acquire(TWO, "")
+    await lost.acquire(TWO)
     (reservation,) = scene.reservations.there
     await lost.vacate()
     assert not any(rank.alive for rank in scene.ranks)
     with pytest.raises(ResourceExhausted):
-        await other.acquire(TWO, "")
-    await new.acquire(TWO, "", place=lost)
+        await other.acquire(TWO)
+    await new.acquire(TWO, place=lost)
     assert scene.reservations.there == [reservation], "nothing is asked of Ray"
     await lost.release(False)
     assert scene.capacity.free_workers == 0 and len(new.processes) == 2

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,9 +31,11 @@ from gradwire_workers.group_state import for_rank
 from gradwire_workers.group_variants import GroupVariants
 from gradwire_workers.open_variants import OpenVariants
 from gradwire_workers.owners_cluster import OwnersCluster
+from gradwire_workers.patient_calls import within
 from gradwire_workers.placement import Placement
 from gradwire_workers.pool.capacity import Capacity, Demand
-from gradwire_workers.pool.lease import Lease
+from gradwire_workers.pool.capacity_queue import CapacityQueue, Waiting
+from gradwire_workers.pool.lease import Claim, Lease
 from gradwire_workers.pool.rank_launcher import RankLauncher
 from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.pool.warm_pool import WarmPool
@@ -41,6 +44,9 @@ from gradwire_workers.segments import SegmentWriter
 from gradwire_workers.worker_group import WorkerGroup
 
 _FRONTEND = "frontend"
+
+_SECONDS_TO_JOIN = 30.0
+"""How long Ray may take to let this process join."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +102,17 @@ class Cluster:
 
     async def _join(self) -> None:
         in_thread = self._launcher.in_thread
-        await in_thread(self._placement.join)
+        try:
+            await within(_SECONDS_TO_JOIN, self._placement.join)
+        except TimeoutError:
+            raise self._placement.no_answer(f"not within {_SECONDS_TO_JOIN:g} s") from None
         await in_thread(self._placement.kill_orphans)
         self._sweep()
         cpus, gpus = await in_thread(self._placement.totals)
         self.capacity = Capacity(
             workers=self._config.workers or cpus, gpus=gpus, most_per_owner=self._config.workers_per_owner
         )
+        self._queue = CapacityQueue(self.capacity)
         cores = len(os.sched_getaffinity(0))
         self._threads = self._config.threads_per_rank or max(1, cores // max(1, self.capacity.workers))
         self._pool = WarmPool[RankProcess](
@@ -161,6 +171,8 @@ class Cluster:
         state: ModelState | None = None,
         place: object = None,
         again: bool = False,
+        wait_until: float | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> WorkerGroup:
         """Ranks that hold the model, ready for commands. Whatever fails, nothing is left behind.
 
@@ -168,18 +180,21 @@ class Cluster:
         example needed. Its segments stay the caller's.
 
         place: a group that was vacated. What it holds is taken, and given back to it should this fail: nobody else can
-        have it meanwhile. again: the model was served before, maybe under other limits, which do not count.
+        have it meanwhile. again: the model was served before, maybe under other limits, which do not count; it comes
+        before all that wait. wait_until: how long it may wait for its turn, on time.monotonic(), where the capacity is
+        taken; None: not at all. tell: called with the words of what it waits for, and "" when it does no more.
 
-        ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) at once when the capacity is taken; FailedPrecondition
+        ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) when the capacity is taken; FailedPrecondition
         (NO_GPUS, ROWS_NOT_INDEPENDENT); InvalidArgument where the program, the loss or the optimizer is wrong. RankLost
         where ranks are lost twice.
         """
+        claim = None if again else partial(self._queue.claim, waiting=Waiting(until=wait_until, tell=tell))
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again, claim)
         except RankLost as lost:
             logger.warning("models/%s lost its ranks before it was made, and gets others: %s", model_id, lost)
         try:
-            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again)
+            return await self._start_group(spec, tensors, example, model_id, owner, state, place, again, claim)
         except RankLost as lost:
             raise RankLost(lost.message, reason=lost.reason, outcome="not_applied") from lost
 
@@ -193,6 +208,7 @@ class Cluster:
         state: ModelState | None,
         place: object,
         again: bool,
+        claim: Claim | None,
     ) -> WorkerGroup:
         demand = self.capacity.demand(spec, owner)
         lease = Lease(
@@ -204,7 +220,7 @@ class Cluster:
         )
         threads = self._threads if state is None else state.threads
         try:
-            await lease.acquire(demand, place=_lease_of(place))
+            await lease.acquire(demand, place=_lease_of(place), claim=claim)
             ranks = Ranks(lease.processes)
             group = WorkerGroup(
                 ranks=ranks,
@@ -280,6 +296,10 @@ class Cluster:
         return tuple(
             StateTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in answers.fields[0]["tensors"]
         )
+
+    def check(self) -> None:
+        """Whether Ray answers; for a thread that may wait for long. Raises Unavailable."""
+        self._placement.check()
 
     def functions(self, owner: str) -> FunctionRank:
         """Where functions of this owner are computed, which no model holds. To be asked for each."""

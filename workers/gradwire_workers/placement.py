@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from gradwire_proto.errors import ResourceExhausted, Unavailable
 from gradwire_workers.rank_actor import RankActor
 
 _SECONDS_TO_APPEAR = 10.0
+
+_SECONDS_TO_LISTEN = 5.0
+"""How long a Ray that is just being started is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,11 @@ class Placement:
         self._namespace = namespace
 
     def join(self) -> None:
-        """Connects to the cluster at this address and no other. Unavailable when it does not answer."""
+        """Connects to the cluster at this address and no other. Unavailable where nothing listens there.
+
+        What listens and is no Ray may keep it for ever.
+        """
+        self._wait_for_listener()
         try:
             # Called from a thread, so that Ray leaves the process's signal handlers alone; it warns about that.
             logging.getLogger("ray").setLevel(logging.ERROR)
@@ -51,11 +59,37 @@ class Placement:
                 configure_logging=False,
             )
         except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
-            raise Unavailable(f"Ray does not answer at {self._address}: {error}", reason="RAY_UNAVAILABLE") from error
+            raise self.no_answer(str(error)) from error
+
+    def no_answer(self, why: str) -> Unavailable:
+        """The error where Ray does not answer, with what to do."""
+        return Unavailable(
+            f"ray_address: Ray does not answer at {self._address} ({why}); expected the HOST:PORT that"
+            " `ray start --head` prints, of a Ray that runs and can be reached from here",
+            reason="RAY_UNAVAILABLE",
+        )
+
+    def _wait_for_listener(self) -> None:
+        # Ray itself would try for ever.
+        host, _, port = self._address.rpartition(":")
+        deadline = time.monotonic() + _SECONDS_TO_LISTEN
+        while True:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_LISTEN).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise self.no_answer(error.strerror or str(error)) from None
+            time.sleep(0.2)
 
     def leave(self) -> None:
         """Disconnects. Reservations go with the connection."""
         ray.shutdown()
+
+    def check(self) -> None:
+        """Raises Unavailable where Ray has no node any more. Does not return while its head does not answer."""
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise Unavailable(f"Ray at {self._address} has no node that is alive", reason="RAY_UNAVAILABLE")
 
     def totals(self) -> tuple[int, float]:
         """CPUs and GPUs of the cluster."""

@@ -54,7 +54,9 @@ MEMORY_FORMATS = EnumWords(
     program_pb2.MemoryFormat, "MEMORY_FORMAT", ["contiguous", "preserve", "channels_last", "channels_last_3d"]
 )
 TENSOR_ROLES = EnumWords(program_pb2.TensorRole, "TENSOR_ROLE", ["parameter", "buffer", "temporary_buffer", "constant"])
-MODEL_STATES = EnumWords(model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting", "recovering"])
+MODEL_STATES = EnumWords(
+    model_pb2.ModelState, "MODEL_STATE", ["creating", "ready", "failed", "deleting", "recovering", "waiting"]
+)
 KERNELS_STATES = EnumWords(kernels_pb2.KernelsState, "KERNELS_STATE", ["compiling", "in_use", "refused"])
 SHARDING_MODES = EnumWords(model_pb2.ShardingMode, "SHARDING_MODE", ["rows", "whole"])
 ON_NAN = EnumWords(model_pb2.OnNan, "ON_NAN", ["report", "refuse"], unspecified="report")

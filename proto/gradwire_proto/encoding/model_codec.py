@@ -67,6 +67,7 @@ _SET_BY_SERVER = (
     "rank_rows",
     "architecture",
     "compiled",
+    "waits_for",
 )
 
 
@@ -278,6 +279,7 @@ def encode_model_info(value: ModelInfo, into: pb.Model | None = None) -> pb.Mode
     _encode_keeping(value, message, "model")
     for kernels in value.compiled:
         encode_compiled(kernels, message.compiled.add())
+    message.waits_for = value.waits_for
     return message
 
 
@@ -317,5 +319,6 @@ def decode_model_info(message: pb.Model, field: str = "model") -> ModelInfo:
         compiled=tuple(
             decode_compiled(item, f"{field}.compiled[{index}]") for index, item in enumerate(message.compiled)
         ),
+        waits_for=message.waits_for,
         **_decode_keeping(message, field),
     )

@@ -22,8 +22,29 @@ from gradwire_proto.values import (
     ServerInfo,
 )
 
+LONGEST_WAIT = 7 * 86_400
+"""Seconds that a model may wait for capacity."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LIMITS = tuple(limit.name for limit in fields(Limits))
+
+
+def encode_wait(seconds: float, into: pb.CreateModelRequest | pb.RestoreModelRequest) -> None:
+    """How long the model may wait for capacity; 0: not at all."""
+    if seconds:
+        into.wait_for_capacity.FromNanoseconds(round(seconds * 1e9))
+
+
+def decode_wait(message: pb.CreateModelRequest | pb.RestoreModelRequest) -> float:
+    """The seconds that a model may wait for capacity; 0: not at all."""
+    seconds = message.wait_for_capacity.seconds + message.wait_for_capacity.nanos / 1e9
+    if not 0 <= seconds <= LONGEST_WAIT:
+        raise InvalidArgument(
+            f"expected 0 to {LONGEST_WAIT} seconds, got {seconds:g}",
+            field="wait_for_capacity",
+            reason="NUMBER_OUT_OF_RANGE",
+        )
+    return seconds
 
 
 def encode_function(value: FunctionSpec, into: pb.Function | None = None, field: str = "function") -> pb.Function:

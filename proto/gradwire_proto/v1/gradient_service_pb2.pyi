@@ -1,6 +1,7 @@
 from google.api import field_behavior_pb2 as _field_behavior_pb2
 from google.api import field_info_pb2 as _field_info_pb2
 from google.api import resource_pb2 as _resource_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.rpc import status_pb2 as _status_pb2
 from gradwire_proto.v1 import checkpoint_pb2 as _checkpoint_pb2
@@ -35,18 +36,20 @@ DERIVATIVE_HESSIAN: Derivative
 DERIVATIVE_HVP: Derivative
 
 class CreateModelRequest(_message.Message):
-    __slots__ = ("model_id", "model", "tensors", "example", "request_id")
+    __slots__ = ("model_id", "model", "tensors", "example", "request_id", "wait_for_capacity")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FOR_CAPACITY_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model: _model_pb2.Model
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
     example: _tensor_pb2.Batch
     request_id: str
-    def __init__(self, model_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.Model, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., example: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    wait_for_capacity: _duration_pb2.Duration
+    def __init__(self, model_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.Model, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., example: _Optional[_Union[_tensor_pb2.Batch, _Mapping]] = ..., request_id: _Optional[str] = ..., wait_for_capacity: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("name",)
@@ -578,16 +581,18 @@ class DeleteCheckpointRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RestoreModelRequest(_message.Message):
-    __slots__ = ("checkpoint", "model_id", "workers", "request_id")
+    __slots__ = ("checkpoint", "model_id", "workers", "request_id", "wait_for_capacity")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FOR_CAPACITY_FIELD_NUMBER: _ClassVar[int]
     checkpoint: str
     model_id: str
     workers: int
     request_id: str
-    def __init__(self, checkpoint: _Optional[str] = ..., model_id: _Optional[str] = ..., workers: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    wait_for_capacity: _duration_pb2.Duration
+    def __init__(self, checkpoint: _Optional[str] = ..., model_id: _Optional[str] = ..., workers: _Optional[int] = ..., request_id: _Optional[str] = ..., wait_for_capacity: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("dtype", "shape")

@@ -28,6 +28,7 @@ class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_STATE_FAILED: _ClassVar[ModelState]
     MODEL_STATE_DELETING: _ClassVar[ModelState]
     MODEL_STATE_RECOVERING: _ClassVar[ModelState]
+    MODEL_STATE_WAITING: _ClassVar[ModelState]
 
 class ShardingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -76,6 +77,7 @@ MODEL_STATE_READY: ModelState
 MODEL_STATE_FAILED: ModelState
 MODEL_STATE_DELETING: ModelState
 MODEL_STATE_RECOVERING: ModelState
+MODEL_STATE_WAITING: ModelState
 SHARDING_MODE_UNSPECIFIED: ShardingMode
 SHARDING_MODE_ROWS: ShardingMode
 SHARDING_MODE_WHOLE: ShardingMode
@@ -165,7 +167,7 @@ class Sharding(_message.Message):
     def __init__(self, mode: _Optional[_Union[ShardingMode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "durability", "checkpoint_every", "keep_checkpoints", "clip_grad_norm", "clip_grad_value", "precision", "deterministic", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture", "sync_batch_norm", "compile", "compiled")
+    __slots__ = ("name", "program", "loss", "optimizer", "workers", "device", "gpus_per_worker", "seed", "on_nan", "require_sharding", "labels", "durability", "checkpoint_every", "keep_checkpoints", "clip_grad_norm", "clip_grad_value", "precision", "deterministic", "loss_reduction", "state", "step", "sharding", "parameter_count", "create_time", "last_error", "tensors", "variants", "rank_rows", "architecture", "sync_batch_norm", "compile", "compiled", "waits_for")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +207,7 @@ class Model(_message.Message):
     SYNC_BATCH_NORM_FIELD_NUMBER: _ClassVar[int]
     COMPILE_FIELD_NUMBER: _ClassVar[int]
     COMPILED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     program: _program_pb2.Program
     loss: Loss
@@ -237,7 +240,8 @@ class Model(_message.Message):
     sync_batch_norm: bool
     compile: bool
     compiled: _containers.RepeatedCompositeFieldContainer[_kernels_pb2.CompiledKernels]
-    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., checkpoint_every: _Optional[int] = ..., keep_checkpoints: _Optional[int] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., deterministic: bool = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ..., sync_batch_norm: bool = ..., compile: bool = ..., compiled: _Optional[_Iterable[_Union[_kernels_pb2.CompiledKernels, _Mapping]]] = ...) -> None: ...
+    waits_for: str
+    def __init__(self, name: _Optional[str] = ..., program: _Optional[_Union[_program_pb2.Program, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., workers: _Optional[int] = ..., device: _Optional[_Union[Device, str]] = ..., gpus_per_worker: _Optional[float] = ..., seed: _Optional[int] = ..., on_nan: _Optional[_Union[OnNan, str]] = ..., require_sharding: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., durability: _Optional[_Union[Durability, str]] = ..., checkpoint_every: _Optional[int] = ..., keep_checkpoints: _Optional[int] = ..., clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., deterministic: bool = ..., loss_reduction: _Optional[_Union[LossReduction, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., step: _Optional[int] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ..., parameter_count: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_program_pb2.StateTensor, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[_program_pb2.Variant, _Mapping]]] = ..., rank_rows: _Optional[_Iterable[int]] = ..., architecture: _Optional[str] = ..., sync_batch_norm: bool = ..., compile: bool = ..., compiled: _Optional[_Iterable[_Union[_kernels_pb2.CompiledKernels, _Mapping]]] = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "transfer", "compute", "all_reduce", "optimizer", "recovery", "total")

@@ -140,7 +140,10 @@ class Sharding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as the service describes it. `state`: "creating", "ready", "recovering", "failed" or "deleting".
+    """A model as the service describes it.
+
+    `state`: "waiting" (until ranks are free: `waits_for` says how many), "creating", "ready", "recovering", "failed" or
+    "deleting".
 
     `last_error` is the error that failed the model or the last one that a command met. `rank_rows` are the rows that
     each rank computed in the last command that had a batch. Lists leave `tensors` and `variants` empty.
@@ -178,6 +181,7 @@ class ModelInfo:
     sync_batch_norm: bool = True
     compile: bool = False
     compiled: tuple[CompiledKernels, ...] = ()
+    waits_for: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

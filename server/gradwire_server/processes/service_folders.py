@@ -92,5 +92,8 @@ def log_folder(storage: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"storage: {error.strerror}: {folder}") from None
+        raise ConfigError(
+            f"storage: {storage} cannot be written to ({error.strerror}: {error.filename}); name a folder that user"
+            f" {os.getuid()} may write to"
+        ) from None
     return folder

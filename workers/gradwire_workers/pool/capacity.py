@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradwire_proto.errors import FailedPrecondition, ResourceExhausted
@@ -26,7 +27,8 @@ class Demand:
 class Capacity:
     """The service's ranks and GPUs. `free_workers`, `free_gpus`: what no model holds.
 
-    most_per_owner: ranks that models of one owner may hold together; None: all.
+    most_per_owner: ranks that models of one owner may hold together; None: all. on_freed: called when something was
+    given back.
     """
 
     def __init__(self, *, workers: int, gpus: float, most_per_owner: int | None = None) -> None:
@@ -34,6 +36,7 @@ class Capacity:
         self._ranks_of: Counter[str] = Counter()
         self.workers = self.free_workers = workers
         self.gpus = self.free_gpus = gpus
+        self.on_freed: Callable[[], None] = lambda: None
 
     def demand(self, spec: ModelSpec, owner: str = "") -> Demand:
         """What the model needs here. FailedPrecondition (NO_GPUS) where it needs GPUs and there are none."""
@@ -48,42 +51,72 @@ class Capacity:
             owner=owner,
         )
 
-    def claim(self, demand: Demand) -> None:
+    def claim(self, demand: Demand, ahead: Sequence[Demand] = ()) -> None:
         """Takes the demand out of what is free. ResourceExhausted (WORKERS_EXHAUSTED, GPUS_EXHAUSTED) if it is not, and
-        OWNER_WORKERS_EXHAUSTED where the owner may not hold so many.
+        OWNER_WORKERS_EXHAUSTED where the owner may not hold so many; retryable where it may be free some day.
+
+        ahead: demands that wait, and come first.
         """
-        if demand.ranks > self.free_workers:
-            raise ResourceExhausted(
-                f"asks for {demand.ranks} workers; {self.free_workers} of the service's {self.workers} are free",
-                reason="WORKERS_EXHAUSTED",
-                field="model.workers",
-                retryable=demand.ranks <= self.workers,
+        refusals = [
+            refusal
+            for refusal in (
+                self._too_few_workers(demand, ahead),
+                self._too_few_gpus(demand, ahead),
+                self._quota(demand),
             )
-        if demand.gpus > self.free_gpus:
-            raise ResourceExhausted(
-                f"asks for {demand.gpus:g} GPUs; {self.free_gpus:g} of the service's {self.gpus:g} are free",
-                reason="GPUS_EXHAUSTED",
-                field="model.gpus_per_worker",
-                retryable=demand.gpus <= self.gpus,
-            )
-        self._check_owner(demand)
+            if refusal is not None
+        ]
+        if refusals:
+            # One that will never fit is told so, whatever else is taken now.
+            raise min(refusals, key=lambda refusal: refusal.retryable)
         self._ranks_of[demand.owner] += demand.ranks
         self.free_workers -= demand.ranks
         self.free_gpus -= demand.gpus
 
-    def _check_owner(self, demand: Demand) -> None:
+    def is_within_quota(self, demand: Demand) -> bool:
+        """Whether its owner may hold so many ranks more."""
+        return self._quota(demand) is None
+
+    def _too_few_workers(self, demand: Demand, ahead: Sequence[Demand]) -> ResourceExhausted | None:
+        if demand.ranks <= self.free_workers - sum(each.ranks for each in ahead):
+            return None
+        return ResourceExhausted(
+            f"asks for {demand.ranks} workers; {self.free_workers} of the service's {self.workers} are free"
+            + (_ASKED_BEFORE if demand.ranks <= self.free_workers else ""),
+            reason="WORKERS_EXHAUSTED",
+            field="model.workers",
+            retryable=demand.ranks <= self.workers,
+        )
+
+    def _too_few_gpus(self, demand: Demand, ahead: Sequence[Demand]) -> ResourceExhausted | None:
+        if not demand.gpus or demand.gpus <= self.free_gpus - sum(each.gpus for each in ahead):
+            return None
+        return ResourceExhausted(
+            f"asks for {demand.gpus:g} GPUs; {self.free_gpus:g} of the service's {self.gpus:g} are free"
+            + (_ASKED_BEFORE if demand.gpus <= self.free_gpus else ""),
+            reason="GPUS_EXHAUSTED",
+            field="model.gpus_per_worker",
+            retryable=demand.gpus <= self.gpus,
+        )
+
+    def _quota(self, demand: Demand) -> ResourceExhausted | None:
         most, held = self._most_per_owner, self._ranks_of[demand.owner]
-        if most is not None and held + demand.ranks > most:
-            raise ResourceExhausted(
-                f"asks for {demand.ranks} workers; your models hold {held} of the {most} that the server's setting"
-                " owner_workers allows",
-                reason="OWNER_WORKERS_EXHAUSTED",
-                field="model.workers",
-                retryable=demand.ranks <= most,
-            )
+        if most is None or held + demand.ranks <= most:
+            return None
+        return ResourceExhausted(
+            f"asks for {demand.ranks} workers; your models hold {held} of the {most} that the server's setting"
+            " owner_workers allows",
+            reason="OWNER_WORKERS_EXHAUSTED",
+            field="model.workers",
+            retryable=demand.ranks <= most,
+        )
 
     def free(self, demand: Demand) -> None:
         """Gives back what was claimed."""
         self._ranks_of[demand.owner] -= demand.ranks
         self.free_workers += demand.ranks
         self.free_gpus += demand.gpus
+        self.on_freed()
+
+
+_ASKED_BEFORE = ", and others have asked before"

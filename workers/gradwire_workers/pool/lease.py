@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from gradwire_proto.errors import RankLost
 from gradwire_workers.placement import Placement, Reservation
@@ -16,6 +17,8 @@ from gradwire_workers.pool.rank_process import RankProcess
 from gradwire_workers.pool.warm_pool import WarmPool
 
 _SECONDS_TO_RESERVE = 20.0
+
+Claim: TypeAlias = Callable[[Demand], Awaitable[None]]
 
 
 class Lease:
@@ -39,20 +42,24 @@ class Lease:
         self._demand: Demand | None = None
         self._reserving: asyncio.Future[Reservation] | None = None
 
-    async def acquire(self, demand: Demand, *, place: Lease | None = None) -> None:
+    async def acquire(self, demand: Demand, *, place: Lease | None = None, claim: Claim | None = None) -> None:
         """Takes what the model needs, or fails and holds what it got until `release`.
 
-        place: one whose ranks have left. What it holds beside them is taken over, where it is as much.
+        place: one whose ranks have left. What it holds beside them is taken over, where it is as much. claim: takes the
+        demand out of the capacity in its turn; None: at once, before those who wait.
         """
         self.folder.mkdir(mode=0o700, parents=True)
         if place is not None and place._demand == demand:
             place.hand_over(self)
         if self._demand is None:
-            await self._claim(demand)
+            await self._claim(demand, claim)
         self.processes = await self._pool.take(demand.ranks, demand.owner)
 
-    async def _claim(self, demand: Demand) -> None:
-        self._capacity.claim(demand)
+    async def _claim(self, demand: Demand, claim: Claim | None) -> None:
+        if claim is None:
+            self._capacity.claim(demand)
+        else:
+            await claim(demand)
         self._demand = demand
         self._reserving = asyncio.ensure_future(
             self._launcher.in_thread(
