@@ -40,22 +40,21 @@ class Health:
         return time.monotonic() - begin
 
 
-def head() -> psutil.Process:
-    """The process that answers for Ray."""
-    (found,) = [each for each in processes() if each.name().startswith("gcs_server")]
-    return found
+def heads() -> set[psutil.Process]:
+    """The processes that answer for the Rays of this process's services."""
+    return {each for each in processes() if each.name().startswith("gcs_server")}
 
 
 @pytest.mark.timeout(180)
 def test_what_is_away_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
-    storage, away = tmp_path / "storage", tmp_path / "away"
+    storage, away, others = tmp_path / "storage", tmp_path / "away", heads()
     with gradwire.launch(workers=1, spare_ranks=0, storage=storage) as client:
         health, x, y = Health(client.target), torch.ones(2, 3), torch.ones(2, 1)
         model = client.create_model(
             nn.Linear(3, 1), loss="mse_loss", optimizer=optim.SGD(lr=0.1), example=(x, y), model_id="m"
         )
         assert all(map(health, ("", "live", "ready", "gradwire.v1.GradientService", "ray", "storage", "drain")))
-        ray = head()
+        (ray,) = heads() - others
         ray.send_signal(signal.SIGSTOP)
         try:
             health.until("ready", False)
