@@ -27,8 +27,8 @@ from gradwire.load_test.subjects import subjects
 SCRIPT = Path(__file__).parent.parent / "load" / "k6_gradients.js"
 K6 = Path(sys.executable).parent / "k6"
 SECONDS = 4.0
-ROWS, FEATURES, LAYERS, CLASSES = 32, 8, 60, 10
-"""Some milliseconds of a rank's time and few bytes, so that it is not the testers that are compared: k6 makes each
+ROWS, FEATURES, LAYERS, CLASSES = 32, 8, 200, 10
+"""Some ten milliseconds of a rank's time and few bytes, so that it is not the testers that are compared: k6 makes each
 message from JSON, and back.
 """
 

@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from processes import stop
 
 from gradwire import errors
 from gradwire.deadline import Deadline
@@ -188,7 +189,7 @@ def test_connection_lost_in_a_command_leaves_the_outcome_unknown(scripted, rpc):
 def test_server_that_stops_answering_in_a_command_is_unavailable_and_unknown(free_server):
     rpc = Rpc(free_server.target, timeout=1.0)
     rpc.call("GetServerInfo", pb.GetServerInfoRequest())
-    os.kill(free_server.pid, signal.SIGSTOP)
+    stop(free_server.pid)
     try:
         start = time.monotonic()
         with pytest.raises(errors.Unavailable) as caught:
