@@ -45,7 +45,7 @@ class Rpc:
 
     target: "host:port". token: sent with every call. tls: None is plain text. timeout: seconds that a call of the SDK
     may take at most, in all its requests; what it downloads may stand still for as many. shared_memory: whether `local`
-    may be used, and small calls go past gRPC.
+    may be used, and calls go past gRPC.
     """
 
     def __init__(

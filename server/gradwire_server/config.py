@@ -114,7 +114,7 @@ class ServerConfig(BaseSettings):
     )
     shared_memory: bool = Field(
         True,
-        description="whether clients on this machine may share memory and make small calls past gRPC; only of a service"
+        description="whether clients on this machine may share memory and make calls past gRPC; only of a service"
         " that listens on loopback",
     )
     weights_folder: Folder | None = Field(

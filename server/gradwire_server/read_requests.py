@@ -10,13 +10,7 @@ from gradwire_proto.batch_form import BatchForm
 from gradwire_proto.request_template import RequestTemplate, bytes_besides_tensors, template_parts
 from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Batch, GradientQuery, Limits
-
-_MOST_KNOWN, _MOST_SEEN = 256, 4096
-
-_FIXED_BYTES, _KEPT_BYTES = 8 << 10, 256 << 10
-"""Of requests with more bytes besides their tensors nothing is kept, and of all together no more. Parsed, they take up
-to thirty times as much.
-"""
+from gradwire_server.known_requests import FIXED_BYTES, KEPT_BYTES, MOST_KNOWN, MOST_SEEN, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +46,31 @@ class ReadRequests:
 
     def read(self, raw: bytes) -> GradientRead | None:
         """What a request asks for; None where it is not like one that `learn` was told."""
-        known = self._known.get(_kind(raw))
+        known = self._known.get(kind_of(raw))
         if known is None or (data := known.template.cut(raw)) is None:
             return None
         return GradientRead(known.name, known.form.batch(data), known.query, known.max_inline_bytes)
 
     def learn(self, request: pb.ComputeGradientsRequest, raw: bytes) -> None:
         """Know requests like this one, which was answered, from the second on."""
-        kind = _kind(raw)
+        kind = kind_of(raw)
         if kind not in self._seen:
-            if len(self._seen) >= _MOST_SEEN:
+            if len(self._seen) >= MOST_SEEN:
                 self._seen.clear()
             self._seen.add(kind)
         elif request.WhichOneof("subject") == "name" and not request.vectors:
             self._keep(kind, request, raw)
 
     def _keep(self, kind: Hashable, request: pb.ComputeGradientsRequest, raw: bytes) -> None:
-        if bytes_besides_tensors(request, raw) > _FIXED_BYTES or (parts := template_parts(request, raw)) is None:
+        if bytes_besides_tensors(request, raw) > FIXED_BYTES or (parts := template_parts(request, raw)) is None:
             return
         template = RequestTemplate(*parts)
         former = self._known.pop(kind, None)
         self._kept += template.fixed_bytes - (former.template.fixed_bytes if former else 0)
-        if len(self._known) >= _MOST_KNOWN or self._kept > _KEPT_BYTES:
+        if len(self._known) >= MOST_KNOWN or self._kept > KEPT_BYTES:
             self._known.clear()
             self._kept = template.fixed_bytes
         form = BatchForm(codec.decode_batch(request.batch, "batch", self._limits))
         max_inline_bytes = codec.decode_max_inline_bytes(request.max_inline_bytes)
         query = codec.decode_gradient_query(request)
         self._known[kind] = _Known(template, request.name, form, query, max_inline_bytes)
-
-
-def _kind(raw: bytes) -> Hashable:
-    """Its size, and what begins the request: the model's name, as a rule."""
-    return len(raw), raw[: 2 + raw[1]] if len(raw) > 1 else raw

@@ -13,16 +13,11 @@ from gradwire_proto.v1 import gradient_service_pb2 as pb
 from gradwire_proto.values import Limits
 from gradwire_server.calls import Call
 from gradwire_server.fingerprints import fingerprint
+from gradwire_server.known_requests import FIXED_BYTES, KEPT_BYTES, MOST_KNOWN, MOST_SEEN, kind_of
 from gradwire_server.request_parsing import parse
 from gradwire_server.step_jobs import LoneStep
 
 _METHOD = "TrainStep"
-_MOST_KNOWN, _MOST_SEEN = 256, 4096
-
-_FIXED_BYTES, _KEPT_BYTES = 8 << 10, 256 << 10
-"""Of requests with more bytes besides their tensors nothing is kept, and of all together no more. Parsed, they take up
-to thirty times as much.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,7 @@ class StepRequests:
     def read(self, raw: bytes, *, arrived: float, deadline: float | None = None) -> StepRequest:
         """Raises InvalidArgument or ResourceExhausted."""
         self.request_id = None
-        kind = _kind(raw)
+        kind = kind_of(raw)
         known = self._known.get(kind)
         if known is None or (parts := known.template.match(raw)) is None:
             return self._parse(raw, Call(arrived=arrived, deadline=deadline), kind)
@@ -84,7 +79,7 @@ class StepRequests:
             return StepRequest(request.name, LoneStep(batch, lr), call)
         key, data = formed
         fixed = len(raw) - sum(memoryview(each).nbytes for each in data)
-        if fixed > _FIXED_BYTES:
+        if fixed > FIXED_BYTES:
             return StepRequest(request.name, LoneStep(batch, lr), call)
         form = self._form(key, batch, fixed)
         self._learn(kind, request, raw, form, lr)
@@ -94,7 +89,7 @@ class StepRequests:
         form = self._forms.get(key)
         if form is None:
             self._kept += fixed
-            if len(self._forms) >= _MOST_KNOWN or self._kept > _KEPT_BYTES:
+            if len(self._forms) >= MOST_KNOWN or self._kept > KEPT_BYTES:
                 self._forms.clear()
                 self._known.clear()  # They hold forms.
                 self._kept = fixed
@@ -106,15 +101,10 @@ class StepRequests:
     ) -> None:
         """Make a template of what comes for the second time."""
         if kind not in self._seen:
-            if len(self._seen) >= _MOST_SEEN:
+            if len(self._seen) >= MOST_SEEN:
                 self._seen.clear()
             self._seen.add(kind)
         elif (template := template_of(request, raw)) is not None:
-            if len(self._known) >= _MOST_KNOWN:
+            if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
             self._known[kind] = _Known(template, request.name, form, lr)
-
-
-def _kind(raw: bytes) -> Hashable:
-    """Its size, and what begins the request: the model's name, as a rule."""
-    return len(raw), raw[: 2 + raw[1]] if len(raw) > 1 else raw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from gradwire_proto.errors import FailedPrecondition, GradwireError
+from gradwire_server.doors.file_marks import mark_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Certificates:
         return grpc.ssl_server_certificate_configuration([(key, chain)], authority)
 
     def _mark(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_mark(path) for path in (self.certificate, self.key, self.client_ca) if path is not None)
+        return tuple(mark_of(path) for path in (self.certificate, self.key, self.client_ca) if path is not None)
 
 
 def _no_password() -> str:
@@ -80,14 +80,6 @@ def _pem(path: Path, setting: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise _invalid(f"{setting}: {path} cannot be read: {error.strerror}") from None
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _words(error: Exception) -> str:

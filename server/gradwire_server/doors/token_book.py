@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
 from gradwire_proto.errors import GradwireError, Unauthenticated
 from gradwire_proto.token_file import TokenFile, TokenRecord, id_in
+from gradwire_server.doors.file_marks import mark_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class TokenBook:
     def __init__(self, path: Path) -> None:
         """Raises FailedPrecondition TOKENS_UNREADABLE."""
         self._file = TokenFile(path)
-        self._mark = _mark(path)
+        self._mark = mark_of(path)
         self._records = {each.id: each for each in self._file.read()}
         self._looked_at = time.monotonic()
 
@@ -61,7 +61,7 @@ class TokenBook:
         if not at_once and now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
-        mark = _mark(self._file.path)
+        mark = mark_of(self._file.path)
         if mark == self._mark:
             return
         self._mark = mark
@@ -70,12 +70,3 @@ class TokenBook:
             logger.info("the tokens were read again: %d", len(self._records))
         except GradwireError as error:
             logger.error("%s; those that were read before stay good", error)
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    """What differs once the file was replaced, also behind a symbolic link."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

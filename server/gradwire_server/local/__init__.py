@@ -1,1 +1,1 @@
-"""Clients on the machine of the service: memory that they share with it, and small calls."""
+"""Clients on the machine of the service: memory that they share with it, and calls."""

@@ -1,4 +1,4 @@
-"""One client on the machine of the service, which shares memory or makes small calls: its requests, one by one.
+"""One client on the machine of the service, which shares memory or makes calls: its requests, one by one.
 
 Nothing that a client sends is waited for, and nothing that it does to its own files afterwards reaches anybody else:
 uploads are sealed, and downloads are the client's alone.

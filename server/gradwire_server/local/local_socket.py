@@ -1,4 +1,4 @@
-"""The Unix socket over which clients of this machine share memory with the service and make small calls: local.proto.
+"""The Unix socket over which clients of this machine share memory with the service and make calls: local.proto.
 
 Whoever connects must run as the same user as the service.
 """
